@@ -1,0 +1,54 @@
+"""The errors that mpsearch raises on purpose.
+
+Every message tells its reader three things: what was given, what was expected, and what to do. The CLI prints the
+message alone (no traceback) and exits with 2, because these errors are about the input and never about our code.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MpsearchError(Exception):
+    """The input is wrong: the base of every error that the CLI turns into exit code 2."""
+
+
+class StudyError(MpsearchError):
+    """A study file, or a value set over it, cannot be used."""
+
+
+class TaskError(MpsearchError):
+    """The model, its checkpoint or its data cannot be used."""
+
+
+class SpaceError(MpsearchError):
+    """A search space does not fit the model or itself."""
+
+
+class PrecisionError(MpsearchError):
+    """A precision, or a file of precisions, is not one that mpsearch knows."""
+
+
+class CostError(MpsearchError):
+    """A cost cannot be computed, or a budget cannot be met."""
+
+
+class RunError(MpsearchError):
+    """A run folder cannot be used: taken by another driver, unwritable, foreign, or without what was asked of it."""
+
+
+class ExportError(MpsearchError):
+    """A configuration cannot be written to, or read from, the format that was asked for."""
+
+
+def nearest(given: str, valid: Iterable[str]) -> str:
+    """The tail of an error message: the valid names, the most similar one first if any is similar.
+
+    >>> nearest("trails", ["trials", "seed"])
+    "did you mean 'trials'? valid: seed, trials"
+    """
+    names = sorted(valid)
+    listed = f"valid: {', '.join(names)}" if names else "there is none"
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'? {listed}" if close else listed

@@ -1,0 +1,43 @@
+"""Which layers a network has, and the facts about each that precision and cost depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer with a weight that takes part in multiply-accumulates, as seen in one forward pass.
+
+    Shapes are of one sample: no batch dimension. A layer with a `reason` cannot be quantized; it stays float, is
+    priced as float, and is named wherever layers are listed.
+    """
+
+    name: str
+    kind: str  # conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear, or the module's class
+    weight_shape: tuple[int, ...]  # (out, in/groups, *kernel); transposed: (in, out/groups, *kernel); linear: (out, in)
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    macs: int  # multiply-accumulates per sample, all calls of the layer together
+    params: int  # elements of weight and bias
+    fan_in: int  # products summed into one output element
+    groups: int = 1
+    signed_input: bool = True  # whether the input takes negative values
+    batch_norm: str | None = None  # the BatchNorm that directly follows, by name
+    input_group: str = ""  # the first layer fed by the same tensor: these share one activation precision
+    weight_group: str = ""  # the first layer with the same weight parameter: these share one weight precision
+    calls: int = 1  # how often one forward pass runs the layer
+    reason: str | None = None  # why it cannot be quantized; None: it can
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight."""
+        count = 1
+        for size in self.weight_shape:
+            count *= size
+        return count
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel is filtered alone."""
+        return self.groups > 1 and self.weight_shape[1] == 1

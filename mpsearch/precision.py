@@ -1,0 +1,217 @@
+"""Precision: how the numbers of one tensor, one layer, one network are represented.
+
+`Precision` -> `LayerPrecision` -> `PrecisionConfig`, from tensor to network. All three are immutable, hashable and
+ordered, because a configuration is the unit that the search proposes, trains, records and exports. Their text form
+(`uniform:4/channel`) is the one used in YAML files, in Optuna and on screen; their JSON form is the published schema
+`mpsearch/schema/precision-config-1.json`.
+
+This module imports nothing but the standard library: a configuration can be read anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from mpsearch.errors import PrecisionError, nearest
+
+QuantizerName = Literal["uniform", "shift", "apot", "float"]
+Granularity = Literal["channel", "tensor"]
+
+FLOAT_BITS = 32
+BITS: Mapping[str, range] = {"uniform": range(1, 9), "shift": range(2, 6), "apot": range(2, 6), "float": range(32, 33)}
+"""The bit-widths that each quantizer has."""
+
+_TEXT = re.compile(r"(?P<quantizer>[a-z]+)(:(?P<bits>\d+))?(/(?P<granularity>[a-z]+))?")
+_SHORTHAND = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Precision:
+    """How one tensor is mapped to few values: quantizer, bits, and whether a channel or the tensor shares a scale."""
+
+    quantizer: QuantizerName
+    bits: int
+    granularity: Granularity
+
+    def __post_init__(self) -> None:
+        if self.quantizer not in BITS:
+            raise PrecisionError(f"unknown quantizer '{self.quantizer}': {nearest(self.quantizer, BITS)}")
+        if self.granularity not in get_args(Granularity):
+            raise PrecisionError(
+                f"unknown granularity '{self.granularity}': {nearest(self.granularity, get_args(Granularity))}"
+            )
+        widths = BITS[self.quantizer]
+        if self.bits not in widths:
+            raise PrecisionError(
+                f"{self.quantizer} has no {self.bits}-bit form: give {widths.start} to {widths.stop - 1} bits"
+                if len(widths) > 1
+                else f"float is {FLOAT_BITS} bits wide, got {self.bits}: leave the bits out"
+            )
+
+    @classmethod
+    def parse(cls, text: str, granularity: Granularity) -> Precision:
+        """Read `float`, `uniform:4` or `shift:3/tensor`; `granularity` is what holds when the text names none.
+
+        Raises:
+            PrecisionError: the text has another form, or names a precision that does not exist.
+        """
+        match = _TEXT.fullmatch(text.strip())
+        if match is None:
+            raise PrecisionError(f"cannot read precision '{text}': write QUANTIZER:BITS, as in uniform:4, or float")
+        quantizer = match["quantizer"]
+        if quantizer == "float":
+            return cls("float", int(match["bits"] or FLOAT_BITS), "tensor")
+        if quantizer not in BITS:
+            raise PrecisionError(f"unknown quantizer '{quantizer}' in '{text}': {nearest(quantizer, BITS)}")
+        if match["bits"] is None:
+            raise PrecisionError(f"'{text}' names no bits: write {quantizer}:4")
+        named = cast(Granularity, match["granularity"] or granularity)
+        return cls(cast(QuantizerName, quantizer), int(match["bits"]), named)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the tensor is left as it is."""
+        return self.quantizer == "float"
+
+    def __str__(self) -> str:
+        return "float" if self.is_float else f"{self.quantizer}:{self.bits}/{self.granularity}"
+
+
+FLOAT = Precision("float", FLOAT_BITS, "tensor")
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class LayerPrecision:
+    """The precision of a layer's weight and of its input activation."""
+
+    weight: Precision
+    activation: Precision
+
+    def __post_init__(self) -> None:
+        if self.activation.granularity == "channel":
+            raise PrecisionError(
+                f"activation precision '{self.activation}' is per channel: a layer's input has one scale, write /tensor"
+            )
+
+    @classmethod
+    def parse(cls, weight: str, activation: str) -> LayerPrecision:
+        """Read both texts; a weight is per channel and an activation per tensor unless the text says otherwise."""
+        return cls(Precision.parse(weight, "channel"), Precision.parse(activation, "tensor"))
+
+    @classmethod
+    def shorthand(cls, text: str) -> LayerPrecision:
+        """Read `w4a8`: uniform, weights per channel, activations per tensor; 32 bits mean float.
+
+        Raises:
+            PrecisionError: the text has another form, or bits that do not exist.
+        """
+        match = _SHORTHAND.fullmatch(text.strip())
+        if match is None:
+            raise PrecisionError(f"cannot read '{text}': write weight and activation bits as w4a8")
+
+        def uniform(bits: int, granularity: Granularity) -> Precision:
+            return FLOAT if bits == FLOAT_BITS else Precision("uniform", bits, granularity)
+
+        return cls(uniform(int(match[1]), "channel"), uniform(int(match[2]), "tensor"))
+
+    def __str__(self) -> str:
+        return f"{self.weight} x {self.activation}"
+
+
+class PrecisionConfig(Mapping[str, LayerPrecision]):
+    """Layer name -> LayerPrecision for a whole network, in the network's layer order.
+
+    Two configs are equal when every layer has the same precision, whatever order they were written in.
+    """
+
+    __slots__ = ("_hash", "_layers")
+
+    def __init__(self, layers: Mapping[str, LayerPrecision] | Iterable[tuple[str, LayerPrecision]]) -> None:
+        self._layers: dict[str, LayerPrecision] = dict(layers)
+        self._hash = hash(frozenset(self._layers.items()))
+
+    @classmethod
+    def uniform(cls, names: Iterable[str], precision: LayerPrecision) -> PrecisionConfig:
+        """The same precision for every layer named."""
+        return cls((name, precision) for name in names)
+
+    @classmethod
+    def from_json(cls, layers: Any) -> PrecisionConfig:
+        """Read the `layers` object of the JSON schema.
+
+        Raises:
+            PrecisionError: a layer, a key or a value is not of the schema's form; the message names it.
+        """
+        if not isinstance(layers, Mapping) or not layers:
+            raise PrecisionError(f"'layers' must be an object of layer name -> precision, got {_clip(layers)}")
+        return cls((str(name), _layer_from_json(str(name), value)) for name, value in layers.items())
+
+    def to_json(self) -> dict[str, dict[str, dict[str, str | int]]]:
+        """The `layers` object of the JSON schema."""
+        return {
+            name: {"weight": _precision_to_json(layer.weight), "activation": _precision_to_json(layer.activation)}
+            for name, layer in self._layers.items()
+        }
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits that name this config: the same for equal configs, in every process."""
+        text = json.dumps(sorted((name, str(layer)) for name, layer in self._layers.items()))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def replace(self, **changes: LayerPrecision) -> PrecisionConfig:
+        """This config with some layers changed (names with dots: `replace(**{"layer1.conv": p})`)."""
+        unknown = set(changes) - set(self._layers)
+        if unknown:
+            name = sorted(unknown)[0]
+            raise PrecisionError(f"no layer '{name}' in this config: {nearest(name, self._layers)}")
+        return PrecisionConfig(self._layers | changes)
+
+    def __getitem__(self, name: str) -> LayerPrecision:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self._layers == other._layers if isinstance(other, PrecisionConfig) else NotImplemented
+
+    def __repr__(self) -> str:
+        return f"PrecisionConfig({self.digest}, {len(self)} layers)"
+
+
+def _precision_to_json(precision: Precision) -> dict[str, str | int]:
+    return {"quantizer": precision.quantizer, "bits": precision.bits, "granularity": precision.granularity}
+
+
+def _layer_from_json(name: str, value: Any) -> LayerPrecision:
+    if not isinstance(value, Mapping) or set(value) != {"weight", "activation"}:
+        raise PrecisionError(f"layer '{name}': expected an object with 'weight' and 'activation', got {_clip(value)}")
+    try:
+        return LayerPrecision(_precision_from_json(value["weight"]), _precision_from_json(value["activation"]))
+    except PrecisionError as error:
+        raise PrecisionError(f"layer '{name}': {error}") from None
+
+
+def _precision_from_json(value: Any) -> Precision:
+    if not isinstance(value, Mapping) or set(value) != {"quantizer", "bits", "granularity"}:
+        raise PrecisionError(f"expected an object with 'quantizer', 'bits' and 'granularity', got {_clip(value)}")
+    if not isinstance(value["bits"], int) or isinstance(value["bits"], bool):
+        raise PrecisionError(f"'bits' must be a whole number, got {_clip(value['bits'])}")
+    return Precision(value["quantizer"], value["bits"], value["granularity"])
+
+
+def _clip(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,292 @@
+"""StudySpec: the one place where a study file is read and checked.
+
+A study file is YAML with the sections below. Unknown keys are refused by name; every value is checked before anything
+starts. `load_study` returns a frozen StudySpec; whatever runs later trusts it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mpsearch.errors import StudyError, nearest
+from mpsearch.shipped import shipped, shipped_names
+
+CostModelName = Literal[
+    "shift_energy",
+    "shift_energy_acc32",
+    "bops",
+    "weight_bytes",
+    "activation_bytes",
+    "activation_bytes_peak",
+    "memory_energy",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataSpec(_Section):
+    """Where samples come from: a `kind` and what that kind needs."""
+
+    kind: str = Field(description="digits, imagefolder, a torchvision data set in lower case, or module:factory")
+    root: str | None = Field(None, description="folder with the data; not needed for digits")
+    download: bool = Field(False, description="let torchvision fetch the data set into `root`")
+    val_fraction: float = Field(0.1, gt=0, lt=1, description="share of train used for val where the data has no val")
+    test_fraction: float = Field(0.1, gt=0, lt=1, description="share of train used for test where the data has no test")
+    split_seed: int = Field(0, description="seed of those splits")
+    image_size: int | None = Field(None, gt=0, description="side that images are resized to; default: as they are")
+    augment: bool = Field(True, description="random crop and flip on training batches")
+    mean: tuple[float, ...] | None = Field(None, description="per channel, of pixel/255; default: the data set's usual")
+    std: tuple[float, ...] | None = Field(None, description="per channel, of pixel/255; default: the data set's usual")
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a module:factory")
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class TaskSpec(_Section):
+    """What is compressed: a model with its data and metric, or a `factory` that brings its own Task."""
+
+    model: str | None = Field(None, description="cifar_resnet20/32/44/56, digits_cnn, a torchvision name, module:factory")
+    checkpoint: str | None = Field(None, description="state dict (.pt, .pth, .safetensors); none: train the float model")
+    data: DataSpec | None = None
+    metric: Literal["top1", "top5"] = "top1"
+    num_classes: int | None = Field(None, gt=1, description="default: as many as the data has")
+    model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the model's constructor")
+    float_epochs: int = Field(30, gt=0, description="epochs of the float model where no checkpoint is given")
+    factory: str | None = Field(None, description="module:function that returns a Task; replaces model and data")
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that function")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TaskSpec:
+        if self.factory is None and (self.model is None or self.data is None):
+            raise ValueError("give both `model` and `data`, or a `factory`")
+        if self.factory is not None and (self.model is not None or self.data is not None):
+            raise ValueError("`factory` brings its own model and data: leave `model` and `data` out")
+        return self
+
+
+class CostSpec(_Section):
+    """The hardware cost that is minimized, relative to the same network at `reference`."""
+
+    model: CostModelName = "shift_energy"
+    reference: str = Field("w8a8", description="uniform config that costs 1.0, as w8a8")
+    budget: float | None = Field(None, gt=0, description="hard bound on relative cost; configs above it are infeasible")
+
+    @field_validator("reference")
+    @classmethod
+    def _reference(cls, value: str) -> str:
+        from mpsearch.errors import PrecisionError
+        from mpsearch.precision import LayerPrecision
+
+        try:
+            LayerPrecision.shorthand(value)
+        except PrecisionError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+
+class WarmStartSpec(_Section):
+    """Where the first configs beside the uniform ladder come from."""
+
+    method: Literal["none"] = "none"
+
+
+class SearchSpec(_Section):
+    """How configs are proposed and how many trials run."""
+
+    sampler: Literal["nsga2", "tpe", "gp", "random"] = "nsga2"
+    trials: int = Field(60, gt=0, description="finished trials, the uniform ladder included")
+    concurrency: int = Field(2, gt=0, description="trials that run at the same time")
+    seed: int = Field(0, ge=0)
+    time_limit_s: float | None = Field(None, gt=0, description="no new trial starts after this many seconds")
+    max_failures_in_row: int = Field(5, gt=0, description="failed trials in a row that stop the search")
+
+
+class TrialSpec(_Section):
+    """The short fine-tune that scores a config."""
+
+    steps: int = Field(150, ge=0, description="0: score straight after range setting")
+    batch_size: int = Field(128, gt=0)
+    lr: float = Field(0.02, gt=0, description="peak of the one-cycle schedule")
+    weight_decay: float = Field(0.0, ge=0)
+    distill: bool = Field(True, description="Jeffreys divergence to the float model instead of the task's loss")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="arithmetic of the fine-tune")
+    compile: bool | Literal["auto"] = Field("auto", description="torch.compile; auto: where it pays and can")
+    calibration_samples: int = Field(256, gt=0, description="training samples for range setting")
+    bn_batches: int = Field(16, ge=0, description="batches that re-estimate BatchNorm statistics after the fine-tune")
+    seed: int = Field(0, ge=0)
+
+
+class FinalSpec(_Section):
+    """The longer training of the picked front, the only stage that sees the test split."""
+
+    pick: int = Field(6, gt=0, description="front points that are re-trained")
+    epochs: float = Field(5, gt=0)
+    seeds: int = Field(3, gt=0)
+    lr: float | None = Field(None, gt=0, description="default: the trial's")
+
+
+class EngineSpec(_Section):
+    """Where trials run: `none` in this process, `local` under a Ray of our own, or an address of a Ray cluster."""
+
+    address: str = "local"
+
+    @field_validator("address")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if value in ("none", "local", "auto") or value.startswith("ray://") or re.fullmatch(r"[\w.-]+:\d+", value):
+            return value
+        raise ValueError("write none, local, auto, ray://HOST:PORT or HOST:PORT")
+
+
+class StudySpec(_Section):
+    """A whole study: what is compressed, which configs exist, what they cost, how they are searched and trained."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    task: TaskSpec
+    space: str = Field(description="a name in search_spaces/, or the path of a YAML file")
+    cost: CostSpec = CostSpec()
+    warm_start: WarmStartSpec = WarmStartSpec()
+    search: SearchSpec = SearchSpec()
+    trial: TrialSpec = TrialSpec()
+    final: FinalSpec = FinalSpec()
+    storage: str = Field("sqlite", description="sqlite, journal, none, or a SQLAlchemy URL: the Optuna view of the study")
+    engine: EngineSpec = EngineSpec()
+
+    @field_validator("storage")
+    @classmethod
+    def _storage(cls, value: str) -> str:
+        if value in ("sqlite", "journal", "none") or "://" in value:
+            return value
+        raise ValueError("write sqlite, journal, none, or a SQLAlchemy URL as postgresql://USER@HOST/DB")
+
+    def to_yaml(self) -> str:
+        """The resolved study: every key with the value that holds."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_study(study: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
+    """Read a shipped study by name or a study file by path, with `key.path=value` set over it.
+
+    `${NAME}` and `${NAME:-default}` in strings are read from the environment; relative paths are relative to the
+    working directory.
+
+    Raises:
+        StudyError: no such study, no YAML, or a key or value that does not belong; the message names all of them.
+    """
+    path = shipped("studies", str(study), StudyError)
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not YAML: {error}") from None
+    except OSError as error:
+        raise StudyError(f"cannot read the study {path}: {error.strerror}") from None
+    if not isinstance(document, dict):
+        raise StudyError(f"{path} must hold keys and values, got {type(document).__name__}: see `studies/digits.yaml`")
+    for override in overrides:
+        _set(document, override)
+    return parse_study(_expand(document, "study"), source=str(path))
+
+
+def parse_study(document: Mapping[str, Any], source: str = "study") -> StudySpec:
+    """Check a study that is already in memory. Raises StudyError as `load_study` does."""
+    try:
+        return StudySpec.model_validate(document)
+    except ValidationError as error:
+        raise StudyError(f"{source} cannot be used:\n" + "\n".join(_explain(error))) from None
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"] if part not in ("bool", "literal['auto']"))
+        match item["type"]:
+            case "extra_forbidden":
+                lines.append(f"  {key}: no such key; {nearest(str(item['loc'][-1]), _keys_at(item['loc'][:-1]))}")
+            case "missing":
+                lines.append(f"  {key}: missing; it is required")
+            case "literal_error":
+                given = item["input"]
+                valid = re.findall(r"'([^']*)'", str(item.get("ctx", {}).get("expected", "")))
+                lines.append(f"  {key}: got {given!r}; {nearest(str(given), valid)}")
+            case "value_error":
+                lines.append(f"  {key or 'study'}: {item['msg'].removeprefix('Value error, ')} (got {_clip(item['input'])})")
+            case _:
+                lines.append(f"  {key}: {item['msg'][:1].lower()}{item['msg'][1:]} (got {_clip(item['input'])})")
+    return lines
+
+
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    section: Any = StudySpec
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def _set(document: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise StudyError(f"--set got '{override}': write key.path=value, as in search.trials=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.strip().split(".")
+    section = document
+    for parent in parents:
+        below = section.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise StudyError(f"--set {override}: '{parent}' holds the value {_clip(below)}, not keys")
+        section = below
+    section[last] = value
+
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def _expand(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(below, f"{where}.{key}") for key, below in value.items()}
+    if isinstance(value, list):
+        return [_expand(below, where) for below in value]
+    if not isinstance(value, str):
+        return value
+
+    def read(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            key = where.removeprefix("study.")
+            raise StudyError(
+                f"{key} is read from the environment variable {match[1]}, which is not set: "
+                f"set it, or give --set {key}=VALUE"
+            )
+        return found
+
+    return _VARIABLE.sub(read, value)
+
+
+def _clip(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def study_names() -> list[str]:
+    """The studies that ship with mpsearch."""
+    return shipped_names("studies")
+
+

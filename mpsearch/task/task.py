@@ -1,0 +1,55 @@
+"""Task: what is being compressed. A float model, batches to train on, a way to score, a loss.
+
+The search knows nothing else about a problem, so detection, super-resolution or language tasks join by implementing
+this protocol and naming their factory in a study file: `task: {factory: "package.module:function", args: {...}}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+Split = Literal["train", "val", "test"]
+Batch = tuple[Any, Any]  # model input, target
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A trained network with its data and metric.
+
+    `name` identifies model and data in records and exports, `metric` names what `evaluate` returns (higher is better).
+    """
+
+    name: str
+    metric: str
+
+    def float_model(self) -> nn.Module:
+        """A fresh copy of the trained float network, in eval mode, on the CPU."""
+        ...
+
+    def train_batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
+        """`steps` batches of training data, augmented; the same `seed` gives the same batches."""
+        ...
+
+    def calibration_input(self, samples: int, seed: int = 0) -> Any:
+        """Model input made of `samples` training samples, not augmented: for range setting and shape inference."""
+        ...
+
+    def evaluate(self, model: nn.Module, split: Split) -> float:
+        """The metric of `model` (called in eval mode, without gradients) on a split."""
+        ...
+
+    def loss(self, output: Any, target: Any) -> torch.Tensor:
+        """The scalar training loss of a batch, used where a study does not distil."""
+        ...
+
+    def logits(self, output: Any) -> torch.Tensor:
+        """The part of the output that distillation matches, `(n, classes)`."""
+        ...
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """How many batches make one pass over the training data."""
+        ...
