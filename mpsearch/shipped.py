@@ -36,4 +36,6 @@ def shipped(folder: Folder, name: str, error: type[MpsearchError]) -> Path:
         if candidate.is_file():
             return candidate
     what = {"studies": "study", "search_spaces": "search space", "dashboards": "dashboard"}[folder]
-    raise error(f"no {what} '{name}': give the path of a YAML file or a shipped name; {nearest(name, shipped_names(folder))}")
+    raise error(
+        f"no {what} '{name}': give the path of a YAML file or a shipped name; {nearest(name, shipped_names(folder))}"
+    )

@@ -57,8 +57,12 @@ class DataSpec(_Section):
 class TaskSpec(_Section):
     """What is compressed: a model with its data and metric, or a `factory` that brings its own Task."""
 
-    model: str | None = Field(None, description="cifar_resnet20/32/44/56, digits_cnn, a torchvision name, module:factory")
-    checkpoint: str | None = Field(None, description="state dict (.pt, .pth, .safetensors); none: train the float model")
+    model: str | None = Field(
+        None, description="cifar_resnet20/32/44/56, digits_cnn, a torchvision name, module:factory"
+    )
+    checkpoint: str | None = Field(
+        None, description="state dict (.pt, .pth, .safetensors); none: train the float model"
+    )
     data: DataSpec | None = None
     metric: Literal["top1", "top5"] = "top1"
     num_classes: int | None = Field(None, gt=1, description="default: as many as the data has")
@@ -161,7 +165,9 @@ class StudySpec(_Section):
     search: SearchSpec = SearchSpec()
     trial: TrialSpec = TrialSpec()
     final: FinalSpec = FinalSpec()
-    storage: str = Field("sqlite", description="sqlite, journal, none, or a SQLAlchemy URL: the Optuna view of the study")
+    storage: str = Field(
+        "sqlite", description="sqlite, journal, none, or a SQLAlchemy URL: the Optuna view of the study"
+    )
     engine: EngineSpec = EngineSpec()
 
     @field_validator("storage")
@@ -221,7 +227,9 @@ def _explain(error: ValidationError) -> list[str]:
                 valid = re.findall(r"'([^']*)'", str(item.get("ctx", {}).get("expected", "")))
                 lines.append(f"  {key}: got {given!r}; {nearest(str(given), valid)}")
             case "value_error":
-                lines.append(f"  {key or 'study'}: {item['msg'].removeprefix('Value error, ')} (got {_clip(item['input'])})")
+                lines.append(
+                    f"  {key or 'study'}: {item['msg'].removeprefix('Value error, ')} (got {_clip(item['input'])})"
+                )
             case _:
                 lines.append(f"  {key}: {item['msg'][:1].lower()}{item['msg'][1:]} (got {_clip(item['input'])})")
     return lines
@@ -288,5 +296,3 @@ def _clip(value: Any) -> str:
 def study_names() -> list[str]:
     """The studies that ship with mpsearch."""
     return shipped_names("studies")
-
-
