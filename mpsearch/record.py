@@ -1,14 +1,41 @@
-"""TrialRecord and the run folder: the only file that reads or writes a run."""
+"""TrialRecord and the run folder: the only file that reads or writes a run.
+
+The truth about a run is `trials.jsonl` (and `finals.jsonl`, once it is finalized): one line for every trial that has
+ended, appended with a single write and synced to the disk before the next trial starts. A process that dies at any
+point leaves at most one torn last line, which readers skip and the next driver cuts off; everything else in the folder
+(the Optuna study, `front.json`, `trials.parquet`, the report) is a view that can be written again from it.
+
+One process at a time drives a run (`RunFolder.driving`); any number may read it meanwhile.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import contextlib
+import json
+import os
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args
 
-from mpsearch.precision import PrecisionConfig
+import filelock
+import psutil
+
+from mpsearch.errors import PrecisionError, RunError
+from mpsearch.precision import LayerPrecision, PrecisionConfig
 
 TrialState = Literal["complete", "failed", "stopped"]
 Origin = Literal["uniform", "sampler", "manual"]  # who proposed a config; the warm start and the ILP add theirs
+
+SCHEMA = "mpsearch/run/1"
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +74,363 @@ class TrialRecord:
     started_s: float = 0.0  # seconds since the epoch
     peak_memory_bytes: int = 0
     costs: dict[str, float] = field(default_factory=dict)  # absolute cost by part, in the cost model's unit
+
+
+@dataclass(frozen=True, slots=True)
+class FinalRecord:
+    """One longer training of a picked trial's config: the metric on both splits, shares in [0, 1] for top-1."""
+
+    number: int  # of the trial
+    seed: int
+    steps: int
+    val: float
+    test: float
+
+
+_FIELDS = tuple(f.name for f in fields(TrialRecord))
+
+
+def record_to_json(record: TrialRecord) -> str:
+    """One line of JSON from which `record_from_json` makes an equal record; a layer is written as its text form.
+
+    Raises:
+        RunError: a number of the record is NaN or infinite.
+    """
+    document: dict[str, Any] = {name: getattr(record, name) for name in _FIELDS}
+    document["config"] = {layer: str(precision) for layer, precision in record.config.items()}
+    document["wall"] = asdict(record.wall)
+    try:
+        return json.dumps(document, allow_nan=False, ensure_ascii=False)
+    except ValueError:
+        bad = next(name for name in _FIELDS if not _is_json(document[name]))
+        raise RunError(
+            f"trial {record.number} has {bad} = {document[bad]}: a record holds finite numbers; record it as failed"
+        ) from None
+
+
+def record_from_json(text: str) -> TrialRecord:
+    """Read what `record_to_json` wrote.
+
+    Raises:
+        RunError: the text is not a record; the message says what is wrong with it.
+    """
+    try:
+        document = json.loads(text)
+        unknown = set(document) - set(_FIELDS)
+        if unknown:
+            raise ValueError(f"unknown key '{sorted(unknown)[0]}'")
+        if document["state"] not in get_args(TrialState):
+            raise ValueError(f"unknown state '{document['state']}'")
+        document["config"] = PrecisionConfig(
+            (layer, _layer_precision(precision)) for layer, precision in document["config"].items()
+        )
+        document["wall"] = WallTime(**document.get("wall", {}))
+        return TrialRecord(**document)
+    except KeyError as error:
+        raise RunError(f"not a trial record: {error} is missing") from None
+    except (ValueError, TypeError, AttributeError, PrecisionError) as error:
+        raise RunError(f"not a trial record: {error}") from None
+
+
+@lru_cache(maxsize=4096)  # thousands of trials share a handful of precisions
+def _layer_precision(text: str) -> LayerPrecision:
+    weight, separator, activation = text.partition(" x ")
+    if not separator:
+        raise PrecisionError(f"cannot read layer precision '{text}'")
+    return LayerPrecision.parse(weight, activation)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class RunningTrial:
+    """A trial that is under way: it has no record yet."""
+
+    number: int
+    origin: Origin
+    cost: float  # relative
+    started_s: float  # seconds since the epoch
+
+
+class RunFolder:
+    """The folder of one run: `create` a new one or `open` an existing one; append to it inside `driving`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.id = uuid.uuid4().hex[:8]  # of the run, whatever its folder is called
+        self.study_yaml = path / "study.yaml"
+        self.trials_jsonl = path / "trials.jsonl"
+        self.finals_jsonl = path / "finals.jsonl"
+        self.trials_parquet = path / "trials.parquet"
+        self.front_json = path / "front.json"
+        self.study_db = path / "study.db"
+        self.study_journal = path / "study.journal"
+        self.warmstart = path / "warmstart"
+        self.checkpoints = path / "checkpoints"
+        self.report_html = path / "report.html"
+        self.log_txt = path / "log.txt"
+        self._run_json = path / "run.json"
+        self._state_json = path / "state.json"
+        self._lock = filelock.FileLock(path / "driver.lock")
+
+    @classmethod
+    def create(cls, path: str | Path, study_yaml: str) -> RunFolder:
+        """Make the folder of a new run of the resolved study `study_yaml`.
+
+        Raises:
+            RunError: the folder already holds a run, or cannot be written.
+        """
+        folder = cls(Path(path))
+        if folder._run_json.exists() or folder.trials_jsonl.exists():
+            raise RunError(
+                f"{path} already holds a run: go on with it by `mpsearch resume {path}`, or give another --out"
+            )
+        about = {"schema": SCHEMA, "id": folder.id, "mpsearch": version("mpsearch"), "created_s": time.time()}
+        with _explained(f"cannot write the run folder {path}", "give another --out, or make it writable"):
+            folder.path.mkdir(parents=True, exist_ok=True)
+            _replace(folder.study_yaml, study_yaml)
+            _replace(folder._run_json, json.dumps(about) + "\n")  # last: a folder with it is whole
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The folder of an existing run, to read or to drive.
+
+        Raises:
+            RunError: there is no run, or another version's.
+        """
+        folder = cls(Path(path))
+        try:
+            about = json.loads(folder._run_json.read_text(encoding="utf-8"))
+            schema = about["schema"]
+        except FileNotFoundError:
+            raise RunError(
+                f"{path} holds no run (no run.json): start one with `mpsearch run STUDY --out {path}`"
+            ) from None
+        except OSError as error:
+            raise RunError(f"cannot read {folder._run_json}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise RunError(
+                f'{folder._run_json} is not mpsearch\'s: expected an object with "schema": "{SCHEMA}"'
+            ) from None
+        if schema != SCHEMA:
+            writer = f"mpsearch {about['mpsearch']}" if "mpsearch" in about else "something else"
+            raise RunError(
+                f"{path} was written by {writer} with schema {schema!r}, this is mpsearch {version('mpsearch')} with "
+                f"{SCHEMA!r}: read it with the version that wrote it, or start a new run"
+            )
+        folder.id = str(about["id"])
+        return folder
+
+    @contextlib.contextmanager
+    def driving(self) -> Iterator[RunFolder]:
+        """Be the one process that runs trials here. A lock of the operating system: it ends with its process.
+
+        Raises:
+            RunError: another process drives this run (the message gives its id), or the folder cannot be written.
+        """
+        action = "make it writable, or copy the run elsewhere and resume the copy"
+        try:
+            self._lock.acquire(timeout=0.5)
+        except filelock.Timeout:
+            driver = self._state().get("driver") or {}
+            who = f"process {driver.get('pid', '?')} on {driver.get('host', '?')}"
+            raise RunError(
+                f"{self.path} is being driven by {who}: wait for it or end it, or start another run with another --out"
+            ) from None
+        except OSError as error:
+            raise RunError(f"cannot write the run folder {self.path}: {error.strerror or error}: {action}") from None
+        try:
+            with _explained(f"cannot write the run folder {self.path}", action):
+                for path in (self.trials_jsonl, self.finals_jsonl):
+                    _cut_torn_line(path)
+                for stray in self.path.glob(f".{self._state_json.name}.*"):  # of a driver that was killed
+                    stray.unlink()
+            self.running = ()
+            yield self
+        finally:
+            with contextlib.suppress(OSError):
+                self._state_json.unlink()
+            self._lock.release()
+
+    def append(self, record: TrialRecord) -> None:
+        """Put a trial that has ended on the disk; when this returns, it is there.
+
+        Raises:
+            RunError: it could not be written (disk full?); the earlier trials are safe and the file stays readable.
+        """
+        self._append(self.trials_jsonl, record_to_json(record), f"trial {record.number}")
+
+    def records(self) -> list[TrialRecord]:
+        """Every trial that has ended, in the order of ending.
+
+        Raises:
+            RunError: a line is corrupt; the message gives its number.
+        """
+        return _read_lines(self.trials_jsonl, record_from_json)
+
+    def append_final(self, record: FinalRecord) -> None:
+        """Put a final training that has ended on the disk. Raises RunError as `append` does."""
+        self._append(self.finals_jsonl, json.dumps(asdict(record)), f"the final training of trial {record.number}")
+
+    def finals(self) -> list[FinalRecord]:
+        """Every final training that has ended, in that order. Raises RunError as `records` does."""
+        return _read_lines(self.finals_jsonl, lambda line: FinalRecord(**json.loads(line)))
+
+    def _append(self, path: Path, line: str, what: str) -> None:
+        if not self._lock.is_locked:
+            raise RuntimeError("only a driver writes the record: append inside driving()")
+        try:
+            _append_line(path, line)
+        except OSError as error:
+            safe = len(self.records())
+            raise RunError(
+                f"cannot record {what} in {path}: {error.strerror}. The {safe} trials recorded before are safe: make "
+                f"room, then `mpsearch resume {self.path}`"
+            ) from None
+
+    @property
+    def running(self) -> Sequence[RunningTrial]:
+        """The trials under way; none where no driver lives. Set by the driver."""
+        state = self._state()
+        return [RunningTrial(**trial) for trial in state.get("running", ())] if _alive(state.get("driver")) else []
+
+    @running.setter
+    def running(self, trials: Sequence[RunningTrial]) -> None:
+        state = {"driver": _this_process(), "running": [asdict(trial) for trial in trials]}
+        with _explained(f"cannot write {self._state_json}", f"make room, then `mpsearch resume {self.path}`"):
+            _replace(self._state_json, json.dumps(state), sync=False)
+
+    def write_front(self, front: Mapping[str, Any]) -> None:
+        """Write `front.json`, whole or not at all. Raises RunError where it cannot."""
+        with _explained(f"cannot write {self.front_json}", "make room, or make it writable"):
+            _replace(self.front_json, json.dumps(front, indent=1, allow_nan=False) + "\n")
+
+    def write_parquet(self) -> Path:
+        """Write `trials.parquet` from the record: a row per trial, two text columns per layer.
+
+        Columns are the fields of TrialRecord, `wall.*` in seconds, `costs.*` in the cost model's unit, and
+        `NAME.weight` and `NAME.activation` for every layer. Raises RunError where it cannot be written.
+        """
+        import pandas as pd
+
+        rows = [_row(record) for record in self.records()]
+        table = pd.DataFrame(rows).convert_dtypes()
+        with (
+            _explained(f"cannot write {self.trials_parquet}", "make room, or make it writable"),
+            _replacing(self.trials_parquet) as temporary,
+        ):
+            table.to_parquet(temporary, index=False)
+        return self.trials_parquet
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            return cast(dict[str, Any], json.loads(self._state_json.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+
+def _append_line(path: Path, line: str) -> None:
+    """Add a line and wait until the disk has it; where that fails, the file is as it was. Raises OSError."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        end = os.fstat(file).st_size
+        try:
+            rest = memoryview(f"{line}\n".encode())
+            while rest:  # one turn, unless the disk is full: then the next one raises
+                rest = rest[os.write(file, rest) :]
+            os.fsync(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file, end)
+            raise
+    finally:
+        os.close(file)
+
+
+def _read_lines(path: Path, parse: Callable[[str], Record]) -> list[Record]:
+    """What the whole lines of a file stand for. Raises RunError with the number of a line that stands for nothing."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(text.split(b"\n")[:-1], start=1):  # after the last newline: nothing, or a torn line
+        try:
+            records.append(parse(line.decode()))
+        except (RunError, ValueError, TypeError) as error:
+            raise RunError(
+                f"{path}, line {number}: {error}. Restore the file from a copy, or delete this line to lose it alone"
+            ) from None
+    return records
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut off what a killed driver was writing: that trial never ended. Raises OSError."""
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _row(record: TrialRecord) -> dict[str, Any]:
+    row = {name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall", "costs")}
+    row["digest"] = record.config.digest
+    row |= {f"wall.{name}": value for name, value in asdict(record.wall).items()}
+    row |= {f"costs.{name}": value for name, value in record.costs.items()}
+    for name, layer in record.config.items():
+        row |= {f"{name}.weight": str(layer.weight), f"{name}.activation": str(layer.activation)}
+    return row
+
+
+def _this_process() -> dict[str, Any]:
+    # A process id comes round again; together with the time of its start it does not.
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started_s": psutil.Process().create_time()}
+
+
+def _alive(driver: Mapping[str, Any] | None) -> bool:
+    if not driver:
+        return False
+    if driver["host"] != socket.gethostname():
+        return True  # nothing can be known from here
+    try:
+        return bool(psutil.Process(driver["pid"]).create_time() == driver["started_s"])
+    except psutil.Error:
+        return False
+
+
+@contextlib.contextmanager
+def _explained(what: str, action: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{what}: {error.strerror or error}: {action}") from None
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of `path` that takes its place when the block ends well."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _replace(path: Path, text: str, sync: bool = True) -> None:
+    with _replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())

@@ -30,22 +30,35 @@ CostModelName = Literal[
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataSpec(_Section):
     """Where samples come from: a `kind` and what that kind needs."""
 
     kind: str = Field(description="digits, imagefolder, a torchvision data set in lower case, or module:factory")
-    root: str | None = Field(None, description="folder with the data; not needed for digits")
-    download: bool = Field(False, description="let torchvision fetch the data set into `root`")
-    val_fraction: float = Field(0.1, gt=0, lt=1, description="share of train used for val where the data has no val")
-    test_fraction: float = Field(0.1, gt=0, lt=1, description="share of train used for test where the data has no test")
-    split_seed: int = Field(0, description="seed of those splits")
-    image_size: int | None = Field(None, gt=0, description="side that images are resized to; default: as they are")
-    augment: bool = Field(True, description="random crop and flip on training batches")
-    mean: tuple[float, ...] | None = Field(None, description="per channel, of pixel/255; default: the data set's usual")
-    std: tuple[float, ...] | None = Field(None, description="per channel, of pixel/255; default: the data set's usual")
+    root: str | None = Field(default=None, description="folder with the data; not needed for digits")
+    download: bool = Field(default=False, description="let torchvision fetch the data set into `root`")
+    val_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="share of train used for val where the data has no val"
+    )
+    test_fraction: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="share of val, or of train if there is no val, used for test where the data has no test",
+    )
+    split_seed: int = Field(default=0, description="seed of those splits")
+    image_size: int | None = Field(
+        default=None, gt=0, description="side that images are resized to; default: as they are"
+    )
+    augment: bool = Field(default=True, description="random crop and flip on training batches")
+    mean: tuple[float, ...] | None = Field(
+        default=None, description="per channel, of pixel/255; default: the data set's usual"
+    )
+    std: tuple[float, ...] | None = Field(
+        default=None, description="per channel, of pixel/255; default: the data set's usual"
+    )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a module:factory")
 
     @field_validator("mean", "std", mode="before")
@@ -53,30 +66,58 @@ class DataSpec(_Section):
     def _tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and min(value, default=0) <= 0:
+            raise ValueError("standard deviations are above 0")
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> DataSpec:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("`val_fraction` and `test_fraction` leave nothing to train on: their sum must be below 1")
+        if self.download and (self.kind in ("digits", "imagefolder", "imagenet") or ":" in self.kind):
+            raise ValueError(f"`download` is for torchvision's small data sets: {self.kind} cannot be downloaded")
+        if self.root is not None and (self.kind == "digits" or ":" in self.kind):
+            raise ValueError(f"{self.kind} reads no folder: leave `root` out")
+        if self.args and ":" not in self.kind:
+            raise ValueError(f"`args` are for a module:factory: {self.kind} takes none")
+        return self
+
 
 class TaskSpec(_Section):
     """What is compressed: a model with its data and metric, or a `factory` that brings its own Task."""
 
     model: str | None = Field(
-        None, description="cifar_resnet20/32/44/56, digits_cnn, a torchvision name, module:factory"
+        default=None, description="cifar_resnet20/32/44/56, digits_cnn, a torchvision name, module:factory"
     )
     checkpoint: str | None = Field(
-        None, description="state dict (.pt, .pth, .safetensors); none: train the float model"
+        default=None, description="state dict (.pt, .pth, .safetensors); none: train the float model"
     )
     data: DataSpec | None = None
     metric: Literal["top1", "top5"] = "top1"
-    num_classes: int | None = Field(None, gt=1, description="default: as many as the data has")
+    num_classes: int | None = Field(default=None, gt=1, description="default: as many as the data has")
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the model's constructor")
-    float_epochs: int = Field(30, gt=0, description="epochs of the float model where no checkpoint is given")
-    factory: str | None = Field(None, description="module:function that returns a Task; replaces model and data")
+    float_epochs: int = Field(default=30, gt=0, description="epochs of the float model where no checkpoint is given")
+    factory: str | None = Field(
+        default=None, description="module:function that returns a Task; replaces model and data"
+    )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that function")
 
     @model_validator(mode="after")
     def _one_of(self) -> TaskSpec:
         if self.factory is None and (self.model is None or self.data is None):
             raise ValueError("give both `model` and `data`, or a `factory`")
-        if self.factory is not None and (self.model is not None or self.data is not None):
-            raise ValueError("`factory` brings its own model and data: leave `model` and `data` out")
+        if self.factory is None and self.args:
+            raise ValueError("`args` are those of a `factory`: write `model_args` or `data.args`")
+        if self.factory is not None:
+            fields = type(self).model_fields.items()
+            given = [
+                name for name, field in fields if getattr(self, name) != field.get_default(call_default_factory=True)
+            ]
+            if extra := sorted(set(given) - {"factory", "args"}):
+                raise ValueError(f"`factory` brings its own model, data and metric: leave {', '.join(extra)} out")
         return self
 
 
@@ -84,8 +125,10 @@ class CostSpec(_Section):
     """The hardware cost that is minimized, relative to the same network at `reference`."""
 
     model: CostModelName = "shift_energy"
-    reference: str = Field("w8a8", description="uniform config that costs 1.0, as w8a8")
-    budget: float | None = Field(None, gt=0, description="hard bound on relative cost; configs above it are infeasible")
+    reference: str = Field(default="w8a8", description="uniform config that costs 1.0, as w8a8")
+    budget: float | None = Field(
+        default=None, gt=0, description="hard bound on relative cost; configs above it are infeasible"
+    )
 
     @field_validator("reference")
     @classmethod
@@ -110,35 +153,37 @@ class SearchSpec(_Section):
     """How configs are proposed and how many trials run."""
 
     sampler: Literal["nsga2", "tpe", "gp", "random"] = "nsga2"
-    trials: int = Field(60, gt=0, description="finished trials, the uniform ladder included")
-    concurrency: int = Field(2, gt=0, description="trials that run at the same time")
-    seed: int = Field(0, ge=0)
-    time_limit_s: float | None = Field(None, gt=0, description="no new trial starts after this many seconds")
-    max_failures_in_row: int = Field(5, gt=0, description="failed trials in a row that stop the search")
+    trials: int = Field(default=60, gt=0, description="finished trials, the uniform ladder included")
+    concurrency: int = Field(default=2, gt=0, description="trials that run at the same time")
+    seed: int = Field(default=0, ge=0)
+    time_limit_s: float | None = Field(default=None, gt=0, description="no new trial starts after this many seconds")
+    max_failures_in_row: int = Field(default=5, gt=0, description="failed trials in a row that stop the search")
 
 
 class TrialSpec(_Section):
     """The short fine-tune that scores a config."""
 
-    steps: int = Field(150, ge=0, description="0: score straight after range setting")
-    batch_size: int = Field(128, gt=0)
-    lr: float = Field(0.02, gt=0, description="peak of the one-cycle schedule")
-    weight_decay: float = Field(0.0, ge=0)
-    distill: bool = Field(True, description="Jeffreys divergence to the float model instead of the task's loss")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="arithmetic of the fine-tune")
-    compile: bool | Literal["auto"] = Field("auto", description="torch.compile; auto: where it pays and can")
-    calibration_samples: int = Field(256, gt=0, description="training samples for range setting")
-    bn_batches: int = Field(16, ge=0, description="batches that re-estimate BatchNorm statistics after the fine-tune")
-    seed: int = Field(0, ge=0)
+    steps: int = Field(default=150, ge=0, description="0: score straight after range setting")
+    batch_size: int = Field(default=128, gt=0)
+    lr: float = Field(default=0.02, gt=0, description="peak of the one-cycle schedule")
+    weight_decay: float = Field(default=0.0, ge=0)
+    distill: bool = Field(default=True, description="Jeffreys divergence to the float model instead of the task's loss")
+    precision: Literal["auto", "bf16", "fp32"] = Field(default="auto", description="arithmetic of the fine-tune")
+    compile: bool | Literal["auto"] = Field(default="auto", description="torch.compile; auto: where it pays and can")
+    calibration_samples: int = Field(default=256, gt=0, description="training samples for range setting")
+    bn_batches: int = Field(
+        default=16, ge=0, description="batches that re-estimate BatchNorm statistics after the fine-tune"
+    )
+    seed: int = Field(default=0, ge=0)
 
 
 class FinalSpec(_Section):
     """The longer training of the picked front, the only stage that sees the test split."""
 
-    pick: int = Field(6, gt=0, description="front points that are re-trained")
-    epochs: float = Field(5, gt=0)
-    seeds: int = Field(3, gt=0)
-    lr: float | None = Field(None, gt=0, description="default: the trial's")
+    pick: int = Field(default=6, gt=0, description="front points that are re-trained")
+    epochs: float = Field(default=5, gt=0)
+    seeds: int = Field(default=3, gt=0)
+    lr: float | None = Field(default=None, gt=0, description="default: the trial's")
 
 
 class EngineSpec(_Section):
@@ -166,7 +211,7 @@ class StudySpec(_Section):
     trial: TrialSpec = TrialSpec()
     final: FinalSpec = FinalSpec()
     storage: str = Field(
-        "sqlite", description="sqlite, journal, none, or a SQLAlchemy URL: the Optuna view of the study"
+        default="sqlite", description="sqlite, journal, none, or a SQLAlchemy URL: the Optuna view of the study"
     )
     engine: EngineSpec = EngineSpec()
 
@@ -193,7 +238,7 @@ def load_study(study: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
     """
     path = shipped("studies", str(study), StudyError)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = _read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StudyError(f"{path} is not YAML: {error}") from None
     except OSError as error:
@@ -246,12 +291,25 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
     return list(section.model_fields)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as its version 1.2 reads numbers: `1e-3` is one (PyYAML takes it for text)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
 def _set(document: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise StudyError(f"--set got '{override}': write key.path=value, as in search.trials=20")
     try:
-        value = yaml.safe_load(text)
+        value = _read_yaml(text)
     except yaml.YAMLError:
         value = text
     *parents, last = key.strip().split(".")
@@ -276,14 +334,16 @@ def _expand(value: Any, where: str) -> Any:
         return value
 
     def read(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1], match[2])
-        if found is None:
-            key = where.removeprefix("study.")
-            raise StudyError(
-                f"{key} is read from the environment variable {match[1]}, which is not set: "
-                f"set it, or give --set {key}=VALUE"
-            )
-        return found
+        variable, default = match.groups()
+        if variable in os.environ:
+            return os.environ[variable]
+        if default is not None:
+            return str(default)
+        key = where.removeprefix("study.")
+        raise StudyError(
+            f"{key} is read from the environment variable {variable}, which is not set: "
+            f"set it, or give --set {key}=VALUE"
+        )
 
     return _VARIABLE.sub(read, value)
 

@@ -1,0 +1,33 @@
+# Two commands set everything up on a machine with python3.11 and pip: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+UV = $(PYTHON) -m uv
+
+.PHONY: demo test test-all lint setup clean
+
+demo: setup  ## run the digits study end to end; prints the front and where the report is
+	$(BIN)/mpsearch run digits --out runs/digits-$$(date +%Y%m%d-%H%M%S)
+
+test: setup  ## the default tests, a few minutes on 2 cores
+	$(BIN)/python -m pytest
+
+test-all: setup  ## the slow tests too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/.installed
+
+# uv, because the pip that comes with Python 3.11 cannot resolve torch's extras.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet uv
+	test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)
+	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,596 @@
+"""The commands, and nothing else: each reads its arguments, calls one function and prints what came of it.
+
+Exit codes: 0 done; 2 the input is wrong (one message, no traceback); 1 our fault; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpsearch.errors import MpsearchError, RunError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mpsearch.record import RunFolder, TrialRecord
+    from mpsearch.search.engine import Event
+    from mpsearch.search.run import Problem
+    from mpsearch.study import StudySpec
+
+app = typer.Typer(
+    name="mpsearch",
+    help="Search the bit-widths and quantizer types of a network's layers: accuracy against hardware cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Study = Annotated[str, typer.Argument(help="a shipped study by name (digits), or the path of a study file")]
+Run = Annotated[Path, typer.Argument(help="a run folder")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE over the study file; may be repeated")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON for programs instead of a table")]
+
+
+def main() -> None:
+    """The `mpsearch` command."""
+    try:
+        app(standalone_mode=True)
+    except MpsearchError as error:
+        print(f"mpsearch: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("mpsearch: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception:
+        traceback.print_exc()
+        print("mpsearch: this is our fault, not yours: please report it with the lines above", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def check(study: Study, set_: Set = None, json_: Json = False) -> None:
+    """Say in words what a study would do: what is optimised, how many configs there are, how long a trial takes."""
+    from mpsearch.search.run import estimate_trial_s
+
+    spec, problem = _open(study, set_)
+    trial_s = estimate_trial_s(problem)
+    float_val = problem.task.evaluate(problem.task.float_model(), "val")
+    total_s = spec.search.trials * trial_s / _parallel(spec)
+    if json_:
+        _print_json(
+            {
+                "study": spec.model_dump(mode="json"),
+                "layers": len(problem.layers),
+                "free": len(problem.space.free),
+                "configs": problem.space.size,
+                "cost": {"cheapest": problem.cheapest, "dearest": problem.dearest, "unit": problem.cost.reference.unit},
+                "float_val": float_val,
+                "trial_s": trial_s,
+                "search_s": total_s,
+            }
+        )
+        return
+    console = _console()
+    for line in problem.summary():
+        console.print(line, soft_wrap=True)
+    console.print(f"Float model: {_percent(float_val)} on val ({getattr(problem.task, 'float_model_source', 'as given')}).")
+    console.print(
+        f"One trial should take about {_duration(trial_s)} run alone without compilation; {spec.search.trials} trials, "
+        f"{spec.search.concurrency} at a time, about {_duration(total_s)} on {os.cpu_count()} cores.",
+        soft_wrap=True,
+    )
+    console.print("\nThe study as it holds:", style="bold")
+    console.print(spec.to_yaml(), end="", markup=False, highlight=False)
+
+
+@app.command()
+def inspect(study: Study, set_: Set = None, json_: Json = False) -> None:
+    """List the layers: shapes, MACs, groups, what each may be, and what cannot be quantized and why."""
+    _, problem = _open(study, set_)
+    choices = {(name, slot.tensor): slot for slot in problem.space.slots for name in slot.layers}
+    rows = [
+        {
+            "layer": layer.name,
+            "kind": layer.kind,
+            "weight_shape": list(layer.weight_shape),
+            "input_shape": list(layer.input_shape),
+            "macs": layer.macs,
+            "params": layer.params,
+            "signed_input": layer.signed_input,
+            "batch_norm": layer.batch_norm,
+            "input_group": layer.input_group,
+            "weight_group": layer.weight_group,
+            "calls": layer.calls,
+            "reason": layer.reason,
+            "weight": [str(c) for c in choices[layer.name, "weight"].choices] if layer.reason is None else [],
+            "activation": [str(c) for c in choices[layer.name, "activation"].choices] if layer.reason is None else [],
+        }
+        for layer in problem.graph.layers
+    ]
+    if json_:
+        _print_json({"layers": rows, "other_macs": dict(problem.graph.other_macs), "macs": problem.graph.macs})
+        return
+    table = _table("layer", "kind", "weight", ">MACs", ">params", "input", "weight precisions", "input precisions")
+    for row, layer in zip(rows, problem.graph.layers, strict=True):
+        if layer.reason is not None:
+            table.add_row(layer.name, layer.kind, *["x".join(map(str, layer.weight_shape)), f"{layer.macs:,}"])
+            table.add_row("", f"[yellow]stays float: {layer.reason}[/]")
+            continue
+        shared = "" if layer.input_group in ("", layer.name) else f" = {layer.input_group}"
+        table.add_row(
+            layer.name,
+            "depthwise " + layer.kind if layer.depthwise else layer.kind,
+            "x".join(map(str, layer.weight_shape)),
+            f"{layer.macs:,}",
+            f"{layer.params:,}",
+            ("signed" if layer.signed_input else "unsigned") + shared,
+            _compact(row["weight"]),
+            _compact(row["activation"]),
+        )
+    console = _console()
+    console.print(table)
+    for operation, macs in problem.graph.other_macs.items():
+        console.print(f"outside layers: {operation}, {macs:,} MACs, not priced")
+
+
+@app.command()
+def run(
+    study: Study,
+    out: Annotated[Path | None, typer.Option("--out", help="run folder; default runs/NAME")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="over search.trials")] = None,
+    time_limit: Annotated[str | None, typer.Option("--time-limit", help="no new trial after this: 90s, 10m, 2h")] = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Run a study: propose, fine-tune and score configs, and print the Pareto front."""
+    from mpsearch.search.run import run_study
+    from mpsearch.study import load_study
+
+    overrides = list(set_ or ())
+    if trials is not None:
+        overrides.append(f"search.trials={trials}")
+    if time_limit is not None:
+        overrides.append(f"search.time_limit_s={_seconds(time_limit)}")
+    spec = load_study(study, overrides)
+    _follow(lambda display: run_study(spec, out, display.on_event, display.on_ready), json_)
+
+
+@app.command()
+def resume(
+    run: Run,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="wanted in all, finished ones included")] = None,
+    json_: Json = False,
+) -> None:
+    """Go on with a run that was killed, interrupted or finished; no finished trial is lost or repeated."""
+    from mpsearch.search.run import resume_study
+
+    _follow(lambda display: resume_study(run, display.on_event, display.on_ready, trials), json_)
+
+
+@app.command()
+def status(run: Run, json_: Json = False) -> None:
+    """Say how far a run is; works while it runs."""
+    from mpsearch.record import RunFolder
+    from mpsearch.search.front import pareto_front
+    from mpsearch.search.run import read_spec
+
+    folder = RunFolder.open(run)
+    spec, records, running = read_spec(folder), folder.records(), folder.running
+    front = pareto_front(records)
+    counts = {state: sum(r.state == state for r in records) for state in ("complete", "failed", "stopped")}
+    document = {
+        "study": spec.name,
+        "trials": spec.search.trials,
+        "completed": counts["complete"],
+        "failed": counts["failed"],
+        "stopped": counts["stopped"],
+        "running": len(running),
+        "best": {"number": front.best.number, "accuracy": front.best.accuracy, "cost": front.best.cost}
+        if front.trials
+        else None,
+        "hypervolume": _hypervolume(folder),
+    }
+    if json_:
+        _print_json(document)
+        return
+    console = _console()
+    console.print(
+        f"{spec.name}: {counts['complete']} of {spec.search.trials} trials complete, {counts['failed']} failed, "
+        f"{counts['stopped']} stopped, {len(running)} running"
+    )
+    for trial in running:
+        console.print(f"  trial {trial.number} ({trial.origin}), cost {trial.cost:.3f}, {_ago(trial.started_s)}")
+    for record in [r for r in records if r.state == "failed"][-5:]:
+        console.print(f"  trial {record.number} failed: {record.reason}", style="yellow", soft_wrap=True)
+    if front.trials:
+        best = front.best
+        console.print(f"best: trial {best.number}, {_percent(best.accuracy)} at cost {best.cost:.3f}; {len(front)} on front")
+
+
+@app.command()
+def front(
+    run: Run,
+    json_: Json = False,
+    csv: Annotated[bool, typer.Option("--csv", help="print CSV")] = False,
+) -> None:
+    """Print the Pareto front, and the uniform ladder beside it."""
+    from mpsearch.record import RunFolder
+
+    folder = RunFolder.open(run)
+    records = folder.records()
+    if csv:
+        from mpsearch.report.tables import front_table
+
+        print(front_table(records).to_csv(index=False), end="")
+    elif json_:
+        _print_json(_front_document(folder, records))
+    else:
+        _print_front(records)
+
+
+@app.command()
+def finalize(
+    run: Run,
+    json_: Json = False,
+) -> None:
+    """Train the picked front longer over several seeds, beside its uniform control, and score the test split."""
+    from mpsearch.record import RunFolder
+    from mpsearch.search.finalize import finalize as train_finally
+    from mpsearch.search.run import open_problem, read_spec
+
+    folder = RunFolder.open(run)
+    problem = open_problem(read_spec(folder))
+    console = _console(stderr=True)
+
+    def progress(done: int, total: int, trial: TrialRecord, seed: int) -> None:
+        console.print(f"[{done + 1}/{total}] trial {trial.number} (cost {trial.cost:.3f}), seed {seed}", highlight=False)
+
+    rows = train_finally(problem, folder, progress)
+    model = problem.task.float_model()
+    float_val, float_test = problem.task.evaluate(model, "val"), problem.task.evaluate(model, "test")
+    if json_:
+        _print_json(
+            {
+                "float_val": float_val,
+                "float_test": float_test,
+                "rows": [
+                    {
+                        "number": row.trial.number,
+                        "picked": row.picked,
+                        "cost": row.trial.cost,
+                        "proxy_val": row.trial.accuracy,
+                        "val": row.val_mean,
+                        "val_std": None if row.seeds < 2 else row.val_std,
+                        "test": row.test_mean,
+                        "test_std": None if row.seeds < 2 else row.test_std,
+                        "seeds": row.seeds,
+                        "beside": row.beside,
+                    }
+                    for row in rows
+                ],
+            }
+        )
+        return
+    by_number = {row.trial.number: row for row in rows}
+    table = _table(">trial", "origin", ">cost", ">val after trial", ">val", ">test", ">minus uniform beside it, test")
+    for row in rows:
+        beside = by_number.get(row.beside) if row.beside is not None else None
+        gain = "" if beside is None or beside is row else f"{100 * (row.test_mean - beside.test_mean):+.2f}"
+        where = "" if beside is None or beside is row else f" (trial {beside.trial.number}, cost {beside.trial.cost:.3f})"
+        table.add_row(
+            str(row.trial.number),
+            row.trial.origin,
+            f"{row.trial.cost:.3f}",
+            _percent(row.trial.accuracy),
+            _spread(row.val_mean, row.val_std),
+            _spread(row.test_mean, row.test_std),
+            gain + where,
+        )
+    out = _console()
+    out.print(table)
+    out.print(f"float: val {_percent(float_val)}, test {_percent(float_test)}; {problem.spec.final.seeds} seeds a config")
+    _write_report(folder, problem)
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write `report.html` in the run folder: one file that opens without a network."""
+    from mpsearch.record import RunFolder
+    from mpsearch.search.run import open_problem, read_spec
+
+    folder = RunFolder.open(run)
+    print(_write_report(folder, open_problem(read_spec(folder))))
+
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder to write")],
+    pick: Annotated[str, typer.Option("--pick", help="knee, best, trial:7, cost<=0.5, accuracy>=0.87")] = "knee",
+    to: Annotated[str, typer.Option("--to", help="format: native")] = "native",
+) -> None:
+    """Export a config with its weights and scales."""
+    from mpsearch.export import export_run
+
+    path, record = export_run(run, pick, to, out)
+    print(f"trial {record.number}: {_percent(record.accuracy)} on val at cost {record.cost:.4f}, written to {path}")
+
+
+# ---------------------------------------------------------------------------------------------- what commands share
+
+
+class _Display:
+    """Progress of a run: a bar in a terminal, a line per trial elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self.console = _console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[best]}"),
+            TextColumn("{task.fields[eta]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.problem: Problem | None = None
+        self.folder: RunFolder | None = None
+        self.ended: list[TrialRecord] = []
+        self.earlier = 0
+        self.began = time.monotonic()
+
+    def on_ready(self, problem: Problem, folder: RunFolder) -> None:
+        """The run starts."""
+        self.problem, self.folder = problem, folder
+        _log_to(folder)
+        self.ended = folder.records()
+        self.earlier = len(self.ended)
+        self.began = time.monotonic()
+        for line in problem.summary():
+            self.console.print(line, style="dim", soft_wrap=True, highlight=False)
+        self.task = self.progress.add_task(
+            problem.spec.name, total=problem.spec.search.trials, completed=self.earlier, best="", eta=""
+        )
+        self.progress.start()
+
+    def on_event(self, event: Event) -> None:
+        """A trial has started or ended."""
+        from mpsearch.search.engine import Finished
+
+        if not isinstance(event, Finished) or self.problem is None:
+            return
+        from mpsearch.search.front import pareto_front
+
+        record = event.record
+        self.ended.append(record)
+        done, total = len(self.ended), self.problem.spec.search.trials
+        new = done - self.earlier
+        left_s = (time.monotonic() - self.began) / new * (total - done)
+        front = pareto_front(self.ended)
+        best = f"best {_percent(front.best.accuracy)}, {len(front)} on the front" if front.trials else ""
+        self.progress.update(self.task, completed=done, best=best, eta=f"{_duration(left_s)} left")
+        if self.progress.disable or record.state == "failed":
+            outcome = (
+                f"failed: {record.reason}"
+                if record.state == "failed"
+                else f"{_percent(record.accuracy)} at cost {record.cost:.4f}"
+            )
+            self.console.print(
+                f"[{done}/{total}] trial {record.number} ({record.origin}): {outcome}, {record.wall.total_s:.1f} s",
+                style="yellow" if record.state == "failed" else None,
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def _follow(search: Any, json_: bool) -> None:
+    """Run a search with progress, then print the front and where everything is."""
+    display = _Display()
+    try:
+        search(display)
+    except KeyboardInterrupt:
+        display.progress.stop()
+        if display.folder is not None:
+            print(
+                f"mpsearch: interrupted; {len(display.folder.records())} finished trials are safe, go on with: "
+                f"mpsearch resume {display.folder.path}",
+                file=sys.stderr,
+            )
+            sys.exit(130)
+        raise
+    finally:
+        display.progress.stop()
+    assert display.folder is not None
+    assert display.problem is not None
+    records = display.folder.records()
+    report_path = _write_report(display.folder, display.problem)
+    if json_:
+        _print_json(_front_document(display.folder, records))
+        return
+    _print_front(records)
+    failed = sum(record.state == "failed" for record in records)
+    console = _console()
+    console.print(
+        f"{len(records)} trials" + (f", {failed} failed" if failed else "") + f"; run folder {display.folder.path}",
+        highlight=False,
+    )
+    console.print(f"report: {report_path}", highlight=False, soft_wrap=True)
+
+
+def _open(study: str, set_: Sequence[str] | None) -> tuple[StudySpec, Problem]:
+    from mpsearch.search.run import open_problem
+    from mpsearch.study import load_study
+
+    spec = load_study(study, set_ or ())
+    return spec, open_problem(spec)
+
+
+def _write_report(folder: RunFolder, problem: Problem) -> Path:
+    from mpsearch.report.page import write_report
+
+    finals = folder.finals()
+    rows: list[dict[str, object]] = []
+    if finals:
+        from mpsearch.search.finalize import final_rows
+
+        rows = final_rows(folder)
+    path = folder.path
+    return write_report(
+        folder.report_html,
+        name=problem.spec.name,
+        summary=problem.summary(),
+        records=folder.records(),
+        layers=problem.layers,
+        cheapest=problem.cheapest,
+        finalized=rows or None,
+        commands=[
+            f"mpsearch run {folder.study_yaml} --out NEW_FOLDER",
+            f"mpsearch front {path}",
+            f"mpsearch finalize {path}",
+            f"mpsearch export {path} --pick knee --to native -o OUT",
+        ],
+    )
+
+
+def _front_document(folder: RunFolder, records: Sequence[TrialRecord]) -> dict[str, Any]:
+    from mpsearch.search.front import pareto_front
+    from mpsearch.search.run import front_rows
+
+    front = pareto_front(records)
+    return {
+        "hypervolume": _hypervolume(folder),
+        "front": front_rows(front),
+        "uniform": [{"number": t.number, "accuracy": t.accuracy, "cost": t.cost} for t in front.ladder],
+    }
+
+
+def _hypervolume(folder: RunFolder) -> float | None:
+    """Of the front as last written; None before that."""
+    try:
+        document = json.loads(folder.front_json.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    value = document.get("hypervolume")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _print_front(records: Sequence[TrialRecord]) -> None:
+    from mpsearch.report.tables import mean_bits
+    from mpsearch.search.front import pareto_front
+
+    found = pareto_front(records)
+    if not found.trials:
+        raise RunError("no trial is complete: there is no front yet; see why with `mpsearch status RUN`")
+    table = _table(">trial", "origin", ">accuracy, val", ">cost", ">weight bits", ">input bits", "")
+    on_front = {trial.number for trial in found}
+    for trial in sorted({t.number: t for t in (*found, *found.ladder)}.values(), key=lambda t: t.cost or 0.0):
+        note = "knee" if trial is found.knee else "" if trial.number in on_front else "dominated"
+        weight_bits, input_bits = mean_bits(trial.config)
+        table.add_row(
+            str(trial.number),
+            trial.origin,
+            _percent(trial.accuracy),
+            f"{trial.cost:.4f}",
+            f"{weight_bits:.1f}",
+            f"{input_bits:.1f}",
+            note,
+            style=None if trial.number in on_front else "dim",
+        )
+    _console().print(table)
+
+
+def _log_to(folder: RunFolder) -> None:
+    handler = logging.FileHandler(folder.log_txt, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("mpsearch")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _table(*columns: str) -> Table:
+    """A table without a frame; a column whose name starts with > is aligned right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return table
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, allow_nan=False))
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def _spread(mean: float, std: float) -> str:
+    return f"{100 * mean:.2f}" + ("" if std != std else f" ± {100 * std:.2f}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _ago(started_s: float) -> str:
+    return f"for {_duration(max(0.0, time.time() - started_s))}"
+
+
+def _seconds(text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600}
+    number, unit = (text[:-1], text[-1]) if text and text[-1] in units else (text, "s")
+    try:
+        seconds = float(number) * units[unit]
+    except ValueError:
+        seconds = 0
+    if not seconds > 0:
+        raise MpsearchError(f"--time-limit got '{text}': write seconds, minutes or hours as 90s, 10m or 2h")
+    return seconds
+
+
+def _parallel(spec: StudySpec) -> float:
+    """How many trials' worth of work is done at a time: concurrency shares the cores, it does not multiply them."""
+    return 1.0 if spec.engine.address == "none" else min(spec.search.concurrency, os.cpu_count() or 1)
+
+
+def _compact(texts: Sequence[str]) -> str:
+    """`uniform:2-8/channel` for a run of bits of one quantizer."""
+    runs: list[tuple[str, int, int, str]] = []
+    for text in texts:
+        head, _, granularity = text.partition("/")
+        quantizer, _, bits = head.partition(":")
+        if runs and bits and runs[-1][0] == quantizer and runs[-1][3] == granularity and int(bits) == runs[-1][2] + 1:
+            runs[-1] = (quantizer, runs[-1][1], int(bits), granularity)
+        else:
+            runs.append((quantizer, int(bits or 32), int(bits or 32), granularity))
+    return ", ".join(
+        q if q == "float" else f"{q}:{a}" + (f"-{b}" if b != a else "") + f"/{g}" for q, a, b, g in runs
+    )

@@ -1,0 +1,194 @@
+"""The native format: a precision config in JSON and, beside it, weights and scales in safetensors.
+
+`save` writes the folder, `load` gives the model back: same module names, same outputs bit for bit on the same
+machine. Reading needs torch and safetensors alone, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mpsearch.errors import ExportError, PrecisionError, nearest
+from mpsearch.graph.layers import LayerInfo
+from mpsearch.precision import PrecisionConfig
+from mpsearch.quant.modules import QUANT_LAYERS
+from mpsearch.quant.prepare import insert_quantizers, quant_layers
+
+SCHEMA = "mpsearch/precision-config/1"
+CONFIG_FILE = "precision.json"
+TENSORS_FILE = "model.safetensors"
+
+
+def save(
+    model: nn.Module,
+    layers: Sequence[LayerInfo],
+    folder: str | Path,
+    *,
+    name: str,
+    task: str,
+    metric: str = "top1",
+    accuracy: Mapping[str, float | None] | None = None,
+    cost: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a quantized model: `precision.json` and `model.safetensors` in `folder`.
+
+    Args:
+        model: what `prepare` made, trained or not.
+        layers: the layers of the float model that it was made from.
+        folder: where to; made if absent.
+        name: the network's name.
+        task: what it was measured on.
+        metric: what `accuracy` is.
+        accuracy: measured accuracies by split.
+        cost: `{"model", "reference", "relative"}`.
+
+    Raises:
+        ExportError: the folder cannot be written, or holds another export.
+    """
+    folder = Path(folder)
+    quantized = quant_layers(model)
+    inputs = {
+        layer.name: {"shape": list(layer.input_shape), "signed": layer.signed_input}
+        for layer in layers
+        if layer.name in quantized
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (CONFIG_FILE, TENSORS_FILE):
+            if (folder / file).exists():
+                raise ExportError(f"{folder} already holds {file}: give another folder, or remove it first")
+        save_file(_tensors(model), folder / TENSORS_FILE, metadata={"format": "pt", "schema": SCHEMA})
+        document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "mpsearch": version("mpsearch"),
+            "model": name,
+            "task": task,
+            "metric": metric,
+            "accuracy": dict(accuracy or {}),
+            "layers": PrecisionConfig((n, layer.precision) for n, layer in quantized.items()).to_json(),
+            "inputs": inputs,
+            "tensors": {"file": TENSORS_FILE, "sha256": _sha256(folder / TENSORS_FILE)},
+        }
+        if cost is not None:
+            document["cost"] = dict(cost)
+        (folder / CONFIG_FILE).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"cannot write the export to {folder}: {error.strerror or error}") from None
+    return folder
+
+
+def load(model: nn.Module, folder: str | Path) -> nn.Module:
+    """A quantized copy of the float network `model` with the weights and scales of an export, in eval mode.
+
+    `model` gives the architecture; its own weights do not matter and it is left untouched.
+
+    Raises:
+        ExportError: the folder holds no export, a damaged one, one of another schema, or one of another network.
+    """
+    folder = Path(folder)
+    document = read_document(folder)
+    config = _checked_config(document, folder)
+    modules = dict(model.named_modules())
+    infos = [_info(name, modules, document, folder) for name in config]
+    quantized = insert_quantizers(model, infos)
+    for name, layer in quant_layers(quantized).items():
+        layer.set_precision(config[name])
+    tensors = _read_tensors(folder, document)
+    try:
+        quantized.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ExportError(f"{folder} is of another network than the model given: {_first_lines(error)}") from None
+    return quantized.eval()
+
+
+def read_document(folder: str | Path) -> dict[str, Any]:
+    """The JSON of an export, its schema checked.
+
+    Raises:
+        ExportError: there is none, it cannot be read, or its schema is foreign or of another version.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportError(f"{folder} holds no export (no {CONFIG_FILE}): give the folder that export wrote") from None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"cannot read {path}: {error}") from None
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if schema != SCHEMA:
+        raise ExportError(f"{path} has schema {schema!r}, this mpsearch {version('mpsearch')} reads {SCHEMA!r}")
+    assert isinstance(document, dict)
+    return document
+
+
+def _checked_config(document: Mapping[str, Any], folder: Path) -> PrecisionConfig:
+    try:
+        return PrecisionConfig.from_json(document.get("layers"))
+    except PrecisionError as error:
+        raise ExportError(f"{folder / CONFIG_FILE}: {error}") from None
+
+
+def _info(name: str, modules: Mapping[str, nn.Module], document: Mapping[str, Any], folder: Path) -> LayerInfo:
+    module = modules.get(name)
+    if module is None:
+        raise ExportError(f"{folder} names a layer '{name}' that the model does not have: {nearest(name, modules)}")
+    if type(module) not in QUANT_LAYERS:
+        raise ExportError(f"layer '{name}' of the model is a {type(module).__name__}, which has no quantized form")
+    try:
+        facts = document["inputs"][name]
+        shape, signed = tuple(int(size) for size in facts["shape"]), bool(facts["signed"])
+    except (KeyError, TypeError, ValueError):
+        raise ExportError(f"{folder / CONFIG_FILE}: 'inputs' must give shape and signed for layer '{name}'") from None
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return LayerInfo(name, "", tuple(weight.shape), shape, (), 0, 0, 0, signed_input=signed)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, each tensor with memory of its own (safetensors refuses shared memory)."""
+    return {
+        name.removeprefix("_orig_mod."): value.detach().cpu().clone().contiguous()
+        for name, value in model.state_dict().items()
+    }
+
+
+def _read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
+    entry = document.get("tensors")
+    file = entry.get("file") if isinstance(entry, Mapping) else None
+    if not isinstance(file, str) or Path(file).name != file:
+        raise ExportError(f"{folder / CONFIG_FILE}: 'tensors.file' must be a file name in the same folder, got {file!r}")
+    path = folder / file
+    try:
+        if _sha256(path) != entry["sha256"]:  # type: ignore[index]
+            raise ExportError(f"{path} is not the file that {CONFIG_FILE} was written with: its SHA-256 differs")
+        return load_file(path)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ExportError(f"cannot read {path}: {error}") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_lines(error: Exception, count: int = 3) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:count])[:400]
+
+
+@torch.no_grad()
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a state dict to one safetensors file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(_tensors(model), temporary)
+    temporary.replace(path)

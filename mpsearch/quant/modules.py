@@ -1,0 +1,150 @@
+"""Layers with a weight quantizer and an input quantizer: y = op(q_a(x), q_w(w)) + bias.
+
+Each is a subclass of the torch layer that it stands for, so the names in its state dict are the original ones with
+`weight_quantizer.*` and `input_quantizer.*` beside them. Biases stay float: they are added to the accumulator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpsearch.precision import LayerPrecision
+from mpsearch.quant.uniform import UniformQuantizer
+
+
+class QuantLayer(nn.Module):
+    """What all quantized layers have in common."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_quantizer: UniformQuantizer
+    input_quantizer: UniformQuantizer
+
+    def add_quantizers(self, *, signed_input: bool, input_elements: int) -> None:
+        """Give the layer its quantizers, at float precision.
+
+        Args:
+            signed_input: whether the input takes negative values, and thus needs an offset.
+            input_elements: elements of one input sample (N of LSQ's gradient scale).
+        """
+        axis = 1 if isinstance(self, nn.modules.conv._ConvTransposeNd) else 0
+        channels = self.weight.shape[axis]
+        self.weight_quantizer = UniformQuantizer(
+            channels,
+            self.weight.dim(),
+            signed=True,
+            offset=False,
+            elements=self.weight.numel() // channels,
+            channel_axis=axis,
+        )
+        self.input_quantizer = UniformQuantizer(1, 0, signed=False, offset=signed_input, elements=input_elements)
+
+    @property
+    def precision(self) -> LayerPrecision:
+        """The precision that the layer has now."""
+        return LayerPrecision(self.weight_quantizer.precision, self.input_quantizer.precision)
+
+    def set_precision(self, precision: LayerPrecision) -> None:
+        """Take on a precision; ranges have to be set afterwards."""
+        self.weight_quantizer.set_precision(precision.weight)
+        self.input_quantizer.set_precision(precision.activation)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as the layer uses it."""
+        weight: Tensor = self.weight_quantizer(self.weight)
+        return weight
+
+
+class QuantConv1d(QuantLayer, nn.Conv1d):
+    """`nn.Conv1d` with quantized weight and input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """`nn.Conv2d` with quantized weight and input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+
+
+class QuantConv3d(QuantLayer, nn.Conv3d):
+    """`nn.Conv3d` with quantized weight and input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+
+
+class _QuantConvTranspose(QuantLayer):
+    """The part that transposed convolutions of one to three dimensions share."""
+
+    _transposed: Any  # torch's functional form
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        spatial = self.weight.dim() - 2
+        padding = self._output_padding(  # type: ignore[operator]
+            x, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        )
+        y: Tensor = self._transposed(
+            self.input_quantizer(x),
+            self.quantized_weight(),
+            self.bias,
+            self.stride,
+            self.padding,
+            padding,
+            self.groups,
+            self.dilation,
+        )
+        return y
+
+
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` with quantized weight and input."""
+
+    _transposed = staticmethod(F.conv_transpose1d)
+
+
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with quantized weight and input."""
+
+    _transposed = staticmethod(F.conv_transpose2d)
+
+
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` with quantized weight and input."""
+
+    _transposed = staticmethod(F.conv_transpose3d)
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """`nn.Linear` with quantized weight and input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.input_quantizer(x), self.quantized_weight(), self.bias)
+
+
+QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+    nn.ConvTranspose1d: QuantConvTranspose1d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.ConvTranspose3d: QuantConvTranspose3d,
+    nn.Linear: QuantLinear,
+}
+"""What stands for each torch layer. A layer type joins by one entry here and one in the contract tests."""
+
+
+@torch.no_grad()
+def quantized(layer: nn.Module, *, signed_input: bool, input_elements: int) -> QuantLayer:
+    """A quantized layer, at float precision, that shares the parameters of `layer`."""
+    kind = QUANT_LAYERS[type(layer)]
+    twin = kind.__new__(kind)
+    twin.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in layer.__dict__.items()}
+    twin.add_quantizers(signed_input=signed_input, input_elements=input_elements)
+    return twin

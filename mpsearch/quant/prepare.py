@@ -1,0 +1,179 @@
+"""Putting quantizers into a model, and setting what precision each layer has.
+
+Structure and precision are separate steps, because a search does the first once and the second for every trial:
+
+    model = insert_quantizers(float_model, layers)    # QuantConv2d for Conv2d, ...; everything still float
+    ranges = RangeSetter(float_model, layers, batch)  # remembers activation samples, and each range it has searched
+    set_precision(model, config, ranges)              # bits and ranges, in place: nothing is rebuilt or recompiled
+
+`prepare` does all three for those who want one model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import PrecisionError, nearest
+from mpsearch.graph.layers import LayerInfo
+from mpsearch.precision import Precision, PrecisionConfig
+from mpsearch.quant.modules import QuantLayer, quantized
+from mpsearch.quant.ranges import activation_range, weight_step
+
+ACTIVATION_SAMPLES = 16_384
+"""Values kept of each layer's input for range setting."""
+
+
+def insert_quantizers(model: nn.Module, layers: Sequence[LayerInfo]) -> nn.Module:
+    """A copy of `model` whose quantizable layers are quantized layers at float precision: it computes the same.
+
+    Layers with a `reason` are left as they are. A module used under two names stays one module.
+    """
+    model = copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    for layer in layers:
+        if layer.reason is not None:
+            continue
+        elements = 1
+        for size in layer.input_shape:
+            elements *= size
+        twin = quantized(modules[layer.name], signed_input=layer.signed_input, input_elements=elements)
+        for parent, name in _places(model, modules[layer.name]):
+            setattr(parent, name, twin)
+    return model
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """The quantized layers of a model by name; names are the same whether or not the model is compiled."""
+    found = {n.removeprefix("_orig_mod."): m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
+    return found
+
+
+class RangeSetter:
+    """MSE range setting for the layers of one float model; every range is searched once and remembered.
+
+    Args:
+        model: the float model.
+        layers: its layers.
+        calibration_input: a batch of model input; activations are sampled from one forward pass over it.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[LayerInfo], calibration_input: Any) -> None:
+        self._signed = {layer.name: layer.signed_input for layer in layers if layer.reason is None}
+        self._inputs = sample_inputs(model, list(self._signed), calibration_input)
+        self._activation: dict[tuple[str, Precision], tuple[Tensor, Tensor]] = {}
+        self._weight: dict[tuple[str, Precision], tuple[Tensor, Tensor]] = {}
+
+    def activation(self, name: str, precision: Precision) -> tuple[Tensor, Tensor]:
+        """Step and offset of a layer's input, both of shape ()."""
+        key = (name, precision)
+        if key not in self._activation:
+            self._activation[key] = activation_range(self._inputs[name], precision, signed=self._signed[name])
+        return self._activation[key]
+
+    def weight(self, name: str, precision: Precision, rows: Tensor) -> Tensor:
+        """Step of a layer's weight `rows` (channels, n): searched anew only if the weight is not the one seen last."""
+        key = (name, precision)
+        if key not in self._weight or not torch.equal(self._weight[key][0], rows):
+            self._weight[key] = (rows.detach().clone(), weight_step(rows, precision))
+        return self._weight[key][1]
+
+
+@torch.no_grad()
+def set_precision(model: nn.Module, config: PrecisionConfig, ranges: RangeSetter) -> None:
+    """Give every quantized layer the precision that `config` names, and ranges of least squared error.
+
+    Raises:
+        PrecisionError: the config and the model do not name the same layers, or a quantizer cannot be applied.
+    """
+    layers = quant_layers(model)
+    check_names(config, layers)
+    for name, layer in layers.items():
+        precision = config[name]
+        layer.set_precision(precision)
+        if not precision.weight.is_float:
+            rows = weight_rows(layer)
+            layer.weight_quantizer.set_range(ranges.weight(name, precision.weight, rows))
+        if not precision.activation.is_float:
+            layer.input_quantizer.set_range(*ranges.activation(name, precision.activation))
+
+
+def check_names(config: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
+    """Refuse a config that names other layers than the model has."""
+    for name in config:
+        if name not in layers:
+            raise PrecisionError(f"the config names a layer '{name}' that the model does not have: {nearest(name, layers)}")
+    missing = [name for name in layers if name not in config]
+    if missing:
+        raise PrecisionError(
+            f"the config says nothing of {len(missing)} of the model's {len(layers)} layers, '{missing[0]}' first: "
+            "give each layer a precision, float:32 to leave it alone"
+        )
+
+
+def prepare(
+    model: nn.Module, config: PrecisionConfig, calibration_input: Any, layers: Sequence[LayerInfo] | None = None
+) -> nn.Module:
+    """A quantized copy of `model` under `config`, ready to train or evaluate; `model` itself is left untouched.
+
+    Args:
+        model: a float model.
+        config: a precision for each quantizable layer.
+        calibration_input: a batch of model input (a few hundred samples): activation ranges are set on it.
+        layers: what `inspect_model` found, where it has been called already.
+
+    Raises:
+        PrecisionError: the config does not fit the model.
+        TaskError: the model cannot be inspected.
+    """
+    if layers is None:
+        from mpsearch.graph.layers import inspect_model
+
+        layers = inspect_model(model, calibration_input).layers
+    prepared = insert_quantizers(model, layers)
+    set_precision(prepared, config, RangeSetter(model, layers, calibration_input))
+    return prepared
+
+
+def weight_rows(layer: QuantLayer) -> Tensor:
+    """The weight as `(channels, n)`, a row for each output channel."""
+    weight = layer.weight.detach().float()
+    return weight.movedim(layer.weight_quantizer.channel_axis, 0).flatten(1)
+
+
+@torch.no_grad()
+def sample_inputs(model: nn.Module, names: Sequence[str], calibration_input: Any) -> dict[str, Tensor]:
+    """Up to ACTIVATION_SAMPLES values of each named layer's input, taken at even strides from one forward pass."""
+    samples: dict[str, list[Tensor]] = {name: [] for name in names}
+    modules = dict(model.named_modules())
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            flat = args[0].detach().float().flatten()
+            ends = torch.stack([flat.min(), flat.max()])  # the extremes are always among the samples
+            # An odd stride walks through all channels and positions, whatever the shape.
+            stride = max(1, flat.numel() // ACTIVATION_SAMPLES) | 1
+            samples[name].append(torch.cat([flat[::stride], ends]))
+
+        return hook
+
+    handles = [modules[name].register_forward_pre_hook(keep(name)) for name in names]
+    was_training = model.training
+    try:
+        model.eval()
+        model(*calibration_input) if isinstance(calibration_input, tuple) else model(calibration_input)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(values) for name, values in samples.items()}
+
+
+def _places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every (parent, attribute) under which a module hangs."""
+    # Not named_children(): it leaves out the second name of a module that it has already given.
+    return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]

@@ -1,0 +1,112 @@
+"""Range setting: the step (and offset) that a tensor starts from.
+
+MSE range setting, argmin_s ||x - q(x)||^2 (white paper, arXiv 2106.08295, §3.1): a grid over the whole range, then a
+finer grid around the best. Rows are channels; all rows and all candidates of a row are searched at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpsearch.precision import Precision
+from mpsearch.quant.uniform import MIN_STEP, code_range, fake_quantize, grid_shift
+
+COARSE = 48
+"""Candidates over the whole range, as shares of the min-max step."""
+FINE = 16
+"""Candidates between the two neighbours of the best coarse one."""
+ENDS = 16
+"""Candidates for each end of an activation with an offset; all pairs are tried."""
+
+
+@torch.no_grad()
+def weight_step(rows: Tensor, precision: Precision) -> Tensor:
+    """The step of least squared error for a signed symmetric tensor.
+
+    Args:
+        rows: `(channels, n)`; per-tensor precision is searched over all rows together.
+        precision: a uniform precision.
+
+    Returns:
+        `(channels,)`, the same value in each entry for per-tensor precision.
+    """
+    channels = rows.shape[0]
+    if precision.granularity == "tensor":
+        rows = rows.reshape(1, -1)
+    low, high = code_range(precision.bits, signed=True)
+    shift = grid_shift(precision.bits, signed=True)
+    if precision.bits == 1:  # levels -s/2 and +s/2: the optimum is known, s/2 = mean |w|
+        step = 2 * rows.abs().mean(dim=1)
+    else:
+        largest = rows.abs().amax(dim=1) / -low
+        step = _search(rows, largest, torch.tensor(shift), low, high)
+    return step.clamp_min(MIN_STEP).expand(channels).clone()
+
+
+@torch.no_grad()
+def activation_range(samples: Tensor, precision: Precision, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """The step and offset of least squared error for an unsigned quantizer.
+
+    Args:
+        samples: values that the activation takes, any shape.
+        precision: a uniform precision.
+        signed: whether an offset may be used (the tensor takes negative values).
+
+    Returns:
+        step and beta, both of shape (); beta is 0 without an offset.
+    """
+    x = samples.reshape(1, -1).float()
+    _, high = code_range(precision.bits, signed=False)
+    if not signed:
+        step = _search(x, x.amax(dim=1).clamp_min(0) / high, torch.zeros(()), 0, high)
+        return step[0].clamp_min(MIN_STEP), x.new_zeros(())
+    least, most = x.amin().clamp_max(0), x.amax().clamp_min(0)
+    shares = torch.linspace(1 / ENDS, 1, ENDS)
+    best = (1.0, 1.0)
+    for width in (1.0, 1 / ENDS):  # all pairs of ends, then all pairs around the best pair
+        pairs = [(a, b) for a in shares.tolist() for b in shares.tolist()] if width == 1.0 else _around(best, width)
+        lows = torch.stack([least * a for a, _ in pairs])
+        highs = torch.stack([most * b for _, b in pairs])
+        steps = ((highs - lows) / high).clamp_min(MIN_STEP)
+        best = pairs[int(_errors(x, steps, torch.round(lows / steps), 0, high).argmin())]
+    beta = least * best[0]
+    return ((most * best[1] - beta) / high).clamp_min(MIN_STEP), beta
+
+
+def _around(pair: tuple[float, float], width: float) -> list[tuple[float, float]]:
+    offsets = [width * (k / 3 - 1) for k in range(7)]
+    return [(max(pair[0] + a, 0.0), max(pair[1] + b, 0.0)) for a in offsets for b in offsets]
+
+
+def _search(rows: Tensor, largest: Tensor, shift: Tensor, low: int, high: int) -> Tensor:
+    """The step of least squared error for each row, between 0 and `largest`, all `(rows,)`."""
+    best, best_error = largest, rows.new_full((rows.shape[0],), float("inf"))
+    coarse = [largest * (k / COARSE) for k in range(COARSE, 0, -1)]
+    for step in coarse:
+        best, best_error = _better(rows, step, best, best_error, shift, low, high)
+    centre = best
+    for k in range(1, FINE + 1):
+        step = centre + largest * ((2 * k / (FINE + 1) - 1) / COARSE)
+        best, best_error = _better(rows, step, best, best_error, shift, low, high)
+    return best
+
+
+def _better(
+    rows: Tensor, step: Tensor, best: Tensor, best_error: Tensor, shift: Tensor, low: int, high: int
+) -> tuple[Tensor, Tensor]:
+    step = step.clamp_min(MIN_STEP)
+    error = _squared_error(rows, step[:, None], shift, low, high).sum(dim=1)
+    better = error < best_error
+    return torch.where(better, step, best), torch.where(better, error, best_error)
+
+
+def _errors(x: Tensor, steps: Tensor, shifts: Tensor, low: int, high: int) -> Tensor:
+    """The squared error of `x` `(1, n)` under each candidate `(k,)`, a few candidates at a time to bound memory."""
+    few = max(1, 2**22 // x.shape[1])
+    chunks = zip(steps.split(few), shifts.split(few), strict=True)
+    return torch.cat([_squared_error(x, s[:, None], o[:, None], low, high).sum(dim=1) for s, o in chunks])
+
+
+def _squared_error(x: Tensor, step: Tensor, shift: Tensor, low: int, high: int) -> Tensor:
+    return (fake_quantize(x, step, shift, torch.tensor(low), torch.tensor(high)) - x).square()

@@ -1,0 +1,373 @@
+"""SearchController: which config to try next. Plain ask and tell; it knows neither Ray nor torch nor files.
+
+Two objectives, as the sampler sees them: accuracy (maximized) and log2 of relative cost (minimized; one unit is a
+halving). What is known lives in the trial records; the sampler works on an Optuna study in memory that holds the front
+and the latest of them, and is made anew every `generation` records. So its time and memory do not grow with the run,
+and a resumed run goes on as one that has just been made anew.
+
+Cost is known before training, hence a hard budget is never a trial's surprise: a config above it is moved towards one
+within it before it is proposed. Samplers are told of the budget as a constraint all the same, because records of an
+earlier run may lie above a budget that was lowered since.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from mpsearch.errors import CostError
+from mpsearch.precision import PrecisionConfig
+from mpsearch.record import Origin, TrialRecord
+from mpsearch.space import SearchSpace
+from mpsearch.study import SearchSpec
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study and trial on stderr
+
+Cost = Callable[[PrecisionConfig], float]  # relative to the study's reference
+
+METRICS = ["accuracy (val)", "log2 cost / reference"]
+DIRECTIONS = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
+REPEATS = 20  # known configs in a row from the sampler, after which the front's neighbours are tried
+ENUMERABLE = 100_000  # configs; a larger space is not searched to its last one
+
+# NSGA-II counts generations by an attribute of its trials. Every trial that it is given is of generation 0: the next
+# proposals are children of the best of them.
+_GENERATION = {NSGAIISampler._get_generation_key(): 0}
+
+
+@dataclass(frozen=True)
+class SamplerKind:
+    """How a sampler is made from a seed and a population size, and how many records beside the front it learns from."""
+
+    make: Callable[[int, int], BaseSampler]
+    memory: int
+
+
+SAMPLERS: Mapping[str, SamplerKind] = {
+    "nsga2": SamplerKind(lambda seed, population: NSGAIISampler(population_size=population, seed=seed), memory=200),
+    "tpe": SamplerKind(lambda seed, _: TPESampler(multivariate=True, seed=seed), memory=500),
+    "gp": SamplerKind(lambda seed, _: GPSampler(seed=seed), memory=150),
+    "random": SamplerKind(lambda seed, _: RandomSampler(seed=seed), memory=0),
+}
+
+
+class _Uncopied(BaseDistribution):
+    """A distribution that copies of a trial share: copying it hundreds of times a trial took most of `ask`'s time."""
+
+    def __deepcopy__(self, memo: object) -> _Uncopied:
+        return self
+
+
+class _Int(_Uncopied, IntDistribution):
+    pass
+
+
+class _Categorical(_Uncopied, CategoricalDistribution):
+    pass
+
+
+class _WholeSpace(BaseSampler):
+    """A sampler that is told the search space instead of working it out from all trials, and draws it in one go."""
+
+    def __init__(self, sampler: BaseSampler, distributions: dict[str, BaseDistribution]) -> None:
+        self._sampler = sampler
+        self._distributions = distributions
+
+    def infer_relative_search_space(self, *_: object) -> dict[str, BaseDistribution]:
+        return self._distributions
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._sampler.sample_independent(study, trial, param_name, param_distribution)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A config to be tried: the number its trial will have, and its cost relative to the reference."""
+
+    number: int
+    config: PrecisionConfig
+    origin: Origin
+    cost: float
+
+
+@dataclass(frozen=True)
+class _Point:
+    """What the sampler learns from a trial, and the form in which it is told."""
+
+    config: PrecisionConfig
+    accuracy: float
+    cost: float
+    trial: FrozenTrial
+
+    def covers(self, other: _Point) -> bool:
+        """Whether it is no worse in both objectives."""
+        return self.accuracy >= other.accuracy and self.cost <= other.cost
+
+
+class SearchController:
+    """Proposes configs until the study is over; every config at most once, whatever became of it.
+
+    The order is: the uniform ladder of the space (the control group), `anchors`, then the sampler. Rungs and anchors
+    above `budget` are left out and counted in `over_budget`. `records` are the trials that have ended before, when a
+    run is resumed; they count towards `search.trials`, while failures in a row and the time limit start anew.
+
+    The same arguments and the same order of asks and tells give the same proposals.
+
+    Args:
+        space: the configs there are.
+        cost: relative cost of a config, more than 0.
+        search: sampler, trials, seed and limits.
+        budget: the largest relative cost that is acceptable; None: any.
+        anchors: configs to try after the ladder, each with who proposed it.
+        records: what is known already.
+        clock: seconds, monotonic.
+
+    Raises:
+        CostError: not even the cheapest config is within the budget.
+    """
+
+    stop_reason: str | None = None  # set once `ask` has returned None
+    over_budget: int = 0  # rungs and anchors that were left out
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        cost: Cost,
+        search: SearchSpec,
+        budget: float | None = None,
+        anchors: Sequence[tuple[Origin, PrecisionConfig]] = (),
+        records: Iterable[TrialRecord] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._space = space
+        self._cost = cost
+        self._search = search
+        self._budget = math.inf if budget is None else budget
+        self._distributions: dict[str, BaseDistribution] = {
+            name: _uncopied(distribution) for name, distribution in space.distributions().items()
+        }
+        self._population = min(50, max(8, search.trials // 6))  # small studies evolve too
+        self._clock = clock
+        self._start = clock()
+        self._failures: list[str] = []  # reasons of the trials that failed since the last that did not
+
+        self._seen: set[str] = set()  # digests of all configs proposed or recorded
+        self._numbers: set[int] = set()
+        self._next = 0
+        self._front: list[_Point] = []
+        self._latest: deque[_Point] = deque(maxlen=SAMPLERS[search.sampler].memory)
+        self._ended = 0
+        self._asked: dict[int, optuna.Trial | None] = {}  # proposals without a record, by number
+        self._untried = self._enumerate()
+
+        for record in records:
+            self._seen.add(record.config.digest)
+            self._numbers.add(record.number)
+            self._remember(record)
+        ladder: list[tuple[Origin, PrecisionConfig]] = [("uniform", config) for config in space.ladder()]
+        self._anchors: deque[tuple[Origin, PrecisionConfig]] = deque()
+        for origin, config in (*ladder, *anchors):
+            if cost(config) <= self._budget:
+                self._anchors.append((origin, config))
+            else:
+                self.over_budget += 1
+        self._cheapest = self._find_cheapest()
+        self._renew()
+
+    @property
+    def broken(self) -> bool:
+        """Whether so many trials in a row have failed that the search is given up."""
+        return len(self._failures) >= self._search.max_failures_in_row
+
+    @property
+    def pending(self) -> int:
+        """Proposals whose trial has not ended."""
+        return len(self._asked)
+
+    def ask(self) -> Proposal | None:
+        """The next config to try; None: there is none and there will be none, for `stop_reason`."""
+        self.stop_reason = self.stop_reason or self._limit()
+        if self.stop_reason:
+            return None
+        while self._anchors:
+            origin, config = self._anchors.popleft()
+            if config.digest not in self._seen:
+                return self._propose(config, origin, None)
+        for _ in range(REPEATS):
+            trial = self._study.ask()
+            # What the sampler leaves out is a mutation, or all there is before it has learned anything.
+            params = self._space.params_of(self._space.sample(self._random)) | trial.relative_params
+            config = self._within_budget(params)
+            if config.digest not in self._seen:
+                return self._propose(config, "sampler", trial)
+            # A known config is answered by what the sampler has been told of it. Telling it twice would only breed
+            # more repeats (NSGA-II and TPE weigh by count), so the question is closed and it draws again.
+            self._study.tell(trial, state=TrialState.FAIL)
+        for config in self._beyond_sampler():
+            if config.digest not in self._seen and self._cost(config) <= self._budget:
+                return self._propose(config, "sampler", None)
+        self.stop_reason = f"no config is left to try after {len(self._seen)}" + (
+            f" within the budget of {self._budget:g}" if self._budget < math.inf else ""
+        )
+        return None
+
+    def tell(self, proposal: Proposal, record: TrialRecord) -> TrialRecord:
+        """Learn what became of a proposal; the record with its number, origin and cost, as it belongs on the disk.
+
+        A trial that ended well but whose accuracy is no finite number comes back as failed.
+        """
+        record = replace(record, number=proposal.number, origin=proposal.origin, config=proposal.config)
+        if record.state != "failed" and not (record.accuracy is not None and math.isfinite(record.accuracy)):
+            record = replace(record, state="failed", reason=f"accuracy is {record.accuracy}")
+        if record.state == "failed":
+            record = replace(record, accuracy=None, cost=None)
+            self._failures.append(record.reason or "no reason given")
+        else:
+            record = replace(record, cost=proposal.cost)
+            self._failures.clear()
+        trial = self._asked.pop(proposal.number)
+        if trial is not None:  # the question is closed; the answer is added below, as that of any record
+            self._study.tell(trial, state=TrialState.FAIL)
+        point = self._remember(record)
+        if self._ended % self._population == 0:
+            self._renew()
+        elif point is not None:
+            self._study.add_trial(point.trial)
+        return record
+
+    def _limit(self) -> str | None:
+        if self.broken:
+            return f"{len(self._failures)} trials failed in a row, the last one because of: {self._failures[-1]}"
+        if self._ended + len(self._asked) >= self._search.trials:
+            return f"{self._search.trials} trials were wanted"
+        limit = self._search.time_limit_s
+        if limit is not None and self._clock() - self._start >= limit:
+            return f"the time limit of {limit:g} s is reached"
+        return None
+
+    def _propose(self, config: PrecisionConfig, origin: Origin, trial: optuna.Trial | None) -> Proposal:
+        while self._next in self._numbers:  # the numbers of trials that never ended are given again
+            self._next += 1
+        self._numbers.add(self._next)
+        self._seen.add(config.digest)
+        self._asked[self._next] = trial
+        return Proposal(self._next, config, origin, self._cost(config))
+
+    def _remember(self, record: TrialRecord) -> _Point | None:
+        self._ended += 1
+        if record.accuracy is None or record.cost is None or not self._space.contains(record.config):
+            return None
+        trial = create_trial(
+            values=[record.accuracy, math.log2(record.cost)],
+            params=self._space.params_of(record.config),
+            distributions=self._distributions,
+            system_attrs=dict(_GENERATION),
+            constraints=budget_constraint(record.cost, self._budget),
+        )
+        point = _Point(record.config, record.accuracy, record.cost, trial)
+        self._latest.append(point)
+        if point.cost <= self._budget and not any(other.covers(point) for other in self._front):
+            self._front = [other for other in self._front if not point.covers(other)] + [point]
+        return point
+
+    def _renew(self) -> None:
+        """Make sampler and study anew from the front and the latest records."""
+        seed, *state = np.random.SeedSequence([self._search.seed, self._ended]).generate_state(5).tolist()
+        self._random = np.random.default_rng(state)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = SAMPLERS[self._search.sampler].make(seed, self._population)
+        self._study = optuna.create_study(sampler=_WholeSpace(sampler, self._distributions), directions=DIRECTIONS)
+        latest = set(map(id, self._latest))
+        kept = [*(point for point in self._front if id(point) not in latest), *self._latest]
+        self._study.add_trials([point.trial for point in kept])
+        self._asked = dict.fromkeys(self._asked)  # their questions went with the old study
+
+    def _within_budget(self, params: dict[str, Any]) -> PrecisionConfig:
+        """The config of `params`, crossed over with one that is within the budget as far as the budget demands.
+
+        The partner is of the front (else the cheapest config there is), and its slots are taken over in random order.
+        """
+        config = self._space.config_of(params)
+        if self._cost(config) <= self._budget:
+            return config
+        front = self._front
+        partner = self._space.params_of(front[self._random.integers(len(front))].config) if front else self._cheapest
+        order = [
+            str(name) for name in self._random.permutation([name for name in params if params[name] != partner[name]])
+        ]
+        above, within = 0, len(order)  # so many slots taken over leave the config above, or bring it within
+        while within - above > 1:
+            middle = (above + within) // 2
+            config = self._space.config_of(params | {name: partner[name] for name in order[:middle]})
+            above, within = (above, middle) if self._cost(config) <= self._budget else (middle, within)
+        return self._space.config_of(params | {name: partner[name] for name in order[:within]})
+
+    def _find_cheapest(self) -> dict[str, Any]:
+        """Parameters of the cheapest rung of the ladder or, where that is above the budget, of the space."""
+
+        def cost_of(params: dict[str, Any]) -> float:
+            return self._cost(self._space.config_of(params))
+
+        choices = self._choices()
+        first = {name: values[0] for name, values in choices.items()}
+        params = min([first, *map(self._space.params_of, self._space.ladder())], key=cost_of)
+        if cost_of(params) > self._budget:
+            for name, values in choices.items():
+                params = min(({**params, name: value} for value in values), key=cost_of)
+        if cost_of(params) > self._budget:
+            raise CostError(
+                f"cost.budget is {self._budget:g}, but the cheapest config costs {cost_of(params):g} of the reference: "
+                "raise the budget, or allow lower precisions in the search space"
+            )
+        return params
+
+    def _beyond_sampler(self) -> Iterator[PrecisionConfig]:
+        """Configs for a sampler that repeats itself: the front's neighbours, random ones, and all of a small space."""
+        for index in self._random.permutation(len(self._front))[:8]:
+            neighbours = list(self._space.neighbours(self._front[index].config))
+            yield from (neighbours[i] for i in self._random.permutation(len(neighbours)))
+        for _ in range(REPEATS):
+            yield self._within_budget(self._space.params_of(self._space.sample(self._random)))
+        yield from self._untried
+
+    def _enumerate(self) -> Iterator[PrecisionConfig]:
+        if self._space.size <= ENUMERABLE:
+            choices = self._choices()
+            for values in itertools.product(*choices.values()):
+                yield self._space.config_of(dict(zip(choices, values, strict=True)))
+
+    def _choices(self) -> dict[str, list[int | str]]:
+        return {slot.parameter: [slot.value(choice) for choice in slot.choices] for slot in self._space.free}
+
+
+def _uncopied(distribution: BaseDistribution) -> _Uncopied:
+    if isinstance(distribution, IntDistribution):
+        return _Int(distribution.low, distribution.high)
+    assert isinstance(distribution, CategoricalDistribution)
+    return _Categorical(distribution.choices)
+
+
+def budget_constraint(cost: float, budget: float) -> dict[str, float] | None:
+    """The budget as Optuna has it, in octaves: at most 0 where `cost` is within; None without a budget."""
+    return {"budget": math.log2(cost / budget)} if budget < math.inf else None

@@ -1,0 +1,311 @@
+"""run_trials: take proposals from the controller, run them, put what became of them on the disk.
+
+Here, or under Ray Tune: `engine.address` says which, and the trials are the same. This is the only file that imports
+ray, and it does so only where Ray is asked for. Nothing that Ray keeps is needed to go on after a crash: the run
+folder holds every trial that has ended, and those that had not are proposed anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import secrets
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpsearch.errors import MpsearchError, RunError
+from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime
+from mpsearch.search.controller import Proposal, SearchController
+from mpsearch.search.view import OptunaView
+from mpsearch.study import EngineSpec
+
+Runner = Callable[[Proposal], TrialRecord]
+
+
+@dataclass(frozen=True)
+class Started:
+    """A trial has been proposed and starts."""
+
+    proposal: Proposal
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A trial has ended, whatever became of it, and is on the disk."""
+
+    proposal: Proposal
+    record: TrialRecord
+
+
+Event = Started | Finished
+
+
+def run_trials(
+    controller: SearchController,
+    folder: RunFolder,
+    view: OptunaView | None,
+    make_runner: Callable[[], Runner],
+    engine: EngineSpec,
+    concurrency: int = 1,
+    on_event: Callable[[Event], None] = lambda _: None,
+) -> None:
+    """Run trials until the controller has no more; then `controller.stop_reason` says why.
+
+    A trial that raises, or whose worker process dies twice, is recorded as failed with the reason, and the search goes
+    on. A broken set-up (`make_runner` raises) ends it, since no trial could do better.
+
+    Args:
+        controller: proposes configs, and has been given the records of `folder`.
+        folder: of the run, inside its `driving`.
+        view: the Optuna study that shows the run, if there is one.
+        make_runner: called once in each worker process; what it returns runs one proposal after another there. Must be
+            picklable where Ray is used.
+        engine: `address: none` runs one trial at a time in this process and ignores `concurrency`.
+        concurrency: workers, each with its share of the CPUs (and GPUs).
+        on_event: called in this process when a trial starts and when it has ended.
+
+    Raises:
+        RunError: a trial could not be recorded, or Ray cannot be started or reached.
+        KeyboardInterrupt: as given; the trials that ran are dropped, those that had ended are on the disk.
+    """
+    book = _Book(controller, folder, view, on_event)
+    try:
+        if engine.address == "none":
+            _run_here(book, make_runner)
+        else:
+            _run_on_ray(book, folder, make_runner, engine.address, concurrency)
+    finally:
+        folder.running = ()
+
+
+def attempt(runner: Runner, proposal: Proposal) -> TrialRecord:
+    """The record of a trial, failed with its reason if `runner` raises."""
+    started_s, clock = time.time(), time.perf_counter()
+    try:
+        return runner(proposal)
+    except Exception as error:  # of any kind: a failed trial is a result, and the search goes on
+        wall = WallTime(train_s=time.perf_counter() - clock)  # where it went is not known; most of it, usually
+        return TrialRecord(proposal.config, "failed", reason=explain(error), wall=wall, started_s=started_s)
+
+
+def explain(error: BaseException) -> str:
+    """`Type: message (file.py, line 7, in function)`, of the innermost frame."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}{where}"
+
+
+class _Book:
+    """Keeps controller, disk, view and progress in step: the same for every engine."""
+
+    def __init__(
+        self,
+        controller: SearchController,
+        folder: RunFolder,
+        view: OptunaView | None,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self._controller = controller
+        self._folder = folder
+        self._view = view
+        self._on_event = on_event
+        self._running: dict[int, RunningTrial] = {}
+
+    def start(self) -> Proposal | None:
+        """The next trial, noted as running; None: there is no more."""
+        proposal = self._controller.ask()
+        if proposal is not None:
+            trial = RunningTrial(proposal.number, proposal.origin, proposal.cost, time.time())
+            self._running[proposal.number] = trial
+            self._folder.running = tuple(self._running.values())
+            self._on_event(Started(proposal))
+        return proposal
+
+    def finish(self, proposal: Proposal, record: TrialRecord) -> None:
+        """Record what became of a trial; when this returns, it is on the disk."""
+        record = self._controller.tell(proposal, record)
+        self._folder.append(record)
+        del self._running[proposal.number]
+        self._folder.running = tuple(self._running.values())
+        if self._view is not None:
+            self._view.add(record)
+        self._on_event(Finished(proposal, record))
+
+
+def _run_here(book: _Book, make_runner: Callable[[], Runner]) -> None:
+    runner: Runner | None = None
+    while (proposal := book.start()) is not None:
+        runner = runner or make_runner()
+        book.finish(proposal, attempt(runner, proposal))
+
+
+# ------------------------------------------------------------------------------------------------------------- Ray
+
+_QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: Tune would swallow it
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),  # the run folder is the record; Tune's own is never read
+}
+
+
+def _run_on_ray(
+    book: _Book, folder: RunFolder, make_runner: Callable[[], Runner], address: str, concurrency: int
+) -> None:
+    with _ray(address, folder) as ray, _tune_folder(folder) as storage:
+        from ray import tune
+        from ray.tune.search import Searcher
+
+        cpus = ray.cluster_resources().get("CPU", 1.0) / concurrency
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / concurrency)
+        threads = max(1, math.floor(cpus))
+        failure: list[Exception] = []  # what ends the run: Tune would log and swallow it
+        asked: dict[str, Proposal] = {}  # by Tune's trial id
+
+        @contextlib.contextmanager
+        def kept() -> Iterator[None]:
+            try:
+                yield
+            except Exception as error:
+                failure.append(error)
+
+        class Search(Searcher):
+            """Our ask and tell as Tune calls them."""
+
+            def suggest(self, trial_id: str) -> Any:
+                proposal = None
+                with kept():
+                    proposal = None if failure else book.start()
+                if proposal is None:
+                    return Searcher.FINISHED
+                asked[trial_id] = proposal
+                return {"proposal": proposal}
+
+            def on_trial_complete(
+                self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+            ) -> None:
+                if failure or error or not result:  # an error comes again below, with what is known of it
+                    return
+                with kept():
+                    if result["refused"] is not None:
+                        raise result["refused"]
+                    book.finish(asked.pop(trial_id), result["record"])
+
+        class Died(tune.Callback):
+            """Trials that took their worker process with them, twice."""
+
+            def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
+                with kept():
+                    error = trial.get_pickled_error()
+                    reason = f"its worker process died twice; out of memory, or killed? {type(error).__name__}: {error}"
+                    proposal = asked.pop(trial.trial_id)
+                    book.finish(proposal, TrialRecord(proposal.config, "failed", reason=reason, started_s=time.time()))
+
+        class Stop(tune.Stopper):
+            def __call__(self, *_: object) -> bool:
+                return False
+
+            def stop_all(self) -> bool:
+                return bool(failure)
+
+        class Trial(tune.Trainable):
+            """One worker process: the runner is made once and kept, proposals come and go."""
+
+            def setup(self, config: dict[str, Any]) -> None:
+                self.runner: Runner | None = None
+                self.refused: Exception | None = None
+                self.reset_config(config)
+                try:
+                    import torch
+
+                    torch.set_num_threads(threads)
+                    self.runner = make_runner()
+                except Exception as error:
+                    self.refused = error if isinstance(error, MpsearchError) else RuntimeError(explain(error))
+
+            def reset_config(self, new_config: dict[str, Any]) -> bool:
+                self.proposal: Proposal = new_config["proposal"]
+                return True
+
+            def step(self) -> dict[str, Any]:
+                record = None if self.runner is None else attempt(self.runner, self.proposal)
+                return {"record": record, "refused": self.refused, "done": True}
+
+        tune.run(
+            Trial,
+            name="trials",
+            search_alg=Search(),
+            num_samples=-1,
+            max_concurrent_trials=concurrency,
+            reuse_actors=True,
+            max_failures=1,
+            raise_on_failed_trial=False,
+            resources_per_trial={"cpu": threads if cpus >= 1 else cpus, "gpu": gpus},
+            storage_path=str(storage),
+            trial_dirname_creator=lambda trial: str(trial.trial_id),
+            callbacks=[Died()],
+            stop=Stop(),
+            verbose=0,
+            _remote=False,  # with ray:// too: disk and controller are here
+        )
+        if failure:
+            raise failure[0]
+
+
+@contextlib.contextmanager
+def _tune_folder(folder: RunFolder) -> Iterator[Path]:
+    """Where Tune keeps what nobody reads: beside the run, because the nodes of a cluster must all see it."""
+    path = folder.path.resolve() / "ray"
+    shutil.rmtree(path, ignore_errors=True)  # of a driver that was killed
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _ray(address: str, folder: RunFolder) -> Iterator[Any]:
+    """Ray, started or reached for the time of the block; where the process already has it, it stays as it is."""
+    os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
+    import ray
+
+    for name in ("ray.tune", "ray.tune.tune", "ray.tune.execution.tune_controller"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if ray.is_initialized():
+        yield ray
+        return
+    ray._private.worker._worker_logs_enabled = False  # what the cluster prints, deaths of workers too: we report those
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    temporary = None
+    if address == "local":
+        # Short, because sockets live there; the run's own, so that what a killed driver left is found and removed.
+        temporary = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), f"mpsearch-{folder.id}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        options |= {"include_dashboard": False, "_temp_dir": str(temporary), "object_store_memory": 2**27}
+        # A cluster listens on the network: it takes a secret of its own, and needs no home to keep it in.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    try:
+        try:
+            ray.init(**options)
+        except Exception as error:  # Ray has many
+            doing = "start Ray" if address == "local" else f"reach a Ray cluster at '{address}'"
+            raise RunError(
+                f"cannot {doing} ({explain(error)}): check engine.address, or run the trials in this process with "
+                "`--set engine.address=none`"
+            ) from None
+        yield ray
+    finally:
+        ray.shutdown()
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,202 @@
+"""The Pareto front of a study: the trials that no other beats in accuracy and cost at once, and how good they are.
+
+Two objectives: accuracy (more is better) and relative cost (less is better). Cost is always seen on a log scale,
+because half the cost is the same gain everywhere. Only complete trials take part.
+
+**Hypervolume**, one convention for every study: the share of the unit square that the front dominates, where one axis
+is the error 1 - accuracy and the other log2 cost, 0 at the cheapest config that the space has and 1 at the reference
+config (relative cost 1). The reference point is (1, 1): nothing right, at full cost. So a front is worth 0 if no trial
+is cheaper than the reference, and 1 if the cheapest config makes no error. Accuracy must be a share in [0, 1].
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite, log2
+
+from mpsearch.errors import CostError, RunError
+from mpsearch.record import TrialRecord
+
+_REFERENCE_POINT = (1.0, 1.0)  # error, normalised log2 cost
+
+
+@dataclass(frozen=True, slots=True)
+class ParetoFront:
+    """The non-dominated trials by rising cost (and so by rising accuracy), and the uniform ladder to compare with."""
+
+    trials: tuple[TrialRecord, ...]
+    ladder: tuple[TrialRecord, ...]  # complete trials of uniform configs by rising cost, on the front or not
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    def __iter__(self) -> Iterator[TrialRecord]:
+        return iter(self.trials)
+
+    @property
+    def best(self) -> TrialRecord:
+        """The most accurate trial. Raises RunError if the front is empty."""
+        self._require_trials()
+        return self.trials[-1]
+
+    @property
+    def knee(self) -> TrialRecord:
+        """The trial farthest above the chord between the ends of the front, both axes scaled to [0, 1].
+
+        Cost is on its log scale. Where no trial is above the chord, and so with one trial or two, it is the best one.
+
+        Raises:
+            RunError: the front is empty.
+        """
+        self._require_trials()
+        cost_low, cost_high = (log2(objectives(end)[1]) for end in (self.trials[0], self.trials[-1]))
+        low, high = (objectives(end)[0] for end in (self.trials[0], self.trials[-1]))
+
+        def above_chord(trial: TrialRecord) -> float:
+            accuracy, cost = objectives(trial)
+            return (accuracy - low) / (high - low) - (log2(cost) - cost_low) / (cost_high - cost_low)
+
+        inner = max(self.trials[1:-1], key=above_chord, default=self.best)
+        return inner if inner is not self.best and above_chord(inner) > 0 else self.best
+
+    def at_most(self, cost: float) -> TrialRecord:
+        """The most accurate trial that costs no more. Raises RunError if none does."""
+        self._require_trials()
+        affordable = [trial for trial in self.trials if objectives(trial)[1] <= cost]
+        if not affordable:
+            raise RunError(f"no trial costs {cost:g} or less: the cheapest costs {objectives(self.trials[0])[1]:.4g}")
+        return affordable[-1]
+
+    def at_least(self, accuracy: float) -> TrialRecord:
+        """The cheapest trial that is no less accurate. Raises RunError if none is."""
+        self._require_trials()
+        accurate = [trial for trial in self.trials if objectives(trial)[0] >= accuracy]
+        if not accurate:
+            reached = objectives(self.best)[0]
+            raise RunError(
+                f"no trial has an accuracy of {accuracy:g} or more: the best has {reached:.4g} (0.87 is 87 %)"
+            )
+        return accurate[0]
+
+    def nearest_uniform(self, cost: float) -> TrialRecord | None:
+        """The trial of the uniform ladder nearest in log cost, the cheaper of two; None without a ladder."""
+        return min(self.ladder, key=lambda trial: abs(log2(objectives(trial)[1] / cost)), default=None)
+
+    def hypervolume(self, cheapest: float) -> float:
+        """The share of the unit square that the front dominates: see the module's convention.
+
+        Args:
+            cheapest: relative cost of the cheapest config of the space (`RelativeCost.bounds`).
+
+        Raises:
+            CostError: `cheapest` is no cost.
+        """
+        return _hypervolume([objectives(trial) for trial in self.trials], cheapest)
+
+    def _require_trials(self) -> None:
+        if not self.trials:
+            raise RunError("the front is empty: no trial is complete; see why with `mpsearch status RUN`")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a study was when a trial had ended."""
+
+    trials: int  # complete, this one included
+    elapsed_s: float  # since the first trial of any state started
+    hypervolume: float
+
+
+def objectives(trial: TrialRecord) -> tuple[float, float]:
+    """Accuracy and relative cost of a complete trial. Raises RunError if it has not both."""
+    if trial.state != "complete" or trial.accuracy is None or trial.cost is None:
+        why = f": {trial.reason}" if trial.reason else ""
+        raise RunError(f"trial {trial.number} is {trial.state}{why}; it has no accuracy and cost: pick a complete one")
+    return trial.accuracy, trial.cost
+
+
+def pareto_front(records: Sequence[TrialRecord]) -> ParetoFront:
+    """The front of the complete trials; of trials with equal accuracy and cost, the first in `records`."""
+    complete = sorted(_complete(records), key=lambda trial: (objectives(trial)[1], -objectives(trial)[0]))
+    front: list[TrialRecord] = []
+    for trial in complete:
+        if not front or objectives(trial)[0] > objectives(front[-1])[0]:
+            front.append(trial)
+    return ParetoFront(tuple(front), tuple(trial for trial in complete if trial.origin == "uniform"))
+
+
+def hypervolume_over_time(records: Sequence[TrialRecord], cheapest: float) -> list[Progress]:
+    """The hypervolume after every complete trial, in the order in which they ended.
+
+    Raises:
+        CostError: `cheapest` is no cost.
+    """
+    started_s = min((trial.started_s for trial in records), default=0.0)
+    points: list[tuple[float, float]] = []
+    progress: list[Progress] = []
+    hypervolume = _hypervolume([], cheapest)
+    for trial in sorted(_complete(records), key=_ended_s):
+        accuracy, cost = objectives(trial)
+        if not any(a >= accuracy and c <= cost for a, c in points):
+            points = [(a, c) for a, c in points if a > accuracy or c < cost] + [(accuracy, cost)]
+            hypervolume = _hypervolume(points, cheapest)
+        progress.append(Progress(len(progress) + 1, _ended_s(trial) - started_s, hypervolume))
+    return progress
+
+
+_PICK = re.compile(
+    r"(?P<property>knee|best)|trial:(?P<number>\d+)"
+    r"|(?P<bound>cost<=|accuracy>=)(?P<value>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)"
+)
+
+
+def pick(records: Sequence[TrialRecord], text: str) -> TrialRecord:
+    """The trial that a text names: `knee`, `best`, `trial:7`, `cost<=0.5`, `accuracy>=0.87`.
+
+    A bound picks from the front: the most accurate trial within a cost, the cheapest with an accuracy. A number picks
+    any complete trial.
+
+    Raises:
+        RunError: the text has another form, or there is no such trial.
+    """
+    match = _PICK.fullmatch(text.replace(" ", ""))
+    if match is None:
+        raise RunError(f"cannot pick '{text}': write knee, best, trial:7, cost<=0.5 or accuracy>=0.87")
+    if match["number"] is not None:
+        number = int(match["number"])
+        found = next((trial for trial in records if trial.number == number), None)
+        if found is None:
+            numbers = [trial.number for trial in records]
+            have = f"the trials are {min(numbers)} to {max(numbers)}" if numbers else "there is none yet"
+            raise RunError(f"no trial {number}: {have}")
+        objectives(found)
+        return found
+    front = pareto_front(records)
+    if match["bound"] == "cost<=":
+        return front.at_most(float(match["value"]))
+    if match["bound"] == "accuracy>=":
+        return front.at_least(float(match["value"]))
+    return front.knee if match["property"] == "knee" else front.best
+
+
+def _complete(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    complete = [trial for trial in records if trial.state == "complete"]
+    return [trial for trial in complete if all(isfinite(value) for value in objectives(trial))]
+
+
+def _ended_s(trial: TrialRecord) -> float:
+    return trial.started_s + trial.wall.total_s
+
+
+def _hypervolume(points: Sequence[tuple[float, float]], cheapest: float) -> float:
+    """Of points (accuracy, relative cost)."""
+    import moocore  # here, because a front without a hypervolume needs nothing beyond Python
+
+    if not cheapest > 0:
+        raise CostError(f"the cheapest config must have a relative cost above 0, got {cheapest:g}")
+    if cheapest >= 1 or not points:  # nothing is cheaper than the reference
+        return 0.0
+    unit = [(1 - accuracy, max(0.0, 1 - log2(cost) / log2(cheapest))) for accuracy, cost in points]
+    return float(moocore.hypervolume(unit, ref=_REFERENCE_POINT))

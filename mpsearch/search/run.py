@@ -1,0 +1,290 @@
+"""run_study: from a study to its Pareto front. Each line of `run_study` is one stage of the system."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from mpsearch.cost.model import RelativeCost
+from mpsearch.errors import CostError, RunError
+from mpsearch.export.native import save_weights
+from mpsearch.graph.layers import ModelGraph, inspect_model
+from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.search.controller import Proposal, SearchController
+from mpsearch.search.engine import Event, Finished, run_trials
+from mpsearch.search.front import ParetoFront, pareto_front
+from mpsearch.search.trial import Workbench, run_trial
+from mpsearch.search.view import open_view
+from mpsearch.space import SearchSpace, build_space, load_space
+from mpsearch.study import StudySpec, parse_study
+from mpsearch.task.load import load_task
+from mpsearch.task.task import Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A study made concrete: its task, the layers of its network, the configs there are, and what they cost."""
+
+    spec: StudySpec
+    task: Task
+    graph: ModelGraph
+    space: SearchSpace
+    cost: RelativeCost
+    cheapest: float  # relative cost of the cheapest config
+    dearest: float
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The quantizable layers in execution order."""
+        return self.space.layers
+
+    def summary(self) -> list[str]:
+        """What is optimised, in words and units."""
+        spec, costs = self.spec, self.cost
+        quantizable, unhandled = self.graph.quantizable, self.graph.unhandled
+        macs = self.graph.macs
+        lines = [
+            f"Maximize {spec.task.metric} on the validation split and minimize {spec.cost.model} of {self.task.name}.",
+            f"Cost 1 is {costs.reference.total:.4g} {costs.reference.unit} a sample: the network at {spec.cost.reference}"
+            f" everywhere. Configs of the space '{self.space.name}' cost {self.cheapest:.3g} to {self.dearest:.3g}"
+            + (f"; only those up to {spec.cost.budget:g} are tried." if spec.cost.budget else "."),
+            f"{len(quantizable)} layers, {macs / 1e6:.3g} million MACs a sample; {len(self.space.free)} free choices, "
+            f"{scientific(self.space.size)} configs; the uniform ladder of {len(self.space.ladder())} is the control.",
+        ]
+        if unhandled:
+            names = ", ".join(layer.name for layer in unhandled[:5]) + (", ..." if len(unhandled) > 5 else "")
+            lines.append(
+                f"{len(unhandled)} layers stay float and are priced as float: {names} (see `mpsearch inspect`)."
+            )
+        if other := sum(self.graph.other_macs.values()):
+            lines.append(f"{other / macs:.1%} of the MACs are outside layers (attention products, say) and not priced.")
+        return lines
+
+
+def open_problem(spec: StudySpec) -> Problem:
+    """Load the task, inspect its network, build the space and the cost model; nothing is written.
+
+    Raises:
+        MpsearchError: whatever in the study cannot be used.
+    """
+    task = load_task(spec.task)
+    graph = inspect_model(task.float_model(), task.calibration_input(min(32, spec.trial.calibration_samples)))
+    space = build_space(load_space(spec.space), graph.layers)
+    cost = RelativeCost(graph.layers, spec.cost.model, spec.cost.reference)
+    choices: dict[str, dict[str, Sequence[Any]]] = {name: {} for name in space.layers}
+    for slot in space.slots:
+        for name in slot.layers:
+            choices[name][slot.tensor] = slot.choices
+    cheapest, dearest = cost.bounds({name: (c["weight"], c["activation"]) for name, c in choices.items()})
+    if spec.cost.budget is not None and spec.cost.budget < cheapest:
+        raise CostError(
+            f"cost.budget is {spec.cost.budget:g}, but the cheapest config of space '{space.name}' costs {cheapest:.4g} "
+            f"of {spec.cost.reference}: raise the budget, or allow lower precisions in the space"
+        )
+    return Problem(spec, task, graph, space, cost, cheapest, dearest)
+
+
+def run_study(
+    spec: StudySpec,
+    out: str | Path | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+    on_ready: Callable[[Problem, RunFolder], None] = lambda problem, folder: None,
+) -> ParetoFront:
+    """Run a study in a new run folder and return its front.
+
+    Args:
+        spec: the study.
+        out: the run folder; default `runs/<name>`.
+        on_event: called when a trial starts or has ended.
+        on_ready: called once when everything is loaded and checked.
+
+    Raises:
+        MpsearchError: the study cannot be used, or the search had to be given up.
+    """
+    problem = open_problem(spec)
+    folder = RunFolder.create(out or Path("runs") / spec.name, spec.to_yaml())
+    return _search(problem, folder, on_event, on_ready)
+
+
+def resume_study(
+    run: str | Path,
+    on_event: Callable[[Event], None] = lambda event: None,
+    on_ready: Callable[[Problem, RunFolder], None] = lambda problem, folder: None,
+    trials: int | None = None,
+) -> ParetoFront:
+    """Go on with a run, whatever ended it; `trials` changes how many are wanted in all.
+
+    Raises:
+        MpsearchError: as `run_study`.
+    """
+    folder = RunFolder.open(run)
+    spec = read_spec(folder)
+    if trials is not None:
+        spec = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": trials})})
+    return _search(open_problem(spec), folder, on_event, on_ready)
+
+
+def read_spec(folder: RunFolder) -> StudySpec:
+    """The resolved study of a run. Raises RunError or StudyError where it cannot be read."""
+    try:
+        document = yaml.safe_load(folder.study_yaml.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"cannot read {folder.study_yaml}: {error}") from None
+    return parse_study(document, source=str(folder.study_yaml))
+
+
+def _search(
+    problem: Problem,
+    folder: RunFolder,
+    on_event: Callable[[Event], None],
+    on_ready: Callable[[Problem, RunFolder], None],
+) -> ParetoFront:
+    spec = problem.spec
+    with folder.driving():
+        records = folder.records()
+        controller = SearchController(problem.space, problem.cost, spec.search, spec.cost.budget, records=records)
+        view = open_view(spec.storage, folder, spec.name, problem.space, spec.cost.budget, records)
+        folder.checkpoints.mkdir(exist_ok=True)
+        on_ready(problem, folder)
+        weights = _FrontWeights(folder, records)
+
+        def ended(event: Event) -> None:
+            if isinstance(event, Finished):
+                weights.keep(event.record)
+                write_front(problem, folder, weights.front)
+            on_event(event)
+
+        make_runner = functools.partial(trial_runner, spec, str(folder.checkpoints.resolve()))
+        try:
+            run_trials(controller, folder, view, make_runner, spec.engine, spec.search.concurrency, ended)
+        finally:
+            if folder.records():
+                folder.write_parquet()
+    if controller.broken:
+        raise RunError(f"the search was given up: {controller.stop_reason}")
+    return pareto_front(folder.records())
+
+
+def trial_runner(spec: StudySpec, checkpoints: str) -> Callable[[Proposal], TrialRecord]:
+    """What a worker process does with proposals: called once there, it loads the task and sets up a workbench."""
+    task = load_task(spec.task)
+    bench = Workbench(task, spec.trial)
+
+    def run(proposal: Proposal) -> TrialRecord:
+        record = run_trial(task, proposal.config, spec.trial, bench=bench)
+        save_weights(bench.model, checkpoint_path(Path(checkpoints), proposal.number))
+        return record
+
+    return run
+
+
+def checkpoint_path(folder: Path, number: int) -> Path:
+    """Where the weights and scales of a trial are, as long as it is on the front."""
+    return folder / f"trial-{number}.safetensors"
+
+
+def final_path(folder: Path, number: int) -> Path:
+    """Where the finally trained weights and scales of a trial are: those of the seed that is best on val."""
+    return folder / f"final-{number}.safetensors"
+
+
+class _FrontWeights:
+    """Keeps the weights of front trials and of the uniform ladder, and deletes those of dominated trials."""
+
+    def __init__(self, folder: RunFolder, records: Sequence[TrialRecord]) -> None:
+        self._folder = folder.checkpoints
+        self.front = pareto_front(records)
+
+    def keep(self, record: TrialRecord) -> None:
+        """Take a record in; whatever is now dominated loses its weights."""
+        known = {trial.number: trial for trial in (*self.front.trials, *self.front.ladder, record)}
+        self.front = pareto_front(list(known.values()))
+        for number in known.keys() - {trial.number for trial in (*self.front.trials, *self.front.ladder)}:
+            checkpoint_path(self._folder, number).unlink(missing_ok=True)
+
+
+def front_rows(front: ParetoFront) -> list[dict[str, Any]]:
+    """The front as plain values, by rising cost: number, origin, accuracy, cost and the config of each trial."""
+    return [
+        {
+            "number": trial.number,
+            "origin": trial.origin,
+            "accuracy": trial.accuracy,
+            "cost": trial.cost,
+            "knee": trial is front.knee,
+            "layers": trial.config.to_json(),
+        }
+        for trial in front
+    ]
+
+
+def write_front(problem: Problem, folder: RunFolder, front: ParetoFront) -> None:
+    """Write `front.json`: current after every trial."""
+    folder.write_front(
+        {
+            "schema": "mpsearch/front/1",
+            "study": problem.spec.name,
+            "metric": problem.task.metric,
+            "cost": {"model": problem.spec.cost.model, "reference": problem.spec.cost.reference},
+            "hypervolume": front.hypervolume(problem.cheapest),
+            "front": front_rows(front),
+        }
+    )
+
+
+def trained_model(
+    problem: Problem, folder: RunFolder, record: TrialRecord
+) -> tuple[nn.Module, dict[str, float | None]]:
+    """The quantized model of a finished trial, in eval mode, and what was measured of it by split.
+
+    Weights are those of its final training, else of the trial; where these were not kept, the trial is run again.
+    """
+    from safetensors.torch import load_file
+
+    bench = Workbench(problem.task, problem.spec.trial)
+    for path, final in ((final_path(folder.checkpoints, record.number), True), (checkpoint_path(folder.checkpoints, record.number), False)):
+        if path.exists():
+            bench.reset(record.config)
+            bench.model.load_state_dict(load_file(path))
+            if not final:
+                return bench.model.eval(), {"val": record.accuracy}
+            best = max((f for f in folder.finals() if f.number == record.number), key=lambda f: f.val)
+            return bench.model.eval(), {"val": best.val, "test": best.test}
+    logger.warning("the weights of trial %d were not kept (it is not on the front): it is trained again", record.number)
+    again = run_trial(problem.task, record.config, problem.spec.trial, bench=bench)
+    return bench.model.eval(), {"val": again.accuracy}
+
+
+def estimate_trial_s(problem: Problem, steps: int = 4) -> float:
+    """Seconds that one trial should take in a process of its own: measured on a few eager steps, scoring included."""
+    settings = problem.spec.trial.model_copy(update={"compile": False, "bn_batches": 0})
+    bench = Workbench(problem.task, settings)
+    bench.reset(problem.space.ladder()[0])
+    bench.fit(1, seed=0)
+    clock = time.perf_counter()
+    bench.fit(steps, seed=0)
+    step_s = (time.perf_counter() - clock) / steps
+    clock = time.perf_counter()
+    bench.evaluate("val")
+    evaluate_s = time.perf_counter() - clock
+    return step_s * (problem.spec.trial.steps + problem.spec.trial.bn_batches / 3) + evaluate_s
+
+
+def scientific(count: int) -> str:
+    """A count that may be astronomical, for people: 1,234 or about 10^57.
+
+    >>> scientific(7**20)
+    'about 10^16.9'
+    """
+    return f"{count:,}" if count < 10**7 else f"about 10^{math.log10(count):.1f}"

@@ -1,0 +1,206 @@
+"""A trial: one config, fine-tuned briefly and scored on the validation split.
+
+`run_trial` is a plain function. What does not depend on the config (the float model and its layers, the quantized
+model and its compiled form, activation samples, the teacher's logits) sits on a `Workbench` that a worker keeps from
+trial to trial, because bits are data: a new config changes buffers, and nothing is rebuilt or recompiled.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import TaskError
+from mpsearch.graph.layers import LayerInfo, ModelGraph, inspect_model
+from mpsearch.precision import PrecisionConfig
+from mpsearch.quant.prepare import RangeSetter, insert_quantizers, set_precision
+from mpsearch.record import TrialRecord, WallTime
+from mpsearch.study import TrialSpec
+from mpsearch.task.task import Split, Task
+from mpsearch.train import (
+    FitResult,
+    FitSettings,
+    Teacher,
+    bf16_is_fast,
+    compiler_missing,
+    fit,
+    jeffreys,
+    reestimate_batch_norm,
+)
+
+logger = logging.getLogger(__name__)
+
+WORTH_COMPILING = 1e11
+"""MACs (forward) of one trial from which torch.compile pays: some ten seconds saved a trial for half a minute once."""
+
+
+class Workbench:
+    """Everything that trials of one task share inside one process.
+
+    Args:
+        task: what is compressed.
+        settings: how trials train.
+        device: where they run; default: the GPU if there is one.
+    """
+
+    def __init__(self, task: Task, settings: TrialSpec, device: torch.device | None = None) -> None:
+        self.task = task
+        self.settings = settings
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        float_model = task.float_model()
+        calibration = task.calibration_input(settings.calibration_samples)
+        self.graph: ModelGraph = inspect_model(float_model, calibration)
+        self.layers: tuple[LayerInfo, ...] = self.graph.layers
+        self.ranges = RangeSetter(float_model, self.layers, calibration)
+        self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and bf16_is_fast())
+        self.model = insert_quantizers(float_model, self.layers).to(self.device)
+        self._start = {name: value.detach().clone() for name, value in float_model.state_dict().items()}
+        steps_macs = self.graph.macs * settings.steps * settings.batch_size
+        self.runs: nn.Module = self.model
+        if settings.compile is True or (settings.compile == "auto" and steps_macs >= WORTH_COMPILING):
+            missing = compiler_missing()
+            if missing is None:
+                self.runs = Compiled(self.model)
+            else:
+                logger.warning(
+                    "torch.compile is not used: %s; trials run eagerly and take about twice as long", missing
+                )
+        teacher = Compiled(float_model) if isinstance(self.runs, Compiled) else float_model
+        self.teacher = Teacher(teacher.to(self.device), task.logits, bf16=self.bf16)
+
+    def reset(self, config: PrecisionConfig, start_weights: Mapping[str, Tensor] | None = None) -> None:
+        """Put the start weights back and take on a config's precisions and ranges.
+
+        Args:
+            config: a precision for each quantizable layer.
+            start_weights: a state dict with the float model's names; default: the float model's.
+        """
+        weights = self._start if start_weights is None else start_weights
+        with torch.no_grad():
+            for name, value in self.model.state_dict(keep_vars=True).items():
+                if name in weights:
+                    value.copy_(weights[name])
+        set_precision(self.model, config, self.ranges)
+
+    def loss(self, seed: int) -> Callable[[int, Any, Any, Any], Tensor]:
+        """The training loss: Jeffreys divergence to the float model, or the task's own."""
+        if not self.settings.distill:
+            return lambda _step, _x, output, target: self.task.loss(output, target)
+        return lambda step, x, output, _target: jeffreys(self.task.logits(output), self.teacher(seed, step, x))
+
+    def fit(
+        self, steps: int, seed: int, lr: float | None = None, on_step: Callable[[int, float], None] | None = None
+    ) -> FitResult:
+        """Fine-tune the model as it stands for `steps` batches."""
+        settings = FitSettings(
+            steps=steps, lr=lr or self.settings.lr, weight_decay=self.settings.weight_decay, bf16=self.bf16
+        )
+        batches = self.task.train_batches(self.settings.batch_size, steps, seed)
+        return fit(self.runs, batches, self.loss(seed), settings, on_step)
+
+    def reestimate(self, seed: int) -> None:
+        """Re-estimate BatchNorm statistics on training batches."""
+        count = self.settings.bn_batches
+        if count:
+            reestimate_batch_norm(self.model, self.task.train_batches(self.settings.batch_size, count, seed + 1))
+
+    def evaluate(self, split: Split) -> float:
+        """The hard-quantized model's metric on a split, in float32."""
+        self.runs.eval()
+        return self.task.evaluate(self.runs, split)
+
+
+def run_trial(
+    task: Task,
+    config: PrecisionConfig,
+    settings: TrialSpec,
+    start_weights: Mapping[str, Tensor] | None = None,
+    *,
+    bench: Workbench | None = None,
+    cost: Callable[[PrecisionConfig], float] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> TrialRecord:
+    """Fine-tune `config` briefly and score it on the validation split.
+
+    Args:
+        task: what is compressed.
+        config: a precision for each quantizable layer.
+        settings: steps, batch size, learning rate, ...
+        start_weights: weights to start from; default: the float model's.
+        bench: the worker's workbench; default: a fresh one.
+        cost: relative cost of a config; default: the record has none.
+        on_step: called with (step, training loss).
+
+    Returns:
+        A complete record. Its accuracy is that of the hard-quantized network.
+
+    Raises:
+        FloatingPointError: the loss or the score became NaN or infinite.
+        PrecisionError: the config does not fit the model.
+    """
+    started = time.time()
+    clock = time.perf_counter()
+    bench = bench or Workbench(task, settings)
+    bench.reset(config, start_weights)
+    prepared = time.perf_counter()
+    result = bench.fit(settings.steps, settings.seed, on_step=on_step) if settings.steps else None
+    trained = time.perf_counter()
+    if settings.steps:
+        bench.reestimate(settings.seed)
+    accuracy = bench.evaluate("val")
+    if not math.isfinite(accuracy):
+        raise FloatingPointError(f"the task's metric on val is {accuracy}")
+    done = time.perf_counter()
+    return TrialRecord(
+        config=config,
+        state="complete",
+        accuracy=accuracy,
+        cost=None if cost is None else cost(config),
+        seed=settings.seed,
+        start_loss=result and result.start_loss,
+        end_loss=result and result.end_loss,
+        wall=WallTime(prepare_s=prepared - clock, train_s=trained - prepared, evaluate_s=done - trained),
+        started_s=started,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+class Compiled(nn.Module):
+    """A model compiled for the input shape that it first meets in train and in eval mode.
+
+    Any other shape (a last, smaller batch) runs eagerly: no trial ever waits for a recompilation.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._compiled = torch.compile(model, dynamic=False)
+        self._shapes: dict[bool, torch.Size] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output."""
+        first = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(first, Tensor) or first.shape != self._shapes.setdefault(self.training, first.shape):
+            return self.model(*args, **kwargs)
+        return self._compiled(*args, **kwargs)
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with NaN or infinite weights."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise TaskError(f"the float model's '{name}' holds NaN or infinite values: use another checkpoint")

@@ -1,0 +1,165 @@
+"""OptunaView: the trials of a run as an Optuna study, for the Optuna dashboard and Optuna's own tools.
+
+A view and not the truth, which is the run folder's `trials.jsonl`: every trial is written once, when it has ended, so
+no trial is ever RUNNING here, whatever is killed. What is missing is added when the view is opened. A view that fails
+in the middle of a run (a database that goes away) is given up with a warning, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import warnings
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from mpsearch.errors import RunError
+from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.search.controller import DIRECTIONS, METRICS, budget_constraint
+from mpsearch.space import SearchSpace
+
+logger = logging.getLogger(__name__)
+
+_STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "stopped": TrialState.PRUNED}
+
+
+class OptunaView:
+    """An Optuna study that shows a run.
+
+    Values are accuracy and log2 of relative cost; a failed or stopped trial has none. User attributes hold the rest of
+    the record, among it `number`, by which a trial is known here, because Optuna counts in the order of adding. The
+    budget is a constraint, in octaves (at most 0 is within), under Optuna's key and under the older one that
+    optuna-dashboard reads.
+    """
+
+    def __init__(
+        self, storage: BaseStorage, name: str, space: SearchSpace, budget: float | None, records: Iterable[TrialRecord]
+    ) -> None:
+        self._space = space
+        self._budget = math.inf if budget is None else budget
+        self._distributions = space.distributions()
+        self.study = optuna.create_study(storage=storage, study_name=name, directions=DIRECTIONS, load_if_exists=True)
+        if self.study.metric_names is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                self.study.set_metric_names(METRICS)
+        shown = {trial.user_attrs.get("number") for trial in self.study.get_trials(deepcopy=False)}
+        self.study.add_trials(self._trial(record) for record in records if record.number not in shown)
+        self._lost = False
+
+    def add(self, record: TrialRecord) -> None:
+        """Show a trial that has ended and is on the disk."""
+        if self._lost:
+            return
+        try:
+            self.study.add_trial(self._trial(record))
+        except Exception as error:  # of whatever database: a run does not end because nobody can watch it
+            self._lost = True
+            logger.warning(
+                "the Optuna study is no longer updated (%s: %s); the run goes on, the next resume catches up",
+                type(error).__name__,
+                _first_line(error),
+            )
+
+    def _trial(self, record: TrialRecord) -> FrozenTrial:
+        within = self._space.contains(record.config)
+        constraints = None if record.cost is None else budget_constraint(record.cost, self._budget)
+        values = None
+        if record.state == "complete" and record.accuracy is not None and record.cost is not None:
+            values = [record.accuracy, math.log2(record.cost)]
+        trial = create_trial(
+            state=_STATES[record.state],
+            values=values,
+            params=dict(self._space.params_of(record.config)) if within else {},
+            distributions=self._distributions if within else {},
+            user_attrs=_attributes(record),
+            system_attrs={"constraints": [*constraints.values()]} if constraints else {},
+            constraints=constraints,
+        )
+        trial.datetime_start = datetime.fromtimestamp(record.started_s)
+        trial.datetime_complete = trial.datetime_start + timedelta(seconds=record.wall.total_s)
+        return trial
+
+
+def open_view(
+    storage: str,
+    folder: RunFolder,
+    name: str,
+    space: SearchSpace,
+    budget: float | None = None,
+    records: Iterable[TrialRecord] = (),
+) -> OptunaView | None:
+    """The view that a study file asks for, with all of `records` in it.
+
+    Args:
+        storage: `sqlite` or `journal` (a file in the run folder), a SQLAlchemy URL, or `none` (returns None).
+        folder: of the run.
+        name: of the study; at a URL the run's id follows, because others keep their studies there too.
+        space: the configs that there are.
+        budget: the largest relative cost that is acceptable.
+        records: the trials that have ended.
+
+    Raises:
+        RunError: the storage cannot be opened.
+    """
+    if storage == "none":
+        return None
+    try:
+        if storage == "journal":
+            opened: BaseStorage = JournalStorage(JournalFileBackend(str(folder.study_journal)))
+        elif storage == "sqlite":
+            opened = _sqlite(f"sqlite:///{folder.study_db}")
+        else:
+            name = f"{name}-{folder.id}"
+            opened = _sqlite(storage) if storage.startswith("sqlite") else RDBStorage(storage)
+        return OptunaView(opened, name, space, budget, records)
+    except Exception as error:  # every database has its own errors
+        shown = re.sub(r"://[^@/]*@", "://***@", storage)  # no passwords on screens
+        raise RunError(
+            f"cannot open the storage '{shown}' ({type(error).__name__}: {_first_line(error)}): check that it is there "
+            "and may be written, or use `--set storage=sqlite` or `--set storage=none`"
+        ) from None
+
+
+def _attributes(record: TrialRecord) -> dict[str, Any]:
+    attributes = {
+        "number": record.number,
+        "origin": record.origin,
+        "config": record.config.digest,
+        "cost / reference": record.cost,
+        "reason": record.reason,
+        "seed": record.seed,
+        "loss, start": record.start_loss,
+        "loss, end": record.end_loss,
+        "prepare (s)": record.wall.prepare_s,
+        "train (s)": record.wall.train_s,
+        "evaluate (s)": record.wall.evaluate_s,
+        "peak memory (MiB)": record.peak_memory_bytes / 2**20,
+    }
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _sqlite(url: str) -> RDBStorage:
+    """SQLite that does not wait for the disk at every write: what goes with the power comes back from the record."""
+    from sqlalchemy import event
+
+    storage = RDBStorage(url)
+
+    def fast(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    event.listen(storage.engine, "connect", fast)
+    storage.engine.dispose()  # connections made before the listener
+    return storage

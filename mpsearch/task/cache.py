@@ -1,0 +1,84 @@
+"""Tensors that are made once and kept on disk: decoded images, trained float models.
+
+The folder is `$MPSEARCH_CACHE`, else `~/.cache/mpsearch`, else (where that cannot be written) one in the system's
+temporary folder. Entries are named by the content that they were made of, so they never go stale; deleting the folder
+is always safe.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """The folder that entries are kept in, created and writable."""
+    wanted = Path(os.environ.get("MPSEARCH_CACHE") or Path.home() / ".cache" / "mpsearch").expanduser()
+    fallback = Path(tempfile.gettempdir()) / f"mpsearch-{getpass.getuser()}"
+    for folder in (wanted, fallback):
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            logger.warning("the cache folder %s cannot be written (%s)", folder, error.strerror)
+    return Path(tempfile.mkdtemp(prefix="mpsearch-"))
+
+
+def content_key(*facts: Any) -> str:
+    """24 hex digits that name what `facts` (JSON values) describe."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def cached_tensors(name: str, make: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Path]:
+    """The tensors kept under `name`, or `make()`, then kept; and the file.
+
+    They are memory-mapped: processes that read the same entry share its pages. Of processes that start at once, one
+    makes the entry and the others wait. Where the disk is full, the tensors are returned all the same.
+    """
+    path = cache_folder() / f"{name}.safetensors"
+    if (tensors := _load(path)) is not None:
+        return tensors, path
+    with FileLock(path.with_suffix(".lock")):
+        if (tensors := _load(path)) is not None:
+            return tensors, path
+        tensors = make()
+        try:
+            _save(tensors, path)
+        except (OSError, SafetensorError) as error:
+            logger.warning("cannot keep %s in the cache: %s", path, error)
+            return tensors, path
+    return _load(path) or tensors, path
+
+
+def _load(path: Path) -> dict[str, Tensor] | None:
+    try:
+        return dict(load_file(path)) if path.is_file() else None
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s is damaged (%s) and is made again", path, error)
+        return None
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write all or nothing: a reader never sees half a file."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+    os.close(handle)
+    try:
+        save_file(tensors, scratch)
+        Path(scratch).replace(path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)

@@ -1,0 +1,206 @@
+"""Image classification: cross-entropy, top-1 or top-5, and a float model from a checkpoint or trained here, once."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import nan
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpsearch.errors import TaskError
+from mpsearch.study import TaskSpec
+from mpsearch.task.cache import cached_tensors, content_key
+from mpsearch.task.checkpoint import file_sha256, load_checkpoint
+from mpsearch.task.images import Images
+from mpsearch.task.models import build_model
+from mpsearch.task.task import Batch, Split
+from mpsearch.train import FitSettings, fit
+
+logger = logging.getLogger(__name__)
+
+EVAL_BATCH = 250
+EVAL_PIXELS = EVAL_BATCH * 64 * 64  # larger images come in smaller batches, so that memory stays bounded
+
+# How a float model is trained where no checkpoint is given.
+FLOAT_RECIPE = 1  # raise when `fit` or a forward of ours changes: cached models are trained again
+FLOAT_BATCH = 64
+FLOAT_LR = 0.1
+FLOAT_WEIGHT_DECAY = 5e-4
+FLOAT_SEED = 0
+SMALL_PIXELS = 16 * 16
+
+
+class ClassificationTask:
+    """A Task for labelled images; `metric` top1 or top5 is a share in [0, 1]."""
+
+    def __init__(self, spec: TaskSpec, images: Images) -> None:
+        """Build the network, read its checkpoint and run one image through it; nothing is trained yet.
+
+        Raises:
+            TaskError: model, checkpoint and data do not fit together.
+        """
+        self.name = f"{(spec.model or '').rpartition(':')[2]}/{images.name}"
+        self.metric: str = spec.metric
+        self.images = images
+        self._spec = spec
+        self._classes = spec.num_classes or images.num_classes
+        self._top = {"top1": 1, "top5": 5}[spec.metric]
+        if self._classes < images.num_classes:
+            raise TaskError(
+                f"task.num_classes: got {self._classes}, the data has {images.num_classes} classes: leave it out, "
+                "or give as many"
+            )
+        if self._top >= images.num_classes:
+            raise TaskError(f"task.metric: top5 of {images.num_classes} classes says nothing: write top1")
+        with _seeded(FLOAT_SEED):
+            self._model = build_model(spec, self._classes, images.input_shape[0]).eval()
+        self._check_output()
+        self._trained = False
+        self.float_model_source = "not trained yet"
+        if spec.checkpoint is not None:
+            load_checkpoint(self._model, spec.checkpoint)
+            self._trained = True
+            self.float_model_source = f"checkpoint {spec.checkpoint}, sha256 {file_sha256(spec.checkpoint)}"
+
+    def float_model(self) -> nn.Module:
+        """A fresh copy of the trained float network, in eval mode, on the CPU; the first call may train it.
+
+        Raises:
+            TaskError: the training diverged.
+        """
+        if not self._trained:
+            self._train_once()
+        return copy.deepcopy(self._model)
+
+    def train_batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
+        """`steps` augmented batches: `(n, c, h, w)` float32 and labels `(n,)`; the same `seed`, the same batches."""
+        return self.images.train_batches(batch_size, steps, seed)
+
+    def calibration_input(self, samples: int, seed: int = 0) -> Tensor:
+        """`(samples, c, h, w)` training images, not augmented; all of them where there are fewer."""
+        return self.images.calibration_input(samples, seed)
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module, split: Split) -> float:
+        """The share of a split whose label is among the model's first (top1) or first five (top5) answers.
+
+        Runs in eval mode on the model's device, under whatever autocast the caller set, and leaves the mode as it was.
+        NaN where the model answers NaN.
+        """
+        height, width = self.images.input_shape[1:]
+        batch_size = max(1, min(EVAL_BATCH, EVAL_PIXELS // (height * width)))
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        in_training = [module for module in model.modules() if module.training]
+        model.eval()
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        broken = torch.zeros((), dtype=torch.bool, device=device)
+        for x, labels in self.images.batches(split, batch_size):
+            logits = self.logits(model(x.to(device)))
+            answers = logits.topk(self._top).indices
+            correct += (answers == labels.to(device).unsqueeze(1)).sum()
+            broken |= logits.isnan().any()
+        for module in in_training:
+            module.training = True
+        return nan if broken else int(correct) / self.images.size(split)
+
+    def loss(self, output: Any, target: Tensor) -> Tensor:
+        """The mean cross-entropy of a batch."""
+        return F.cross_entropy(self.logits(output), target)
+
+    def logits(self, output: Any) -> Tensor:
+        """`(n, classes)`: the output, or the `logits` of an output that has more (as Inception's in training)."""
+        return cast(Tensor, getattr(output, "logits", output))
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """How many batches make one pass over the training data."""
+        return -(-self.images.size("train") // batch_size)
+
+    def _check_output(self) -> None:
+        shape = self.images.input_shape
+        model, data = f"model '{self._spec.model}'", f"data '{self.images.name}'"
+        try:
+            with torch.inference_mode():
+                output = self._model(torch.zeros(1, *shape))
+        except Exception as error:
+            said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise TaskError(
+                f"{model} cannot take the images of {data}, (channels, height, width) {shape}: {said}; choose a model "
+                "for such images, or set task.data.image_size"
+            ) from error
+        found = tuple(getattr(getattr(output, "logits", output), "shape", ()))
+        if found != (1, self._classes):
+            raise TaskError(
+                f"{model} answers one image with {found or type(output).__name__}, expected (1, {self._classes}) for "
+                f"the {self.images.num_classes} classes of {data}: change the model's or set task.num_classes"
+            )
+
+    def _float_threads(self) -> int:
+        """One where layers are too small to share (several threads then mostly wait for each other), else as set."""
+        height, width = self.images.input_shape[1:]
+        return 1 if height * width <= SMALL_PIXELS else torch.get_num_threads()
+
+    def _train_once(self) -> None:
+        facts = self._spec.model_dump(mode="json", include={"model", "num_classes", "model_args", "float_epochs"})
+        shapes = {name: list(value.shape) for name, value in self._model.state_dict().items()}
+        key = content_key(FLOAT_RECIPE, facts, shapes, self.images.key)
+        seconds: list[float] = []
+
+        def train() -> dict[str, Tensor]:
+            began = time.perf_counter()
+            logger.info("no checkpoint is given: training %s for %d epochs", self.name, self._spec.float_epochs)
+            state = self._train_float_model()
+            seconds.append(time.perf_counter() - began)
+            return state
+
+        state, path = cached_tensors(f"float-{key}", train)
+        self._model.load_state_dict(state)
+        self._trained = True
+        how = f"trained here in {seconds[0]:.1f} s, cached as {path}" if seconds else f"trained here before: {path}"
+        self.float_model_source = how
+        logger.info("float model %s: %s", self.name, how)
+
+    def _train_float_model(self) -> dict[str, Tensor]:
+        """Train from the seeded start; the same spec gives the same weights."""
+        model = copy.deepcopy(self._model).to("cuda" if torch.cuda.is_available() else "cpu")
+        steps = self._spec.float_epochs * self.steps_per_epoch(FLOAT_BATCH)
+        batches = self.train_batches(FLOAT_BATCH, steps, FLOAT_SEED)
+        with _seeded(FLOAT_SEED), _threads(self._float_threads()):
+            try:
+                fit(
+                    model,
+                    batches,
+                    lambda _step, _x, output, labels: self.loss(output, labels),
+                    FitSettings(steps, FLOAT_LR, FLOAT_WEIGHT_DECAY),
+                )
+            except FloatingPointError as error:
+                raise TaskError(
+                    f"the float model of {self.name} diverged, {error}: check the images and task.data.mean and std, "
+                    "or give a task.checkpoint"
+                ) from None
+        return {name: value.cpu().clone() for name, value in model.state_dict().items()}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's global random source set to `seed` inside, and afterwards as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch's number of threads set to `count` inside, and afterwards as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

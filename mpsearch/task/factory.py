@@ -1,0 +1,48 @@
+"""`module:function` in a study file: how people bring their own model, data or task."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpsearch.errors import TaskError, nearest
+
+
+def call_factory(what: str, name: str, args: Mapping[str, Any]) -> Any:
+    """Import the function that `name` (`module:function`) stands for and call it with keyword arguments `args`.
+
+    Modules are looked for where Python looks and in the working directory. `what` is the study key, for the messages.
+
+    Raises:
+        TaskError: no such module or function, or it raised; the message says which.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise TaskError(f"{what}: cannot read '{name}': write module:function, as in my_package.models:build")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and module_name.startswith(str(error.name)):
+            raise TaskError(
+                f"{what}: no module '{error.name}' for '{name}': install it, or run from the folder that "
+                f"holds it ({here})"
+            ) from None
+        raise TaskError(f"{what}: module '{module_name}' cannot be imported: {_said(error)}") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise TaskError(f"{what}: module '{module_name}' has no function '{attribute}': {nearest(attribute, public)}")
+    try:
+        return function(**args)
+    except Exception as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in args.items())
+        raise TaskError(f"{what}: {name}({given}) raised {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,34 @@
+"""From the `task` section of a study to a Task."""
+
+from __future__ import annotations
+
+from mpsearch.errors import TaskError
+from mpsearch.study import TaskSpec
+from mpsearch.task.classification import ClassificationTask
+from mpsearch.task.data import load_data
+from mpsearch.task.factory import call_factory
+from mpsearch.task.task import Task
+
+
+def load_task(spec: TaskSpec, workers: int | None = None) -> Task:
+    """The task that `spec` describes; `workers` threads or processes decode images (default: one per core, 8 at most).
+
+    Raises:
+        TaskError: model, checkpoint, data or factory cannot be used; the message says which and what to do.
+    """
+    if spec.factory is not None:
+        return _from_factory(spec.factory, spec)
+    assert spec.data is not None  # TaskSpec: either a factory, or model and data
+    return ClassificationTask(spec, load_data(spec.data, workers))
+
+
+def _from_factory(name: str, spec: TaskSpec) -> Task:
+    task = call_factory("task.factory", name, spec.args)
+    methods = [key for key, value in vars(Task).items() if callable(value) and not key.startswith("_")]
+    missing = [key for key in (*Task.__annotations__, *methods) if not hasattr(task, key)]
+    if missing:
+        raise TaskError(
+            f"task.factory: {name} returned {type(task).__name__}, which has no {', '.join(missing)}: a task has what "
+            "mpsearch.task.task.Task lists"
+        )
+    return task  # type: ignore[no-any-return]

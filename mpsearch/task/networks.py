@@ -1,0 +1,119 @@
+"""The networks that mpsearch brings itself: CIFAR ResNets and a small CNN for 8x8 digits.
+
+ResNets for 32x32 images: He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385, section 4.2, with
+the parameter-free shortcut (option A): where a stage halves the image, the shortcut takes every second pixel and fills
+the new channels with zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, groups=groups, bias=False)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around an option-A shortcut: `(n, inputs, h, w)` -> `(n, outputs, h/stride, w/stride)`."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(inputs, outputs, stride)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = _conv3x3(outputs, outputs)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride = stride
+        self.new_channels = outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One block; see the class."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + self.shortcut(x))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """The input, subsampled and zero-padded to the output's shape."""
+        if self.stride == 1 and self.new_channels == 0:
+            return x
+        before = self.new_channels // 2
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
+
+
+class CifarResNet(nn.Module):
+    """ResNet of depth 6n+2 for small images: three stages of n blocks with 16, 32 and 64 channels."""
+
+    def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = _conv3x3(in_channels, 16)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self._stage(blocks, 16, 16, stride=1)
+        self.layer2 = self._stage(blocks, 16, 32, stride=2)
+        self.layer3 = self._stage(blocks, 32, 64, stride=2)
+        self.linear = nn.Linear(64, num_classes)
+        _kaiming(self)
+
+    @staticmethod
+    def _stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        rest = [ResidualBlock(outputs, outputs) for _ in range(blocks - 1)]
+        return nn.Sequential(ResidualBlock(inputs, outputs, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, in_channels, h, w)` -> logits `(n, num_classes)`."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+class SeparableBlock(nn.Module):
+    """Depthwise 3x3, then pointwise 1x1, each with BatchNorm and ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.depthwise = _conv3x3(inputs, inputs, stride, groups=inputs)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.pointwise = nn.Conv2d(inputs, outputs, kernel_size=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, inputs, h, w)` -> `(n, outputs, h/stride, w/stride)`."""
+        x = F.relu(self.bn1(self.depthwise(x)))
+        return F.relu(self.bn2(self.pointwise(x)))
+
+
+class DigitsCNN(nn.Module):
+    """Ten convolutions and a classifier for 8x8 images, small enough to train in seconds.
+
+    Dense, depthwise and pointwise layers and a layer that most of the cost sits in: layers differ in how many bits they
+    need, so that a mixed precision has something to gain.
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, 12)
+        self.bn1 = nn.BatchNorm2d(12)
+        self.block1 = ResidualBlock(12, 12)
+        self.down = SeparableBlock(12, 24, stride=2)
+        self.block2 = ResidualBlock(24, 24)
+        self.mix = SeparableBlock(24, 32)
+        self.conv2 = _conv3x3(32, 32)
+        self.bn2 = nn.BatchNorm2d(32)
+        self.linear = nn.Linear(32, num_classes)
+        _kaiming(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, in_channels, 8, 8)` -> logits `(n, num_classes)`."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.mix(self.block2(self.down(self.block1(x))))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.linear(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _kaiming(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)

@@ -1,0 +1,213 @@
+"""Two plain loops that know nothing of search: `fit` trains a model, `reestimate_batch_norm` refreshes its statistics."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import TaskError
+
+logger = logging.getLogger(__name__)
+
+Loss = Callable[[int, Any, Any, Any], Tensor]
+"""(step, input, output, target) -> scalar loss of one batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitSettings:
+    """How `fit` trains: SGD with Nesterov momentum 0.9 under a one-cycle learning rate."""
+
+    steps: int
+    lr: float
+    weight_decay: float = 0.0
+    bf16: bool = False
+    warmup: float = 0.2  # share of the steps in which the rate rises
+    clip_norm: float = 5.0  # gradient norm above which a step is shortened: one bad batch must not end a trial
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """The training loss over the first and the last tenth of the steps."""
+
+    start_loss: float
+    end_loss: float
+
+
+def jeffreys(output: Tensor, teacher: Tensor) -> Tensor:
+    """Jeffreys divergence KL(p||q) + KL(q||p) between two batches of logits `(n, classes)`, averaged over n.
+
+    The distillation loss of GDNSQ (arXiv 2508.14004): temperature 1, no hard labels.
+    """
+    log_p, log_q = output.float().log_softmax(dim=1), teacher.float().log_softmax(dim=1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=1).mean()
+
+
+class Teacher:
+    """The float model's logits for each training step, computed once.
+
+    Trials of a study train on the same batches in the same order (their accuracies are then compared like with like),
+    so from the second trial on the teacher costs nothing. Logits are kept up to `limit_bytes`.
+    """
+
+    def __init__(self, model: nn.Module, logits: Callable[[Any], Tensor], *, bf16: bool, limit_bytes: int = 2**27):
+        self._model = model.eval()
+        self._logits = logits
+        self._bf16 = bf16
+        self._room = limit_bytes
+        self._kept: dict[tuple[int, int], Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, seed: int, step: int, x: Any) -> Tensor:
+        """The logits `(n, classes)` for batch `step` of the batches with this seed."""
+        if (seed, step) in self._kept:
+            return self._kept[seed, step]
+        with autocast(x, self._bf16):
+            logits = self._logits(call(self._model, x)).float()
+        size = logits.numel() * logits.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._kept[seed, step] = logits
+        return logits
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    loss: Loss,
+    settings: FitSettings,
+    on_step: Callable[[int, float], None] | None = None,
+) -> FitResult:
+    """Train `model` in place on `settings.steps` batches.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite.
+        TaskError: the batches ended early.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.dim() > 1 and p.numel() > max(p.shape)]  # weights, not steps, biases or norms
+    plain = [p for p in parameters if not any(p is d for d in decayed)]
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain}],
+        lr=settings.lr,
+        momentum=0.9,
+        nesterov=True,
+    )
+    model.train()
+    device = parameters[0].device
+    losses: list[float] = []
+    for step, (x, y) in zip(range(settings.steps), to_device(batches, device), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = one_cycle(step, settings)
+        with autocast(x, settings.bf16):
+            output = call(model, x)
+        value = loss(step, x, output, y)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        optimizer.step()
+        losses.append(value.item())
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(f"the training loss became {losses[-1]} at step {step} of {settings.steps}")
+        if on_step is not None:
+            on_step(step, losses[-1])
+    if len(losses) < settings.steps:
+        raise TaskError(f"train_batches gave {len(losses)} batches, {settings.steps} were asked for: check the task")
+    tenth = max(1, len(losses) // 10)
+    return FitResult(sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth) if losses else FitResult(0.0, 0.0)
+
+
+def one_cycle(step: int, settings: FitSettings) -> float:
+    """The learning rate of a step: up in a straight line to `lr`, then down half a cosine to zero."""
+    rise = max(1, round(settings.warmup * settings.steps))
+    if step < rise:
+        return settings.lr * (step + 1) / rise
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step + 1 - rise) / (settings.steps - rise + 1)))
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Any, Any]]) -> None:
+    """Replace BatchNorm's running statistics by the averages over `batches`, weights held still.
+
+    While weights oscillate between grid points the running averages lag behind what the final weights produce
+    (white paper, arXiv 2106.08295, §4.3).
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+    try:
+        model.train()
+        for x, _ in to_device(batches, next(model.parameters()).device):
+            call(model, x)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.eval()
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    """Run a model on its input: a tuple is several arguments, a dict is named ones."""
+    if isinstance(x, tuple):
+        return model(*x)
+    return model(**x) if isinstance(x, dict) else model(x)
+
+
+def autocast(x: Any, bf16: bool) -> torch.autocast:
+    """Mixed precision on the device where `x` is."""
+    return torch.autocast(_device(x).type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def to_device(batches: Iterable[tuple[Any, Any]], device: torch.device) -> Iterator[tuple[Any, Any]]:
+    """The batches, on a device."""
+    for x, y in batches:
+        yield _move(x, device), _move(y, device)
+
+
+def bf16_is_fast() -> bool:
+    """Whether this machine multiplies bfloat16 in hardware; elsewhere autocast costs more than it saves."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+
+
+@functools.cache
+def compiler_missing() -> str | None:
+    """Why torch.compile cannot work here; None: it can."""
+    if torch.cuda.is_available():
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except Exception as error:  # torch raises various types where there is none
+        return f"no C++ compiler was found ({type(error).__name__})"
+    return None if shutil.which(compiler) else f"the C++ compiler {compiler} was not found"
+
+
+def _device(x: Any) -> torch.device:
+    if isinstance(x, Tensor):
+        return x.device
+    values = list(x.values()) if isinstance(x, dict) else list(x) if isinstance(x, tuple | list) else []
+    return _device(values[0]) if values else torch.device("cpu")
+
+
+def _move(x: Any, device: torch.device) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(device, non_blocking=True)
+    if isinstance(x, dict):
+        return {key: _move(value, device) for key, value in x.items()}
+    if isinstance(x, tuple | list):
+        return type(x)(_move(value, device) for value in x)
+    return x
