@@ -39,7 +39,7 @@ _PUBLIC = {
     "prepare": "mpsearch.quant.prepare",
     "run_study": "mpsearch.search.run",
 }
-__all__ = list(_PUBLIC)  # noqa: PLE0605
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

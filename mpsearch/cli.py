@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from mpsearch.precision import Precision
     from mpsearch.record import RunFolder, TrialRecord
     from mpsearch.search.engine import Event
     from mpsearch.search.run import Problem
@@ -87,7 +89,9 @@ def check(study: Study, set_: Set = None, json_: Json = False) -> None:
     console = _console()
     for line in problem.summary():
         console.print(line, soft_wrap=True)
-    console.print(f"Float model: {_percent(float_val)} on val ({getattr(problem.task, 'float_model_source', 'as given')}).")
+    console.print(
+        f"Float model: {_percent(float_val)} on val ({getattr(problem.task, 'float_model_source', 'as given')})."
+    )
     console.print(
         f"One trial should take about {_duration(trial_s)} run alone without compilation; {spec.search.trials} trials, "
         f"{spec.search.concurrency} at a time, about {_duration(total_s)} on {os.cpu_count()} cores.",
@@ -125,7 +129,7 @@ def inspect(study: Study, set_: Set = None, json_: Json = False) -> None:
         _print_json({"layers": rows, "other_macs": dict(problem.graph.other_macs), "macs": problem.graph.macs})
         return
     table = _table("layer", "kind", "weight", ">MACs", ">params", "input", "weight precisions", "input precisions")
-    for row, layer in zip(rows, problem.graph.layers, strict=True):
+    for layer in problem.graph.layers:
         if layer.reason is not None:
             table.add_row(layer.name, layer.kind, *["x".join(map(str, layer.weight_shape)), f"{layer.macs:,}"])
             table.add_row("", f"[yellow]stays float: {layer.reason}[/]")
@@ -138,8 +142,8 @@ def inspect(study: Study, set_: Set = None, json_: Json = False) -> None:
             f"{layer.macs:,}",
             f"{layer.params:,}",
             ("signed" if layer.signed_input else "unsigned") + shared,
-            _compact(row["weight"]),
-            _compact(row["activation"]),
+            _compact(choices[layer.name, "weight"].choices),
+            _compact(choices[layer.name, "activation"].choices),
         )
     console = _console()
     console.print(table)
@@ -152,7 +156,9 @@ def run(
     study: Study,
     out: Annotated[Path | None, typer.Option("--out", help="run folder; default runs/NAME")] = None,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="over search.trials")] = None,
-    time_limit: Annotated[str | None, typer.Option("--time-limit", help="no new trial after this: 90s, 10m, 2h")] = None,
+    time_limit: Annotated[
+        str | None, typer.Option("--time-limit", help="no new trial after this: 90s, 10m, 2h")
+    ] = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
@@ -218,7 +224,9 @@ def status(run: Run, json_: Json = False) -> None:
         console.print(f"  trial {record.number} failed: {record.reason}", style="yellow", soft_wrap=True)
     if front.trials:
         best = front.best
-        console.print(f"best: trial {best.number}, {_percent(best.accuracy)} at cost {best.cost:.3f}; {len(front)} on front")
+        console.print(
+            f"best: trial {best.number}, {_percent(best.accuracy)} at cost {best.cost:.3f}; {len(front)} on front"
+        )
 
 
 @app.command()
@@ -249,6 +257,7 @@ def finalize(
 ) -> None:
     """Train the picked front longer over several seeds, beside its uniform control, and score the test split."""
     from mpsearch.record import RunFolder
+    from mpsearch.search.finalize import final_table
     from mpsearch.search.finalize import finalize as train_finally
     from mpsearch.search.run import open_problem, read_spec
 
@@ -257,53 +266,30 @@ def finalize(
     console = _console(stderr=True)
 
     def progress(done: int, total: int, trial: TrialRecord, seed: int) -> None:
-        console.print(f"[{done + 1}/{total}] trial {trial.number} (cost {trial.cost:.3f}), seed {seed}", highlight=False)
+        console.print(
+            f"[{done + 1}/{total}] trial {trial.number} (cost {trial.cost:.3f}), seed {seed}", highlight=False
+        )
 
     rows = train_finally(problem, folder, progress)
     model = problem.task.float_model()
     float_val, float_test = problem.task.evaluate(model, "val"), problem.task.evaluate(model, "test")
+    path = _write_report(folder, problem)
     if json_:
-        _print_json(
-            {
-                "float_val": float_val,
-                "float_test": float_test,
-                "rows": [
-                    {
-                        "number": row.trial.number,
-                        "picked": row.picked,
-                        "cost": row.trial.cost,
-                        "proxy_val": row.trial.accuracy,
-                        "val": row.val_mean,
-                        "val_std": None if row.seeds < 2 else row.val_std,
-                        "test": row.test_mean,
-                        "test_std": None if row.seeds < 2 else row.test_std,
-                        "seeds": row.seeds,
-                        "beside": row.beside,
-                    }
-                    for row in rows
-                ],
-            }
-        )
+        documents = [
+            {"number": row.trial.number, "cost": row.trial.cost, "proxy_val": row.trial.accuracy}
+            | {f.name: getattr(row, f.name) for f in fields(row) if f.name != "trial"}
+            for row in rows
+        ]
+        _print_json({"float_val": float_val, "float_test": float_test, "rows": documents})
         return
-    by_number = {row.trial.number: row for row in rows}
-    table = _table(">trial", "origin", ">cost", ">val after trial", ">val", ">test", ">minus uniform beside it, test")
-    for row in rows:
-        beside = by_number.get(row.beside) if row.beside is not None else None
-        gain = "" if beside is None or beside is row else f"{100 * (row.test_mean - beside.test_mean):+.2f}"
-        where = "" if beside is None or beside is row else f" (trial {beside.trial.number}, cost {beside.trial.cost:.3f})"
-        table.add_row(
-            str(row.trial.number),
-            row.trial.origin,
-            f"{row.trial.cost:.3f}",
-            _percent(row.trial.accuracy),
-            _spread(row.val_mean, row.val_std),
-            _spread(row.test_mean, row.test_std),
-            gain + where,
-        )
+    texts = final_table(rows)
+    table = _table(*[name if name in ("origin", "control") else f">{name}" for name in texts[0]])
+    for text in texts:
+        table.add_row(*text.values())
     out = _console()
     out.print(table)
-    out.print(f"float: val {_percent(float_val)}, test {_percent(float_test)}; {problem.spec.final.seeds} seeds a config")
-    _write_report(folder, problem)
+    out.print(f"float: val {_percent(float_val)}, test {_percent(float_test)}", highlight=False)
+    out.print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -444,13 +430,9 @@ def _open(study: str, set_: Sequence[str] | None) -> tuple[StudySpec, Problem]:
 
 def _write_report(folder: RunFolder, problem: Problem) -> Path:
     from mpsearch.report.page import write_report
+    from mpsearch.search.finalize import final_rows, final_table
 
-    finals = folder.finals()
-    rows: list[dict[str, object]] = []
-    if finals:
-        from mpsearch.search.finalize import final_rows
-
-        rows = final_rows(folder)
+    finalized = final_table(final_rows(folder.records(), folder.finals(), problem.spec.final.pick))
     path = folder.path
     return write_report(
         folder.report_html,
@@ -459,7 +441,7 @@ def _write_report(folder: RunFolder, problem: Problem) -> Path:
         records=folder.records(),
         layers=problem.layers,
         cheapest=problem.cheapest,
-        finalized=rows or None,
+        finalized=finalized or None,
         commands=[
             f"mpsearch run {folder.study_yaml} --out NEW_FOLDER",
             f"mpsearch front {path}",
@@ -492,26 +474,23 @@ def _hypervolume(folder: RunFolder) -> float | None:
 
 
 def _print_front(records: Sequence[TrialRecord]) -> None:
-    from mpsearch.report.tables import mean_bits
-    from mpsearch.search.front import pareto_front
+    from mpsearch.report.tables import trials_table
 
-    found = pareto_front(records)
-    if not found.trials:
+    trials = trials_table(records)
+    trials = trials[trials.on_front | ((trials.origin == "uniform") & (trials.state == "complete"))]
+    if not trials.on_front.any():
         raise RunError("no trial is complete: there is no front yet; see why with `mpsearch status RUN`")
     table = _table(">trial", "origin", ">accuracy, val", ">cost", ">weight bits", ">input bits", "")
-    on_front = {trial.number for trial in found}
-    for trial in sorted({t.number: t for t in (*found, *found.ladder)}.values(), key=lambda t: t.cost or 0.0):
-        note = "knee" if trial is found.knee else "" if trial.number in on_front else "dominated"
-        weight_bits, input_bits = mean_bits(trial.config)
+    for row in trials.sort_values("relative_cost").itertuples():
         table.add_row(
-            str(trial.number),
-            trial.origin,
-            _percent(trial.accuracy),
-            f"{trial.cost:.4f}",
-            f"{weight_bits:.1f}",
-            f"{input_bits:.1f}",
-            note,
-            style=None if trial.number in on_front else "dim",
+            str(row.number),
+            str(row.origin),
+            f"{row.accuracy_percent:.2f} %",
+            f"{row.relative_cost:.4f}",
+            f"{row.weight_bits:.1f}",
+            f"{row.activation_bits:.1f}",
+            "knee" if row.knee else "" if row.on_front else "dominated",
+            style=None if row.on_front else "dim",
         )
     _console().print(table)
 
@@ -549,10 +528,6 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
 
-def _spread(mean: float, std: float) -> str:
-    return f"{100 * mean:.2f}" + ("" if std != std else f" ± {100 * std:.2f}")
-
-
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
@@ -581,16 +556,14 @@ def _parallel(spec: StudySpec) -> float:
     return 1.0 if spec.engine.address == "none" else min(spec.search.concurrency, os.cpu_count() or 1)
 
 
-def _compact(texts: Sequence[str]) -> str:
+def _compact(choices: Sequence[Precision]) -> str:
     """`uniform:2-8/channel` for a run of bits of one quantizer."""
-    runs: list[tuple[str, int, int, str]] = []
-    for text in texts:
-        head, _, granularity = text.partition("/")
-        quantizer, _, bits = head.partition(":")
-        if runs and bits and runs[-1][0] == quantizer and runs[-1][3] == granularity and int(bits) == runs[-1][2] + 1:
-            runs[-1] = (quantizer, runs[-1][1], int(bits), granularity)
+    runs: list[list[Precision]] = []
+    for choice in sorted(choices, key=lambda c: (c.quantizer, c.granularity, c.bits)):
+        if runs and replace(runs[-1][-1], bits=choice.bits) == choice and runs[-1][-1].bits == choice.bits - 1:
+            runs[-1].append(choice)
         else:
-            runs.append((quantizer, int(bits or 32), int(bits or 32), granularity))
+            runs.append([choice])
     return ", ".join(
-        q if q == "float" else f"{q}:{a}" + (f"-{b}" if b != a else "") + f"/{g}" for q, a, b, g in runs
+        str(r[0]) if len(r) == 1 else f"{r[0].quantizer}:{r[0].bits}-{r[-1].bits}/{r[0].granularity}" for r in runs
     )

@@ -166,8 +166,8 @@ class RunFolder:
         self.id = uuid.uuid4().hex[:8]  # of the run, whatever its folder is called
         self.study_yaml = path / "study.yaml"
         self.trials_jsonl = path / "trials.jsonl"
-        self.finals_jsonl = path / "finals.jsonl"
         self.trials_parquet = path / "trials.parquet"
+        self.finals_jsonl = path / "finals.jsonl"
         self.front_json = path / "front.json"
         self.study_db = path / "study.db"
         self.study_journal = path / "study.journal"

@@ -1,4 +1,4 @@
-"""Two plain loops that know nothing of search: `fit` trains a model, `reestimate_batch_norm` refreshes its statistics."""
+"""Two plain loops that know nothing of search: `fit` trains, `reestimate_batch_norm` refreshes running statistics."""
 
 from __future__ import annotations
 
@@ -94,12 +94,8 @@ def fit(
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.dim() > 1 and p.numel() > max(p.shape)]  # weights, not steps, biases or norms
     plain = [p for p in parameters if not any(p is d for d in decayed)]
-    optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain}],
-        lr=settings.lr,
-        momentum=0.9,
-        nesterov=True,
-    )
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain}]
+    optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
     model.train()
     device = parameters[0].device
     losses: list[float] = []
@@ -111,7 +107,7 @@ def fit(
         value = loss(step, x, output, y)
         optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm, foreach=True)
         optimizer.step()
         losses.append(value.item())
         if not math.isfinite(losses[-1]):
@@ -177,7 +173,7 @@ def to_device(batches: Iterable[tuple[Any, Any]], device: torch.device) -> Itera
 def bf16_is_fast() -> bool:
     """Whether this machine multiplies bfloat16 in hardware; elsewhere autocast costs more than it saves."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 

@@ -33,7 +33,7 @@ def weight_bytes(layer: LayerInfo, precision: LayerPrecision) -> float:
     return _packed(layer.weights, weight) + SCALE_BYTES * scales
 
 
-def bias_bytes(layer: LayerInfo, precision: LayerPrecision) -> float:  # noqa: ARG001 -- the form of every cost part
+def bias_bytes(layer: LayerInfo, _precision: LayerPrecision) -> float:
     """Bytes of one layer's bias: its own, or the one that folding its BatchNorm leaves."""
     has_bias = layer.params > layer.weights or layer.batch_norm is not None
     return float(BIAS_BYTES * _out_channels(layer) * has_bias)

@@ -166,7 +166,9 @@ def _read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor
     entry = document.get("tensors")
     file = entry.get("file") if isinstance(entry, Mapping) else None
     if not isinstance(file, str) or Path(file).name != file:
-        raise ExportError(f"{folder / CONFIG_FILE}: 'tensors.file' must be a file name in the same folder, got {file!r}")
+        raise ExportError(
+            f"{folder / CONFIG_FILE}: 'tensors.file' must be a file name in the same folder, got {file!r}"
+        )
     path = folder / file
     try:
         if _sha256(path) != entry["sha256"]:  # type: ignore[index]

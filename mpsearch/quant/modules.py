@@ -6,7 +6,7 @@ Each is a subclass of the torch layer that it stands for, so the names in its st
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,9 @@ from mpsearch.quant.uniform import UniformQuantizer
 class QuantLayer(nn.Module):
     """What all quantized layers have in common."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     weight_quantizer: UniformQuantizer
     input_quantizer: UniformQuantizer
+    channel_axis = 0  # of the weight's output channels
 
     def add_quantizers(self, *, signed_input: bool, input_elements: int) -> None:
         """Give the layer its quantizers, at float precision.
@@ -31,15 +30,15 @@ class QuantLayer(nn.Module):
             signed_input: whether the input takes negative values, and thus needs an offset.
             input_elements: elements of one input sample (N of LSQ's gradient scale).
         """
-        axis = 1 if isinstance(self, nn.modules.conv._ConvTransposeNd) else 0
-        channels = self.weight.shape[axis]
+        weight = cast(Tensor, self.weight)
+        channels = weight.shape[self.channel_axis]
         self.weight_quantizer = UniformQuantizer(
             channels,
-            self.weight.dim(),
+            weight.dim(),
             signed=True,
             offset=False,
-            elements=self.weight.numel() // channels,
-            channel_axis=axis,
+            elements=weight.numel() // max(1, channels),
+            channel_axis=self.channel_axis,
         )
         self.input_quantizer = UniformQuantizer(1, 0, signed=False, offset=signed_input, elements=input_elements)
 
@@ -55,50 +54,52 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight as the layer uses it."""
-        weight: Tensor = self.weight_quantizer(self.weight)
-        return weight
+        return cast(Tensor, self.weight_quantizer(self.weight))
 
 
 class QuantConv1d(QuantLayer, nn.Conv1d):
     """`nn.Conv1d` with quantized weight and input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+        """op(q_a(x), q_w(w)) + bias."""
+        y: Tensor = self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+        return y
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """`nn.Conv2d` with quantized weight and input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+        """op(q_a(x), q_w(w)) + bias."""
+        y: Tensor = self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+        return y
 
 
 class QuantConv3d(QuantLayer, nn.Conv3d):
     """`nn.Conv3d` with quantized weight and input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+        """op(q_a(x), q_w(w)) + bias."""
+        y: Tensor = self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+        return y
 
 
 class _QuantConvTranspose(QuantLayer):
     """The part that transposed convolutions of one to three dimensions share."""
 
     _transposed: Any  # torch's functional form
+    channel_axis = 1
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        spatial = self.weight.dim() - 2
-        padding = self._output_padding(  # type: ignore[operator]
-            x, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        """op(q_a(x), q_w(w)) + bias."""
+        layer: Any = self  # a mixin of torch's transposed convolutions, whose attributes mypy does not see
+        spatial = layer.weight.dim() - 2
+        padding = layer._output_padding(
+            x, output_size, layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation
         )
-        y: Tensor = self._transposed(
-            self.input_quantizer(x),
-            self.quantized_weight(),
-            self.bias,
-            self.stride,
-            self.padding,
-            padding,
-            self.groups,
-            self.dilation,
+        x, weight = self.input_quantizer(x), self.quantized_weight()
+        y: Tensor = type(self)._transposed(
+            x, weight, layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation
         )
         return y
 
@@ -125,6 +126,7 @@ class QuantLinear(QuantLayer, nn.Linear):
     """`nn.Linear` with quantized weight and input."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """q_a(x) q_w(w)^T + bias."""
         return F.linear(self.input_quantizer(x), self.quantized_weight(), self.bias)
 
 

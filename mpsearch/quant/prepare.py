@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,7 @@ def insert_quantizers(model: nn.Module, layers: Sequence[LayerInfo]) -> nn.Modul
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """The quantized layers of a model by name; names are the same whether or not the model is compiled."""
-    found = {n.removeprefix("_orig_mod."): m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
-    return found
+    return {n.removeprefix("_orig_mod."): m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
 
 
 class RangeSetter:
@@ -106,7 +105,9 @@ def check_names(config: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
     """Refuse a config that names other layers than the model has."""
     for name in config:
         if name not in layers:
-            raise PrecisionError(f"the config names a layer '{name}' that the model does not have: {nearest(name, layers)}")
+            raise PrecisionError(
+                f"the config names a layer '{name}' that the model does not have: {nearest(name, layers)}"
+            )
     missing = [name for name in layers if name not in config]
     if missing:
         raise PrecisionError(
@@ -141,8 +142,8 @@ def prepare(
 
 def weight_rows(layer: QuantLayer) -> Tensor:
     """The weight as `(channels, n)`, a row for each output channel."""
-    weight = layer.weight.detach().float()
-    return weight.movedim(layer.weight_quantizer.channel_axis, 0).flatten(1)
+    weight = cast(Tensor, layer.weight).detach().float()
+    return weight.movedim(layer.channel_axis, 0).flatten(1)
 
 
 @torch.no_grad()

@@ -104,8 +104,8 @@ def _better(
 def _errors(x: Tensor, steps: Tensor, shifts: Tensor, low: int, high: int) -> Tensor:
     """The squared error of `x` `(1, n)` under each candidate `(k,)`, a few candidates at a time to bound memory."""
     few = max(1, 2**22 // x.shape[1])
-    chunks = zip(steps.split(few), shifts.split(few), strict=True)
-    return torch.cat([_squared_error(x, s[:, None], o[:, None], low, high).sum(dim=1) for s, o in chunks])
+    chunks = [slice(start, start + few) for start in range(0, len(steps), few)]
+    return torch.cat([_squared_error(x, steps[c, None], shifts[c, None], low, high).sum(dim=1) for c in chunks])
 
 
 def _squared_error(x: Tensor, step: Tensor, shift: Tensor, low: int, high: int) -> Tensor:

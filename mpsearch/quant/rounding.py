@@ -24,7 +24,19 @@ def round_ste(v: Tensor) -> Tensor:
     return rounded
 
 
-def scale_gradient(x: Tensor, factor: Tensor | float) -> Tensor:
-    """`x` itself in the forward pass; its gradient times `factor` in the backward pass (LSQ, arXiv 1902.08153, §2.2)."""
-    scaled = x * factor
-    return scaled + (x - scaled).detach()
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return grads[0] * factor, None
+
+
+def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
+    """`x` itself, to the last bit; its gradient is multiplied by `factor` (LSQ, arXiv 1902.08153, §2.2)."""
+    same: Tensor = _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]
+    return same

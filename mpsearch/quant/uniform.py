@@ -113,7 +113,11 @@ class UniformQuantizer(nn.Module):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """The step s > 0 and the shift o that hold now, with LSQ's gradient scale attached."""
-        step = torch.where(self.shared, self.step.mean(), self.step)
+        step = self.step
+        if torch.compiler.is_compiling():  # one graph for all precisions: what holds is read from buffers
+            step = torch.where(self.shared, step.mean(), step)
+        elif self.precision.granularity == "tensor" and self.channels > 1:
+            step = step.mean().expand_as(step)
         step = scale_gradient(step, self.gradient_scale).abs().clamp_min(MIN_STEP)
         if self.beta is None:
             return step, self.shift
@@ -121,9 +125,13 @@ class UniformQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize `x`, in float32 at least: bfloat16 cannot tell neighbouring codes apart."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.precision.is_float:  # not read when compiling: it would guard the graph
+            return x
         step, shift = self.grid()
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return torch.where(self.is_float, x, fake_quantize(wide, step, shift, self.low, self.high).to(x.dtype))
+        y = fake_quantize(wide, step, shift, self.low, self.high).to(x.dtype)
+        return torch.where(self.is_float, x, y) if compiling else y
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
@@ -133,4 +141,6 @@ class UniformQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """The precision, for print(model)."""
-        return f"{self.precision}, {'signed' if self.signed else 'unsigned'}{', offset' if self.beta is not None else ''}"
+        return (
+            f"{self.precision}, {'signed' if self.signed else 'unsigned'}{', offset' if self.beta is not None else ''}"
+        )

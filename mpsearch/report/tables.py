@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from math import nan
 
 import pandas as pd
 
-from mpsearch.precision import Precision
+from mpsearch.precision import Precision, PrecisionConfig
 from mpsearch.record import TrialRecord
 from mpsearch.search.front import hypervolume_over_time, pareto_front
 
@@ -14,11 +15,24 @@ _MARKS = {"uniform": "", "shift": "s", "apot": "p"}
 MARKS_EXPLAINED = "4: uniform, 4 bits · 4s: shift (power of two) · 4p: APoT (sum of powers of two) · f: float"
 
 
+def mean_bits(config: PrecisionConfig) -> tuple[float, float]:
+    """Bits of the weights and of the activations, each the plain mean over the layers; float counts 32.
+
+    NaN for a config without layers.
+    """
+    if not config:
+        return nan, nan
+    return (
+        sum(layer.weight.bits for layer in config.values()) / len(config),
+        sum(layer.activation.bits for layer in config.values()) / len(config),
+    )
+
+
 def trials_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
     """A row per trial, in the order of `records`.
 
-    Columns: number, origin, state, accuracy_percent, relative_cost, weight_bits and activation_bits (means over the
-    layers of the config, float counts 32), on_front, knee, reason.
+    Columns: number, origin, state, accuracy_percent, relative_cost, weight_bits and activation_bits (see
+    `mean_bits`), on_front, knee, reason.
     """
     front = pareto_front(records)
     on_front = {id(trial) for trial in front}  # by identity: numbers may repeat outside a study
@@ -30,8 +44,7 @@ def trials_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
             trial.state,
             None if trial.accuracy is None else 100 * trial.accuracy,
             trial.cost,
-            _mean(layer.weight.bits for layer in trial.config.values()),
-            _mean(layer.activation.bits for layer in trial.config.values()),
+            *mean_bits(trial.config),
             id(trial) in on_front,
             trial is knee,
             trial.reason,
@@ -91,8 +104,3 @@ def progress_table(records: Sequence[TrialRecord], cheapest: float) -> pd.DataFr
 
 def _mark(precision: Precision) -> str:
     return "f" if precision.is_float else f"{precision.bits}{_MARKS[precision.quantizer]}"
-
-
-def _mean(bits: Iterable[int]) -> float:
-    values = list(bits)
-    return sum(values) / len(values) if values else float("nan")

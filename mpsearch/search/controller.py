@@ -2,7 +2,7 @@
 
 Two objectives, as the sampler sees them: accuracy (maximized) and log2 of relative cost (minimized; one unit is a
 halving). What is known lives in the trial records; the sampler works on an Optuna study in memory that holds the front
-and the latest of them, and is made anew every `generation` records. So its time and memory do not grow with the run,
+and the latest of them, and is made anew from time to time. So its time and memory do not grow with the run,
 and a resumed run goes on as one that has just been made anew.
 
 Cost is known before training, hence a hard budget is never a trial's surprise: a config above it is moved towards one
@@ -12,6 +12,7 @@ earlier run may lie above a budget that was lowered since.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -40,43 +41,42 @@ Cost = Callable[[PrecisionConfig], float]  # relative to the study's reference
 
 METRICS = ["accuracy (val)", "log2 cost / reference"]
 DIRECTIONS = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
-REPEATS = 20  # known configs in a row from the sampler, after which the front's neighbours are tried
 ENUMERABLE = 100_000  # configs; a larger space is not searched to its last one
 
-# NSGA-II counts generations by an attribute of its trials. Every trial that it is given is of generation 0: the next
-# proposals are children of the best of them.
-_GENERATION = {NSGAIISampler._get_generation_key(): 0}
+GENERATION = 12  # children of NSGA-II before it chooses parents anew; more of them gain less on studies of 1,000 trials
 
 
 @dataclass(frozen=True)
 class SamplerKind:
-    """How a sampler is made from a seed and a population size, and how many records beside the front it learns from."""
+    """How a sampler is made from a seed, how often that happens, what it learns from, and how often it is asked."""
 
-    make: Callable[[int, int], BaseSampler]
-    memory: int
+    make: Callable[[int], BaseSampler]
+    every: int  # records after which it is made anew
+    memory: int  # latest records that it is told, beside the front
+    draws: int = 20  # known configs in a row after which the front's neighbours are tried instead
 
 
 SAMPLERS: Mapping[str, SamplerKind] = {
-    "nsga2": SamplerKind(lambda seed, population: NSGAIISampler(population_size=population, seed=seed), memory=200),
-    "tpe": SamplerKind(lambda seed, _: TPESampler(multivariate=True, seed=seed), memory=500),
-    "gp": SamplerKind(lambda seed, _: GPSampler(seed=seed), memory=150),
-    "random": SamplerKind(lambda seed, _: RandomSampler(seed=seed), memory=0),
+    "nsga2": SamplerKind(
+        lambda seed: NSGAIISampler(population_size=GENERATION, seed=seed), every=GENERATION, memory=2 * GENERATION
+    ),
+    "tpe": SamplerKind(lambda seed: TPESampler(multivariate=True, seed=seed), every=100, memory=500),
+    "gp": SamplerKind(lambda seed: GPSampler(seed=seed), every=50, memory=150, draws=2),
+    "random": SamplerKind(lambda seed: RandomSampler(seed=seed), every=1000, memory=0),
 }
 
-
-class _Uncopied(BaseDistribution):
-    """A distribution that copies of a trial share: copying it hundreds of times a trial took most of `ask`'s time."""
-
-    def __deepcopy__(self, memo: object) -> _Uncopied:
-        return self
+# NSGA-II counts generations by an attribute of its trials. All that it is told are of generation 0, so that what it
+# proposes are children of the best of them.
+_GENERATION = {NSGAIISampler._get_generation_key(): 0}
 
 
-class _Int(_Uncopied, IntDistribution):
-    pass
+class _Learned(FrozenTrial):
+    """A trial that the sampler is told of. Its copies share what it holds: copying hundreds of parameters took most of
+    the time of `ask` and `tell`.
+    """
 
-
-class _Categorical(_Uncopied, CategoricalDistribution):
-    pass
+    def __deepcopy__(self, memo: object) -> _Learned:
+        return copy.copy(self)
 
 
 class _WholeSpace(BaseSampler):
@@ -163,10 +163,8 @@ class SearchController:
         self._cost = cost
         self._search = search
         self._budget = math.inf if budget is None else budget
-        self._distributions: dict[str, BaseDistribution] = {
-            name: _uncopied(distribution) for name, distribution in space.distributions().items()
-        }
-        self._population = min(50, max(8, search.trials // 6))  # small studies evolve too
+        self._distributions = space.distributions()
+        self._sampler = SAMPLERS[search.sampler]
         self._clock = clock
         self._start = clock()
         self._failures: list[str] = []  # reasons of the trials that failed since the last that did not
@@ -175,7 +173,7 @@ class SearchController:
         self._numbers: set[int] = set()
         self._next = 0
         self._front: list[_Point] = []
-        self._latest: deque[_Point] = deque(maxlen=SAMPLERS[search.sampler].memory)
+        self._latest: deque[_Point] = deque(maxlen=self._sampler.memory)
         self._ended = 0
         self._asked: dict[int, optuna.Trial | None] = {}  # proposals without a record, by number
         self._untried = self._enumerate()
@@ -213,7 +211,7 @@ class SearchController:
             origin, config = self._anchors.popleft()
             if config.digest not in self._seen:
                 return self._propose(config, origin, None)
-        for _ in range(REPEATS):
+        for _ in range(self._sampler.draws):
             trial = self._study.ask()
             # What the sampler leaves out is a mutation, or all there is before it has learned anything.
             params = self._space.params_of(self._space.sample(self._random)) | trial.relative_params
@@ -249,7 +247,7 @@ class SearchController:
         if trial is not None:  # the question is closed; the answer is added below, as that of any record
             self._study.tell(trial, state=TrialState.FAIL)
         point = self._remember(record)
-        if self._ended % self._population == 0:
+        if self._ended % self._sampler.every == 0:
             self._renew()
         elif point is not None:
             self._study.add_trial(point.trial)
@@ -279,11 +277,12 @@ class SearchController:
             return None
         trial = create_trial(
             values=[record.accuracy, math.log2(record.cost)],
-            params=self._space.params_of(record.config),
+            params=dict(self._space.params_of(record.config)),
             distributions=self._distributions,
             system_attrs=dict(_GENERATION),
             constraints=budget_constraint(record.cost, self._budget),
         )
+        trial.__class__ = _Learned
         point = _Point(record.config, record.accuracy, record.cost, trial)
         self._latest.append(point)
         if point.cost <= self._budget and not any(other.covers(point) for other in self._front):
@@ -296,7 +295,7 @@ class SearchController:
         self._random = np.random.default_rng(state)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = SAMPLERS[self._search.sampler].make(seed, self._population)
+            sampler = self._sampler.make(seed)
         self._study = optuna.create_study(sampler=_WholeSpace(sampler, self._distributions), directions=DIRECTIONS)
         latest = set(map(id, self._latest))
         kept = [*(point for point in self._front if id(point) not in latest), *self._latest]
@@ -347,7 +346,7 @@ class SearchController:
         for index in self._random.permutation(len(self._front))[:8]:
             neighbours = list(self._space.neighbours(self._front[index].config))
             yield from (neighbours[i] for i in self._random.permutation(len(neighbours)))
-        for _ in range(REPEATS):
+        for _ in range(20):
             yield self._within_budget(self._space.params_of(self._space.sample(self._random)))
         yield from self._untried
 
@@ -359,13 +358,6 @@ class SearchController:
 
     def _choices(self) -> dict[str, list[int | str]]:
         return {slot.parameter: [slot.value(choice) for choice in slot.choices] for slot in self._space.free}
-
-
-def _uncopied(distribution: BaseDistribution) -> _Uncopied:
-    if isinstance(distribution, IntDistribution):
-        return _Int(distribution.low, distribution.high)
-    assert isinstance(distribution, CategoricalDistribution)
-    return _Categorical(distribution.choices)
 
 
 def budget_constraint(cost: float, budget: float) -> dict[str, float] | None:

@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.view import OptunaView
 from mpsearch.study import EngineSpec
+
+logger = logging.getLogger(__name__)
 
 Runner = Callable[[Proposal], TrialRecord]
 
@@ -97,10 +100,11 @@ def attempt(runner: Runner, proposal: Proposal) -> TrialRecord:
 
 
 def explain(error: BaseException) -> str:
-    """`Type: message (file.py, line 7, in function)`, of the innermost frame."""
+    """`Type: message (file.py, line 7, in function)`, of the innermost frame, on one line."""
+    message = textwrap.shorten(str(error), 500, placeholder=" ...") or "no message"
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}, in {frames[-1].name})" if frames else ""
-    return f"{type(error).__name__}: {str(error).strip() or 'no message'}{where}"
+    return f"{type(error).__name__}: {message}{where}"
 
 
 class _Book:
@@ -204,10 +208,12 @@ def _run_on_ray(
         class Died(tune.Callback):
             """Trials that took their worker process with them, twice."""
 
-            def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ARG002
+            def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
                 with kept():
-                    error = trial.get_pickled_error()
-                    reason = f"its worker process died twice; out of memory, or killed? {type(error).__name__}: {error}"
+                    said = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else "nothing"
+                    logger.info("Ray says of trial %d: %s", asked[trial.trial_id].number, said)
+                    cause = "memory ran low" if "low on memory" in said else "killed, or out of memory"
+                    reason = f"its worker process died twice ({cause})"
                     proposal = asked.pop(trial.trial_id)
                     book.finish(proposal, TrialRecord(proposal.config, "failed", reason=reason, started_s=time.time()))
 
@@ -292,8 +298,7 @@ def _ray(address: str, folder: RunFolder) -> Iterator[Any]:
         temporary = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), f"mpsearch-{folder.id}")
         shutil.rmtree(temporary, ignore_errors=True)
         options |= {"include_dashboard": False, "_temp_dir": str(temporary), "object_store_memory": 2**27}
-        # A cluster listens on the network: it takes a secret of its own, and needs no home to keep it in.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # A cluster listens on the network: it gets a secret of its own, and so needs no home to keep one in.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         try:

@@ -24,13 +24,12 @@ class FinalRow:
     """One config after its final training: mean and standard deviation over seeds, shares in [0, 1]."""
 
     trial: TrialRecord
-    picked: bool  # False: a rung of the uniform ladder, here as control
+    control: int | None  # number of the uniform trial nearest in cost; None: it is a uniform one itself
     val_mean: float
-    val_std: float
+    val_std: float | None  # None: a single seed
     test_mean: float
-    test_std: float
+    test_std: float | None
     seeds: int
-    beside: int | None  # number of the control nearest in cost
 
 
 def picks(front: ParetoFront, count: int) -> list[TrialRecord]:
@@ -64,18 +63,14 @@ def finalize(
     Raises:
         RunError: the run has no front, or its folder cannot be written.
     """
-    records = folder.records()
-    front = pareto_front(records)
-    if not front.trials:
+    plan = _plan(folder.records(), problem.spec.final.pick)
+    if not plan:
         raise RunError(f"{folder.path} has no complete trial: nothing to finalize; see `mpsearch status {folder.path}`")
     final = problem.spec.final
-    chosen = picks(front, final.pick)
-    controls = {t.number: c for t in chosen if (c := front.nearest_uniform(t.cost or 1.0)) is not None}
-    trials = list({t.number: t for t in (*chosen, *controls.values())}.values())
     steps = round(final.epochs * problem.task.steps_per_epoch(problem.spec.trial.batch_size))
     with folder.driving():
         done = {(f.number, f.seed): f for f in folder.finals() if f.steps == steps}
-        jobs = [(t, seed) for t in trials for seed in range(1, final.seeds + 1)]
+        jobs = [(trial, seed) for trial in plan for seed in range(1, final.seeds + 1)]
         bench: Workbench | None = None
         for position, (trial, seed) in enumerate(jobs):
             if (trial.number, seed) in done:
@@ -83,14 +78,53 @@ def finalize(
             on_progress(position, len(jobs), trial, seed)
             bench = bench or Workbench(problem.task, problem.spec.trial.model_copy(update={"steps": steps}))
             record = _train(bench, trial, seed, steps, final.lr)
-            best = max((f.val for f in done.values() if f.number == trial.number), default=-math.inf)
-            if record.val > best:
+            if record.val > max((f.val for f in done.values() if f.number == trial.number), default=-math.inf):
                 save_weights(bench.model, final_path(folder.checkpoints, trial.number))
             folder.append_final(record)
             done[trial.number, seed] = record
-    numbers = {trial.number for trial in chosen}
-    rows = [_row(t, t.number in numbers, controls.get(t.number), list(done.values())) for t in trials]
-    return sorted(rows, key=lambda row: row.trial.cost or 0.0)
+    return final_rows(folder.records(), list(done.values()), final.pick)
+
+
+def final_rows(records: Sequence[TrialRecord], finals: Sequence[FinalRecord], count: int) -> list[FinalRow]:
+    """A row for each of `count` picked points and their controls that has been trained, by rising cost."""
+    plan = _plan(records, count)
+    rows = [_row(trial, control, [f for f in finals if f.number == trial.number]) for trial, control in plan.items()]
+    return sorted((row for row in rows if row is not None), key=lambda row: row.trial.cost or 0.0)
+
+
+def final_table(rows: Sequence[FinalRow]) -> list[dict[str, str]]:
+    """The rows as they are printed: column -> text; accuracies in percent, mean and standard deviation over seeds."""
+    by_number = {row.trial.number: row for row in rows}
+    table = []
+    for row in rows:
+        control = by_number.get(row.control) if row.control is not None else None
+        table.append(
+            {
+                "trial": str(row.trial.number),
+                "origin": row.trial.origin,
+                "cost": f"{row.trial.cost:.4f}",
+                "val after trial": f"{100 * (row.trial.accuracy or 0):.2f}",
+                "val": _spread(row.val_mean, row.val_std),
+                "test": _spread(row.test_mean, row.test_std),
+                "seeds": str(row.seeds),
+                "test minus control": f"{100 * (row.test_mean - control.test_mean):+.2f}" if control else "",
+                "control": f"trial {control.trial.number}, cost {control.trial.cost:.4f}" if control else "",
+            }
+        )
+    return table
+
+
+def _plan(records: Sequence[TrialRecord], count: int) -> dict[TrialRecord, TrialRecord | None]:
+    """The trials to train: each picked point with its control, then the controls (their own control is None)."""
+    front = pareto_front(records)
+    plan: dict[int, tuple[TrialRecord, TrialRecord | None]] = {}
+    for trial in picks(front, count) if front.trials else ():
+        control = front.nearest_uniform(trial.cost or 1.0)
+        plan[trial.number] = (trial, None if control is trial else control)
+    for _, control in list(plan.values()):
+        if control is not None:
+            plan.setdefault(control.number, (control, None))
+    return dict(plan.values())
 
 
 def _train(bench: Workbench, trial: TrialRecord, seed: int, steps: int, lr: float | None) -> FinalRecord:
@@ -100,20 +134,20 @@ def _train(bench: Workbench, trial: TrialRecord, seed: int, steps: int, lr: floa
     return FinalRecord(trial.number, seed, steps, bench.evaluate("val"), bench.evaluate("test"))
 
 
-def _row(trial: TrialRecord, picked: bool, control: TrialRecord | None, finals: Sequence[FinalRecord]) -> FinalRow:
-    of_trial = [f for f in finals if f.number == trial.number]
-    val, test = [f.val for f in of_trial], [f.test for f in of_trial]
-
-    def spread(values: list[float]) -> float:
-        return statistics.stdev(values) if len(values) > 1 else math.nan
-
+def _row(trial: TrialRecord, control: TrialRecord | None, finals: Sequence[FinalRecord]) -> FinalRow | None:
+    if not finals:
+        return None
+    val, test = [f.val for f in finals], [f.test for f in finals]
     return FinalRow(
         trial=trial,
-        picked=picked,
+        control=None if control is None else control.number,
         val_mean=statistics.fmean(val),
-        val_std=spread(val),
+        val_std=statistics.stdev(val) if len(val) > 1 else None,
         test_mean=statistics.fmean(test),
-        test_std=spread(test),
-        seeds=len(of_trial),
-        beside=control.number if picked and control is not None else None,
+        test_std=statistics.stdev(test) if len(test) > 1 else None,
+        seeds=len(finals),
     )
+
+
+def _spread(mean: float, std: float | None) -> str:
+    return f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")

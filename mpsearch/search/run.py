@@ -56,8 +56,8 @@ class Problem:
         macs = self.graph.macs
         lines = [
             f"Maximize {spec.task.metric} on the validation split and minimize {spec.cost.model} of {self.task.name}.",
-            f"Cost 1 is {costs.reference.total:.4g} {costs.reference.unit} a sample: the network at {spec.cost.reference}"
-            f" everywhere. Configs of the space '{self.space.name}' cost {self.cheapest:.3g} to {self.dearest:.3g}"
+            f"Cost 1 is {costs.reference.total:.4g} {costs.reference.unit} a sample: the network at "
+            f"{spec.cost.reference} everywhere. Configs of the space '{self.space.name}' cost {self.cheapest:.3g} to {self.dearest:.3g}"
             + (f"; only those up to {spec.cost.budget:g} are tried." if spec.cost.budget else "."),
             f"{len(quantizable)} layers, {macs / 1e6:.3g} million MACs a sample; {len(self.space.free)} free choices, "
             f"{scientific(self.space.size)} configs; the uniform ladder of {len(self.space.ladder())} is the control.",
@@ -253,7 +253,10 @@ def trained_model(
     from safetensors.torch import load_file
 
     bench = Workbench(problem.task, problem.spec.trial)
-    for path, final in ((final_path(folder.checkpoints, record.number), True), (checkpoint_path(folder.checkpoints, record.number), False)):
+    for path, final in (
+        (final_path(folder.checkpoints, record.number), True),
+        (checkpoint_path(folder.checkpoints, record.number), False),
+    ):
         if path.exists():
             bench.reset(record.config)
             bench.model.load_state_dict(load_file(path))

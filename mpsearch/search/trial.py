@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.errors import TaskError
 from mpsearch.graph.layers import LayerInfo, ModelGraph, inspect_model
 from mpsearch.precision import PrecisionConfig
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, set_precision
@@ -151,7 +150,10 @@ def run_trial(
     bench = bench or Workbench(task, settings)
     bench.reset(config, start_weights)
     prepared = time.perf_counter()
-    result = bench.fit(settings.steps, settings.seed, on_step=on_step) if settings.steps else None
+    start_loss = end_loss = None
+    if settings.steps:
+        result = bench.fit(settings.steps, settings.seed, on_step=on_step)
+        start_loss, end_loss = result.start_loss, result.end_loss
     trained = time.perf_counter()
     if settings.steps:
         bench.reestimate(settings.seed)
@@ -165,8 +167,8 @@ def run_trial(
         accuracy=accuracy,
         cost=None if cost is None else cost(config),
         seed=settings.seed,
-        start_loss=result and result.start_loss,
-        end_loss=result and result.end_loss,
+        start_loss=start_loss,
+        end_loss=end_loss,
         wall=WallTime(prepare_s=prepared - clock, train_s=trained - prepared, evaluate_s=done - trained),
         started_s=started,
         peak_memory_bytes=peak_memory_bytes(),
@@ -197,10 +199,3 @@ def peak_memory_bytes() -> int:
     """The largest resident size that this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def check_finite(model: nn.Module) -> None:
-    """Refuse a model with NaN or infinite weights."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise TaskError(f"the float model's '{name}' holds NaN or infinite values: use another checkpoint")

@@ -171,7 +171,7 @@ class ClassificationTask:
         model = copy.deepcopy(self._model).to("cuda" if torch.cuda.is_available() else "cpu")
         steps = self._spec.float_epochs * self.steps_per_epoch(FLOAT_BATCH)
         batches = self.train_batches(FLOAT_BATCH, steps, FLOAT_SEED)
-        with _seeded(FLOAT_SEED), _threads(self._float_threads()):
+        with torch.inference_mode(False), _seeded(FLOAT_SEED), _threads(self._float_threads()):
             try:
                 fit(
                     model,

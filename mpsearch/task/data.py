@@ -76,10 +76,13 @@ def load_data(spec: DataSpec, workers: int | None = None) -> Images:
             f"task.data.kind: no data '{spec.kind}', or write module:function for your own; "
             + nearest(spec.kind, [*kinds, *TORCHVISION])
         )
-    return kinds[spec.kind](spec, workers)
+    try:
+        return kinds[spec.kind](spec, workers)
+    except OSError as error:
+        raise TaskError(f"task.data: cannot read '{error.filename}': {error.strerror}; check its permissions") from None
 
 
-def _from_digits(spec: DataSpec, workers: int) -> Images:  # noqa: ARG001  (nothing to decode)
+def _from_digits(spec: DataSpec, workers: int) -> Images:
     def read() -> dict[str, Tensor]:
         from sklearn.datasets import load_digits
 
@@ -168,7 +171,8 @@ def _from_factory(spec: DataSpec) -> Images:
             f"task.data.kind: {spec.kind} gave {type(made).__name__}: expected an object with the methods of "
             "mpsearch.task.images.Images, or a dict of train, val, test -> (pixels, labels)"
         )
-    pixels, labels = [], []
+    pixels: list[Tensor] = []
+    labels: list[Tensor] = []
     for split, pair in made.items():
         try:
             x, y = torch.as_tensor(pair[0]), torch.as_tensor(pair[1])
@@ -178,6 +182,11 @@ def _from_factory(spec: DataSpec) -> Images:
             raise TaskError(
                 f"{spec.kind}: {split} has pixels {tuple(x.shape)} and labels {tuple(y.shape)} {y.dtype}: expected "
                 "(n, c, h, w) and (n,) whole numbers from 0, n > 0"
+            )
+        if pixels and (x.shape[1:], x.dtype) != (pixels[0].shape[1:], pixels[0].dtype):
+            raise TaskError(
+                f"{spec.kind}: {split} has images {tuple(x.shape[1:])} {x.dtype}, other splits "
+                f"{tuple(pixels[0].shape[1:])} {pixels[0].dtype}: give all splits one shape and type"
             )
         pixels.append(x)
         labels.append(y.long())
@@ -259,7 +268,9 @@ def make_splits(spec: DataSpec, labels: Tensor, parts: Mapping[Split, Tensor]) -
         # Both fractions are of the same whole, so what was taken for test is put back into the measure.
         share = spec.val_fraction if "test" in parts else spec.val_fraction / (1 - spec.test_fraction)
         splits["train"], splits["val"] = _divide(splits["train"], labels, share, generator)
-        logger.info("val is split off train: a checkpoint that was trained on all of train scores too well on it")
+        logger.info(
+            "val: %d images split off train; a checkpoint trained on them scores too well there", len(splits["val"])
+        )
     return splits
 
 

@@ -1,0 +1,95 @@
+"""A search in a process of its own, for tests that kill it: `python drive.py FOLDER ADDRESS TRIALS SLEEP_S`.
+
+The problem is a toy whose accuracy is known: `truth(config)`. What befalls trials is set by files in the folder
+`FOLDER/fate`: `nan-3`, `raise-3`, `die-3` (each attempt), `die_once-3` for trial 3.
+"""
+
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mpsearch.precision import PrecisionConfig
+from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.search.controller import Proposal, SearchController
+from mpsearch.search.engine import Event, run_trials
+from mpsearch.search.view import open_view
+from mpsearch.space import SearchSpace, Slot, parse_choices
+from mpsearch.study import EngineSpec, SearchSpec
+
+
+def make_space(
+    layers: int = 6, weights: Sequence[str] = ("uniform:1-8",), activation: str = "uniform:8"
+) -> SearchSpace:
+    """Every layer has the weight choices and one activation precision."""
+    names = tuple(f"layer{i}" for i in range(layers))
+    slots = [
+        slot
+        for name in names
+        for slot in (
+            Slot("weight", (name,), parse_choices(weights, "weight")),
+            Slot("activation", (name,), parse_choices([activation], "activation")),
+        )
+    ]
+    return SearchSpace("toy", names, tuple(slots))
+
+
+def relative_cost(config: PrecisionConfig) -> float:
+    """Mean weight bits, the later layers counting more; 1 at 8 bits."""
+    weights = range(1, len(config) + 1)
+    return sum(w * layer.weight.bits for w, layer in zip(weights, config.values(), strict=True)) / sum(weights) / 8
+
+
+def truth(config: PrecisionConfig) -> float:
+    """Accuracy: a layer loses half as much with every bit, the earlier layers most."""
+    losses = [2.0**-i for i in range(len(config))]
+    error = sum(s * 2.0 ** (1 - layer.weight.bits) for s, layer in zip(losses, config.values(), strict=True))
+    return 1 - error / sum(losses)
+
+
+def make_runner(path: Path, sleep_s: float) -> Callable[[Proposal], TrialRecord]:
+    fate = path / "fate"
+    (path / f"worker-{os.getpid()}").touch()
+
+    def run(proposal: Proposal) -> TrialRecord:
+        time.sleep(sleep_s)
+        number = proposal.number
+        if (fate / f"raise-{number}").exists():
+            raise ValueError(f"trial {number} will not do")
+        if (fate / f"die_once-{number}").exists():
+            (fate / f"die_once-{number}").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (fate / f"die-{number}").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        accuracy = float("nan") if (fate / f"nan-{number}").exists() else truth(proposal.config)
+        return TrialRecord(proposal.config, "complete", accuracy=accuracy, started_s=time.time())
+
+    return run
+
+
+def drive(
+    path: Path,
+    address: str = "none",
+    trials: int = 12,
+    sleep_s: float = 0.0,
+    concurrency: int = 2,
+    storage: str = "sqlite",
+    on_event: Callable[[Event], None] = lambda _: None,
+) -> SearchController:
+    """Start a run in `path`, or go on with it."""
+    folder = RunFolder.open(path) if (path / "run.json").exists() else RunFolder.create(path, "name: toy\n")
+    with folder.driving():
+        records = folder.records()
+        space = make_space()
+        controller = SearchController(space, relative_cost, SearchSpec(trials=trials), records=records)
+        view = open_view(storage, folder, "toy", space, None, records)
+        runner = functools.partial(make_runner, path, sleep_s)
+        run_trials(controller, folder, view, runner, EngineSpec(address=address), concurrency, on_event)
+    return controller
+
+
+if __name__ == "__main__":
+    drive(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), on_event=lambda e: print(e, flush=True))

@@ -1,0 +1,296 @@
+"""The controller: what it proposes, in which order, and when it stops. Every sampler passes the contract."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import moocore
+import numpy as np
+import pytest
+from drive import make_space, relative_cost, truth
+
+from mpsearch.errors import CostError
+from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.record import TrialRecord
+from mpsearch.search.controller import SAMPLERS, Proposal, SearchController
+from mpsearch.study import SearchSpec
+
+LADDER = 8  # rungs of the toy's ladder, from 8 bits to 1
+
+slow_ones = {"gp": pytest.mark.slow}  # a second a proposal
+every_sampler = pytest.mark.parametrize(
+    "sampler", [pytest.param(name, marks=slow_ones.get(name, ())) for name in SAMPLERS]
+)
+
+
+def controller(space=None, sampler="nsga2", trials=40, budget=None, anchors=(), records=(), **spec) -> SearchController:
+    search = SearchSpec(sampler=sampler, trials=trials, **spec)
+    return SearchController(space or make_space(), relative_cost, search, budget, anchors, records)
+
+
+def answer(search: SearchController, proposal: Proposal) -> TrialRecord:
+    return search.tell(proposal, TrialRecord(proposal.config, "complete", accuracy=truth(proposal.config)))
+
+
+def run(search: SearchController, limit: int = 10**6) -> list[TrialRecord]:
+    records = []
+    while len(records) < limit and (proposal := search.ask()) is not None:
+        records.append(answer(search, proposal))
+    return records
+
+
+def fail(search: SearchController, reason: str = "no memory") -> TrialRecord:
+    proposal = search.ask()
+    assert proposal is not None
+    return search.tell(proposal, TrialRecord(proposal.config, "failed", reason=reason))
+
+
+def test_ladder_is_proposed_first_then_anchors_then_the_sampler():
+    space = make_space()
+    anchor = space.sample(np.random.default_rng(1))
+    records = run(controller(space, trials=12, anchors=[("manual", anchor), ("manual", space.ladder()[3])]))
+    assert [r.config for r in records[:LADDER]] == space.ladder()
+    assert [r.origin for r in records] == ["uniform"] * LADDER + ["manual"] + ["sampler"] * 3
+    assert records[LADDER].config == anchor
+    assert [r.number for r in records] == list(range(12))
+
+
+def test_tell_fills_in_what_the_controller_knows():
+    search = controller()
+    proposal = search.ask()
+    given = TrialRecord(proposal.config, "complete", accuracy=0.5, seed=3)
+    assert search.tell(proposal, given) == replace(given, number=0, origin="uniform", cost=proposal.cost)
+    assert proposal.cost == relative_cost(proposal.config) == 1
+
+
+@pytest.mark.parametrize("accuracy", [math.nan, math.inf, None])
+def test_accuracy_that_is_no_number_is_a_failure(accuracy):
+    search = controller()
+    record = search.tell(proposal := search.ask(), TrialRecord(proposal.config, "complete", accuracy=accuracy))
+    assert (record.state, record.accuracy, record.cost) == ("failed", None, None)
+    assert record.reason == f"accuracy is {accuracy}"
+
+
+@every_sampler
+def test_proposals_are_distinct_members_of_the_space(sampler):
+    space = make_space()
+    configs = [r.config for r in run(controller(space, sampler, trials=25))]
+    assert len(set(configs)) == 25
+    assert all(space.contains(config) for config in configs)
+
+
+@every_sampler
+def test_same_seed_gives_the_same_proposals_and_another_seed_others(sampler):
+    first, again, other = ([r.config for r in run(controller(sampler=sampler, trials=22, seed=s))] for s in (5, 5, 6))
+    assert first == again
+    assert first[LADDER:] != other[LADDER:]
+
+
+@every_sampler
+def test_workers_at_the_same_time_never_share_a_config(sampler):
+    search = controller(sampler=sampler, trials=30)
+    waiting: list[Proposal] = []
+    proposed = []
+    while (proposal := search.ask()) is not None:
+        waiting.append(proposal)
+        proposed.append(proposal)
+        if len(waiting) == 7:
+            answer(search, waiting.pop(3))  # trials do not end in the order in which they started
+    assert len({p.config for p in proposed}) == len({p.number for p in proposed}) == 30
+
+
+@every_sampler
+def test_small_space_is_searched_to_its_last_config(sampler):
+    space = make_space(2, ["uniform:2-4"])
+    search = controller(space, sampler, trials=100)
+    assert len({r.config for r in run(search)}) == space.size == 9
+    assert search.stop_reason == "no config is left to try after 9"
+    assert search.ask() is None
+
+
+def test_space_with_nothing_to_choose_has_one_trial():
+    search = controller(make_space(2, ["uniform:4"]))
+    assert len(run(search)) == 1
+
+
+@every_sampler
+def test_budget_is_never_exceeded_and_still_explored(sampler):
+    search = controller(sampler=sampler, trials=30, budget=0.3)  # uniformly drawn configs cost 0.56 +- 0.12
+    records = run(search)
+    assert len(records) == 30
+    assert max(r.cost for r in records) <= 0.3
+    assert [r.cost for r in records if r.origin == "uniform"] == [0.25, 0.125]
+    assert search.over_budget == 6
+    assert len({r.cost for r in records}) > 10
+
+
+def test_budget_that_only_few_configs_meet_finds_all_of_them():
+    space = make_space(3, ["uniform:1-4"])
+    budget = 1.4 / 8
+    within = [c for c in every_config(space) if relative_cost(c) <= budget]
+    assert len(within) > 3
+    search = controller(space, budget=budget, trials=100)
+    assert {r.config for r in run(search)} == set(within)
+    assert "within the budget of 0.175" in search.stop_reason
+
+
+def test_budget_below_the_ladder_is_met_by_mixing():
+    space = make_space(2, ["shift:3", "uniform:4-6"])  # the ladder is of uniform quantizers, 4 bits and more
+    search = controller(space, budget=0.45, trials=5)
+    records = run(search)
+    assert search.over_budget == 3
+    assert {r.config for r in records} == {c for c in every_config(space) if relative_cost(c) <= 0.45}
+
+
+def test_budget_below_the_cheapest_config_is_refused():
+    with pytest.raises(CostError, match=r"cost\.budget is 0\.1, but the cheapest config costs 0\.125"):
+        controller(budget=0.1)
+    controller(budget=0.125)
+
+
+def test_gaussian_process_proposes_within_the_budget():
+    records = run(controller(sampler="gp", trials=12, budget=0.3))  # the first 10 are random
+    assert len({r.config for r in records}) == 12
+    assert max(r.cost for r in records) <= 0.3
+
+
+@every_sampler
+def test_budget_that_was_lowered_since_leaves_the_sampler_working(sampler):
+    before = run(controller(sampler=sampler, trials=16))
+    assert max(r.cost for r in before) > 0.4
+    after = run(controller(sampler=sampler, trials=28, budget=0.4, records=before))
+    assert len(after) == 12
+    assert max(r.cost for r in after) <= 0.4
+
+
+@every_sampler
+def test_resumed_search_repeats_no_config_and_counts_what_was_done(sampler):
+    before = run(controller(sampler=sampler, trials=20), limit=13)
+    after = run(controller(sampler=sampler, trials=20, records=before))
+    assert [r.number for r in after] == list(range(13, 20))
+    assert not {r.config for r in before} & {r.config for r in after}
+    assert run(controller(sampler=sampler, trials=20, records=before + after)) == []
+
+
+def test_resumed_search_proposes_anew_what_never_ended_under_its_old_number():
+    search = controller()
+    first, second, third = search.ask(), search.ask(), search.ask()
+    records = [answer(search, third), answer(search, first)]  # killed while the second ran
+    again = controller(records=records)
+    assert again.ask() == second
+    assert again.ask().number == 3
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "random"])
+def test_resume_between_generations_goes_on_as_if_never_interrupted(sampler):
+    at = SAMPLERS[sampler].every * 3
+    whole = run(controller(sampler=sampler, trials=at + 10))
+    resumed = run(controller(sampler=sampler, trials=at + 10, records=whole[:at]))
+    assert resumed == whole[at:]
+
+
+def test_failed_config_is_not_proposed_again_and_counts_as_a_trial():
+    search = controller(make_space(1), trials=10)
+    failed = fail(search)
+    assert (failed.state, failed.reason, failed.cost) == ("failed", "no memory", None)
+    records = run(search)
+    assert failed.config not in {r.config for r in records}
+    assert len(records) == 7  # of 8 configs
+    again = controller(make_space(1), trials=10, records=[failed])
+    assert failed.config not in {r.config for r in run(again)}
+
+
+def test_failures_in_a_row_stop_the_search_with_the_last_reason():
+    search = controller(max_failures_in_row=3)
+    records = [fail(search), fail(search)]
+    answer(search, search.ask())
+    records += [fail(search), fail(search)]
+    assert not search.broken
+    records.append(fail(search, "disk on fire"))
+    assert search.broken
+    assert search.ask() is None
+    assert search.stop_reason == "3 trials failed in a row, the last one because of: disk on fire"
+    resumed = controller(max_failures_in_row=3, records=records)
+    assert resumed.ask() is not None  # whoever resumes has mended something
+
+
+def test_time_limit_starts_no_new_trial():
+    now = 100.0
+    search = SearchController(make_space(), relative_cost, SearchSpec(time_limit_s=10.0), clock=lambda: now)
+    proposal = search.ask()
+    now += 10
+    assert search.ask() is None
+    assert search.stop_reason == "the time limit of 10 s is reached"
+    assert answer(search, proposal).state == "complete"
+
+
+def test_trials_that_run_count_towards_those_wanted():
+    search = controller(trials=3)
+    proposals = [search.ask(), search.ask(), search.ask()]
+    assert search.pending == 3
+    assert search.ask() is None
+    assert search.stop_reason == "3 trials were wanted"
+    answer(search, proposals[1])
+    assert search.pending == 2
+
+
+def test_record_of_a_config_outside_the_space_is_kept_in_mind_but_not_learned_from():
+    config = PrecisionConfig.uniform(make_space().layers, LayerPrecision.parse("shift:3", "uniform:8"))
+    known = TrialRecord(config, "complete", accuracy=0.9, cost=0.4, number=0, origin="manual")
+    records = run(controller(trials=20, anchors=[("manual", config)], records=[known]))
+    assert [r.number for r in records] == list(range(1, 20))
+    assert config not in {r.config for r in records}
+
+
+def test_stopped_trial_keeps_what_it_had():
+    search = controller()
+    proposal = search.ask()
+    record = search.tell(proposal, TrialRecord(proposal.config, "stopped", accuracy=0.25, reason="dominated"))
+    assert (record.state, record.accuracy, record.cost) == ("stopped", 0.25, 1.0)
+
+
+def test_nsga2_proposes_children_of_its_best():
+    # Layer 0 must be at 8 bits to be accurate at all: after some generations nearly every proposal has it there.
+    space = make_space(6)
+
+    def accuracy(config):
+        return truth(config) if config["layer0"].weight.bits == 8 else 0.0
+
+    search = controller(space, trials=120)
+    configs = []
+    while (proposal := search.ask()) is not None:
+        configs.append(proposal.config)
+        search.tell(proposal, TrialRecord(proposal.config, "complete", accuracy=accuracy(proposal.config)))
+    share = np.mean([config["layer0"].weight.bits == 8 for config in configs[-60:]])
+    assert share > 0.6  # 1 in 8 by chance
+
+
+def every_config(space):
+    choices = {slot.parameter: [slot.value(choice) for choice in slot.choices] for slot in space.free}
+    for values in itertools.product(*choices.values()):
+        yield space.config_of(dict(zip(choices, values, strict=True)))
+
+
+def hypervolume(points):
+    """Of rows (accuracy, cost): error against log2 cost, from (1, 0)."""
+    accuracy, cost = np.asarray(points).T
+    return moocore.hypervolume(np.column_stack([1 - accuracy, np.log2(cost)]), ref=[1, 0])
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "tpe"])
+def test_sampler_halves_the_distance_of_random_search_to_the_optimum(sampler):
+    space = make_space(5)
+    bits = np.array(list(itertools.product(range(1, 9), repeat=5)))  # every config there is
+    losses, weights = 2.0 ** -np.arange(5), np.arange(1, 6)
+    accuracy = 1 - 2.0 ** (1 - bits) @ losses / losses.sum()
+    cost = bits @ weights / weights.sum() / 8
+    optimum = hypervolume(np.column_stack([accuracy, cost]))
+
+    def gap(name, seed):
+        records = run(controller(space, name, trials=120, seed=seed))
+        return optimum - hypervolume([(r.accuracy, r.cost) for r in records])
+
+    gaps = {name: [gap(name, seed) for seed in range(3)] for name in (sampler, "random")}
+    print(optimum, gaps)
+    assert min(gaps[sampler]) >= 0
+    assert np.mean(gaps[sampler]) < 0.5 * np.mean(gaps["random"])
