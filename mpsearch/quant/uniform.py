@@ -113,7 +113,7 @@ class UniformQuantizer(nn.Module):
 
     def grid(self) -> tuple[Tensor, Tensor]:
         """The step s > 0 and the shift o that hold now, with LSQ's gradient scale attached."""
-        step = self.step
+        step: Tensor = self.step
         if torch.compiler.is_compiling():  # one graph for all precisions: what holds is read from buffers
             step = torch.where(self.shared, step.mean(), step)
         elif self.precision.granularity == "tensor" and self.channels > 1:

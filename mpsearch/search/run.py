@@ -57,7 +57,8 @@ class Problem:
         lines = [
             f"Maximize {spec.task.metric} on the validation split and minimize {spec.cost.model} of {self.task.name}.",
             f"Cost 1 is {costs.reference.total:.4g} {costs.reference.unit} a sample: the network at "
-            f"{spec.cost.reference} everywhere. Configs of the space '{self.space.name}' cost {self.cheapest:.3g} to {self.dearest:.3g}"
+            f"{spec.cost.reference} everywhere. Configs of the space '{self.space.name}' cost {self.cheapest:.3g} to "
+            f"{self.dearest:.3g}"
             + (f"; only those up to {spec.cost.budget:g} are tried." if spec.cost.budget else "."),
             f"{len(quantizable)} layers, {macs / 1e6:.3g} million MACs a sample; {len(self.space.free)} free choices, "
             f"{scientific(self.space.size)} configs; the uniform ladder of {len(self.space.ladder())} is the control.",
@@ -89,8 +90,8 @@ def open_problem(spec: StudySpec) -> Problem:
     cheapest, dearest = cost.bounds({name: (c["weight"], c["activation"]) for name, c in choices.items()})
     if spec.cost.budget is not None and spec.cost.budget < cheapest:
         raise CostError(
-            f"cost.budget is {spec.cost.budget:g}, but the cheapest config of space '{space.name}' costs {cheapest:.4g} "
-            f"of {spec.cost.reference}: raise the budget, or allow lower precisions in the space"
+            f"cost.budget is {spec.cost.budget:g}, but the cheapest config of space '{space.name}' costs "
+            f"{cheapest:.4g} of {spec.cost.reference}: raise the budget, or allow lower precisions in the space"
         )
     return Problem(spec, task, graph, space, cost, cheapest, dearest)
 
