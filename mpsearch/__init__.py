@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpsearch.cost.model import cost_of as cost_of
     from mpsearch.errors import MpsearchError as MpsearchError
-    from mpsearch.export import export as export
-    from mpsearch.export.native import load as load
+    from mpsearch.exporters import export as export
+    from mpsearch.exporters.native import load as load
     from mpsearch.graph.layers import inspect_model as inspect_model
     from mpsearch.precision import LayerPrecision as LayerPrecision
     from mpsearch.precision import Precision as Precision
@@ -32,9 +32,9 @@ _PUBLIC = {
     "Precision": "mpsearch.precision",
     "PrecisionConfig": "mpsearch.precision",
     "cost_of": "mpsearch.cost.model",
-    "export": "mpsearch.export",
+    "export": "mpsearch.exporters",
     "inspect_model": "mpsearch.graph.layers",
-    "load": "mpsearch.export.native",
+    "load": "mpsearch.exporters.native",
     "load_study": "mpsearch.study",
     "prepare": "mpsearch.quant.prepare",
     "run_study": "mpsearch.search.run",

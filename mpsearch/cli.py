@@ -310,7 +310,7 @@ def export(
     to: Annotated[str, typer.Option("--to", help="format: native")] = "native",
 ) -> None:
     """Export a config with its weights and scales."""
-    from mpsearch.export import export_run
+    from mpsearch.exporters import export_run
 
     path, record = export_run(run, pick, to, out)
     print(f"trial {record.number}: {_percent(record.accuracy)} on val at cost {record.cost:.4f}, written to {path}")

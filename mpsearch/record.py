@@ -18,7 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -73,7 +73,6 @@ class TrialRecord:
     wall: WallTime = WallTime()
     started_s: float = 0.0  # seconds since the epoch
     peak_memory_bytes: int = 0
-    costs: dict[str, float] = field(default_factory=dict)  # absolute cost by part, in the cost model's unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,8 +314,8 @@ class RunFolder:
     def write_parquet(self) -> Path:
         """Write `trials.parquet` from the record: a row per trial, two text columns per layer.
 
-        Columns are the fields of TrialRecord, `wall.*` in seconds, `costs.*` in the cost model's unit, and
-        `NAME.weight` and `NAME.activation` for every layer. Raises RunError where it cannot be written.
+        Columns are the fields of TrialRecord, `wall.*` in seconds, and `NAME.weight` and `NAME.activation` for every
+        layer. Raises RunError where it cannot be written.
         """
         import pandas as pd
 
@@ -381,10 +380,9 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
-    row = {name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall", "costs")}
+    row = {name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall")}
     row["digest"] = record.config.digest
     row |= {f"wall.{name}": value for name, value in asdict(record.wall).items()}
-    row |= {f"costs.{name}": value for name, value in record.costs.items()}
     for name, layer in record.config.items():
         row |= {f"{name}.weight": str(layer.weight), f"{name}.activation": str(layer.activation)}
     return row

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mpsearch.errors import RunError
-from mpsearch.export.native import save_weights
+from mpsearch.exporters.native import save_weights
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord
 from mpsearch.search.front import ParetoFront, pareto_front
 from mpsearch.search.run import Problem, final_path

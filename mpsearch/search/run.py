@@ -16,7 +16,7 @@ from torch import nn
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import CostError, RunError
-from mpsearch.export.native import save_weights
+from mpsearch.exporters.native import save_weights
 from mpsearch.graph.layers import ModelGraph, inspect_model
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.controller import Proposal, SearchController

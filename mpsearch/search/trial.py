@@ -184,7 +184,7 @@ class Compiled(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._compiled = torch.compile(model, dynamic=False)
+        self._compiled = torch.compile(model.forward, dynamic=False)
         self._shapes: dict[bool, torch.Size] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

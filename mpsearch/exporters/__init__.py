@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpsearch.errors import ExportError, nearest
-from mpsearch.export import native
+from mpsearch.exporters import native
 
 if TYPE_CHECKING:
     from torch import nn

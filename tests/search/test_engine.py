@@ -1,0 +1,269 @@
+"""Running trials: whatever befalls a trial, a worker or the driver, what had ended is there and counted once."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import drive
+import optuna
+import psutil
+import pytest
+from drive import make_space, relative_cost, truth
+
+from mpsearch.errors import RunError, TaskError
+from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.search.controller import SearchController
+from mpsearch.search.engine import Finished, Started, explain, run_trials
+from mpsearch.search.view import open_view
+from mpsearch.study import EngineSpec, SearchSpec
+
+HERE = EngineSpec(address="none")
+
+
+def fates(path: Path, *names: str) -> None:
+    (path / "fate").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (path / "fate" / name).touch()
+
+
+def start(path: Path, address: str, trials: int, sleep_s: float, **environment: str) -> subprocess.Popen:
+    """A driver of its own, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, drive.__file__, str(path), address, str(trials), str(sleep_s)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | environment,
+    )
+
+
+def wait_for_records(path: Path, count: int, driver: subprocess.Popen, timeout_s: float = 120) -> None:
+    until(lambda: driver.poll() is not None or recorded(path) >= count, timeout_s)
+    assert driver.poll() is None, driver.stderr.read()
+
+
+def recorded(path: Path) -> int:
+    return len(RunFolder.open(path).records()) if (path / "run.json").exists() else 0
+
+
+def until(done: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def assert_whole(path: Path, trials: int) -> list[TrialRecord]:
+    """Nothing lost, nothing twice, and the Optuna study shows the same."""
+    records = RunFolder.open(path).records()
+    assert sorted(r.number for r in records) == list(range(trials))
+    assert len({r.config for r in records}) == trials
+    study = optuna.load_study(study_name="toy", storage=f"sqlite:///{path / 'study.db'}")
+    assert sorted(t.user_attrs["number"] for t in study.trials) == list(range(trials))
+    assert {t.state.name for t in study.trials} <= {"COMPLETE", "FAIL"}
+    assert RunFolder.open(path).running == []
+    return records
+
+
+def test_trials_run_here_without_ray(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(drive.__file__).parent)!r})
+import drive
+drive.drive(drive.Path({str(tmp_path / "run")!r}), trials=10)
+assert not any(name == "ray" or name.startswith("ray.") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    records = assert_whole(tmp_path / "run", 10)
+    assert [r.accuracy for r in records] == [truth(r.config) for r in records]
+    assert [r.cost for r in records] == [relative_cost(r.config) for r in records]
+    assert len(list((tmp_path / "run").glob("worker-*"))) == 1  # the runner is made once
+
+
+def test_events_tell_of_every_trial_once_it_is_on_the_disk(tmp_path):
+    events = []
+
+    def watch(event):
+        folder = RunFolder.open(tmp_path)
+        events.append((type(event), event.proposal.number, len(folder.records()), [t.number for t in folder.running]))
+
+    drive.drive(tmp_path, trials=2, on_event=watch)
+    assert events == [(Started, 0, 0, [0]), (Finished, 0, 1, []), (Started, 1, 1, [1]), (Finished, 1, 2, [])]
+
+
+def test_failed_trials_are_recorded_with_their_reason_and_the_search_goes_on(tmp_path):
+    fates(tmp_path, "nan-2", "raise-3")
+    drive.drive(tmp_path, trials=8)
+    records = assert_whole(tmp_path, 8)
+    failed = {r.number: r for r in records if r.state == "failed"}
+    assert sorted(failed) == [2, 3]
+    assert failed[2].reason == "accuracy is nan"
+    assert failed[3].reason.startswith("ValueError: trial 3 will not do (drive.py, line ")
+    assert failed[3].started_s > 1e9
+
+
+def test_reason_is_one_line_that_is_not_endless():
+    try:
+        raise MemoryError("a\n  b" + " c" * 1000)
+    except MemoryError as error:
+        reason = explain(error)
+    assert reason.startswith("MemoryError: a b c c")
+    assert reason.endswith(
+        f"... ({Path(__file__).name}, line {reason.split('line ')[1].split(',')[0]}, "
+        "in test_reason_is_one_line_that_is_not_endless)"
+    )
+    assert len(reason) < 700
+    assert explain(ValueError()) == "ValueError: no message"
+
+
+def test_five_failures_in_a_row_stop_the_search(tmp_path):
+    fates(tmp_path, "raise-0", *(f"raise-{n}" for n in range(2, 7)))
+    controller = drive.drive(tmp_path, trials=30)
+    assert controller.broken
+    assert "5 trials failed in a row, the last one because of: ValueError: trial 6" in controller.stop_reason
+    assert_whole(tmp_path, 7)
+    for fate in (tmp_path / "fate").iterdir():
+        fate.unlink()
+    assert not drive.drive(tmp_path, trials=12).broken
+    assert_whole(tmp_path, 12)
+
+
+def test_set_up_that_is_broken_ends_the_search_with_its_error(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", "")
+
+    def refuse():
+        raise TaskError("no such checkpoint")
+
+    controller = SearchController(make_space(), relative_cost, SearchSpec(trials=5))
+    with folder.driving(), pytest.raises(TaskError, match="no such checkpoint"):
+        run_trials(controller, folder, None, refuse, HERE)
+    assert folder.records() == []
+
+
+def test_disk_that_is_full_ends_the_search_and_resume_repeats_nothing(tmp_path, monkeypatch):
+    append = RunFolder.append
+
+    def full(self, record):
+        if record.number == 4:
+            raise RunError("no room")
+        append(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append", full)
+        with pytest.raises(RunError, match="no room"):
+            drive.drive(tmp_path, trials=9)
+    assert recorded(tmp_path) == 4
+    drive.drive(tmp_path, trials=9)
+    assert_whole(tmp_path, 9)
+
+
+@pytest.mark.parametrize("storage", ["journal", "none"])
+def test_every_storage_gives_the_same_trials(tmp_path, storage):
+    drive.drive(tmp_path / "a", trials=12)
+    drive.drive(tmp_path / "b", trials=12, storage=storage)
+    first, second = (RunFolder.open(tmp_path / name).records() for name in "ab")
+    assert [(r.number, r.config, r.accuracy) for r in first] == [(r.number, r.config, r.accuracy) for r in second]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_driver_ended_at_any_time_is_resumed_with_nothing_lost(tmp_path, how):
+    path = tmp_path / "run"
+    for count in (3, 9):  # in the ladder, and while the sampler proposes
+        driver = start(path, "none", trials=14, sleep_s=0.02)
+        wait_for_records(path, count, driver)
+        os.kill(driver.pid, how)
+        _, errors = driver.communicate()
+        assert driver.returncode == -how
+        assert ("KeyboardInterrupt" in errors) == (how == signal.SIGINT)
+        assert count <= recorded(path) < 14
+        assert RunFolder.open(path).running == []
+    drive.drive(path, trials=14)
+    assert_whole(path, 14)
+
+
+def test_second_driver_is_refused_and_disturbs_nothing(tmp_path):
+    path = tmp_path / "run"
+    driver = start(path, "none", trials=12, sleep_s=0.1)
+    wait_for_records(path, 1, driver)
+    with pytest.raises(RunError, match=f"driven by process {driver.pid} "):
+        drive.drive(path, trials=12)
+    assert driver.wait() == 0
+    assert_whole(path, 12)
+
+
+def test_time_limit_lets_running_trials_end(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", "")
+    space = make_space()
+    controller = SearchController(space, relative_cost, SearchSpec(trials=100, time_limit_s=0.5))
+    with folder.driving():
+        view = open_view("none", folder, "toy", space)
+        run_trials(controller, folder, view, functools.partial(drive.make_runner, folder.path, 0.2), HERE)
+    assert 1 <= len(folder.records()) <= 3
+    assert all(r.state == "complete" for r in folder.records())
+
+
+# Ray takes some ten seconds to start: few tests, and much in each.
+
+
+def test_ray_runs_the_same_trials_and_survives_its_workers(tmp_path):
+    path = tmp_path / "run"
+    fates(path, "nan-2", "raise-3", "die-4", "die_once-6")
+    driver = start(path, "local", trials=12, sleep_s=0.05, HOME="/proc/nowhere")  # a home that nobody can write
+    output, errors = driver.communicate(timeout=300)
+    assert driver.returncode == 0, errors
+    records = {r.number: r for r in assert_whole(path, 12)}
+    assert {n: r.reason for n, r in records.items() if r.state == "failed"} == {
+        2: "accuracy is nan",
+        3: records[3].reason,
+        4: "its worker process died twice (killed, or out of memory)",
+    }
+    assert records[3].reason.startswith("ValueError: trial 3 will not do")
+    assert all(r.accuracy == truth(r.config) for r in records.values() if r.state == "complete")
+    assert len(list(path.glob("worker-*"))) <= 8  # two, and some for the three deaths: processes are used again
+    assert {line.partition("(")[0] for line in output.splitlines()} == {"Started", "Finished"}  # and no word of Ray's
+    assert errors == ""
+    assert not (path / "ray").exists()
+    assert not Path("/tmp", f"mpsearch-{RunFolder.open(path).id}").exists()
+
+
+def test_ray_driver_killed_leaves_no_process_and_is_resumed_with_nothing_lost(tmp_path):
+    path = tmp_path / "run"
+    driver = start(path, "local", trials=500, sleep_s=0.1)
+    wait_for_records(path, 3, driver)
+    processes = psutil.Process(driver.pid).children(recursive=True)
+    assert len(processes) > 3
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes), 60)
+    before = recorded(path)
+    drive.drive(path, trials=before + 5)
+    assert_whole(path, before + 5)
+
+
+@pytest.mark.slow
+def test_ray_driver_interrupted_ends_in_good_order(tmp_path):
+    path = tmp_path / "run"
+    driver = start(path, "local", trials=500, sleep_s=0.1)
+    wait_for_records(path, 3, driver)
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
+    _, errors = driver.communicate(timeout=60)
+    assert driver.returncode == -signal.SIGINT
+    assert errors.strip().endswith("KeyboardInterrupt")
+    assert RunFolder.open(path).running == []
+    assert not (path / "ray").exists()
+    before = recorded(path)
+    drive.drive(path, trials=before + 5)
+    assert_whole(path, before + 5)
+
+
+def test_ray_that_is_not_there_is_refused(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", "")
+    controller = SearchController(make_space(), relative_cost, SearchSpec(trials=5))
+    with folder.driving(), pytest.raises(RunError, match=r"cannot reach a Ray cluster at 'auto'.*engine\.address=none"):
+        run_trials(controller, folder, None, lambda: None, EngineSpec(address="auto"))

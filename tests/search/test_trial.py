@@ -1,0 +1,145 @@
+"""A trial trains, scores and records; a workbench gives the same as a fresh start."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.search.trial import Compiled, Workbench, run_trial
+from mpsearch.study import TrialSpec, load_study
+from mpsearch.task.load import load_task
+from mpsearch.task.task import Task
+from mpsearch.train import compiler_missing
+
+SETTINGS = TrialSpec(steps=20, batch_size=32, bn_batches=4, precision="fp32", calibration_samples=64)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task(load_study("digits").task)
+
+
+@pytest.fixture(scope="module")
+def bench(task: Task) -> Workbench:
+    return Workbench(task, SETTINGS)
+
+
+def uniform(bench: Workbench, text: str) -> PrecisionConfig:
+    names = [layer.name for layer in bench.graph.quantizable]
+    return PrecisionConfig.uniform(names, LayerPrecision.shorthand(text))
+
+
+def test_trial_at_8_bits_is_as_good_as_the_float_model(task: Task, bench: Workbench) -> None:
+    record = run_trial(task, uniform(bench, "w8a8"), SETTINGS, bench=bench, cost=lambda config: 1.0)
+    assert record.state == "complete"
+    assert record.accuracy == pytest.approx(task.evaluate(task.float_model(), "val"), abs=0.02)
+    assert record.cost == 1.0
+    assert record.wall.train_s > 0
+    assert record.peak_memory_bytes > 1e8
+
+
+def test_trial_repairs_what_range_setting_alone_leaves_broken(task: Task, bench: Workbench) -> None:
+    config = uniform(bench, "w2a2")
+    untrained = run_trial(task, config, SETTINGS.model_copy(update={"steps": 0}), bench=bench)
+    trained = run_trial(task, config, SETTINGS, bench=bench)
+    assert trained.accuracy is not None
+    assert untrained.accuracy is not None
+    assert trained.accuracy > untrained.accuracy + 0.05
+    assert trained.end_loss is not None
+    assert trained.start_loss is not None
+    assert trained.end_loss < trained.start_loss
+
+
+def test_a_reused_bench_gives_what_a_fresh_one_gives(task: Task, bench: Workbench) -> None:
+    config = uniform(bench, "w3a3")
+    run_trial(task, uniform(bench, "w1a1"), SETTINGS, bench=bench)
+    reused = run_trial(task, config, SETTINGS, bench=bench)
+    fresh = run_trial(task, config, SETTINGS)
+    assert (reused.accuracy, reused.end_loss) == (fresh.accuracy, fresh.end_loss)
+
+
+def test_start_weights_are_where_the_trial_starts(task: Task, bench: Workbench) -> None:
+    config = uniform(bench, "w4a4")
+    still = SETTINGS.model_copy(update={"steps": 0})
+    zeros = {name: torch.zeros_like(value) for name, value in task.float_model().state_dict().items()}
+    ruined = run_trial(task, config, still, zeros, bench=bench)
+    restored = run_trial(task, config, still, bench=bench)
+    assert ruined.accuracy is not None
+    assert ruined.accuracy < 0.2
+    assert restored.accuracy is not None
+    assert restored.accuracy > 0.5
+
+
+def test_a_trial_never_sees_the_test_split(bench: Workbench) -> None:
+    seen: list[str] = []
+
+    class Watched:
+        def __init__(self, task: Task) -> None:
+            self._task = task
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._task, name)
+
+        def evaluate(self, model: nn.Module, split: Any) -> float:
+            seen.append(split)
+            return self._task.evaluate(model, split)
+
+    watched = Watched(bench.task)
+    run_trial(watched, uniform(bench, "w8a8"), SETTINGS.model_copy(update={"steps": 2}))  # type: ignore[arg-type]
+    assert seen == ["val"]
+
+
+def test_a_task_without_distillation_uses_its_own_loss(task: Task) -> None:
+    bench = Workbench(task, SETTINGS.model_copy(update={"distill": False}))
+    bench.reset(uniform(bench, "w8a8"))
+    x, y = next(task.train_batches(8, 1, 0))
+    output = bench.model(x)
+    assert torch.equal(bench.loss(0)(0, x, output, y), task.loss(output, y))
+
+
+def test_a_score_that_is_no_number_is_an_error(task: Task, bench: Workbench) -> None:
+    broken = copy.copy(bench)
+    broken.evaluate = lambda split: float("nan")  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match="metric on val is nan"):
+        run_trial(task, uniform(bench, "w8a8"), SETTINGS.model_copy(update={"steps": 0}), bench=broken)
+
+
+@pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
+def test_compiled_runs_other_batch_sizes_eagerly() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    compiled = Compiled(model).eval()
+    frames: list[int] = []
+    compiled._compiled = lambda x: (frames.append(len(x)), model(x))[1]  # type: ignore[assignment, func-returns-value]
+    for size in (8, 8, 3, 8):
+        assert compiled(torch.randn(size, 4)).shape == (size, 4)
+    assert frames == [8, 8, 8]
+
+
+def test_compilation_is_not_asked_for_where_it_does_not_pay(bench: Workbench) -> None:
+    assert bench.runs is bench.model  # `auto`, and digits are small
+
+
+def test_a_missing_compiler_means_eager_trials_and_is_said(
+    task: Task, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mpsearch.search.trial.compiler_missing", lambda: "no C++ compiler was found")
+    bench = Workbench(task, SETTINGS.model_copy(update={"compile": True}))
+    assert bench.runs is bench.model
+    assert "torch.compile is not used: no C++ compiler was found" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
+def test_a_compiled_trial_scores_like_an_eager_one(task: Task, bench: Workbench) -> None:
+    compiled = Workbench(task, SETTINGS.model_copy(update={"compile": True}))
+    for text in ("w8a8", "w3a3"):
+        config = uniform(bench, text)
+        eager = run_trial(task, config, SETTINGS, bench=bench)
+        fast = run_trial(task, config, SETTINGS, bench=compiled)
+        assert fast.accuracy == pytest.approx(eager.accuracy, abs=0.02)
+        assert fast.end_loss == pytest.approx(eager.end_loss, rel=0.1)

@@ -1,0 +1,128 @@
+"""The Optuna study that shows a run: all of its trials, each once, none RUNNING."""
+
+import logging
+import math
+from dataclasses import replace
+
+import optuna
+import pytest
+from drive import make_space, relative_cost, truth
+
+from mpsearch.errors import RunError
+from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.record import RunFolder, TrialRecord, WallTime
+from mpsearch.search.view import open_view
+
+SPACE = make_space(3)
+CONFIGS = SPACE.ladder()
+
+
+def complete(number: int, config: PrecisionConfig, **changes) -> TrialRecord:
+    record = TrialRecord(config, "complete", truth(config), relative_cost(config), number=number, origin="uniform")
+    return replace(record, wall=WallTime(1.0, 2.0, 3.0), started_s=1e9, **changes)
+
+
+RECORDS = [
+    complete(0, CONFIGS[1]),
+    complete(2, CONFIGS[4]),
+    TrialRecord(CONFIGS[2], "failed", reason="ValueError: no", number=1, origin="sampler"),
+    replace(complete(3, CONFIGS[5]), state="stopped", reason="dominated"),
+    complete(4, PrecisionConfig.uniform(SPACE.layers, LayerPrecision.parse("shift:4", "float")), cost=0.75),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return RunFolder.create(tmp_path / "run", "name: a\n")
+
+
+@pytest.fixture(params=["sqlite", "journal"])
+def storage(request):
+    return request.param
+
+
+def stored(folder: RunFolder, storage: str) -> optuna.Study:
+    """The study as another process sees it."""
+    if storage == "sqlite":
+        where = optuna.storages.RDBStorage(f"sqlite:///{folder.study_db}")
+    else:
+        where = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder.study_journal)))
+    return optuna.load_study(study_name="a", storage=where)
+
+
+def test_view_shows_what_is_recorded(folder, storage):
+    view = open_view(storage, folder, "a", SPACE, 0.7)
+    for record in RECORDS:
+        view.add(record)
+    study = stored(folder, storage)
+    first, _, failed, stopped, foreign = study.trials
+    assert study.metric_names == ["accuracy (val)", "log2 cost / reference"]
+    assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "PRUNED", "COMPLETE"]
+    assert [t.user_attrs["number"] for t in study.trials] == [0, 2, 1, 3, 4]
+    assert first.values == [truth(CONFIGS[1]), math.log2(7 / 8)]
+    assert first.params == SPACE.params_of(CONFIGS[1])
+    assert first.user_attrs["config"] == CONFIGS[1].digest
+    assert first.duration.total_seconds() == 6
+    assert first.datetime_start.timestamp() == 1e9
+    assert first.constraints["budget"] == pytest.approx(math.log2(7 / 8 / 0.7))
+    assert first.system_attrs["constraints"] == [first.constraints["budget"]]  # what optuna-dashboard reads
+    assert failed.user_attrs["reason"] == "ValueError: no"
+    assert stopped.user_attrs["cost / reference"] == relative_cost(CONFIGS[5])
+    assert foreign.params == {}  # not of the space
+    assert [t.user_attrs["number"] for t in study.best_trials] == [2]  # the only one within the budget
+
+
+def test_view_that_fell_behind_catches_up_and_shows_nothing_twice(folder, storage):
+    open_view(storage, folder, "a", SPACE, None, RECORDS[:2])
+    open_view(storage, folder, "a", SPACE, None, RECORDS[1:])
+    open_view(storage, folder, "a", SPACE, None, RECORDS)
+    assert [t.user_attrs["number"] for t in stored(folder, storage).trials] == [0, 2, 1, 3, 4]
+
+
+def test_view_without_a_budget_has_no_constraint(folder):
+    open_view("sqlite", folder, "a", SPACE, None, RECORDS)
+    assert all(t.constraints == {} for t in stored(folder, "sqlite").trials)
+
+
+def test_no_view_is_no_view(folder):
+    assert open_view("none", folder, "a", SPACE) is None
+
+
+def test_shared_database_keeps_runs_of_one_study_apart(tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    folders = [RunFolder.create(tmp_path / name, "") for name in "ab"]
+    for folder in folders:
+        open_view(url, folder, "a", SPACE, None, RECORDS[:1])
+    names = {study.study_name for study in optuna.get_all_study_summaries(url)}
+    assert names == {f"a-{folder.id}" for folder in folders}
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:////no/such/folder/x.db", "nosuchdb://u:secret@host/db", "postgresql://u:secret@localhost:1/db"]
+)
+def test_storage_that_cannot_be_opened_is_refused_without_its_password(folder, url):
+    with pytest.raises(RunError, match=r"cannot open the storage .*--set storage=sqlite") as caught:
+        open_view(url, folder, "a", SPACE)
+    assert "secret" not in str(caught.value)
+
+
+def test_corrupt_database_is_refused(folder):
+    folder.study_db.write_text("no database at all, and long enough to be looked at" * 30)
+    with pytest.raises(RunError, match=r"cannot open the storage 'sqlite'.*not a database"):
+        open_view("sqlite", folder, "a", SPACE)
+
+
+def test_view_that_fails_in_the_middle_is_given_up_with_one_warning(folder, caplog, monkeypatch):
+    view = open_view("sqlite", folder, "a", SPACE, None, RECORDS[:1])
+
+    def fail(trial):
+        raise ConnectionError("gone\nfar away")
+
+    monkeypatch.setattr(view.study, "add_trial", fail)
+    with caplog.at_level(logging.WARNING):
+        view.add(RECORDS[1])
+        view.add(RECORDS[2])
+    assert [r.getMessage().partition(";")[0] for r in caplog.records if r.name.startswith("mpsearch")] == [
+        "the Optuna study is no longer updated (ConnectionError: gone)"
+    ]

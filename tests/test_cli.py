@@ -1,0 +1,221 @@
+"""The commands as a user types them: what they print, their exit codes, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+QUICK = """
+name: quick
+task: {model: digits_cnn, float_epochs: 2, data: {kind: digits}}
+space: digits
+search: {trials: 9, seed: 1}
+trial: {steps: 2, batch_size: 16, bn_batches: 1, calibration_samples: 32, precision: fp32}
+final: {pick: 2, epochs: 0.1, seeds: 2}
+engine: {address: none}
+"""
+
+
+def mpsearch(*arguments: str | Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from mpsearch.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "COLUMNS": "160", **(env or {})},
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with a quick study and a finished run of it."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "quick.yaml").write_text(QUICK)
+    done = mpsearch("run", "quick.yaml", "--out", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "printed.txt").write_text(done.stdout)
+    return folder
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2, one message, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_run_prints_the_front_and_leaves_a_whole_run_folder(home: Path) -> None:
+    printed = (home / "printed.txt").read_text()
+    assert "knee" in printed
+    assert "report.html" in printed
+    for name in ("study.yaml", "trials.jsonl", "trials.parquet", "front.json", "study.db", "report.html", "log.txt"):
+        assert (home / "run" / name).stat().st_size > 0, name
+    assert yaml.safe_load((home / "run" / "study.yaml").read_text())["search"]["trials"] == 9
+
+
+def test_status_counts_and_names_the_best(home: Path) -> None:
+    status = json.loads(mpsearch("status", "run", "--json", cwd=home).stdout)
+    assert (status["completed"], status["failed"], status["stopped"], status["running"]) == (9, 0, 0, 0)
+    front = json.loads(mpsearch("front", "run", "--json", cwd=home).stdout)
+    assert status["best"]["accuracy"] == max(row["accuracy"] for row in front["front"])
+    assert status["hypervolume"] == front["hypervolume"] > 0
+
+
+def test_front_is_the_same_as_table_json_and_csv(home: Path) -> None:
+    rows = json.loads(mpsearch("front", "run", "--json", cwd=home).stdout)["front"]
+    csv = mpsearch("front", "run", "--csv", cwd=home).stdout.splitlines()
+    table = mpsearch("front", "run", cwd=home).stdout
+    assert len(csv) == len(rows) + 1
+    assert [row["cost"] for row in rows] == sorted(row["cost"] for row in rows)
+    assert [row["accuracy"] for row in rows] == sorted(row["accuracy"] for row in rows)
+    for row in rows:
+        assert f"{row['cost']:.4f}" in table
+
+
+def test_front_keeps_only_weights_that_can_be_picked(home: Path) -> None:
+    document = json.loads(mpsearch("front", "run", "--json", cwd=home).stdout)
+    wanted = {row["number"] for row in (*document["front"], *document["uniform"])}
+    kept = {
+        int(path.stem.removeprefix("trial-")) for path in (home / "run" / "checkpoints").glob("trial-*.safetensors")
+    }
+    assert kept == wanted
+
+
+def test_resume_of_a_finished_run_goes_on_when_more_trials_are_wanted(home: Path) -> None:
+    before = (home / "run" / "trials.jsonl").read_text()
+    done = mpsearch("resume", "run", "--trials", "11", cwd=home)
+    assert done.returncode == 0, done.stderr
+    after = (home / "run" / "trials.jsonl").read_text()
+    assert after.startswith(before)
+    configs = [json.dumps(json.loads(line)["config"], sort_keys=True) for line in after.splitlines()]
+    assert len(configs) == len(set(configs)) == 11
+
+
+def test_export_gives_what_the_trial_scored(home: Path) -> None:
+    done = mpsearch("export", "run", "--pick", "best", "--to", "native", "-o", "exported", cwd=home)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((home / "exported" / "precision.json").read_text())
+    import mpsearch as library
+    from mpsearch.study import load_study
+    from mpsearch.task.load import load_task
+
+    task = load_task(load_study(home / "quick.yaml").task)
+    model = library.load(task.float_model(), home / "exported")
+    assert task.evaluate(model, "val") == document["accuracy"]["val"]
+    assert f"{100 * document['accuracy']['val']:.2f} %" in done.stdout
+
+
+def test_finalize_scores_test_and_does_nothing_twice(home: Path) -> None:
+    first = mpsearch("finalize", "run", cwd=home)
+    assert first.returncode == 0, first.stderr
+    assert "float: val" in first.stdout
+    again = mpsearch("finalize", "run", "--json", cwd=home)
+    assert again.stderr == ""  # no training was announced
+    document = json.loads(again.stdout)
+    assert 2 <= len(document["rows"]) <= 4
+    assert all(row["seeds"] == 2 and 0 <= row["test_mean"] <= 1 for row in document["rows"])
+    assert "Finalized" in (home / "run" / "report.html").read_text()
+
+
+def test_check_says_what_will_be_optimised_in_units(home: Path) -> None:
+    done = mpsearch("check", "quick.yaml", "--set", "cost.model=bops", cwd=home)
+    assert done.returncode == 0, done.stderr
+    for words in ("Maximize top1 on the validation split", "BOPs", "11 layers", "One trial should take", "trials: 9"):
+        assert words in done.stdout, words
+
+
+def test_inspect_lists_every_layer(home: Path) -> None:
+    document = json.loads(mpsearch("inspect", "quick.yaml", "--json", cwd=home).stdout)
+    assert len(document["layers"]) == 11
+    assert sum(layer["macs"] for layer in document["layers"]) == document["macs"]
+    table = mpsearch("inspect", "quick.yaml", cwd=home).stdout
+    assert all(layer["layer"] in table for layer in document["layers"])
+    assert "uniform:1-8/channel" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "digts"), ("no study 'digts'", "did you mean 'digits'")),
+        (("run", "quick.yaml", "--out", "run"), ("already holds a run", "resume")),
+        (("run", "quick.yaml", "--out", "x", "--set", "search.trails=3"), ("search.trails", "did you mean 'trials'")),
+        (("run", "quick.yaml", "--out", "x", "--set", "search.trials=many"), ("search.trials", "'many'")),
+        (("run", "quick.yaml", "--out", "x", "--set", "space=digit"), ("no search space 'digit'", "digits")),
+        (("run", "quick.yaml", "--out", "x", "--set", "cost.budget=0.0001"), ("cost.budget", "cheapest config")),
+        (("run", "quick.yaml", "--out", "x", "--set", "task.checkpoint=no.pt"), ("no.pt",)),
+        (("run", "quick.yaml", "--out", "x", "--time-limit", "soon"), ("--time-limit", "10m")),
+        (("status", "nowhere"), ("holds no run",)),
+        (("export", "run", "--pick", "trial:99", "-o", "x"), ("no trial 99",)),
+        (("export", "run", "--pick", "most", "-o", "x"), ("cannot pick 'most'",)),
+        (("export", "run", "--to", "native2", "-o", "x"), ("unknown export format 'native2'",)),
+        (("check", "quick.yaml", "--set", "engine.address=nowhere"), ("engine.address", "ray://HOST:PORT")),
+    ],
+)
+def test_bad_input_is_refused_with_what_to_do(home: Path, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    refused(mpsearch(*arguments, cwd=home), *words)
+    assert not (home / "x").exists()
+
+
+def test_nan_weights_are_refused_by_name(home: Path) -> None:
+    from mpsearch.study import load_study
+    from mpsearch.task.load import load_task
+
+    state = load_task(load_study(home / "quick.yaml").task).float_model().state_dict()
+    name = next(iter(state))
+    state[name].view(-1)[0] = float("nan")
+    torch.save(state, home / "nan.pt")
+    refused(mpsearch("check", "quick.yaml", "--set", "task.checkpoint=nan.pt", cwd=home), name, "NaN")
+
+
+def test_a_network_without_layers_is_refused(home: Path) -> None:
+    (home / "nothing.py").write_text(
+        "import torch\n"
+        "class Sums(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.gain = torch.nn.Parameter(torch.ones(10))\n"
+        "    def forward(self, x):\n"
+        "        return x.sum((1, 2, 3))[:, None] * self.gain\n"
+        "def build():\n"
+        "    return Sums()\n"
+    )
+    done = mpsearch("check", "quick.yaml", "--set", "task.model=nothing:build", cwd=home)
+    refused(done, "no", "layer")
+
+
+def test_a_foreign_run_folder_is_refused(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "run.json").write_text('{"schema": "mpsearch/run/0", "mpsearch": "0.0.1"}')
+    refused(mpsearch("status", "old", cwd=tmp_path), "mpsearch/run/0", "mpsearch/run/1")
+
+
+def test_an_unwritable_place_is_refused(home: Path) -> None:
+    (home / "file").write_text("")
+    refused(mpsearch("run", "quick.yaml", "--out", "file/run", cwd=home), "cannot write", "--out")
+
+
+def test_import_is_light() -> None:
+    script = (
+        "import mpsearch, sys; print([m for m in ('ray', 'plotly', 'onnx', 'optuna', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_python_api_runs_a_study(home: Path, tmp_path: Path) -> None:
+    import mpsearch as library
+
+    spec = library.load_study(home / "quick.yaml", ["search.trials=2", "storage=none"])
+    front = library.run_study(spec, tmp_path / "run")
+    assert 1 <= len(front) <= 2
+    assert front.best.accuracy is not None

@@ -1,0 +1,125 @@
+"""The training loop does what its settings say, and BatchNorm statistics become those of the final weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpsearch.errors import TaskError
+from mpsearch.train import FitSettings, Teacher, fit, jeffreys, one_cycle, reestimate_batch_norm
+
+
+def batches(count: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randn(32, 4, generator=generator)
+        yield x, x.sum(dim=1).gt(0).long()
+
+
+def cross_entropy(step: int, x: Tensor, output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target)
+
+
+def test_fit_learns_a_separable_problem() -> None:
+    torch.manual_seed(0)
+    result = fit(nn.Linear(4, 2), batches(100), cross_entropy, FitSettings(100, lr=0.5))
+    assert result.start_loss > 0.4
+    assert result.end_loss < 0.2
+
+
+def test_fit_is_the_same_for_the_same_seed() -> None:
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        fit(model, batches(5), cross_entropy, FitSettings(5, lr=0.1))
+        weights.append(model.weight.detach().clone())
+    assert torch.equal(*weights)
+
+
+def test_one_cycle_rises_to_the_peak_and_falls_to_nothing() -> None:
+    settings = FitSettings(100, lr=0.3)
+    rates = [one_cycle(step, settings) for step in range(100)]
+    peak = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.3)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert 0 < rates[-1] < 0.001
+
+
+def test_fit_stops_at_a_loss_that_is_not_finite() -> None:
+    with pytest.raises(FloatingPointError, match="became nan at step 0 of 3"):
+        fit(nn.Linear(4, 2), batches(3), lambda *_: torch.tensor(float("nan"), requires_grad=True), FitSettings(3, 0.1))
+
+
+def test_fit_says_when_the_task_has_too_few_batches() -> None:
+    with pytest.raises(TaskError, match="gave 2 batches, 3 were asked for"):
+        fit(nn.Linear(4, 2), batches(2), cross_entropy, FitSettings(3, 0.1))
+
+
+def test_weight_decay_leaves_steps_and_biases_alone() -> None:
+    from mpsearch.precision import Precision
+    from mpsearch.quant.modules import quantized
+
+    layer = quantized(nn.Conv2d(2, 3, 3), signed_input=True, input_elements=4)
+    for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+        quantizer.set_precision(Precision("uniform", 4, "channel"))
+    before = {name: value.detach().clone() for name, value in layer.named_parameters()}
+
+    def flat(step: int, x: Tensor, output: Tensor, target: Tensor) -> Tensor:
+        return sum(p.sum() for p in layer.parameters()) * 0  # type: ignore[return-value]
+
+    data = [(torch.randn(2, 2, 8, 8), torch.zeros(2)) for _ in range(3)]
+    fit(layer, data, flat, FitSettings(3, lr=0.1, weight_decay=0.1))
+    changed = {name for name, value in layer.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {"weight"}
+
+
+def test_jeffreys_is_the_symmetric_divergence() -> None:
+    a, b = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    p, q = a.softmax(1), b.softmax(1)
+    expected = ((p * (p / q).log()).sum(1) + (q * (q / p).log()).sum(1)).mean()
+    torch.testing.assert_close(jeffreys(a, b).double(), expected, rtol=1e-5, atol=1e-6)
+    assert jeffreys(a, b) == jeffreys(b, a)
+    assert jeffreys(a, a) == 0
+
+
+def test_batch_norm_statistics_become_those_of_the_data() -> None:
+    norm = nn.BatchNorm1d(4)
+    norm.running_mean.fill_(9)  # type: ignore[union-attr]
+    data = list(batches(20))
+    reestimate_batch_norm(nn.Sequential(norm), data)
+    x = torch.cat([x for x, _ in data])
+    assert not norm.training
+    assert norm.momentum == 0.1
+    torch.testing.assert_close(norm.running_mean, x.mean(0))
+    torch.testing.assert_close(norm.running_var, x.var(0), rtol=0.02, atol=0.01)
+
+
+def test_teacher_computes_a_batch_once() -> None:
+    calls = []
+
+    class Counting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return super().forward(x)
+
+    teacher = Teacher(Counting(4, 2), lambda output: output, bf16=False)
+    (x, _), (other, _) = batches(2)
+    assert torch.equal(teacher(0, 0, x), teacher(0, 0, x))
+    assert len(calls) == 1
+    teacher(0, 1, other)
+    teacher(1, 0, other)
+    assert len(calls) == 3
+
+
+def test_teacher_keeps_no_more_than_its_limit() -> None:
+    teacher = Teacher(nn.Linear(4, 2), lambda output: output, bf16=False, limit_bytes=32 * 2 * 4)
+    (x, _), (other, _) = batches(2)
+    first, second = teacher(0, 0, x), teacher(0, 1, other)
+    assert teacher(0, 0, other) is first
+    assert teacher(0, 1, other) is not second
