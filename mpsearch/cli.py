@@ -128,22 +128,21 @@ def inspect(study: Study, set_: Set = None, json_: Json = False) -> None:
     if json_:
         _print_json({"layers": rows, "other_macs": dict(problem.graph.other_macs), "macs": problem.graph.macs})
         return
-    table = _table("layer", "kind", "weight", ">MACs", ">params", "input", "weight precisions", "input precisions")
+    table = _table("layer", "kind", "weight", ">MACs", "input", "weight as", "input as")
     for layer in problem.graph.layers:
+        shape = "x".join(map(str, layer.weight_shape))
         if layer.reason is not None:
-            table.add_row(layer.name, layer.kind, *["x".join(map(str, layer.weight_shape)), f"{layer.macs:,}"])
-            table.add_row("", f"[yellow]stays float: {layer.reason}[/]")
+            table.add_row(layer.name, layer.kind, shape, f"{layer.macs:,}", "", f"[yellow]float: {layer.reason}[/]")
             continue
-        shared = "" if layer.input_group in ("", layer.name) else f" = {layer.input_group}"
+        shared = "" if layer.input_group in ("", layer.name) else f", = {layer.input_group}"
         table.add_row(
             layer.name,
-            "depthwise " + layer.kind if layer.depthwise else layer.kind,
-            "x".join(map(str, layer.weight_shape)),
+            "depthwise" if layer.depthwise else layer.kind,
+            shape,
             f"{layer.macs:,}",
-            f"{layer.params:,}",
             ("signed" if layer.signed_input else "unsigned") + shared,
-            _compact(choices[layer.name, "weight"].choices),
-            _compact(choices[layer.name, "activation"].choices),
+            _compact(choices[layer.name, "weight"].choices, "channel"),
+            _compact(choices[layer.name, "activation"].choices, "tensor"),
         )
     console = _console()
     console.print(table)
@@ -506,7 +505,10 @@ def _log_to(folder: RunFolder) -> None:
 def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 140  # in a file or a pipe nothing has to be cut to 80 columns
+    return console
 
 
 def _table(*columns: str) -> Table:
@@ -556,14 +558,16 @@ def _parallel(spec: StudySpec) -> float:
     return 1.0 if spec.engine.address == "none" else min(spec.search.concurrency, os.cpu_count() or 1)
 
 
-def _compact(choices: Sequence[Precision]) -> str:
-    """`uniform:2-8/channel` for a run of bits of one quantizer."""
+def _compact(choices: Sequence[Precision], usual: str) -> str:
+    """`uniform:2-8` for a run of bits of one quantizer; a granularity other than the usual one is named."""
     runs: list[list[Precision]] = []
     for choice in sorted(choices, key=lambda c: (c.quantizer, c.granularity, c.bits)):
         if runs and replace(runs[-1][-1], bits=choice.bits) == choice and runs[-1][-1].bits == choice.bits - 1:
             runs[-1].append(choice)
         else:
             runs.append([choice])
-    return ", ".join(
-        str(r[0]) if len(r) == 1 else f"{r[0].quantizer}:{r[0].bits}-{r[-1].bits}/{r[0].granularity}" for r in runs
-    )
+    texts = [
+        str(first) if first.bits == last.bits else f"{first.quantizer}:{first.bits}-{last.bits}/{first.granularity}"
+        for first, last in ((run[0], run[-1]) for run in runs)
+    ]
+    return ", ".join(text.removesuffix(f"/{usual}") for text in texts)

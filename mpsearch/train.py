@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
+from mpsearch.quant.uniform import UniformQuantizer
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class FitSettings:
     weight_decay: float = 0.0
     bf16: bool = False
     warmup: float = 0.2  # share of the steps in which the rate rises
+    range_lr: float = 0.1  # learning rate of quantizer steps and offsets, as a share of `lr`
     clip_norm: float = 5.0  # gradient norm above which a step is shortened: one bad batch must not end a trial
 
 
@@ -91,17 +93,15 @@ def fit(
         FloatingPointError: the loss became NaN or infinite.
         TaskError: the batches ended early.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.dim() > 1 and p.numel() > max(p.shape)]  # weights, not steps, biases or norms
-    plain = [p for p in parameters if not any(p is d for d in decayed)]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain}]
+    groups = _parameter_groups(model, settings)
+    parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
     model.train()
     device = parameters[0].device
     losses: list[float] = []
     for step, (x, y) in zip(range(settings.steps), to_device(batches, device), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = one_cycle(step, settings)
+            group["lr"] = group["share"] * one_cycle(step, settings)
         with autocast(x, settings.bf16):
             output = call(model, x)
         value = loss(step, x, output, y)
@@ -118,6 +118,21 @@ def fit(
         raise TaskError(f"train_batches gave {len(losses)} batches, {settings.steps} were asked for: check the task")
     tenth = max(1, len(losses) // 10)
     return FitResult(sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth) if losses else FitResult(0.0, 0.0)
+
+
+def _parameter_groups(model: nn.Module, settings: FitSettings) -> list[dict[str, Any]]:
+    """Weights, which decay; biases and norms, which do not; and ranges, which neither decay nor move as fast."""
+    groups: dict[str, list[nn.Parameter]] = {"weights": [], "plain": [], "ranges": []}
+    ranges = {id(p) for m in model.modules() if isinstance(m, UniformQuantizer) for p in m.parameters(recurse=False)}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            name = "ranges" if id(parameter) in ranges else "weights" if parameter.dim() > 1 else "plain"
+            groups[name].append(parameter)
+    return [
+        {"params": groups["weights"], "share": 1.0, "weight_decay": settings.weight_decay},
+        {"params": groups["plain"], "share": 1.0},
+        {"params": groups["ranges"], "share": settings.range_lr},
+    ]
 
 
 def one_cycle(step: int, settings: FitSettings) -> float:

@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import textwrap
 import time
@@ -20,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from mpsearch.errors import MpsearchError, RunError
@@ -302,6 +304,7 @@ def _ray(address: str, folder: RunFolder) -> Iterator[Any]:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         try:
+            _knock(address)
             ray.init(**options)
         except Exception as error:  # Ray has many
             doing = "start Ray" if address == "local" else f"reach a Ray cluster at '{address}'"
@@ -309,8 +312,33 @@ def _ray(address: str, folder: RunFolder) -> Iterator[Any]:
                 f"cannot {doing} ({explain(error)}): check engine.address, or run the trials in this process with "
                 "`--set engine.address=none`"
             ) from None
-        yield ray
+        with _session_of_client(ray):
+            yield ray
     finally:
         ray.shutdown()
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _session_of_client(ray: Any) -> Iterator[None]:
+    """With ray://, a place for Tune's files: it wants to put them beside those of this machine's node, and there is none.
+
+    Tune itself would move the whole search to the cluster instead, away from the run folder.
+    """
+    if not ray.util.client.ray.is_connected():
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="mpsearch-") as path:
+        ray._private.worker._global_node = SimpleNamespace(get_session_dir_path=lambda: path)
+        try:
+            yield
+        finally:
+            ray._private.worker._global_node = None
+
+
+def _knock(address: str) -> None:
+    """See whether anybody listens at HOST:PORT: Ray takes minutes to give up. Raises OSError."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator:
+        socket.create_connection((host, int(port)), timeout=10).close()
