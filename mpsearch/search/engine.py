@@ -322,9 +322,9 @@ def _ray(address: str, folder: RunFolder) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _session_of_client(ray: Any) -> Iterator[None]:
-    """With ray://, a place for Tune's files: it wants to put them beside those of this machine's node, and there is none.
+    """With ray://, a place for Tune's files: they go beside those of this machine's Ray node, and here is none.
 
-    Tune itself would move the whole search to the cluster instead, away from the run folder.
+    Tune's own answer is to move the whole search to the cluster, away from the run folder.
     """
     if not ray.util.client.ray.is_connected():
         yield

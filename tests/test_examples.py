@@ -1,0 +1,58 @@
+"""What the README and the docstrings show works; every study and space that ships can be read."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import mpsearch
+from mpsearch.shipped import shipped_folder, shipped_names
+from mpsearch.study import load_study
+
+ROOT = Path(mpsearch.__file__).parent.parent
+
+
+def test_docstring_examples_hold() -> None:
+    examples = 0
+    for module in pkgutil.walk_packages(mpsearch.__path__, "mpsearch."):
+        result = doctest.testmod(importlib.import_module(module.name))
+        assert result.failed == 0, module.name
+        examples += result.attempted
+    assert examples >= 2
+
+
+def test_readme_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = ["trial.steps=2", "task.float_epochs=2", "search.trials=2", "trial.bn_batches=1"]
+    monkeypatch.setattr(
+        "mpsearch.study.load_study", lambda study, overrides=(): load_study(study, [*overrides, *quick])
+    )
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    names = {"model": torch.nn.Sequential(torch.nn.Linear(4, 2)), "batch": torch.randn(8, 4), "mpsearch": mpsearch}
+    for block in blocks:
+        exec(block, names)
+    assert names["quantized"](names["batch"]).shape == (8, 2)  # type: ignore[operator]
+
+
+def test_readme_names_every_command_and_no_other() -> None:
+    from mpsearch.cli import app
+
+    commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    named = set(re.findall(r"mpsearch ([a-z]+) (?:STUDY|RUN)", (ROOT / "README.md").read_text()))
+    assert named == commands
+
+
+def test_every_shipped_study_is_valid_and_names_a_shipped_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in shipped_folder("studies").glob("*.yaml"):
+        for variable in re.findall(r"\$\{(\w+)\}", path.read_text()):
+            monkeypatch.setenv(variable, "/somewhere")
+        spec = load_study(path.stem)
+        assert spec.name == path.stem
+        assert spec.space in shipped_names("search_spaces")
