@@ -13,6 +13,11 @@ from mpsearch.errors import PrecisionError
 from mpsearch.precision import BITS, FLOAT, LayerPrecision, Precision, PrecisionConfig
 
 
+def both(quantizer: object, bits: object) -> dict[str, object]:
+    precision = {"quantizer": quantizer, "bits": bits, "granularity": "tensor"}
+    return {"a": {"weight": precision, "activation": precision}}
+
+
 def precisions(*granularities: str) -> st.SearchStrategy[Precision]:
     quantized = st.sampled_from(["uniform", "shift", "apot"]).flatmap(
         lambda q: st.builds(Precision, st.just(q), st.sampled_from(BITS[q]), st.sampled_from(granularities))
@@ -125,10 +130,9 @@ def test_activations_have_one_scale() -> None:
             },
             "layer 'a': 'bits' must be a whole number, got True",
         ),
-        (
-            {"a": dict.fromkeys(("weight", "activation"), {"quantizer": "log", "bits": 4, "granularity": "tensor"})},
-            "layer 'a': unknown quantizer 'log'",
-        ),
+        (both("uniform", "4"), "layer 'a': 'bits' must be a whole number, got '4'"),
+        (both("uniform", True), "layer 'a': 'bits' must be a whole number, got True"),
+        (both("log", 4), "layer 'a': unknown quantizer 'log'"),
     ],
 )
 def test_json_of_another_form_is_refused_by_layer(document: object, message: str) -> None:
@@ -141,5 +145,5 @@ def test_replace_changes_the_layers_named_and_no_other() -> None:
     changed = config.replace(**{"a.x": LayerPrecision.shorthand("w2a2")})
     assert str(changed["a.x"].weight) == "uniform:2/channel"
     assert changed["b"] == config["b"]
-    with pytest.raises(PrecisionError, match="no layer 'a.y' in this config: did you mean 'a.x'"):
+    with pytest.raises(PrecisionError, match=r"no layer 'a\.y' in this config: did you mean 'a\.x'"):
         config.replace(**{"a.y": LayerPrecision.shorthand("w2a2")})
