@@ -58,7 +58,8 @@ def test_equal_configs_may_be_written_in_any_order() -> None:
 
 
 def test_digest_is_the_same_in_every_process() -> None:
-    script = "from mpsearch.precision import *; print(PrecisionConfig.uniform('ab', LayerPrecision.shorthand('w4a8')).digest)"
+    config = "PrecisionConfig.uniform('ab', LayerPrecision.shorthand('w4a8'))"
+    script = f"from mpsearch.precision import *; print({config}.digest)"
     digests = {
         subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, env={"PYTHONHASHSEED": seed}, check=True
@@ -114,22 +115,6 @@ def test_activations_have_one_scale() -> None:
         ({}, "must be an object"),
         ({"a": {"weight": {}}}, "layer 'a': expected an object with 'weight' and 'activation'"),
         ({"a": {"weight": {}, "activation": {}}}, "layer 'a': expected an object with 'quantizer'"),
-        (
-            {
-                "a": dict.fromkeys(
-                    ("weight", "activation"), {"quantizer": "uniform", "bits": "4", "granularity": "tensor"}
-                )
-            },
-            "layer 'a': 'bits' must be a whole number, got '4'",
-        ),
-        (
-            {
-                "a": dict.fromkeys(
-                    ("weight", "activation"), {"quantizer": "uniform", "bits": True, "granularity": "tensor"}
-                )
-            },
-            "layer 'a': 'bits' must be a whole number, got True",
-        ),
         (both("uniform", "4"), "layer 'a': 'bits' must be a whole number, got '4'"),
         (both("uniform", True), "layer 'a': 'bits' must be a whole number, got True"),
         (both("log", 4), "layer 'a': unknown quantizer 'log'"),
