@@ -123,6 +123,14 @@ class LayerPrecision:
         return f"{self.weight} x {self.activation}"
 
 
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The quantizer types that one layer can switch between."""
+
+    weight: frozenset[QuantizerName] = frozenset({"uniform"})
+    activation: frozenset[QuantizerName] = frozenset({"uniform"})
+
+
 class PrecisionConfig(Mapping[str, LayerPrecision]):
     """Layer name -> LayerPrecision for a whole network, in the network's layer order.
 
@@ -155,6 +163,14 @@ class PrecisionConfig(Mapping[str, LayerPrecision]):
         """The `layers` object of the JSON schema."""
         return {
             name: {"weight": _precision_to_json(layer.weight), "activation": _precision_to_json(layer.activation)}
+            for name, layer in self._layers.items()
+        }
+
+    @property
+    def offers(self) -> dict[str, Offer]:
+        """The types that each layer needs to be able to have for this config."""
+        return {
+            name: Offer(frozenset({layer.weight.quantizer}), frozenset({layer.activation.quantizer}))
             for name, layer in self._layers.items()
         }
 

@@ -26,7 +26,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from mpsearch.errors import PrecisionError, SpaceError, nearest
 from mpsearch.graph.groups import connected
 from mpsearch.graph.layers import KINDS, LayerInfo
-from mpsearch.precision import Granularity, LayerPrecision, Precision, PrecisionConfig
+from mpsearch.precision import Granularity, LayerPrecision, Offer, Precision, PrecisionConfig
 from mpsearch.shipped import shipped, shipped_names
 
 if TYPE_CHECKING:
@@ -285,6 +285,16 @@ class SearchSpace:
     def size(self) -> int:
         """How many configs there are."""
         return math.prod(len(slot.choices) for slot in self.slots)
+
+    @property
+    def offers(self) -> dict[str, Offer]:
+        """The quantizer types among the choices of each layer."""
+        types = {
+            (name, slot.tensor): frozenset(choice.quantizer for choice in slot.choices)
+            for slot in self.slots
+            for name in slot.layers
+        }
+        return {name: Offer(types[name, "weight"], types[name, "activation"]) for name in self.layers}
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """The Optuna distribution of each free slot, by parameter name."""

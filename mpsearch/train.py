@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
-from mpsearch.quant.uniform import UniformQuantizer
+from mpsearch.quant.quantizer import Quantizer
+from mpsearch.quant.shift import DEFAULT_SLOPE, ShiftQuantizer, SlopeSchedule, set_slope
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class FitSettings:
     bf16: bool = False
     warmup: float = 0.2  # share of the steps in which the rate rises
     range_lr: float = 0.1  # learning rate of quantizer steps and offsets, as a share of `lr`
+    slope: SlopeSchedule = DEFAULT_SLOPE  # of soft shift quantizers, where there are any
     clip_norm: float = 5.0  # gradient norm above which a step is shortened: one bad batch must not end a trial
 
 
@@ -96,12 +98,14 @@ def fit(
     groups = _parameter_groups(model, settings)
     parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
+    soft = [m for m in model.modules() if isinstance(m, ShiftQuantizer)]
     model.train()
     device = parameters[0].device
     losses: list[float] = []
     for step, (x, y) in zip(range(settings.steps), to_device(batches, device), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * one_cycle(step, settings)
+        set_slope(soft, settings.slope.at(step / max(1, settings.steps - 1)))
         with autocast(x, settings.bf16):
             output = call(model, x)
         value = loss(step, x, output, y)
@@ -123,7 +127,7 @@ def fit(
 def _parameter_groups(model: nn.Module, settings: FitSettings) -> list[dict[str, Any]]:
     """Weights, which decay; biases and norms, which do not; and ranges, which neither decay nor move as fast."""
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "plain": [], "ranges": []}
-    ranges = {id(p) for m in model.modules() if isinstance(m, UniformQuantizer) for p in m.parameters(recurse=False)}
+    ranges = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters(recurse=False)}
     for parameter in model.parameters():
         if parameter.requires_grad:
             name = "ranges" if id(parameter) in ranges else "weights" if parameter.dim() > 1 else "plain"
@@ -148,7 +152,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Any, Any]]) 
     """Replace BatchNorm's running statistics by the averages over `batches`, weights held still.
 
     While weights oscillate between grid points the running averages lag behind what the final weights produce
-    (white paper, arXiv 2106.08295, §4.3).
+    (white paper, arXiv 2106.08295, §4.3). Everything but the norms is in eval mode: the network that is scored, with
+    hard quantizers.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
@@ -158,7 +163,9 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Any, Any]]) 
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
     try:
-        model.train()
+        model.eval()
+        for norm in norms:
+            norm.train()
         for x, _ in to_device(batches, next(model.parameters()).device):
             call(model, x)
     finally:

@@ -100,7 +100,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     config = _checked_config(document, folder)
     modules = dict(model.named_modules())
     infos = [_info(name, modules, document, folder) for name in config]
-    quantized = insert_quantizers(model, infos)
+    quantized = insert_quantizers(model, infos, config.offers)
     for name, layer in quant_layers(quantized).items():
         layer.set_precision(config[name])
     tensors = _read_tensors(folder, document)

@@ -10,6 +10,8 @@ Pure integers, standard library only.
 
 from __future__ import annotations
 
+from itertools import product
+
 from mpsearch.errors import PrecisionError
 
 _APOT_TERMS: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -51,6 +53,25 @@ def apot_terms(bits: int, signed: bool) -> tuple[tuple[int, ...], ...]:
     if magnitude not in _APOT_TERMS:
         raise PrecisionError(f"apot has 1 to {max(_APOT_TERMS)} magnitude bits, got {magnitude}: give fewer bits")
     return _APOT_TERMS[magnitude]
+
+
+def shift_magnitudes(bits: int, signed: bool) -> tuple[float, ...]:
+    """Zero and the powers of two of a `shift` quantizer, ascending to 1.
+
+    >>> shift_magnitudes(3, signed=True)
+    (0.0, 0.25, 0.5, 1.0)
+    """
+    return (0.0, *(2.0**e for e in shift_exponents(bits, signed)))
+
+
+def apot_magnitudes(bits: int, signed: bool) -> tuple[float, ...]:
+    """Every sum of one value (zero or a power of two) from each term of an `apot` quantizer, ascending.
+
+    >>> apot_magnitudes(4, signed=True)
+    (0.0, 0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.625)
+    """
+    terms = [(0.0, *(2.0**e for e in exponents)) for exponents in apot_terms(bits, signed)]
+    return tuple(sorted(map(sum, product(*terms))))
 
 
 def _magnitude_bits(bits: int, signed: bool) -> int:

@@ -12,27 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpsearch.precision import LayerPrecision
-from mpsearch.quant.uniform import UniformQuantizer
+from mpsearch.precision import LayerPrecision, Offer
+from mpsearch.quant.quantizer import Quantizer
+from mpsearch.quant.switch import make_quantizer
+
+UNIFORM = Offer()
+"""Uniform quantizers only: what a layer gets unless more is asked for, because every further type costs time."""
 
 
 class QuantLayer(nn.Module):
     """What all quantized layers have in common."""
 
-    weight_quantizer: UniformQuantizer
-    input_quantizer: UniformQuantizer
+    weight_quantizer: Quantizer
+    input_quantizer: Quantizer
     channel_axis = 0  # of the weight's output channels
 
-    def add_quantizers(self, *, signed_input: bool, input_elements: int) -> None:
+    def add_quantizers(self, *, signed_input: bool, input_elements: int, offer: Offer) -> None:
         """Give the layer its quantizers, at float precision.
 
         Args:
-            signed_input: whether the input takes negative values, and thus needs an offset.
+            signed_input: whether the input takes negative values, and thus needs an offset (uniform) or signed levels.
             input_elements: elements of one input sample (N of LSQ's gradient scale).
+            offer: the quantizer types that weight and input can have.
         """
         weight = cast(Tensor, self.weight)
         channels = weight.shape[self.channel_axis]
-        self.weight_quantizer = UniformQuantizer(
+        self.weight_quantizer = make_quantizer(
+            offer.weight,
             channels,
             weight.dim(),
             signed=True,
@@ -40,7 +46,9 @@ class QuantLayer(nn.Module):
             elements=weight.numel() // max(1, channels),
             channel_axis=self.channel_axis,
         )
-        self.input_quantizer = UniformQuantizer(1, 0, signed=False, offset=signed_input, elements=input_elements)
+        self.input_quantizer = make_quantizer(
+            offer.activation, 1, 0, signed=False, offset=signed_input, elements=input_elements
+        )
 
     @property
     def precision(self) -> LayerPrecision:
@@ -143,10 +151,10 @@ QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
 
 
 @torch.no_grad()
-def quantized(layer: nn.Module, *, signed_input: bool, input_elements: int) -> QuantLayer:
+def quantized(layer: nn.Module, *, signed_input: bool, input_elements: int, offer: Offer = UNIFORM) -> QuantLayer:
     """A quantized layer, at float precision, that shares the parameters of `layer`."""
     kind = QUANT_LAYERS[type(layer)]
     twin = kind.__new__(kind)
     twin.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in layer.__dict__.items()}
-    twin.add_quantizers(signed_input=signed_input, input_elements=input_elements)
-    return twin
+    twin.add_quantizers(signed_input=signed_input, input_elements=input_elements, offer=offer)
+    return twin.train(layer.training)  # the quantizers too: a soft one must not score

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -20,18 +21,25 @@ from torch import Tensor, nn
 
 from mpsearch.errors import PrecisionError, nearest
 from mpsearch.graph.layers import LayerInfo
-from mpsearch.precision import Precision, PrecisionConfig
-from mpsearch.quant.modules import QuantLayer, quantized
+from mpsearch.precision import Offer, Precision, PrecisionConfig
+from mpsearch.quant.modules import UNIFORM, QuantLayer, quantized
 from mpsearch.quant.ranges import activation_range, weight_step
 
 ACTIVATION_SAMPLES = 16_384
 """Values kept of each layer's input for range setting."""
 
 
-def insert_quantizers(model: nn.Module, layers: Sequence[LayerInfo]) -> nn.Module:
+def insert_quantizers(
+    model: nn.Module, layers: Sequence[LayerInfo], offers: Mapping[str, Offer] = MappingProxyType({})
+) -> nn.Module:
     """A copy of `model` whose quantizable layers are quantized layers at float precision: it computes the same.
 
     Layers with a `reason` are left as they are. A module used under two names stays one module.
+
+    Args:
+        model: the float model.
+        layers: its layers.
+        offers: layer name -> the quantizer types that it can switch between; only uniform where none are given.
     """
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
@@ -41,7 +49,12 @@ def insert_quantizers(model: nn.Module, layers: Sequence[LayerInfo]) -> nn.Modul
         elements = 1
         for size in layer.input_shape:
             elements *= size
-        twin = quantized(modules[layer.name], signed_input=layer.signed_input, input_elements=elements)
+        twin = quantized(
+            modules[layer.name],
+            signed_input=layer.signed_input,
+            input_elements=elements,
+            offer=offers.get(layer.name, UNIFORM),
+        )
         for parent, name in _places(model, modules[layer.name]):
             setattr(parent, name, twin)
     return model
@@ -93,7 +106,10 @@ def set_precision(model: nn.Module, config: PrecisionConfig, ranges: RangeSetter
     check_names(config, layers)
     for name, layer in layers.items():
         precision = config[name]
-        layer.set_precision(precision)
+        try:
+            layer.set_precision(precision)
+        except PrecisionError as error:
+            raise PrecisionError(f"layer '{name}': {error}") from None
         if not precision.weight.is_float:
             rows = weight_rows(layer)
             layer.weight_quantizer.set_range(ranges.weight(name, precision.weight, rows))
@@ -135,7 +151,7 @@ def prepare(
         from mpsearch.graph.layers import inspect_model
 
         layers = inspect_model(model, calibration_input).layers
-    prepared = insert_quantizers(model, layers)
+    prepared = insert_quantizers(model, layers, config.offers)
     set_precision(prepared, config, RangeSetter(model, layers, calibration_input))
     return prepared
 

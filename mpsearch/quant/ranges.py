@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mpsearch.precision import Precision
-from mpsearch.quant.uniform import MIN_STEP, code_range, fake_quantize, grid_shift
+from mpsearch.quant.nearest import magnitudes, midpoints, nearest_level
+from mpsearch.quant.quantizer import MIN_STEP
+from mpsearch.quant.uniform import code_range, fake_quantize, grid_shift
 
 COARSE = 48
 """Candidates over the whole range, as shares of the min-max step."""
@@ -19,14 +21,17 @@ FINE = 16
 ENDS = 16
 """Candidates for each end of an activation with an offset; all pairs are tried."""
 
+OCTAVES = 6
+"""How far down, in powers of two, the largest level of a power-of-two quantizer is searched."""
+
 
 @torch.no_grad()
 def weight_step(rows: Tensor, precision: Precision) -> Tensor:
-    """The step of least squared error for a signed symmetric tensor.
+    """The step of least squared error for a weight.
 
     Args:
         rows: `(channels, n)`; per-tensor precision is searched over all rows together.
-        precision: a uniform precision.
+        precision: of any quantizer.
 
     Returns:
         `(channels,)`, the same value in each entry for per-tensor precision.
@@ -34,6 +39,8 @@ def weight_step(rows: Tensor, precision: Precision) -> Tensor:
     channels = rows.shape[0]
     if precision.granularity == "tensor":
         rows = rows.reshape(1, -1)
+    if precision.quantizer != "uniform":
+        return _level_step(rows, precision, signed=True).expand(channels).clone()
     low, high = code_range(precision.bits, signed=True)
     shift = grid_shift(precision.bits, signed=True)
     if precision.bits == 1:  # levels -s/2 and +s/2: the optimum is known, s/2 = mean |w|
@@ -46,17 +53,19 @@ def weight_step(rows: Tensor, precision: Precision) -> Tensor:
 
 @torch.no_grad()
 def activation_range(samples: Tensor, precision: Precision, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """The step and offset of least squared error for an unsigned quantizer.
+    """The step and offset of least squared error for an activation.
 
     Args:
         samples: values that the activation takes, any shape.
-        precision: a uniform precision.
-        signed: whether an offset may be used (the tensor takes negative values).
+        precision: of any quantizer.
+        signed: whether the tensor takes negative values: an offset (uniform) or signed levels are used.
 
     Returns:
         step and beta, both of shape (); beta is 0 without an offset.
     """
     x = samples.reshape(1, -1).float()
+    if precision.quantizer != "uniform":
+        return _level_step(x if signed else x.clamp_min(0), precision, signed)[0], x.new_zeros(())
     _, high = code_range(precision.bits, signed=False)
     if not signed:
         step = _search(x, x.amax(dim=1).clamp_min(0) / high, torch.zeros(()), 0, high)
@@ -72,6 +81,34 @@ def activation_range(samples: Tensor, precision: Precision, *, signed: bool) -> 
         best = pairs[int(_errors(x, steps, torch.round(lows / steps), 0, high).argmin())]
     beta = least * best[0]
     return ((most * best[1] - beta) / high).clamp_min(MIN_STEP), beta
+
+
+def _level_step(rows: Tensor, precision: Precision, signed: bool) -> Tensor:
+    """The step `(rows,)` of least squared error for levels that are no uniform grid.
+
+    The candidates for the largest level are geometric, because a step twice as large gives powers of two the same
+    levels again: coarse ones over OCTAVES below twice the largest input (the levels are sparse at the top, which may
+    be left out of reach), then fine ones between the neighbours of the best.
+    """
+    levels = rows.new_tensor(magnitudes(precision, signed))
+    thresholds = midpoints(levels)
+    top = rows.abs().amax(dim=1) * 2 / levels[-1]
+    best, best_error = top.clamp_min(MIN_STEP), rows.new_full((rows.shape[0],), float("inf"))
+
+    def take_better(step: Tensor) -> None:
+        nonlocal best, best_error
+        step = step.clamp_min(MIN_STEP)
+        q = step[:, None] * nearest_level(rows / step[:, None], levels, thresholds)
+        error = (q - rows).square().sum(dim=1)
+        better = error < best_error
+        best, best_error = torch.where(better, step, best), torch.where(better, error, best_error)
+
+    for k in range(COARSE):
+        take_better(top * 2 ** (-OCTAVES * k / COARSE))
+    centre = best
+    for k in range(1, FINE + 1):
+        take_better(centre * 2 ** (OCTAVES / COARSE * (2 * k / (FINE + 1) - 1)))
+    return best
 
 
 def _around(pair: tuple[float, float], width: float) -> list[tuple[float, float]]:

@@ -40,3 +40,19 @@ def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
     """`x` itself, to the last bit; its gradient is multiplied by `factor` (LSQ, arXiv 1902.08153, §2.2)."""
     same: Tensor = _ScaleGradient.apply(x, factor)  # type: ignore[no-untyped-call]
     return same
+
+
+class _WithGradientOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, surrogate: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def with_gradient_of(surrogate: Tensor, value: Tensor) -> Tensor:
+    """`value` itself, to the last bit; its gradient is that of `surrogate`, of the same shape."""
+    same: Tensor = _WithGradientOf.apply(surrogate, value)  # type: ignore[no-untyped-call]
+    return same

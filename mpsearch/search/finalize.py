@@ -76,7 +76,8 @@ def finalize(
             if (trial.number, seed) in done:
                 continue
             on_progress(position, len(jobs), trial, seed)
-            bench = bench or Workbench(problem.task, problem.spec.trial.model_copy(update={"steps": steps}))
+            settings = problem.spec.trial.model_copy(update={"steps": steps})
+            bench = bench or Workbench(problem.task, settings, offers=problem.space.offers)
             record = _train(bench, trial, seed, steps, final.lr)
             if record.val > max((f.val for f in done.values() if f.number == trial.number), default=-math.inf):
                 save_weights(bench.model, final_path(folder.checkpoints, trial.number))

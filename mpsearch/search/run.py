@@ -179,8 +179,9 @@ def _search(
 
 def trial_runner(spec: StudySpec, checkpoints: str) -> Callable[[Proposal], TrialRecord]:
     """What a worker process does with proposals: called once there, it loads the task and sets up a workbench."""
-    task = load_task(spec.task)
-    bench = Workbench(task, spec.trial)
+    problem = open_problem(spec)
+    task = problem.task
+    bench = Workbench(task, spec.trial, offers=problem.space.offers)
 
     def run(proposal: Proposal) -> TrialRecord:
         record = run_trial(task, proposal.config, spec.trial, bench=bench)
@@ -253,7 +254,7 @@ def trained_model(
     """
     from safetensors.torch import load_file
 
-    bench = Workbench(problem.task, problem.spec.trial)
+    bench = Workbench(problem.task, problem.spec.trial, offers=record.config.offers)
     for path, final in (
         (final_path(folder.checkpoints, record.number), True),
         (checkpoint_path(folder.checkpoints, record.number), False),
@@ -273,7 +274,7 @@ def trained_model(
 def estimate_trial_s(problem: Problem, steps: int = 4) -> float:
     """Seconds that one trial should take in a process of its own: measured on a few eager steps, scoring included."""
     settings = problem.spec.trial.model_copy(update={"compile": False, "bn_batches": 0})
-    bench = Workbench(problem.task, settings)
+    bench = Workbench(problem.task, settings, offers=problem.space.offers)
     bench.reset(problem.space.ladder()[0])
     bench.fit(1, seed=0)
     clock = time.perf_counter()

@@ -2,7 +2,8 @@
 
 `run_trial` is a plain function. What does not depend on the config (the float model and its layers, the quantized
 model and its compiled form, activation samples, the teacher's logits) sits on a `Workbench` that a worker keeps from
-trial to trial, because bits are data: a new config changes buffers, and nothing is rebuilt or recompiled.
+trial to trial, because bits and quantizer types are data: a new config changes buffers, and nothing is rebuilt or
+recompiled.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpsearch.graph.layers import LayerInfo, ModelGraph, inspect_model
-from mpsearch.precision import PrecisionConfig
+from mpsearch.precision import Offer, PrecisionConfig
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, set_precision
 from mpsearch.record import TrialRecord, WallTime
 from mpsearch.study import TrialSpec
@@ -48,9 +50,16 @@ class Workbench:
         task: what is compressed.
         settings: how trials train.
         device: where they run; default: the GPU if there is one.
+        offers: the quantizer types that trials switch between, by layer (`SearchSpace.offers`); default: uniform.
     """
 
-    def __init__(self, task: Task, settings: TrialSpec, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        settings: TrialSpec,
+        device: torch.device | None = None,
+        offers: Mapping[str, Offer] = MappingProxyType({}),
+    ) -> None:
         self.task = task
         self.settings = settings
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +69,7 @@ class Workbench:
         self.layers: tuple[LayerInfo, ...] = self.graph.layers
         self.ranges = RangeSetter(float_model, self.layers, calibration)
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and bf16_is_fast())
-        self.model = insert_quantizers(float_model, self.layers).to(self.device)
+        self.model = insert_quantizers(float_model, self.layers, offers).to(self.device)
         self._start = {name: value.detach().clone() for name, value in float_model.state_dict().items()}
         steps_macs = self.graph.macs * settings.steps * settings.batch_size
         self.runs: nn.Module = self.model
@@ -147,7 +156,7 @@ def run_trial(
     """
     started = time.time()
     clock = time.perf_counter()
-    bench = bench or Workbench(task, settings)
+    bench = bench or Workbench(task, settings, offers=config.offers)
     bench.reset(config, start_weights)
     prepared = time.perf_counter()
     start_loss = end_loss = None

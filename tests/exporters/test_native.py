@@ -37,8 +37,8 @@ exec(MODEL, scope)
 CONFIG = PrecisionConfig(
     {
         "0": LayerPrecision.shorthand("w8a8"),
-        "3": LayerPrecision.shorthand("w1a3"),
-        "5": LayerPrecision(Precision("uniform", 5, "tensor"), FLOAT),
+        "3": LayerPrecision.parse("apot:4", "shift:3"),
+        "5": LayerPrecision(Precision("shift", 5, "tensor"), FLOAT),
         "7": LayerPrecision(FLOAT, Precision("uniform", 2, "tensor")),
     }
 )
@@ -175,5 +175,5 @@ def test_bits_outside_a_quantizer_are_refused(exported: tuple[Path, nn.Module]) 
     layers = json.loads((folder / "precision.json").read_text())["layers"]
     layers["3"]["weight"]["bits"] = 9
     edit(folder, layers=layers)
-    with pytest.raises(ExportError, match="layer '3': uniform has no 9-bit form: give 1 to 8 bits"):
+    with pytest.raises(ExportError, match="layer '3': apot has no 9-bit form: give 2 to 5 bits"):
         mpsearch.load(network(), folder)

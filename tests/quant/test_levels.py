@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from mpsearch.errors import PrecisionError
-from mpsearch.quant.levels import apot_terms, shift_exponents
+from mpsearch.quant.levels import apot_magnitudes, apot_terms, shift_exponents
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,21 @@ def test_every_code_is_its_own_magnitude(bits: int, signed: bool) -> None:
     assert len({0, *(2.0**e for e in shift_exponents(bits, signed))}) == codes
     terms = [(0.0, *(2.0**e for e in exponents)) for exponents in apot_terms(bits, signed)]
     assert len({sum(values) for values in product(*terms)}) == codes
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "levels"),
+    [
+        (2, True, [0, 1]),
+        (3, True, [0, 1 / 4, 1 / 2, 1]),
+        (4, True, [0, 1 / 10, 2 / 10, 3 / 10, 4 / 10, 6 / 10, 8 / 10, 1]),
+        (2, False, [0, 1 / 4, 1 / 2, 1]),
+        (3, False, [0, 1 / 10, 2 / 10, 3 / 10, 4 / 10, 6 / 10, 8 / 10, 1]),
+    ],
+)
+def test_apot_magnitudes_scaled_to_one_are_the_papers_levels(bits: int, signed: bool, levels: list[float]) -> None:
+    ours = apot_magnitudes(bits, signed)
+    assert [level / ours[-1] for level in ours] == pytest.approx(levels)
 
 
 def test_bits_without_a_magnitude_are_refused() -> None:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from mpsearch.errors import PrecisionError
 from mpsearch.graph.layers import inspect_model
-from mpsearch.precision import FLOAT, LayerPrecision, PrecisionConfig
+from mpsearch.precision import FLOAT, LayerPrecision, Offer, PrecisionConfig
 from mpsearch.quant.modules import QUANT_LAYERS, QuantLayer, quantized
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, prepare, quant_layers, set_precision
 from mpsearch.train import compiler_missing
 
 W4A4 = LayerPrecision.shorthand("w4a4")
+EVERYTHING = Offer(frozenset({"uniform", "shift", "apot"}), frozenset({"uniform", "shift", "apot"}))
+MIXED = [("shift:4", "uniform:8"), ("apot:4/tensor", "apot:3"), ("uniform:2", "shift:4"), ("float", "apot:5")]
 
 
 class Small(nn.Module):
@@ -117,11 +119,19 @@ def test_more_bits_come_closer_to_the_float_model(model: nn.Module, batch: Tenso
 def test_setting_a_config_twice_gives_the_same_as_setting_it_on_a_fresh_model(model: nn.Module, batch: Tensor) -> None:
     layers = inspect_model(model, batch).layers
     ranges = RangeSetter(model, layers, batch)
-    reused = insert_quantizers(model, layers)
+    reused = insert_quantizers(model, layers, {layer.name: EVERYTHING for layer in layers}).eval()
     configs = [config_for(model, batch, LayerPrecision.shorthand(text)) for text in ("w2a8", "w8a2", "w1a1", "w4a4")]
+    configs += [config_for(model, batch, LayerPrecision.parse(w, a)) for w, a in MIXED]
     for config in configs:
         set_precision(reused, config, ranges)
         assert torch.equal(reused(batch), prepare(model, config, batch)(batch))
+
+
+def test_a_type_that_is_not_offered_is_refused_with_the_layer(model: nn.Module, batch: Tensor) -> None:
+    layers = inspect_model(model, batch).layers
+    config = config_for(model, batch, W4A4).replace(conv2=LayerPrecision.parse("shift:4", "uniform:4"))
+    with pytest.raises(PrecisionError, match=r"layer 'conv2': shift:4/channel is not on offer.*offer shift too"):
+        set_precision(insert_quantizers(model, layers), config, RangeSetter(model, layers, batch))
 
 
 def test_prepare_names_layers_that_do_not_fit(model: nn.Module, batch: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What every quantizer has to keep to, and the uniform quantizer's gradients against the stated rules."""
+"""The uniform quantizer: its gradients against the stated rules, its step, its codes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpsearch.precision import FLOAT, Precision
+from mpsearch.precision import Precision
 from mpsearch.quant.ranges import activation_range, weight_step
 from mpsearch.quant.uniform import UniformQuantizer, code_range, fake_quantize, grid_shift
 
@@ -44,55 +44,10 @@ def quantizers(bits: int) -> list[tuple[str, UniformQuantizer, Tensor]]:
     ]
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_quantizer_leaves_grid_points_where_they_are(bits: int) -> None:
-    for name, quantizer, x in quantizers(bits):
-        once = quantizer(x)
-        assert torch.equal(quantizer(once), once), name
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_quantizer_has_at_most_two_to_the_bits_levels(bits: int) -> None:
-    for name, quantizer, x in quantizers(bits):
-        y = quantizer(x)
-        groups = y if name == "channel" else y.reshape(1, -1)
-        assert all(len(group.unique()) <= 2**bits for group in groups), name
-        if bits <= 5:  # beyond that there are too few samples to meet most levels
-            assert all(len(group.unique()) > 2 ** (bits - 1) for group in groups), f"{name} wastes half of its codes"
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_quantizer_is_monotone(bits: int) -> None:
-    for name, quantizer, _ in quantizers(bits):
-        x = torch.linspace(-20, 20, 4001).expand(quantizer.channels, -1)
-        assert bool((quantizer(x).diff(dim=1) >= 0).all()), name
-
-
 def test_quantizer_of_one_bit_weights_is_sign_times_mean_magnitude() -> None:
     w = weights()
     expected = torch.where(w < 0, -1.0, 1.0) * w.abs().mean(dim=1, keepdim=True)
     torch.testing.assert_close(weight_quantizer(w, 1)(w), expected)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_quantizer_keeps_zero_exact_except_for_binary_weights(bits: int) -> None:
-    for name, quantizer, x in quantizers(bits):
-        at_zero = quantizer(torch.zeros_like(x))
-        if bits == 1 and name in ("channel", "tensor"):
-            assert bool((at_zero != 0).all())
-        else:
-            assert torch.equal(at_zero, torch.zeros_like(x)), name
-
-
-def test_more_bits_never_increase_the_error_at_the_best_step() -> None:
-    w = weights()
-    for make, x in (
-        (lambda b: weight_quantizer(w, b), w),
-        (lambda b: activation_quantizer(w.relu(), b, False), w.relu()),
-        (lambda b: activation_quantizer(w + 0.3, b, True), w + 0.3),
-    ):
-        errors = [(make(bits)(x) - x).square().mean().item() for bits in BITS]
-        assert errors == sorted(errors, reverse=True)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -158,35 +113,6 @@ def test_a_shared_step_gets_the_sum_of_the_gradients() -> None:
     torch.testing.assert_close(shared.step.grad, alone.step.grad.expand(4, 1))
 
 
-@pytest.mark.parametrize("bits", [1, 2, 8])
-@pytest.mark.parametrize("value", [0.0, 1.0, 1e-40, 3e38, -3e38])
-def test_gradients_stay_finite_on_zeros_constants_denormal_and_huge_input(bits: int, value: float) -> None:
-    for name, quantizer, x in quantizers(bits):
-        for step in (None, 0.0, 1e-30):
-            if step is not None:
-                quantizer.set_range(torch.full_like(quantizer.step, step))
-            constant = torch.full_like(x, value).requires_grad_()
-            quantizer.zero_grad()
-            quantizer(constant).mean().backward()
-            assert constant.grad is not None
-            assert bool(constant.grad.isfinite().all()), name
-            assert all(bool(p.grad.isfinite().all()) for p in quantizer.parameters() if p.grad is not None), name
-
-
-def test_ranges_of_zeros_and_constants_are_usable() -> None:
-    for value in (0.0, 1.0, -1.0):
-        for bits in BITS:
-            w = torch.full((2, 8), value)
-            assert bool(weight_quantizer(w, bits)(w).isfinite().all())
-            torch.testing.assert_close(activation_quantizer(w, bits, True)(w), w, rtol=0.01, atol=1e-6)
-
-
-def test_float_precision_leaves_the_tensor_alone() -> None:
-    for name, quantizer, x in quantizers(3):
-        quantizer.set_precision(FLOAT)
-        assert torch.equal(quantizer(x), x), name
-
-
 def test_codes_are_integers_that_rebuild_the_output() -> None:
     for bits in BITS:
         for name, quantizer, x in quantizers(bits):
@@ -196,25 +122,3 @@ def test_codes_are_integers_that_rebuild_the_output() -> None:
             assert int(codes.max()) <= high, name
             step, shift = quantizer.grid()
             torch.testing.assert_close(step * (codes + shift), quantizer(x))
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_bfloat16_input_gets_the_same_codes_as_its_float32_copy(bits: int) -> None:
-    for name, quantizer, x in quantizers(bits):
-        narrow = x.bfloat16()
-        assert torch.equal(quantizer(narrow), quantizer(narrow.float()).bfloat16()), name
-
-
-def test_state_dict_round_trip_restores_the_output() -> None:
-    for bits in BITS:
-        for name, quantizer, x in quantizers(bits):
-            copy = UniformQuantizer(
-                quantizer.channels,
-                2 if quantizer.signed else 0,
-                signed=quantizer.signed,
-                offset=quantizer.beta is not None,
-                elements=1,
-            )
-            copy.set_precision(quantizer.precision)
-            copy.load_state_dict(quantizer.state_dict())
-            assert torch.equal(copy(x), quantizer(x)), name

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.search.trial import Compiled, Workbench, run_trial
+from mpsearch.space import build_space, load_space
 from mpsearch.study import TrialSpec, load_study
 from mpsearch.task.load import load_task
 from mpsearch.task.task import Task
@@ -61,6 +63,28 @@ def test_a_reused_bench_gives_what_a_fresh_one_gives(task: Task, bench: Workbenc
     reused = run_trial(task, config, SETTINGS, bench=bench)
     fresh = run_trial(task, config, SETTINGS)
     assert (reused.accuracy, reused.end_loss) == (fresh.accuracy, fresh.end_loss)
+
+
+MIXED = [("shift:4", "uniform:8"), ("apot:4", "apot:4"), ("uniform:4", "shift:4"), ("shift:3/tensor", "uniform:4")]
+
+
+def test_one_bench_switches_types_and_gives_what_a_fresh_one_gives(task: Task, bench: Workbench) -> None:
+    space = build_space(load_space("digits_mixed"), bench.layers)
+    switching = Workbench(task, SETTINGS, offers=space.offers)
+    names = [layer.name for layer in bench.graph.quantizable]
+    for weight, activation in MIXED:
+        config = PrecisionConfig.uniform(names, LayerPrecision.parse(weight, activation))
+        reused = run_trial(task, config, SETTINGS, bench=switching)
+        fresh = run_trial(task, config, SETTINGS)
+        assert (reused.accuracy, reused.end_loss) == (fresh.accuracy, fresh.end_loss), f"{weight} x {activation}"
+        assert reused.accuracy is not None
+        assert reused.accuracy > 0.5, f"{weight} x {activation}"
+
+
+def test_a_bench_without_offers_refuses_other_types_by_layer(task: Task, bench: Workbench) -> None:
+    config = uniform(bench, "w4a4").replace(conv2=LayerPrecision.parse("apot:4", "uniform:4"))
+    with pytest.raises(PrecisionError, match=r"layer 'conv2'.*offer apot too"):
+        run_trial(task, config, SETTINGS, bench=bench)
 
 
 def test_start_weights_are_where_the_trial_starts(task: Task, bench: Workbench) -> None:

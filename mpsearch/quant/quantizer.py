@@ -1,0 +1,128 @@
+"""What all quantizers have in common: a learnable range, and precision as data.
+
+    q(x) = s * g(x / s)
+
+`g` rounds to the grid of one quantizer type; a subclass brings it. The step `s` (in papers also alpha, the scale) and,
+for uniform grids of tensors that take negative values, the offset `beta` are here, under the same names whatever the
+type: a state dict does not tell which types a tensor could have had.
+
+Bits, granularity and "leave alone" are buffers, not structure: one module, and one compiled graph, serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import PrecisionError
+from mpsearch.precision import FLOAT, Precision
+from mpsearch.quant.rounding import scale_gradient
+
+MIN_STEP = 2.0**-40
+MAX_INPUT = 2.0**40
+"""Steps below and inputs beyond these are taken as these: x/s^2, which the step's gradient holds, stays finite."""
+
+
+def not_offered(precision: Precision, offered: Iterable[str]) -> PrecisionError:
+    """The error of a quantizer that is asked for a type which it does not have."""
+    return PrecisionError(
+        f"{precision} is not on offer here, only {', '.join(offered)}: offer {precision.quantizer} too"
+    )
+
+
+class Quantizer(nn.Module):
+    """One tensor's quantizer: learnable `step` (and `beta`), precision in buffers.
+
+    Args:
+        channels: output channels that may have their own step; 1 for activations.
+        dims: dimensions of the tensor, channel first: `step` has the shape (channels, 1, ..., 1).
+        signed: symmetric signed codes (weights) instead of unsigned ones (activations).
+        offset: the unsigned codes stand for a tensor that takes negative values: learn an offset `beta`.
+        elements: elements that share one step, N of LSQ's gradient scale 1/sqrt(N*p).
+        channel_axis: the axis of `channels` (1 for transposed convolutions).
+    """
+
+    step: nn.Parameter
+    beta: nn.Parameter | None
+    shared: Tensor
+    is_float: Tensor
+    gradient_scale: Tensor
+
+    def __init__(
+        self, channels: int, dims: int, *, signed: bool, offset: bool, elements: int, channel_axis: int = 0
+    ) -> None:
+        super().__init__()
+        shape = [1] * dims
+        if dims:
+            shape[channel_axis] = channels
+        self.signed = signed
+        self.elements = elements
+        self.channels = channels
+        self.channel_axis = channel_axis
+        self.precision = FLOAT
+        self.step = nn.Parameter(torch.ones(shape))
+        self.register_parameter("beta", nn.Parameter(torch.zeros(shape)) if offset else None)
+        self.register_buffer("gradient_scale", torch.ones(()), persistent=False)
+        self.register_buffer("shared", torch.tensor(False), persistent=False)
+        self.register_buffer("is_float", torch.tensor(True), persistent=False)
+
+    @torch.no_grad()
+    def set_precision(self, precision: Precision) -> None:
+        """Take on a precision; the step has to be set (or loaded) afterwards.
+
+        Raises:
+            PrecisionError: this is no quantizer of that type.
+        """
+        largest = 1.0 if precision.is_float else self._set_grid(precision)
+        self.precision = precision
+        self.is_float.fill_(precision.is_float)
+        if precision.is_float:
+            return
+        per_tensor = precision.granularity == "tensor"
+        self.shared.fill_(per_tensor)
+        sharing = self.elements * (self.channels if per_tensor else 1)
+        # A shared step is the mean over channels, which divides its gradient by their number: undone here.
+        undo_mean = self.channels if per_tensor else 1
+        self.gradient_scale.fill_(undo_mean / (sharing * max(largest, 1)) ** 0.5)
+
+    def _set_grid(self, precision: Precision) -> float:
+        """Take on the grid of a precision that is not float; returns p, the largest value of `g`."""
+        raise NotImplementedError
+
+    def quantize(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
+        """s * g(x / s), in the arithmetic of `x`; `step` and `beta` broadcast against it."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def set_range(self, step: Tensor, beta: Tensor | None = None) -> None:
+        """Set the step, and the offset where there is one; both broadcast to (channels, 1, ..., 1)."""
+        self.step.copy_(step.reshape(self.step.shape) if step.numel() == self.step.numel() else step)
+        if self.beta is not None and beta is not None:
+            self.beta.copy_(beta.reshape(self.beta.shape) if beta.numel() == self.beta.numel() else beta)
+
+    def current_range(self) -> tuple[Tensor, Tensor | None]:
+        """The step s > 0 and the offset that hold now, with LSQ's gradient scale attached."""
+        step: Tensor = self.step
+        if torch.compiler.is_compiling():  # one graph for all precisions: what holds is read from buffers
+            step = torch.where(self.shared, step.mean(), step)
+        elif self.precision.granularity == "tensor" and self.channels > 1:
+            step = step.mean().expand_as(step)
+        step = scale_gradient(step, self.gradient_scale).abs().clamp_min(MIN_STEP)
+        return step, None if self.beta is None else scale_gradient(self.beta, self.gradient_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize `x`, in float32 at least: bfloat16 cannot tell neighbouring codes apart."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.precision.is_float:  # not read when compiling: it would guard the graph
+            return x
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = self.quantize(wide, *self.current_range()).to(x.dtype)
+        return torch.where(self.is_float, x, y) if compiling else y
+
+    def extra_repr(self) -> str:
+        """The precision, for print(model)."""
+        return (
+            f"{self.precision}, {'signed' if self.signed else 'unsigned'}{', offset' if self.beta is not None else ''}"
+        )
