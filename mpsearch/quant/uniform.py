@@ -26,15 +26,18 @@ from torch import Tensor, nn
 from mpsearch.precision import FLOAT, Precision
 from mpsearch.quant.rounding import round_ste, scale_gradient
 
-MIN_STEP = 2.0**-40
-MAX_INPUT = 2.0**40
-"""Steps below and inputs beyond these are taken as these: x/s^2, which the step's gradient holds, stays finite."""
+MIN_STEP = 2.0**-60
+"""Steps below this are taken as this: a tensor of zeros, or a step that training drove to zero, divides nothing by 0."""
 
 
 def fake_quantize(x: Tensor, step: Tensor, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Map `x` to the grid step * (k + shift), low <= k <= high; all arguments broadcast against `x`."""
-    v = torch.clamp(x, -MAX_INPUT, MAX_INPUT) / step - shift
-    return step * (torch.clamp(round_ste(v), low, high) + shift)
+    """Map `x` to the grid step * (k + shift), low <= k <= high; all arguments broadcast against `x`.
+
+    Computed in float32 at least, because bfloat16 cannot tell neighbouring codes apart; the result has the type of `x`.
+    """
+    v = x.to(torch.promote_types(x.dtype, torch.float32)) / step - shift
+    code = torch.clamp(round_ste(v), low, high)
+    return (step * (code + shift)).to(x.dtype)
 
 
 def code_range(bits: int, signed: bool) -> tuple[int, int]:
@@ -124,20 +127,19 @@ class UniformQuantizer(nn.Module):
         return step, self.shift + round_ste(scale_gradient(self.beta, self.gradient_scale) / step)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize `x`, in float32 at least: bfloat16 cannot tell neighbouring codes apart."""
+        """The quantized tensor."""
         compiling = torch.compiler.is_compiling()
         if not compiling and self.precision.is_float:  # not read when compiling: it would guard the graph
             return x
         step, shift = self.grid()
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = fake_quantize(wide, step, shift, self.low, self.high).to(x.dtype)
+        y = fake_quantize(x, step, shift, self.low, self.high)
         return torch.where(self.is_float, x, y) if compiling else y
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of `x` (int32), between n and p."""
         step, shift = self.grid()
-        return torch.clamp(torch.round(x.float() / step - shift), self.low, self.high).to(torch.int32)
+        return torch.clamp(torch.round(x / step - shift), self.low, self.high).to(torch.int32)
 
     def extra_repr(self) -> str:
         """The precision, for print(model)."""
