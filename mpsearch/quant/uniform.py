@@ -27,7 +27,7 @@ from mpsearch.precision import FLOAT, Precision
 from mpsearch.quant.rounding import round_ste, scale_gradient
 
 MIN_STEP = 2.0**-60
-"""Steps below this are taken as this: a tensor of zeros, or a step that training drove to zero, divides nothing by 0."""
+"""Smaller steps are taken as this: a tensor of zeros, or a step that training drove to zero, divides nothing by 0."""
 
 
 def fake_quantize(x: Tensor, step: Tensor, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
