@@ -141,6 +141,29 @@ def test_finalize_scores_test_and_does_nothing_twice(home: Path) -> None:
     assert "Finalized" in (home / "run" / "report.html").read_text()
 
 
+def test_ptq_scores_both_splits_and_exports_what_it_scored(home: Path) -> None:
+    arguments = ("ptq", "quick.yaml", "--bits", "w8a8", "--rounding", "nearest", "--samples", "64")
+    done = mpsearch(*arguments, "--out", "quantized", "--json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert abs(document["val"] - document["float_val"]) < 2
+    assert min(document["test"], document["float_test"]) >= 0
+    assert next(iter(document["seconds"])) == "inspect"
+    import mpsearch as library
+    from mpsearch.study import load_study
+    from mpsearch.task.load import load_task
+
+    task = load_task(load_study(home / "quick.yaml").task)
+    model = library.load(task.float_model(), home / "quantized")
+    assert 100 * task.evaluate(model, "val") == document["val"]
+
+
+def test_ptq_works_without_data(home: Path) -> None:
+    done = mpsearch("ptq", "quick.yaml", "--bits", "w8a8", "--data-free", cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert "w8a8" in done.stdout
+
+
 def test_check_says_what_will_be_optimised_in_units(home: Path) -> None:
     done = mpsearch("check", "quick.yaml", "--set", "cost.model=bops", cwd=home)
     assert done.returncode == 0, done.stderr
@@ -172,6 +195,8 @@ def test_inspect_lists_every_layer(home: Path) -> None:
         (("export", "run", "--pick", "trial:99", "-o", "x"), ("no trial 99",)),
         (("export", "run", "--pick", "most", "-o", "x"), ("cannot pick 'most'",)),
         (("export", "run", "--to", "native2", "-o", "x"), ("unknown export format 'native2'",)),
+        (("ptq", "quick.yaml", "--bits", "four"), ("'four'", "w4a8")),
+        (("ptq", "quick.yaml", "--bits", "w4a8", "--rounding", "adaround", "--data-free"), ("adaround needs",)),
         (("check", "quick.yaml", "--set", "engine.address=nowhere"), ("engine.address", "ray://HOST:PORT")),
     ],
 )
