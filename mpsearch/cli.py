@@ -370,8 +370,9 @@ def export(
     """Export a config with its weights and scales."""
     from mpsearch.exporters import export_run
 
-    path, record = export_run(run, pick, to, out)
-    print(f"trial {record.number}: {_percent(record.accuracy)} on val at cost {record.cost:.4f}, written to {path}")
+    path, record, measured = export_run(run, pick, to, out)
+    accuracies = ", ".join(f"{split} {_percent(accuracy)}" for split, accuracy in measured.items())
+    print(f"trial {record.number}, cost {record.cost:.4f}: {accuracies}; written to {path}")
 
 
 # ---------------------------------------------------------------------------------------------- what commands share

@@ -262,17 +262,16 @@ def trained_model(
     from safetensors.torch import load_file
 
     bench = Workbench(problem.task, problem.spec.trial)
-    for path, final in (
-        (final_path(folder.checkpoints, record.number), True),
-        (checkpoint_path(folder.checkpoints, record.number), False),
-    ):
-        if path.exists():
-            bench.reset(record.config)
-            bench.model.load_state_dict(load_file(path))
-            if not final:
-                return bench.model.eval(), {"val": record.accuracy}
-            best = max((f for f in folder.finals() if f.number == record.number), key=lambda f: f.val)
-            return bench.model.eval(), {"val": best.val, "test": best.test}
+    finals = [f for f in folder.finals() if f.number == record.number]
+    final, brief = final_path(folder.checkpoints, record.number), checkpoint_path(folder.checkpoints, record.number)
+    measured: dict[str, float | None] = {"val": record.accuracy}
+    if finals and final.exists():
+        best = max(finals, key=lambda f: f.val)
+        brief, measured = final, {"val": best.val, "test": best.test}
+    if brief.exists():
+        bench.reset(record.config)
+        bench.model.load_state_dict(load_file(brief))
+        return bench.model.eval(), measured
     logger.warning("the weights of trial %d were not kept (it is not on the front): it is trained again", record.number)
     again = run_trial(problem.task, record.config, problem.spec.trial, bench=bench)
     return bench.model.eval(), {"val": again.accuracy}
