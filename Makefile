@@ -10,10 +10,10 @@ demo: setup  ## run the digits study end to end; prints the front and where the 
 	$(BIN)/mpsearch run digits --out runs/digits-$$(date +%Y%m%d-%H%M%S)
 
 test: setup  ## the default tests, a few minutes on 2 cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: setup  ## the slow tests too
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -98,7 +98,7 @@ def main() -> None:
             f"{1e3 * middle:.0f} ({1e3 * min(times):.0f}-{1e3 * max(times):.0f})",
             f"{ratio:.2f}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
     print("command: python " + " ".join(sys.argv))
 
 

@@ -67,7 +67,7 @@ def main() -> None:
     )
     table.add_row("before the first trial (task, Ray)", f"{starts[0] - began:.1f}", "")
     table.add_row("after the last trial", f"{ended - last:.1f}", "")
-    Console().print(table)
+    Console(width=120).print(table)
     print("command: python " + " ".join(sys.argv))
 
 

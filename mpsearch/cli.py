@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -292,6 +292,65 @@ def finalize(
 
 
 @app.command()
+def ptq(
+    study: Study,
+    bits: Annotated[str, typer.Option("--bits", help="of weights and activations, as w4a8")],
+    data_free: Annotated[bool, typer.Option("--data-free", help="quantize from the model alone")] = False,
+    rounding: Annotated[str | None, typer.Option("--rounding", help="adaround (default with data) or nearest")] = None,
+    bias_correction: Annotated[
+        str | None,
+        typer.Option("--bias-correction", help="none, analytic or empirical; default: none with adaround, or analytic"),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="of training data, without labels")] = 512,
+    out: Annotated[Path | None, typer.Option("--out", help="folder for a native export")] = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Quantize without training (the white paper's PTQ pipeline) and score val and test."""
+    from typing import cast
+
+    from mpsearch.precision import LayerPrecision
+    from mpsearch.ptq.pipeline import BiasCorrection, PtqMethod, Rounding, save_result
+    from mpsearch.ptq.pipeline import ptq as quantize
+    from mpsearch.study import load_study
+    from mpsearch.task.load import load_task
+
+    precision = LayerPrecision.shorthand(bits)
+    method = PtqMethod(
+        rounding=cast(Rounding | None, rounding), bias_correction=cast(BiasCorrection | None, bias_correction)
+    ).resolved(data_free)
+    spec = load_study(study, set_ or ())
+    task = load_task(spec.task)
+    model = task.float_model()
+    result = quantize(model, precision, None if data_free else task.calibration_input(samples), method)
+    document: dict[str, Any] = {
+        f"{name}{split}": task.evaluate(network, split)
+        for name, network in (("float_", model), ("", result.model))
+        for split in ("val", "test")
+    }
+    if out is not None:
+        accuracy = {split: document[split] for split in ("val", "test")}
+        save_result(
+            result, out, name=spec.task.model or task.name, task=task.name, metric=task.metric, accuracy=accuracy
+        )
+    if json_:
+        percent = {key: 100 * value for key, value in document.items()}
+        _print_json({**percent, "seconds": result.seconds, "method": asdict(result.method), "notes": result.notes})
+        return
+    console = _console()
+    table = _table("", ">val", ">test")
+    table.add_row("float", _percent(document["float_val"]), _percent(document["float_test"]))
+    table.add_row(bits, _percent(document["val"]), _percent(document["test"]))
+    console.print(table)
+    stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in result.seconds.items())
+    console.print(stages, highlight=False, soft_wrap=True)
+    for note in result.notes:
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"written to {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def report(run: Run) -> None:
     """Write `report.html` in the run folder: one file that opens without a network."""
     from mpsearch.record import RunFolder
@@ -311,8 +370,9 @@ def export(
     """Export a config with its weights and scales."""
     from mpsearch.exporters import export_run
 
-    path, record = export_run(run, pick, to, out)
-    print(f"trial {record.number}: {_percent(record.accuracy)} on val at cost {record.cost:.4f}, written to {path}")
+    path, record, measured = export_run(run, pick, to, out)
+    accuracies = ", ".join(f"{split} {_percent(accuracy)}" for split, accuracy in measured.items())
+    print(f"trial {record.number}, cost {record.cost:.4f}: {accuracies}; written to {path}")
 
 
 # ---------------------------------------------------------------------------------------------- what commands share

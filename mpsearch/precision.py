@@ -52,6 +52,8 @@ class Precision:
                 if len(widths) > 1
                 else f"float is {FLOAT_BITS} bits wide, got {self.bits}: leave the bits out"
             )
+        if self.quantizer == "float":  # has no scale to share: one form for it
+            object.__setattr__(self, "granularity", "tensor")
 
     @classmethod
     def parse(cls, text: str, granularity: Granularity) -> Precision:

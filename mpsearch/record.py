@@ -164,6 +164,7 @@ class RunFolder:
         self.path = path
         self.id = uuid.uuid4().hex[:8]  # of the run, whatever its folder is called
         self.study_yaml = path / "study.yaml"
+        self.space_yaml = path / "space.yaml"
         self.trials_jsonl = path / "trials.jsonl"
         self.trials_parquet = path / "trials.parquet"
         self.finals_jsonl = path / "finals.jsonl"
@@ -179,8 +180,10 @@ class RunFolder:
         self._lock = filelock.FileLock(path / "driver.lock")
 
     @classmethod
-    def create(cls, path: str | Path, study_yaml: str) -> RunFolder:
-        """Make the folder of a new run of the resolved study `study_yaml`.
+    def create(cls, path: str | Path, study_yaml: str, space_yaml: str | None = None) -> RunFolder:
+        """Make the folder of a new run of the resolved study `study_yaml`, whose search space was `space_yaml`.
+
+        The space is copied because a run means the configs that there were when it began, whatever its file says later.
 
         Raises:
             RunError: the folder already holds a run, or cannot be written.
@@ -194,6 +197,8 @@ class RunFolder:
         with _explained(f"cannot write the run folder {path}", "give another --out, or make it writable"):
             folder.path.mkdir(parents=True, exist_ok=True)
             _replace(folder.study_yaml, study_yaml)
+            if space_yaml is not None:
+                _replace(folder.space_yaml, space_yaml)
             _replace(folder._run_json, json.dumps(about) + "\n")  # last: a folder with it is whole
         return folder
 

@@ -101,6 +101,20 @@ def test_resume_of_a_finished_run_goes_on_when_more_trials_are_wanted(home: Path
     assert len(configs) == len(set(configs)) == 11
 
 
+def test_a_run_keeps_to_the_space_that_it_began_with(home: Path) -> None:
+    text = (home / "run" / "space.yaml").read_text()
+    (home / "space.yaml").write_text(text)
+    (home / "own.yaml").write_text(
+        QUICK.replace("space: digits", "space: space.yaml").replace("trials: 9", "trials: 8")
+    )
+    assert mpsearch("run", "own.yaml", "--out", "own", cwd=home).returncode == 0
+    (home / "space.yaml").write_text(text.replace("1-8", "4-8"))
+    done = mpsearch("resume", "own", "--trials", "9", "--json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    rungs = {row["number"] for row in json.loads(done.stdout)["uniform"]}
+    assert len(rungs) == 8  # w8a8 to w1a1: still the first space's
+
+
 def test_export_gives_what_the_trial_scored(home: Path) -> None:
     done = mpsearch("export", "run", "--pick", "best", "--to", "native", "-o", "exported", cwd=home)
     assert done.returncode == 0, done.stderr
@@ -125,6 +139,29 @@ def test_finalize_scores_test_and_does_nothing_twice(home: Path) -> None:
     assert 2 <= len(document["rows"]) <= 4
     assert all(row["seeds"] == 2 and 0 <= row["test_mean"] <= 1 for row in document["rows"])
     assert "Finalized" in (home / "run" / "report.html").read_text()
+
+
+def test_ptq_scores_both_splits_and_exports_what_it_scored(home: Path) -> None:
+    arguments = ("ptq", "quick.yaml", "--bits", "w8a8", "--rounding", "nearest", "--samples", "64")
+    done = mpsearch(*arguments, "--out", "quantized", "--json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert abs(document["val"] - document["float_val"]) < 2
+    assert min(document["test"], document["float_test"]) >= 0
+    assert next(iter(document["seconds"])) == "inspect"
+    import mpsearch as library
+    from mpsearch.study import load_study
+    from mpsearch.task.load import load_task
+
+    task = load_task(load_study(home / "quick.yaml").task)
+    model = library.load(task.float_model(), home / "quantized")
+    assert 100 * task.evaluate(model, "val") == document["val"]
+
+
+def test_ptq_works_without_data(home: Path) -> None:
+    done = mpsearch("ptq", "quick.yaml", "--bits", "w8a8", "--data-free", cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert "w8a8" in done.stdout
 
 
 def test_check_says_what_will_be_optimised_in_units(home: Path) -> None:
@@ -158,6 +195,8 @@ def test_inspect_lists_every_layer(home: Path) -> None:
         (("export", "run", "--pick", "trial:99", "-o", "x"), ("no trial 99",)),
         (("export", "run", "--pick", "most", "-o", "x"), ("cannot pick 'most'",)),
         (("export", "run", "--to", "native2", "-o", "x"), ("unknown export format 'native2'",)),
+        (("ptq", "quick.yaml", "--bits", "four"), ("'four'", "w4a8")),
+        (("ptq", "quick.yaml", "--bits", "w4a8", "--rounding", "adaround", "--data-free"), ("adaround needs",)),
         (("check", "quick.yaml", "--set", "engine.address=nowhere"), ("engine.address", "ray://HOST:PORT")),
     ],
 )

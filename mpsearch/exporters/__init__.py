@@ -44,8 +44,13 @@ def export(
     return TARGETS[to](model, layers, path, name=name, task=task, metric=metric, accuracy=accuracy, cost=cost)
 
 
-def export_run(run: str | Path, pick: str, to: str, path: str | Path) -> tuple[Path, TrialRecord]:
+def export_run(
+    run: str | Path, pick: str, to: str, path: str | Path
+) -> tuple[Path, TrialRecord, Mapping[str, float | None]]:
     """Export the trial of a run that `pick` names, with its finally trained weights if it was finalized.
+
+    Returns:
+        where it is, the trial, and the accuracies by split of the weights that were exported.
 
     Raises:
         MpsearchError: no such run, trial or format, or the export cannot be written.
@@ -72,4 +77,4 @@ def export_run(run: str | Path, pick: str, to: str, path: str | Path) -> tuple[P
         accuracy=measured,
         cost={"model": spec.cost.model, "reference": spec.cost.reference, "relative": problem.cost(record.config)},
     )
-    return path, record
+    return path, record, measured

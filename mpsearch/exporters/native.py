@@ -39,6 +39,7 @@ def save(
     metric: str = "top1",
     accuracy: Mapping[str, float | None] | None = None,
     cost: Mapping[str, Any] | None = None,
+    structure: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a quantized model: `precision.json` and `model.safetensors` in `folder`.
 
@@ -51,6 +52,7 @@ def save(
         metric: what `accuracy` is.
         accuracy: measured accuracies by split.
         cost: `{"model", "reference", "relative"}`.
+        structure: how the network was changed before it was quantized, as `mpsearch.ptq.fold.structure_of` says it.
 
     Raises:
         ExportError: the folder cannot be written, or holds another export.
@@ -81,6 +83,8 @@ def save(
         }
         if cost is not None:
             document["cost"] = dict(cost)
+        if structure is not None:
+            document["structure"] = dict(structure)
         (folder / CONFIG_FILE).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ExportError(f"cannot write the export to {folder}: {error.strerror or error}") from None
@@ -98,6 +102,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     folder = Path(folder)
     document = read_document(folder)
     config = _checked_config(document, folder)
+    model = _restructured(model, document, folder)
     modules = dict(model.named_modules())
     infos = [_info(name, modules, document, folder) for name in config]
     quantized = insert_quantizers(model, infos, config.offers)
@@ -136,6 +141,20 @@ def _checked_config(document: Mapping[str, Any], folder: Path) -> PrecisionConfi
         return PrecisionConfig.from_json(document.get("layers"))
     except PrecisionError as error:
         raise ExportError(f"{folder / CONFIG_FILE}: {error}") from None
+
+
+def _restructured(model: nn.Module, document: Mapping[str, Any], folder: Path) -> nn.Module:
+    """The network with the structure that the export has: BatchNorms folded by PTQ, say."""
+    if "structure" not in document:
+        return model
+    from mpsearch.ptq.fold import restructure
+
+    try:
+        return restructure(model, **document["structure"])
+    except (AttributeError, AssertionError, TypeError, RuntimeError) as error:
+        raise ExportError(
+            f"{folder / CONFIG_FILE}: 'structure' does not fit the model given: {_first_lines(error)}"
+        ) from None
 
 
 def _info(name: str, modules: Mapping[str, nn.Module], document: Mapping[str, Any], folder: Path) -> LayerInfo:

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from mpsearch.precision import BITS, Precision, QuantizerName
 from mpsearch.quant.levels import apot_magnitudes, shift_magnitudes
-from mpsearch.quant.quantizer import MAX_INPUT, Quantizer, not_offered
+from mpsearch.quant.quantizer import Quantizer, not_offered
 from mpsearch.quant.rounding import with_gradient_of
+
+FAR = 2.0**40
+"""Steps beyond this are taken as this, so that no infinity meets a zero; no level is beyond 2."""
 
 
 def magnitudes(precision: Precision, signed: bool) -> tuple[float, ...]:
@@ -78,11 +81,11 @@ class LevelQuantizer(Quantizer):
 
     def quantize(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
         """The formula at the module's top; there is no offset."""
-        return step * self._levelled(self._steps(x, step))
+        return (step * self._levelled(self._steps(x, step))).to(x.dtype)
 
     def _steps(self, x: Tensor, step: Tensor) -> Tensor:
-        """v, `x` in steps."""
-        v = torch.clamp(x, -MAX_INPUT, MAX_INPUT) / step
+        """v, `x` in steps, in float32 at least: bfloat16 cannot tell neighbouring levels apart."""
+        v = torch.clamp(x.to(torch.promote_types(x.dtype, torch.float32)) / step, -FAR, FAR)
         return v if self.two_sided else v.clamp_min(0)
 
     def _levelled(self, v: Tensor) -> Tensor:
@@ -93,5 +96,5 @@ class LevelQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """sgn(v) * j as int32: which level each element of `x` gets."""
-        v = self._steps(x.float(), self.current_range()[0])
+        v = self._steps(x, self.current_range()[0])
         return (torch.bucketize(v.abs(), self.thresholds) * v.sign()).to(torch.int32)

@@ -20,9 +20,8 @@ from mpsearch.errors import PrecisionError
 from mpsearch.precision import FLOAT, Precision
 from mpsearch.quant.rounding import scale_gradient
 
-MIN_STEP = 2.0**-40
-MAX_INPUT = 2.0**40
-"""Steps below and inputs beyond these are taken as these: x/s^2, which the step's gradient holds, stays finite."""
+MIN_STEP = 2.0**-60
+"""Smaller steps are taken as this: a tensor of zeros, or a step that training drove to zero, divides nothing by 0."""
 
 
 def not_offered(precision: Precision, offered: Iterable[str]) -> PrecisionError:
@@ -92,7 +91,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def quantize(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
-        """s * g(x / s), in the arithmetic of `x`; `step` and `beta` broadcast against it."""
+        """s * g(x / s), computed in float32 at least, of the type of `x`; `step` and `beta` broadcast against it."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -113,12 +112,11 @@ class Quantizer(nn.Module):
         return step, None if self.beta is None else scale_gradient(self.beta, self.gradient_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Quantize `x`, in float32 at least: bfloat16 cannot tell neighbouring codes apart."""
+        """The quantized tensor."""
         compiling = torch.compiler.is_compiling()
         if not compiling and self.precision.is_float:  # not read when compiling: it would guard the graph
             return x
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        y = self.quantize(wide, *self.current_range()).to(x.dtype)
+        y = self.quantize(x, *self.current_range())
         return torch.where(self.is_float, x, y) if compiling else y
 
     def extra_repr(self) -> str:

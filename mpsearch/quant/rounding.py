@@ -33,7 +33,8 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (factor,) = ctx.saved_tensors
-        return grads[0] * factor, None
+        # Where x/s overflows the chain rule multiplies a zero by an infinity: a clamped value, which moves no step.
+        return torch.nan_to_num(grads[0], nan=0.0) * factor, None
 
 
 def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:

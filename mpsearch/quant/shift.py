@@ -157,7 +157,7 @@ class SoftPhase:
 def soft_phase(quantizer: ShiftQuantizer, x: Tensor) -> SoftPhase:
     """The state of the soft quantizer of `x` (any shape) at its present slope."""
     with torch.no_grad():
-        v = quantizer._steps(x.float(), quantizer.current_range()[0])
+        v = quantizer._steps(x, quantizer.current_range()[0])
         hard = nearest_level(v, quantizer.levels, quantizer.thresholds)
     with torch.enable_grad():
         v.requires_grad_()

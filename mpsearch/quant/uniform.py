@@ -22,14 +22,18 @@ import torch
 from torch import Tensor
 
 from mpsearch.precision import Precision
-from mpsearch.quant.quantizer import MAX_INPUT, Quantizer, not_offered
+from mpsearch.quant.quantizer import Quantizer, not_offered
 from mpsearch.quant.rounding import round_ste
 
 
 def fake_quantize(x: Tensor, step: Tensor, shift: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Map `x` to the grid step * (k + shift), low <= k <= high; all arguments broadcast against `x`."""
-    v = torch.clamp(x, -MAX_INPUT, MAX_INPUT) / step - shift
-    return step * (torch.clamp(round_ste(v), low, high) + shift)
+    """Map `x` to the grid step * (k + shift), low <= k <= high; all arguments broadcast against `x`.
+
+    Computed in float32 at least, because bfloat16 cannot tell neighbouring codes apart; the result has the type of `x`.
+    """
+    v = x.to(torch.promote_types(x.dtype, torch.float32)) / step - shift
+    code = torch.clamp(round_ste(v), low, high)
+    return (step * (code + shift)).to(x.dtype)
 
 
 def code_range(bits: int, signed: bool) -> tuple[int, int]:
@@ -78,7 +82,7 @@ class UniformQuantizer(Quantizer):
     def codes(self, x: Tensor) -> Tensor:
         """The integer codes of `x` (int32), between n and p."""
         step, shift = self.grid()
-        return torch.clamp(torch.round(x.float() / step - shift), self.low, self.high).to(torch.int32)
+        return torch.clamp(torch.round(x / step - shift), self.low, self.high).to(torch.int32)
 
     def _shift(self, step: Tensor, beta: Tensor | None) -> Tensor:
         return self.shift if beta is None else self.shift + round_ste(beta / step)

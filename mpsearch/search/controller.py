@@ -176,7 +176,7 @@ class SearchController:
         self._latest: deque[_Point] = deque(maxlen=self._sampler.memory)
         self._ended = 0
         self._asked: dict[int, optuna.Trial | None] = {}  # proposals without a record, by number
-        self._untried = self._enumerate()
+        self._untried = self._enumerate()  # the last resort, gone through once
 
         for record in records:
             self._seen.add(record.config.digest)
@@ -221,7 +221,7 @@ class SearchController:
             # A known config is answered by what the sampler has been told of it. Telling it twice would only breed
             # more repeats (NSGA-II and TPE weigh by count), so the question is closed and it draws again.
             self._study.tell(trial, state=TrialState.FAIL)
-        for config in self._beyond_sampler():
+        for config in itertools.chain(self._beyond_sampler(), self._untried):
             if config.digest not in self._seen and self._cost(config) <= self._budget:
                 return self._propose(config, "sampler", None)
         self.stop_reason = f"no config is left to try after {len(self._seen)}" + (
@@ -342,15 +342,15 @@ class SearchController:
         return params
 
     def _beyond_sampler(self) -> Iterator[PrecisionConfig]:
-        """Configs for a sampler that repeats itself: the front's neighbours, random ones, and all of a small space."""
+        """Configs for a sampler that repeats itself: the front's neighbours, then random ones."""
         for index in self._random.permutation(len(self._front))[:8]:
             neighbours = list(self._space.neighbours(self._front[index].config))
             yield from (neighbours[i] for i in self._random.permutation(len(neighbours)))
         for _ in range(20):
             yield self._within_budget(self._space.params_of(self._space.sample(self._random)))
-        yield from self._untried
 
     def _enumerate(self) -> Iterator[PrecisionConfig]:
+        """Every config of a space that is not too large."""
         if self._space.size <= ENUMERABLE:
             choices = self._choices()
             for values in itertools.product(*choices.values()):

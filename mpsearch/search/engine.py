@@ -11,9 +11,11 @@ import contextlib
 import logging
 import math
 import os
+import pickle
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import textwrap
 import time
@@ -175,6 +177,8 @@ def _run_on_ray(
         cpus = ray.cluster_resources().get("CPU", 1.0) / concurrency
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / concurrency)
         threads = max(1, math.floor(cpus))
+        # Unpickled by the worker when it can import what this process can, a factory from the working directory, say.
+        maker, search_path = ray.cloudpickle.dumps(make_runner), sys.path
         failure: list[Exception] = []  # what ends the run: Tune would log and swallow it
         asked: dict[str, Proposal] = {}  # by Tune's trial id
 
@@ -212,9 +216,10 @@ def _run_on_ray(
 
             def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
                 with kept():
-                    said = Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else "nothing"
+                    said = Path(trial.error_file).read_text(encoding="utf-8").strip() if trial.error_file else "nothing"
                     logger.info("Ray says of trial %d: %s", asked[trial.trial_id].number, said)
-                    cause = "memory ran low" if "low on memory" in said else "killed, or out of memory"
+                    killed = "killed, or out of memory" if "worker process has died" in said else said.splitlines()[-1]
+                    cause = "memory ran low" if "low on memory" in said else killed
                     reason = f"its worker process died twice ({cause})"
                     proposal = asked.pop(trial.trial_id)
                     book.finish(proposal, TrialRecord(proposal.config, "failed", reason=reason, started_s=time.time()))
@@ -237,9 +242,11 @@ def _run_on_ray(
                     import torch
 
                     torch.set_num_threads(threads)
-                    self.runner = make_runner()
+                    sys.path += [path for path in search_path if path not in sys.path]
+                    self.runner = pickle.loads(maker)()
                 except Exception as error:
-                    self.refused = error if isinstance(error, MpsearchError) else RuntimeError(explain(error))
+                    unknown = RunError(f"no worker can be set up: {explain(error)}")
+                    self.refused = error if isinstance(error, MpsearchError) else unknown
 
             def reset_config(self, new_config: dict[str, Any]) -> bool:
                 self.proposal: Proposal = new_config["proposal"]

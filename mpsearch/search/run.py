@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from mpsearch.cost.model import RelativeCost
-from mpsearch.errors import CostError, RunError
+from mpsearch.errors import CostError, RunError, SpaceError
 from mpsearch.exporters.native import save_weights
 from mpsearch.graph.layers import ModelGraph, inspect_model
 from mpsearch.record import RunFolder, TrialRecord
@@ -24,6 +24,7 @@ from mpsearch.search.engine import Event, Finished, run_trials
 from mpsearch.search.front import ParetoFront, pareto_front
 from mpsearch.search.trial import Workbench, run_trial
 from mpsearch.search.view import open_view
+from mpsearch.shipped import shipped
 from mpsearch.space import SearchSpace, build_space, load_space
 from mpsearch.study import StudySpec, parse_study
 from mpsearch.task.load import load_task
@@ -114,7 +115,8 @@ def run_study(
         MpsearchError: the study cannot be used, or the search had to be given up.
     """
     problem = open_problem(spec)
-    folder = RunFolder.create(out or Path("runs") / spec.name, spec.to_yaml())
+    space_yaml = shipped("search_spaces", spec.space, SpaceError).read_text(encoding="utf-8")
+    folder = RunFolder.create(out or Path("runs") / spec.name, spec.to_yaml(), space_yaml)
     return _search(problem, folder, on_event, on_ready)
 
 
@@ -137,12 +139,18 @@ def resume_study(
 
 
 def read_spec(folder: RunFolder) -> StudySpec:
-    """The resolved study of a run. Raises RunError or StudyError where it cannot be read."""
+    """The resolved study of a run, with its own copy of the search space.
+
+    Raises:
+        RunError: it cannot be read.
+        StudyError: it is no study.
+    """
     try:
         document = yaml.safe_load(folder.study_yaml.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RunError(f"cannot read {folder.study_yaml}: {error}") from None
-    return parse_study(document, source=str(folder.study_yaml))
+    spec = parse_study(document, source=str(folder.study_yaml))
+    return spec.model_copy(update={"space": str(folder.space_yaml)}) if folder.space_yaml.exists() else spec
 
 
 def _search(
@@ -255,17 +263,16 @@ def trained_model(
     from safetensors.torch import load_file
 
     bench = Workbench(problem.task, problem.spec.trial, offers=record.config.offers)
-    for path, final in (
-        (final_path(folder.checkpoints, record.number), True),
-        (checkpoint_path(folder.checkpoints, record.number), False),
-    ):
-        if path.exists():
-            bench.reset(record.config)
-            bench.model.load_state_dict(load_file(path))
-            if not final:
-                return bench.model.eval(), {"val": record.accuracy}
-            best = max((f for f in folder.finals() if f.number == record.number), key=lambda f: f.val)
-            return bench.model.eval(), {"val": best.val, "test": best.test}
+    finals = [f for f in folder.finals() if f.number == record.number]
+    final, brief = final_path(folder.checkpoints, record.number), checkpoint_path(folder.checkpoints, record.number)
+    measured: dict[str, float | None] = {"val": record.accuracy}
+    if finals and final.exists():
+        best = max(finals, key=lambda f: f.val)
+        brief, measured = final, {"val": best.val, "test": best.test}
+    if brief.exists():
+        bench.reset(record.config)
+        bench.model.load_state_dict(load_file(brief))
+        return bench.model.eval(), measured
     logger.warning("the weights of trial %d were not kept (it is not on the front): it is trained again", record.number)
     again = run_trial(problem.task, record.config, problem.spec.trial, bench=bench)
     return bench.model.eval(), {"val": again.accuracy}

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mpsearch.errors import TaskError
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.controller import Proposal, SearchController
@@ -52,7 +53,7 @@ def truth(config: PrecisionConfig) -> float:
 
 def make_runner(path: Path, sleep_s: float) -> Callable[[Proposal], TrialRecord]:
     fate = path / "fate"
-    (path / f"worker-{os.getpid()}").touch()
+    (path / f"worker-{os.getpid()}-{time.time_ns()}").touch()
 
     def run(proposal: Proposal) -> TrialRecord:
         time.sleep(sleep_s)
@@ -68,6 +69,14 @@ def make_runner(path: Path, sleep_s: float) -> Callable[[Proposal], TrialRecord]
         return TrialRecord(proposal.config, "complete", accuracy=accuracy, started_s=time.time())
 
     return run
+
+
+def refuse() -> Callable[[Proposal], TrialRecord]:
+    raise TaskError("no such checkpoint")
+
+
+def crash() -> Callable[[Proposal], TrialRecord]:
+    raise KeyError("x")
 
 
 def drive(

@@ -108,6 +108,15 @@ def test_small_space_is_searched_to_its_last_config(sampler):
     assert search.ask() is None
 
 
+@pytest.mark.parametrize("sampler", ["nsga2", "random"])
+def test_space_is_searched_to_its_last_config_where_chance_would_hardly_find_it(sampler):
+    space = make_space(3, ["uniform:1-8"])
+    search = controller(space, sampler, trials=1000)
+    while (proposal := search.ask()) is not None:  # without a front, whose neighbours would help
+        search.tell(proposal, TrialRecord(proposal.config, "complete", accuracy=0.0))
+    assert search.stop_reason == f"no config is left to try after {space.size}"
+
+
 def test_space_with_nothing_to_choose_has_one_trial():
     search = controller(make_space(2, ["uniform:4"]))
     assert len(run(search)) == 1
@@ -140,6 +149,15 @@ def test_budget_below_the_ladder_is_met_by_mixing():
     records = run(search)
     assert search.over_budget == 3
     assert {r.config for r in records} == {c for c in every_config(space) if relative_cost(c) <= 0.45}
+
+
+def test_cheapest_config_need_not_have_the_fewest_bits():
+    def cost(config):  # a shift is cheaper than any product
+        return sum({"shift": 1, "uniform": layer.weight.bits}[layer.weight.quantizer] for layer in config.values()) / 16
+
+    space = make_space(2, ["uniform:2-8", "shift:4"])
+    records = run(SearchController(space, cost, SearchSpec(), budget=1 / 8))
+    assert [{layer.weight.quantizer for layer in r.config.values()} for r in records] == [{"shift"}]
 
 
 def test_budget_below_the_cheapest_config_is_refused():
@@ -187,6 +205,15 @@ def test_resume_between_generations_goes_on_as_if_never_interrupted(sampler):
     whole = run(controller(sampler=sampler, trials=at + 10))
     resumed = run(controller(sampler=sampler, trials=at + 10, records=whole[:at]))
     assert resumed == whole[at:]
+
+
+def test_resumed_search_draws_anew():
+    space = make_space()
+    ladder = run(controller(sampler="random"), limit=LADDER)
+    other = replace(ladder[0], config=space.sample(np.random.default_rng(0)), number=LADDER)
+    first = controller(sampler="random", records=ladder).ask()
+    later = controller(sampler="random", records=[*ladder, other]).ask()
+    assert first.config != later.config
 
 
 def test_failed_config_is_not_proposed_again_and_counts_as_a_trial():

@@ -55,6 +55,11 @@ def recorded(path: Path) -> int:
     return len(RunFolder.open(path).records()) if (path / "run.json").exists() else 0
 
 
+def worker_pids(path: Path) -> list[int]:
+    """Of every process that made a runner, once for each that it made."""
+    return [int(file.name.split("-")[1]) for file in path.glob("worker-*")]
+
+
 def until(done: Callable[[], bool], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
@@ -86,7 +91,7 @@ assert not any(name == "ray" or name.startswith("ray.") for name in sys.modules)
     records = assert_whole(tmp_path / "run", 10)
     assert [r.accuracy for r in records] == [truth(r.config) for r in records]
     assert [r.cost for r in records] == [relative_cost(r.config) for r in records]
-    assert len(list((tmp_path / "run").glob("worker-*"))) == 1  # the runner is made once
+    assert len(worker_pids(tmp_path / "run")) == 1  # the runner is made once
 
 
 def test_events_tell_of_every_trial_once_it_is_on_the_disk(tmp_path):
@@ -139,13 +144,9 @@ def test_five_failures_in_a_row_stop_the_search(tmp_path):
 
 def test_set_up_that_is_broken_ends_the_search_with_its_error(tmp_path):
     folder = RunFolder.create(tmp_path / "run", "")
-
-    def refuse():
-        raise TaskError("no such checkpoint")
-
     controller = SearchController(make_space(), relative_cost, SearchSpec(trials=5))
     with folder.driving(), pytest.raises(TaskError, match="no such checkpoint"):
-        run_trials(controller, folder, None, refuse, HERE)
+        run_trials(controller, folder, None, drive.refuse, HERE)
     assert folder.records() == []
 
 
@@ -216,7 +217,7 @@ def test_time_limit_lets_running_trials_end(tmp_path):
 
 def test_ray_runs_the_same_trials_and_survives_its_workers(tmp_path):
     path = tmp_path / "run"
-    fates(path, "nan-2", "raise-3", "die-4", "die_once-6")
+    fates(path, "nan-2", "raise-3", "die_once-5")
     driver = start(path, "local", trials=12, sleep_s=0.05, HOME="/proc/nowhere")  # a home that nobody can write
     output, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
@@ -224,22 +225,31 @@ def test_ray_runs_the_same_trials_and_survives_its_workers(tmp_path):
     assert {n: r.reason for n, r in records.items() if r.state == "failed"} == {
         2: "accuracy is nan",
         3: records[3].reason,
-        4: "its worker process died twice (killed, or out of memory)",
     }
     assert records[3].reason.startswith("ValueError: trial 3 will not do")
     assert all(r.accuracy == truth(r.config) for r in records.values() if r.state == "complete")
-    assert len(list(path.glob("worker-*"))) <= 8  # two, and some for the three deaths: processes are used again
+    assert len(worker_pids(path)) <= 5  # two, and some for the death: workers keep their runner
     assert {line.partition("(")[0] for line in output.splitlines()} == {"Started", "Finished"}  # and no word of Ray's
     assert errors == ""
     assert not (path / "ray").exists()
     assert not Path("/tmp", f"mpsearch-{RunFolder.open(path).id}").exists()
 
 
+@pytest.mark.slow
+def test_ray_trial_that_kills_its_worker_twice_is_recorded_as_failed(tmp_path):
+    fates(tmp_path, "die-4")
+    driver = start(tmp_path, "local", trials=8, sleep_s=0.05)
+    _, errors = driver.communicate(timeout=300)
+    assert driver.returncode == 0, errors
+    failed = [(r.number, r.reason) for r in assert_whole(tmp_path, 8) if r.state == "failed"]
+    assert failed == [(4, "its worker process died twice (killed, or out of memory)")]
+
+
 def test_ray_driver_killed_takes_its_workers_along_and_is_resumed_with_nothing_lost(tmp_path):
     path = tmp_path / "run"
     driver = start(path, "local", trials=500, sleep_s=0.1)
     wait_for_records(path, 3, driver)
-    workers = [int(file.name.partition("-")[2]) for file in path.glob("worker-*")]
+    workers = worker_pids(path)
     assert any(map(psutil.pid_exists, workers))
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
@@ -264,6 +274,22 @@ def test_ray_driver_interrupted_ends_in_good_order(tmp_path):
     before = recorded(path)
     drive.drive(path, trials=before + 5)
     assert_whole(path, before + 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make_runner", "error", "message"),
+    [
+        (drive.refuse, TaskError, "no such checkpoint"),
+        (drive.crash, RunError, "no worker can be set up: KeyError: 'x'"),
+    ],
+)
+def test_ray_set_up_that_is_broken_ends_the_search_with_its_error(tmp_path, make_runner, error, message):
+    folder = RunFolder.create(tmp_path / "run", "")
+    controller = SearchController(make_space(), relative_cost, SearchSpec(trials=5))
+    with folder.driving(), pytest.raises(error, match=message):
+        run_trials(controller, folder, None, make_runner, EngineSpec(), concurrency=2)
+    assert folder.records() == []
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +342,7 @@ def test_ray_cluster_runs_trials_while_disk_and_controller_stay_here(tmp_path, c
         _, errors = driver.communicate(timeout=200)
         assert driver.returncode == 0, errors
         assert_whole(path, trials)
-    assert driver.pid not in {int(file.name.partition("-")[2]) for file in path.glob("worker-*")}
+    assert driver.pid not in worker_pids(path)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])

@@ -1,0 +1,127 @@
+"""BatchNorm folding (white paper, arXiv 2106.08295, §2.3.1): a normalization becomes part of the layer before it.
+
+y = gamma (W x + b - mu) / sqrt(var + eps) + beta = W' x + b'
+W' = W gamma / sqrt(var + eps),   b' = (b - mu) gamma / sqrt(var + eps) + beta
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.graph.layers import LayerInfo
+from mpsearch.ptq.flow import Normal, blocks, out_channels
+from mpsearch.quant.prepare import quant_layers
+
+
+@dataclass(frozen=True)
+class FloatNet:
+    """A float model on its way to quantization, and what is known of it without data."""
+
+    model: nn.Module
+    outputs: Mapping[str, Normal] = field(default_factory=dict)  # of the layers that had a BatchNorm behind them
+    folded: Mapping[str, str] = field(default_factory=dict)  # layer -> the BatchNorm that is now part of it
+    relu6: tuple[str, ...] = ()  # the ReLU6 modules that have become ReLU
+    notes: tuple[str, ...] = ()  # what was left out and why, in words
+
+
+def fold_batch_norms(model: nn.Module, layers: Sequence[LayerInfo]) -> FloatNet:
+    """A copy of `model` in eval mode without the BatchNorms that follow a layer directly: it computes the same.
+
+    Left alone, with a note: a BatchNorm behind several layers or without running statistics, and a layer that shares
+    its weight. The statistics of what was folded stay: behind it each channel has mean beta and deviation |gamma|.
+    """
+    model = copy.deepcopy(model).eval()
+    modules = dict(model.named_modules())
+    norms = Counter(layer.batch_norm for layer in layers)
+    tied = Counter(layer.weight_group for layer in layers if layer.weight_group)
+    outputs: dict[str, Normal] = {}
+    folded: dict[str, str] = {}
+    notes: list[str] = []
+    for layer in layers:
+        if layer.batch_norm is None or layer.reason is not None:
+            continue
+        norm = cast(nn.BatchNorm2d, modules[layer.batch_norm])
+        shared = norms[layer.batch_norm] > 1 or tied[layer.weight_group] > 1
+        known = norm.track_running_stats and norm.num_features == out_channels(modules[layer.name])
+        if shared or not known:
+            notes.append(f"{layer.batch_norm} cannot be folded into {layer.name}: it is shared or has no statistics")
+            continue
+        outputs[layer.name] = Normal(*_affine(norm))
+        fold(model, layer.name, layer.batch_norm)
+        folded[layer.name] = layer.batch_norm
+    return FloatNet(model, outputs, folded, notes=tuple(notes))
+
+
+@torch.no_grad()
+def fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
+    """Fold one BatchNorm into the layer before it, in place; an Identity takes its place."""
+    layer, norm = model.get_submodule(layer_name), cast(nn.BatchNorm2d, model.get_submodule(norm_name))
+    beta, gamma = _affine(norm, signed=True)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor = gamma / torch.sqrt(norm.running_var + norm.eps)
+    weight = blocks(layer)
+    weight.mul_(factor.view(weight.shape[0], -1, 1, 1))
+    bias = bias_of(layer)
+    bias.copy_((bias - norm.running_mean) * factor + beta)
+    replace_module(model, norm, nn.Identity())
+
+
+def bias_of(layer: nn.Module) -> Tensor:
+    """The bias of a layer `(out,)`; zeros are put in where it had none."""
+    bias = cast(Tensor | None, layer.bias)
+    if bias is None:
+        weight = cast(Tensor, layer.weight)
+        bias = nn.Parameter(weight.new_zeros(out_channels(layer)))
+        layer.register_parameter("bias", bias)
+    return bias
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` hangs in `model`."""
+    # Not named_children(): it leaves out the second name of a module that it has already given.
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def structure_of(net: FloatNet, model: nn.Module) -> dict[str, Any]:
+    """How `model`, quantized from `net`, differs in structure from the original network: arguments of `restructure`."""
+    biased = [name for name, layer in quant_layers(model).items() if layer.bias is not None]
+    return {"folded": dict(net.folded), "relu6": list(net.relu6), "biased": biased}
+
+
+def restructure(model: nn.Module, folded: Mapping[str, str], relu6: Iterable[str], biased: Iterable[str]) -> nn.Module:
+    """A copy of a network with the structure that PTQ gave it: its weights can then be loaded.
+
+    Args:
+        model: the original float network.
+        folded: layer -> BatchNorm.
+        relu6: the ReLU6 modules that became ReLU.
+        biased: the layers that have a bias.
+    """
+    model = copy.deepcopy(model)
+    for layer, norm in folded.items():
+        fold(model, layer, norm)
+    for name in relu6:
+        replace_module(model, model.get_submodule(name), nn.ReLU())
+    for name in biased:
+        bias_of(model.get_submodule(name))
+    return model
+
+
+def _affine(norm: nn.BatchNorm2d, signed: bool = False) -> tuple[Tensor, Tensor]:
+    """beta, and gamma (or |gamma|), of a BatchNorm, `(channels,)`; copies."""
+    assert norm.running_mean is not None
+    ones = torch.ones_like(norm.running_mean)
+    beta = 0 * ones if norm.bias is None else norm.bias.detach().clone()
+    gamma = ones if norm.weight is None else norm.weight.detach().clone()
+    return beta, gamma if signed else gamma.abs()
