@@ -27,7 +27,7 @@ BITS: Mapping[str, range] = {"uniform": range(1, 9), "shift": range(2, 6), "apot
 """The bit-widths that each quantizer has."""
 
 _TEXT = re.compile(r"(?P<quantizer>[a-z]+)(:(?P<bits>\d+))?(/(?P<granularity>[a-z]+))?")
-_SHORTHAND = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
+_SHORTHAND = re.compile(r"w(\d+)a(\d+)(/(?P<granularity>channel|tensor))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -107,19 +107,22 @@ class LayerPrecision:
 
     @classmethod
     def shorthand(cls, text: str) -> LayerPrecision:
-        """Read `w4a8`: uniform, weights per channel, activations per tensor; 32 bits mean float.
+        """Read `w4a8` (uniform, weights per channel, activations per tensor; 32 bits mean float) or `w4a8/tensor`.
 
         Raises:
             PrecisionError: the text has another form, or bits that do not exist.
         """
         match = _SHORTHAND.fullmatch(text.strip())
         if match is None:
-            raise PrecisionError(f"cannot read '{text}': write weight and activation bits as w4a8")
+            raise PrecisionError(
+                f"cannot read '{text}': write weight and activation bits as w4a8, or w4a8/tensor for one scale a weight"
+            )
+        weights = cast(Granularity, (match["granularity"] or "channel").lower())
 
         def uniform(bits: int, granularity: Granularity) -> Precision:
             return FLOAT if bits == FLOAT_BITS else Precision("uniform", bits, granularity)
 
-        return cls(uniform(int(match[1]), "channel"), uniform(int(match[2]), "tensor"))
+        return cls(uniform(int(match[1]), weights), uniform(int(match[2]), "tensor"))
 
     def __str__(self) -> str:
         return f"{self.weight} x {self.activation}"

@@ -71,6 +71,7 @@ def test_digest_is_the_same_in_every_process() -> None:
 
 def test_shorthand_is_uniform_per_channel_and_per_tensor() -> None:
     assert str(LayerPrecision.shorthand("W4a8")) == "uniform:4/channel x uniform:8/tensor"
+    assert str(LayerPrecision.shorthand("w4a8/tensor")) == "uniform:4/tensor x uniform:8/tensor"
     assert LayerPrecision.shorthand("w32a32") == LayerPrecision(FLOAT, FLOAT)
 
 
@@ -97,7 +98,7 @@ def test_unknown_precisions_are_refused_with_what_to_write(text: str, message: s
         Precision.parse(text, "channel")
 
 
-@pytest.mark.parametrize("text", ["w4", "4x8", "w9a8", "w4a0", "", "w4a8x"])
+@pytest.mark.parametrize("text", ["w4", "4x8", "w9a8", "w4a0", "", "w4a8x", "w4a8/row"])
 def test_unknown_shorthands_are_refused(text: str) -> None:
     with pytest.raises(PrecisionError):
         LayerPrecision.shorthand(text)

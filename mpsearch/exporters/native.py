@@ -117,12 +117,12 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def read_document(folder: str | Path) -> dict[str, Any]:
-    """The JSON of an export, its schema checked.
+    """The JSON of an export (its folder, or the file itself), its schema checked.
 
     Raises:
         ExportError: there is none, it cannot be read, or its schema is foreign or of another version.
     """
-    path = Path(folder) / CONFIG_FILE
+    path = _config_file(Path(folder))
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -136,11 +136,24 @@ def read_document(folder: str | Path) -> dict[str, Any]:
     return document
 
 
+def read_config(path: str | Path) -> PrecisionConfig:
+    """The precisions in a precision-config file, or in the folder of an export.
+
+    Raises:
+        ExportError: there is none, or it is not of the schema's form.
+    """
+    return _checked_config(read_document(path), Path(path))
+
+
 def _checked_config(document: Mapping[str, Any], folder: Path) -> PrecisionConfig:
     try:
         return PrecisionConfig.from_json(document.get("layers"))
     except PrecisionError as error:
-        raise ExportError(f"{folder / CONFIG_FILE}: {error}") from None
+        raise ExportError(f"{_config_file(folder)}: {error}") from None
+
+
+def _config_file(path: Path) -> Path:
+    return path if path.is_file() else path / CONFIG_FILE
 
 
 def _restructured(model: nn.Module, document: Mapping[str, Any], folder: Path) -> nn.Module:

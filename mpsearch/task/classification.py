@@ -18,7 +18,7 @@ from mpsearch.errors import TaskError
 from mpsearch.study import TaskSpec
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.checkpoint import file_sha256, load_checkpoint
-from mpsearch.task.images import Images
+from mpsearch.task.images import Images, SampledImages
 from mpsearch.task.models import build_model
 from mpsearch.task.task import Batch, Split
 from mpsearch.train import FitSettings, fit
@@ -78,6 +78,12 @@ class ClassificationTask:
         if not self._trained:
             self._train_once()
         return copy.deepcopy(self._model)
+
+    def sampled(self, samples: int) -> ClassificationTask:
+        """This task with at most `samples` images of val: for what is scored many times over."""
+        task = copy.copy(self)
+        task.images = SampledImages(self.images, "val", samples)
+        return task
 
     def train_batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
         """`steps` augmented batches: `(n, c, h, w)` float32 and labels `(n,)`; the same `seed`, the same batches."""

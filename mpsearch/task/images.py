@@ -151,6 +151,53 @@ class StoredImages:
         return F.interpolate(x, size=self._resize, mode="bilinear", antialias=True)
 
 
+class SampledImages:
+    """Other images with at most `samples` of one split, evenly spread over it (folders are sorted by class).
+
+    The sample stays in memory as the model sees it: it is read once, however often it is scored.
+    """
+
+    def __init__(self, images: Images, split: Split, samples: int) -> None:
+        self.name, self.key, self.num_classes = images.name, images.key, images.num_classes
+        self.input_shape = images.input_shape
+        self._images, self._split = images, split
+        whole = images.size(split)
+        count = min(samples, whole)
+        self._chosen = torch.arange(count) * whole // count
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def size(self, split: Split) -> int:
+        """How many images a split has."""
+        return len(self._chosen) if split == self._split else self._images.size(split)
+
+    def train_batches(self, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Images`."""
+        return self._images.train_batches(batch_size, steps, seed)
+
+    def calibration_input(self, samples: int, seed: int) -> Tensor:
+        """See `Images`."""
+        return self._images.calibration_input(samples, seed)
+
+    def batches(self, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Images`."""
+        if split != self._split:
+            yield from self._images.batches(split, batch_size)
+            return
+        if self._kept is None:
+            with torch.inference_mode(False):  # what is kept outlives the scoring that first asked for it
+                self._kept = self._read(batch_size)
+        x, labels = self._kept
+        yield from zip(torch.split(x, batch_size), torch.split(labels, batch_size), strict=True)
+
+    def _read(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        parts, begin = [], 0
+        for x, labels in self._images.batches(self._split, batch_size):
+            mine = self._chosen[(self._chosen >= begin) & (self._chosen < begin + len(labels))] - begin
+            parts.append((x[mine], labels[mine]))
+            begin += len(labels)
+        return torch.cat([x for x, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
 class StreamedImages:
     """A set too large for memory: `paths` decoded by worker processes, cut to `image_size` x `image_size`, RGB.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import mpsearch
 from mpsearch.errors import ExportError
+from mpsearch.exporters.native import read_config
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 
@@ -112,6 +113,14 @@ def test_document_keeps_to_the_published_schema(exported: tuple[Path, nn.Module]
     document["layers"]["0"]["weight"]["bits"] = "8"
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(document, schema)
+
+
+def test_the_config_is_read_from_the_folder_or_the_file(exported: tuple[Path, nn.Module]) -> None:
+    folder, _ = exported
+    assert read_config(folder) == read_config(folder / "precision.json") == CONFIG
+    edit(folder, layers={})
+    with pytest.raises(ExportError, match=r"precision\.json: 'layers' must be an object"):
+        read_config(folder / "precision.json")
 
 
 def test_load_leaves_the_given_network_untouched(exported: tuple[Path, nn.Module]) -> None:

@@ -54,6 +54,12 @@ def test_the_metric_is_the_share_of_labels_among_the_first_answers(metric: str, 
     assert task.evaluate(Answers(), "test") == 1.0
 
 
+def test_a_sampled_task_scores_fewer_images_of_val_and_leaves_the_task_whole():
+    task = task_of_known_answers("top1", RANKS)
+    assert task.sampled(2).evaluate(Answers(), "val") == 1 / 2  # images 0 and 2
+    assert task.evaluate(Answers(), "val") == 1 / 4
+
+
 def test_a_model_that_answers_nan_scores_nan():
     task = task_of_known_answers("top1", RANKS)
     assert math.isnan(task.evaluate(nn.Sequential(Answers(), nn.Threshold(1.5, math.nan)), "val"))

@@ -15,6 +15,7 @@ from mpsearch.errors import TaskError
 from mpsearch.task.images import (
     Images,
     Normalization,
+    SampledImages,
     StoredImages,
     StreamedImages,
     random_crop_flip,
@@ -55,6 +56,21 @@ def test_every_image_comes_once_before_any_comes_again():
 def test_a_batch_may_be_larger_than_the_set():
     (batch,) = shuffled_batches(torch.arange(3), 8, 1, torch.Generator())
     assert batch.bincount().tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
+
+
+def test_a_sample_is_spread_over_its_split_and_leaves_the_others_whole():
+    splits = {"train": torch.arange(10), "val": torch.arange(10, 30), "test": torch.arange(30, 32)}
+    pixels = torch.arange(32.0).view(32, 1, 1, 1)
+    images = StoredImages("name", "key", pixels, torch.arange(32), splits, PLAIN, 32)
+    sample = SampledImages(images, "val", 5)
+    assert isinstance(sample, Images)
+    assert [sample.size(split) for split in splits] == [10, 5, 2]
+    for _ in range(2):  # read, then from memory
+        batches = list(sample.batches("val", 3))
+        assert [labels.tolist() for _, labels in batches] == [[10, 14, 18], [22, 26]]
+        assert all(torch.allclose(x.flatten() * 255, labels.float()) for x, labels in batches)
+    assert torch.cat([labels for _, labels in sample.batches("test", 3)]).tolist() == [30, 31]
+    assert SampledImages(images, "val", 100).size("val") == 20
 
 
 def test_a_crop_is_a_window_of_the_mirrored_image():
