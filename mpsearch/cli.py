@@ -11,14 +11,15 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpsearch.errors import MpsearchError, RunError
+from mpsearch.errors import MpsearchError, RunError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -351,6 +352,59 @@ def ptq(
 
 
 @app.command()
+def train(
+    study: Study,
+    target: Annotated[
+        str, typer.Option("--target", help="w4a4, 'apot:4 x uniform:4' (weight x input), or a precision config's file")
+    ],
+    method: Annotated[str, typer.Option("--method", help="qat, or gdnsq (learned bit-widths, uniform only)")] = "qat",
+    epochs: Annotated[float, typer.Option("--epochs", min=0.01)] = 5.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="of the batches and of whatever is random")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="folder for a native export")] = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Train one config, the study's fixed layers aside, and score val and test: no search."""
+    from mpsearch.qat.train import METHODS, train_one
+
+    if method not in METHODS:
+        raise MpsearchError(f"unknown method '{method}': {nearest(method, METHODS)}")
+    if out is not None and out.exists():
+        raise MpsearchError(f"{out} exists already: give --out a folder that does not")
+    _, problem = _open(study, set_)
+    with _steps(f"{method} {target}") as on_step:
+        result = train_one(problem, target, method, epochs, seed, on_step)
+    trained, task = result.trained, problem.task
+    document = {f"float_{split}": result.float_accuracy[split] for split in ("val", "test")} | {
+        split: result.accuracy[split] for split in ("val", "test")
+    }
+    if out is not None:
+        trained.save(
+            out, name=problem.spec.task.model or task.name, task=task.name, metric=task.metric, accuracy=result.accuracy
+        )
+    if json_:
+        percent = {key: 100 * value for key, value in document.items()}
+        _print_json(
+            {**percent, "cost": result.cost, "seconds": trained.seconds, "notes": trained.notes, "log": trained.log}
+        )
+        return
+    console = _console()
+    table = _table("", ">val", ">test", ">cost")
+    table.add_row("float", _percent(document["float_val"]), _percent(document["float_test"]), "")
+    table.add_row(f"{method} {target}", _percent(document["val"]), _percent(document["test"]), f"{result.cost:.4f}")
+    console.print(table)
+    held = result.held
+    if held:
+        console.print(f"as the space fixes them: {', '.join(held)}", highlight=False, markup=False, soft_wrap=True)
+    stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in trained.seconds.items())
+    console.print(stages, highlight=False, soft_wrap=True)
+    for note in trained.notes:
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"written to {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def report(run: Run) -> None:
     """Write `report.html` in the run folder: one file that opens without a network."""
     from mpsearch.record import RunFolder
@@ -443,6 +497,24 @@ class _Display:
                 markup=False,
                 soft_wrap=True,
             )
+
+
+@contextmanager
+def _steps(name: str) -> Iterator[Callable[[int, int, float], None]]:
+    """Progress of one training: (step, steps, loss) in a terminal, silence elsewhere."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = _console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        job = progress.add_task(name, total=None, loss=float("nan"))
+        yield lambda step, steps, loss: progress.update(job, completed=step + 1, total=steps, loss=loss)
 
 
 def _follow(search: Any, json_: bool) -> None:

@@ -356,6 +356,11 @@ class SearchSpace:
         """The uniform config of the space nearest to this many bits everywhere."""
         return self._config([slot.nearest(bits) for slot in self.slots])
 
+    def everywhere(self, precision: LayerPrecision) -> PrecisionConfig:
+        """One precision for every layer, on offer or not; only what the space fixes stays as it fixes it."""
+        wanted = {"weight": precision.weight, "activation": precision.activation}
+        return self._config([slot.choices[0] if len(slot.choices) == 1 else wanted[slot.tensor] for slot in self.slots])
+
     def ladder(self) -> list[PrecisionConfig]:
         """The uniform ladder, the control of every study: a rung for each bit-width on offer, from high to low.
 

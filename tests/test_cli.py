@@ -158,6 +158,19 @@ def test_ptq_scores_both_splits_and_exports_what_it_scored(home: Path) -> None:
     assert 100 * task.evaluate(model, "val") == document["val"]
 
 
+def test_train_scores_both_splits_and_exports_what_it_scored(home: Path) -> None:
+    arguments = ("train", "quick.yaml", "--target", "w4a4", "--epochs", "0.2")
+    done = mpsearch(*arguments, "--json", "--out", "trained", cwd=home)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert {"float_val", "float_test", "val", "test", "cost", "seconds"} <= set(document)
+    exported = json.loads((home / "trained" / "precision.json").read_text())
+    assert 100 * exported["accuracy"]["test"] == pytest.approx(document["test"])
+    again = mpsearch("train", "quick.yaml", "--target", "trained", "--epochs", "0.1", "--method", "gdnsq", cwd=home)
+    assert again.returncode == 0, again.stderr
+    assert "gdnsq trained" in again.stdout
+
+
 def test_ptq_works_without_data(home: Path) -> None:
     done = mpsearch("ptq", "quick.yaml", "--bits", "w8a8", "--data-free", cwd=home)
     assert done.returncode == 0, done.stderr
@@ -196,6 +209,9 @@ def test_inspect_lists_every_layer(home: Path) -> None:
         (("export", "run", "--pick", "most", "-o", "x"), ("cannot pick 'most'",)),
         (("export", "run", "--to", "native2", "-o", "x"), ("unknown export format 'native2'",)),
         (("ptq", "quick.yaml", "--bits", "four"), ("'four'", "w4a8")),
+        (("train", "quick.yaml", "--target", "four"), ("'four'", "w4a8", "file")),
+        (("train", "quick.yaml", "--target", "w4a4", "--method", "gdn"), ("'gdn'", "gdnsq")),
+        (("train", "quick.yaml", "--target", "apot:4 x float", "--method", "gdnsq"), ("apot:4", "uniform")),
         (("ptq", "quick.yaml", "--bits", "w4a8", "--rounding", "adaround", "--data-free"), ("adaround needs",)),
         (("check", "quick.yaml", "--set", "engine.address=nowhere"), ("engine.address", "ray://HOST:PORT")),
     ],

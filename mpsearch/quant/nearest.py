@@ -44,8 +44,14 @@ def nearest_level(v: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
         levels: `(L + 1,)`, ascending from 0.
         thresholds: `(L,)`, the midpoints.
     """
-    level = levels[torch.bucketize(v.abs(), thresholds)] * v.sign()
-    return torch.where(v.isnan(), v, level)
+    magnitude = v.abs()
+    if torch.compiler.is_compiling():  # fused, and vectors where a search and a gather are not
+        level = torch.zeros_like(v)
+        for j, height in enumerate(torch.diff(levels).unbind()):
+            level = level + height * (magnitude > thresholds[j])
+    else:
+        level = levels[torch.bucketize(magnitude, thresholds)]
+    return torch.where(v.isnan(), v, level * v.sign())
 
 
 class LevelQuantizer(Quantizer):

@@ -87,6 +87,10 @@ class RangeSetter:
             self._activation[key] = activation_range(self._inputs[name], precision, signed=self._signed[name])
         return self._activation[key]
 
+    def ends(self, name: str) -> tuple[float, float]:
+        """The smallest and the largest value seen of a layer's input."""
+        return float(self._inputs[name].min()), float(self._inputs[name].max())
+
     def weight(self, name: str, precision: Precision, rows: Tensor) -> Tensor:
         """Step of a layer's weight `rows` (channels, n): searched anew only if the weight is not the one seen last."""
         key = (name, precision)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mpsearch.graph.layers import LayerInfo, ModelGraph, inspect_model
 from mpsearch.precision import Offer, PrecisionConfig
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, set_precision
+from mpsearch.quant.shift import DEFAULT_SLOPE, SlopeSchedule
 from mpsearch.record import TrialRecord, WallTime
 from mpsearch.study import TrialSpec
 from mpsearch.task.task import Split, Task
@@ -51,6 +52,7 @@ class Workbench:
         settings: how trials train.
         device: where they run; default: the GPU if there is one.
         offers: the quantizer types that trials switch between, by layer (`SearchSpace.offers`); default: uniform.
+        float_model: what is quantized, and teaches; default: the task's.
     """
 
     def __init__(
@@ -59,11 +61,12 @@ class Workbench:
         settings: TrialSpec,
         device: torch.device | None = None,
         offers: Mapping[str, Offer] = MappingProxyType({}),
+        float_model: nn.Module | None = None,
     ) -> None:
         self.task = task
         self.settings = settings
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        float_model = task.float_model()
+        float_model = float_model or task.float_model()
         calibration = task.calibration_input(settings.calibration_samples)
         self.graph: ModelGraph = inspect_model(float_model, calibration)
         self.layers: tuple[LayerInfo, ...] = self.graph.layers
@@ -71,18 +74,20 @@ class Workbench:
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and bf16_is_fast())
         self.model = insert_quantizers(float_model, self.layers, offers).to(self.device)
         self._start = {name: value.detach().clone() for name, value in float_model.state_dict().items()}
-        steps_macs = self.graph.macs * settings.steps * settings.batch_size
-        self.runs: nn.Module = self.model
-        if settings.compile is True or (settings.compile == "auto" and steps_macs >= WORTH_COMPILING):
-            missing = compiler_missing()
-            if missing is None:
-                self.runs = Compiled(self.model)
-            else:
-                logger.warning(
-                    "torch.compile is not used: %s; trials run eagerly and take about twice as long", missing
-                )
+        self.runs = self.compiled(self.model)
         teacher = Compiled(float_model) if isinstance(self.runs, Compiled) else float_model
         self.teacher = Teacher(teacher.to(self.device), task.logits, bf16=self.bf16)
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        """The model as it should run: compiled where the study says so, or where it pays and can be done."""
+        steps_macs = self.graph.macs * self.settings.steps * self.settings.batch_size
+        wanted = self.settings.compile
+        if wanted is False or (wanted == "auto" and steps_macs < WORTH_COMPILING):
+            return model
+        if missing := compiler_missing():
+            logger.warning("torch.compile is not used: %s; trials run eagerly and take about twice as long", missing)
+            return model
+        return Compiled(model)
 
     def reset(self, config: PrecisionConfig, start_weights: Mapping[str, Tensor] | None = None) -> None:
         """Put the start weights back and take on a config's precisions and ranges.
@@ -105,11 +110,20 @@ class Workbench:
         return lambda step, x, output, _target: jeffreys(self.task.logits(output), self.teacher(seed, step, x))
 
     def fit(
-        self, steps: int, seed: int, lr: float | None = None, on_step: Callable[[int, float], None] | None = None
+        self,
+        steps: int,
+        seed: int,
+        lr: float | None = None,
+        on_step: Callable[[int, float], None] | None = None,
+        slope: SlopeSchedule = DEFAULT_SLOPE,
     ) -> FitResult:
         """Fine-tune the model as it stands for `steps` batches."""
         settings = FitSettings(
-            steps=steps, lr=lr or self.settings.lr, weight_decay=self.settings.weight_decay, bf16=self.bf16
+            steps=steps,
+            lr=lr or self.settings.lr,
+            weight_decay=self.settings.weight_decay,
+            bf16=self.bf16,
+            slope=slope,
         )
         batches = self.task.train_batches(self.settings.batch_size, steps, seed)
         return fit(self.runs, batches, self.loss(seed), settings, on_step)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, Offer, Precision
 from mpsearch.quant.levels import apot_terms, shift_magnitudes
 from mpsearch.quant.modules import quantized
@@ -65,15 +66,15 @@ def test_soft_quantizer_tends_to_the_hard_one_and_its_weights_freeze() -> None:
     quantizer = shift_quantizer(4, slope=4).float()
     w = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)) * 0.3
     phases = []
-    for slope in (4, 16, 64, 256, 1024):
+    for slope in (4, 16, 64, 128, 200):
         set_slope([quantizer], slope)
         phases.append(soft_phase(quantizer, w))
     gaps, live = [phase.gap for phase in phases], [phase.live for phase in phases]
     assert gaps == sorted(gaps, reverse=True)
     assert live == sorted(live, reverse=True)
     assert live[0] > 0.9
-    assert gaps[-1] < 0.03
-    assert live[-1] < 0.1
+    assert gaps[-1] < 0.06
+    assert live[-1] < 0.3
 
 
 def test_training_is_soft_and_scoring_is_hard() -> None:
@@ -163,3 +164,21 @@ def shift_terms(bits: int) -> tuple[int, ...]:
 
 def magnitude(exponents: tuple[int | None, ...]) -> float:
     return sum(2.0**e for e in exponents if e is not None)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 64), (64, 4), (4, 1000)])
+def test_a_slope_that_cannot_be_had_is_refused(start: float, end: float) -> None:
+    with pytest.raises(PrecisionError, match="slope"):
+        SlopeSchedule(start, end)
+
+
+def test_the_closed_form_is_the_sum_of_two_sigmoids_an_interval() -> None:
+    levels = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=torch.float64)
+    v = torch.linspace(-1.5, 1.5, 31, dtype=torch.float64)
+    for slope in (1.0, 8.0, 60.0, 200.0):
+        expected = torch.zeros_like(v)
+        for low, high in itertools.pairwise(levels):
+            t, tau = slope / (high - low), (high + low) / 2
+            pair = torch.sigmoid(t * (v - tau)) + torch.sigmoid(t * (v + tau)) - 1
+            expected += (high - low) * pair
+        torch.testing.assert_close(sigmoid_levels(v, levels, torch.tensor(slope).double()), expected)

@@ -1,0 +1,404 @@
+"""Training with GDNSQ (arXiv 2508.14004): bit-widths fall under a penalty until every layer holds its target.
+
+    loss = base + t * mean(base) * [m_w mean relu(b_w - (W - e)) + m_a mean relu(b_a - (A - e))]
+
+base: Jeffreys divergence to the float network (or the task's own loss), mean(base) its running mean, without gradient;
+b_w, b_a: the bit-widths now, of every channel of a weight and of every activation; W, A: their targets, per layer;
+m_w, m_a: the shares of the violated constraints that are weights' and activations'; e = 1e-3; t grows by the same
+amount at each step. The learning rate stays constant until the *true* bits, those of the integer codes, are down at
+the target (`GdnsqQuantizer.true_bits`); from then on it is annealed. BatchNorm is neither folded nor frozen.
+
+How we differ. The paper trains for hundreds of epochs and lets every rate be 2e-3; ours are for a given number of
+steps. In a share of them (`descent`) a ceiling above all targets comes down from 10 bits to 1 while the rate of the
+weights rises; quantizer parameters move as fast as it takes to follow the ceiling. The penalty moves steps alone:
+ranges only follow the base loss. After convergence rates fall along half a cosine, and on the symmetric grid, which is
+ours, bit-widths are held at the targets and ranges set anew, for least squared error of the weights and activations
+that the descent has led to; from there steps go on learning, so that the model ends as one of `UniformQuantizer`s.
+Targets may differ between layers, and no bit-width falls below 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import PrecisionError, nearest
+from mpsearch.graph.layers import LayerInfo
+from mpsearch.precision import Precision, PrecisionConfig
+from mpsearch.qat.trained import Trained, timed
+from mpsearch.quant.gdnsq import GdnsqQuantizer, RoundGradient, StepGradient, WeightGrid
+from mpsearch.quant.modules import QuantLayer
+from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, sample_inputs, weight_rows
+from mpsearch.quant.ranges import activation_range, weight_step
+from mpsearch.search.trial import Workbench
+from mpsearch.task.task import Task
+from mpsearch.train import autocast, call, reestimate_batch_norm, to_device
+
+logger = logging.getLogger(__name__)
+
+EPSILON = 1e-3
+START_BITS = 10
+CHECK_EVERY = 20  # steps between two looks at the true bits
+
+Optimizer = Literal["radam", "sgd"]
+
+
+@dataclass(frozen=True, slots=True)
+class GdnsqMethod:
+    """What GDNSQ does; the defaults are what our ablation chose for trainings of a few epochs."""
+
+    gradual: bool = True  # start at 10 bits and descend; else start at the target, ranges of least squared error
+    descent: float = 0.2  # share of the steps in which the ceiling falls from 10 bits to 1, and the rate rises
+    penalty: float = 100.0  # t at the last step; the paper's grows by 4e-3 a step, to about this
+    anneal: bool = True
+    optimizer: Optimizer = "sgd"  # of weights, radam is the paper's; quantizer parameters always have Adam
+    lr: float = 0.02
+    range_lr: float = 5e-4  # of the quantizer parameters; of steps, once the target is reached
+    step_gradient: StepGradient = "residual"
+    round_gradient: RoundGradient = "ste"
+    weight_grid: WeightGrid = "symmetric"
+
+    def __post_init__(self) -> None:
+        for name, kinds in (
+            ("optimizer", Optimizer),
+            ("step_gradient", StepGradient),
+            ("round_gradient", RoundGradient),
+            ("weight_grid", WeightGrid),
+        ):
+            if (value := getattr(self, name)) not in get_args(kinds):
+                raise PrecisionError(f"unknown {name} '{value}': {nearest(value, get_args(kinds))}")
+
+
+@dataclass
+class Penalty:
+    """The exterior-point penalty of one training: the formula at the module's top.
+
+    Args:
+        targets: W and A of every layer.
+        growth: what t grows by at each step.
+    """
+
+    targets: Mapping[str, tuple[float, float]]  # (W, A) by layer; infinite where nothing is asked
+    growth: float
+    t: float = 0.0
+    _sum: float = 0.0
+    _count: int = 0
+
+    def __call__(self, base: Tensor, layers: Mapping[str, QuantLayer], ceiling: float = 0.0) -> Tensor:
+        """The penalty to add to `base` (shape ()); counts one step. No target is below `ceiling` for now."""
+        now = {name: (max(w, ceiling), max(a, ceiling)) for name, (w, a) in self.targets.items()}
+        weights, activations = excess_bits(layers, now)
+        self._sum, self._count = self._sum + float(base.detach()), self._count + 1
+        t, self.t = self.t, self.t + self.growth
+        violated_w, violated_a = (weights > 0).sum(), (activations > 0).sum()
+        share_w = violated_w / (violated_w + violated_a).clamp_min(1)
+        share_a = violated_a / (violated_w + violated_a).clamp_min(1)
+        mean = self._sum / self._count
+        return t * mean * (share_w * weights.mean() + share_a * activations.mean())
+
+
+def excess_bits(layers: Mapping[str, QuantLayer], targets: Mapping[str, tuple[float, float]]) -> tuple[Tensor, Tensor]:
+    """relu(b - (target - e)) of every weight channel and of every activation, both `(n,)`."""
+    weights, activations = [], []
+    for name, layer in layers.items():
+        target_w, target_a = targets[name]
+        if isinstance(layer.weight_quantizer, GdnsqQuantizer):
+            bits = layer.weight_quantizer.bits(cast(Tensor, layer.weight))
+            weights.append((bits.flatten() - (target_w - EPSILON)).relu())
+        if isinstance(layer.input_quantizer, GdnsqQuantizer):
+            activations.append((layer.input_quantizer.bits().flatten() - (target_a - EPSILON)).relu())
+    zero = torch.zeros(1)
+    return torch.cat(weights or [zero]), torch.cat(activations or [zero])
+
+
+def gdnsq(
+    task: Task,
+    config: PrecisionConfig,
+    bench: Workbench,
+    steps: int,
+    seed: int = 0,
+    method: GdnsqMethod | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Trained:
+    """Train the network of `task` down to `config` with learnable bit-widths.
+
+    Args:
+        task: what is compressed.
+        config: the target of each layer: uniform weights per channel, uniform activations, or float.
+        bench: the float network's workbench, for layers, ranges, the teacher and how to train.
+        steps: batches.
+        seed: of the batches.
+        method: what GDNSQ does.
+        on_step: called with (step, training loss).
+
+    Raises:
+        PrecisionError: a target that GDNSQ cannot have.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    method = method or GdnsqMethod()
+    _check(config)
+    seconds: dict[str, float] = {}
+    with timed(seconds, "prepare"):
+        model = learnable(task.float_model(), bench.layers, config, bench.ranges, method).to(bench.device)
+        runs = bench.compiled(model)
+        torch.manual_seed(seed)
+    with timed(seconds, "train"):
+        log, notes = _descend(task, model, runs, config, bench, steps, seed, method, on_step)
+    with timed(seconds, "finish"):
+        if method.weight_grid == "symmetric":
+            model = deployed(model, config, task.float_model(), bench.layers).to(bench.device)
+        else:
+            notes = (*notes, "the weight grid starts at the smallest weight: no other format of ours can hold it")
+        if bench.settings.bn_batches:
+            batches = task.train_batches(bench.settings.batch_size, bench.settings.bn_batches, seed + 1)
+            reestimate_batch_norm(model, batches)
+    return Trained(model.eval(), bench.layers, config, seconds, tuple(log), notes)
+
+
+def _descend(
+    task: Task,
+    model: nn.Module,
+    runs: nn.Module,
+    config: PrecisionConfig,
+    bench: Workbench,
+    steps: int,
+    seed: int,
+    method: GdnsqMethod,
+    on_step: Callable[[int, float], None] | None,
+) -> tuple[list[dict[str, float]], tuple[str, ...]]:
+    """The training loop; the model is trained in place. Returns what happened, and notes."""
+    layers = quant_layers(model)
+    targets = {name: _target(config, name) for name in layers}
+    penalty = Penalty(targets, method.penalty / steps)
+    quantizers = [q for q in model.modules() if isinstance(q, GdnsqQuantizer)]
+    log_steps = [q.log_s for q in quantizers]
+    ends = [p for q in quantizers for p in (q.log_q, q.beta) if p is not None]
+    known = {id(p) for p in (*log_steps, *ends)}
+    weights = [p for p in model.parameters() if id(p) not in known]
+    # RAdam's first thousand steps are a warm-up, which would be most of a short training's descent.
+    groups = [{"params": log_steps}, *([{"params": ends}] if ends else [])]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(groups, lr=method.range_lr, betas=(0.5, 0.99))]
+    if method.optimizer == "radam":
+        optimizers.append(torch.optim.RAdam(weights, lr=method.lr))
+    else:
+        optimizers.append(torch.optim.SGD(weights, lr=method.lr, momentum=0.9, nesterov=True))
+    speed = (START_BITS - 1) / max(1.0, method.descent * steps) if method.gradual else 0.0
+    loss_of = bench.loss(seed)
+    log: list[dict[str, float]] = []
+    converged: int | None = None
+    model.train()
+    batches = to_device(task.train_batches(bench.settings.batch_size, steps, seed), bench.device)
+    for step, (x, y) in enumerate(batches):
+        factor = min(1.0, (step + 1) / max(1.0, method.descent * steps))
+        if method.anneal and converged is not None:
+            factor = min(factor, 0.5 * (1 + math.cos(math.pi * (step - converged) / (steps - converged))))
+        # Bits can fall twice as fast as the ceiling.
+        step_lr = method.range_lr if converged is not None else max(method.range_lr, 2 * speed)
+        optimizers[0].param_groups[0]["lr"] = step_lr * (1.0 if converged is None else factor)
+        for group in optimizers[0].param_groups[1:]:
+            group["lr"] = method.range_lr * factor
+        optimizers[1].param_groups[0]["lr"] = method.lr * factor
+        with autocast(x, bench.bf16):
+            output = call(runs, x)
+        base = loss_of(step, x, output, y)
+        loss = base + penalty(base, layers, START_BITS - speed * step if method.gradual else 0.0)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(weights, CLIP_NORM, foreach=True)
+        for optimizer in optimizers:
+            optimizer.step()
+        keep_two_levels(layers)
+        value = float(base.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the training loss became {value} at step {step} of {steps}")
+        if step % CHECK_EVERY == 0 or step == steps - 1:
+            excess = violation(layers, targets)
+            if converged is None and excess <= 0:
+                converged = step
+                if method.weight_grid == "symmetric":
+                    hold(layers, targets)
+                    if method.gradual:
+                        set_ranges(model, config, task.calibration_input(bench.settings.calibration_samples))
+                logger.info("all layers are at their targets after %d of %d steps", step, steps)
+            weight_bits, activation_bits = mean_bits(layers)
+            log.append(
+                {
+                    "step": step,
+                    "loss": value,
+                    "weight_bits": weight_bits,
+                    "activation_bits": activation_bits,
+                    "excess": excess,
+                    "t": penalty.t,
+                    "lr_factor": factor,
+                }
+            )
+        if on_step is not None:
+            on_step(step, value)
+    notes: tuple[str, ...] = ()
+    if converged is None:
+        notes = (f"true bits were still {log[-1]['excess']:.2f} above the target when the steps ended: train longer",)
+    return log, notes
+
+
+@torch.no_grad()
+def set_ranges(model: nn.Module, config: PrecisionConfig, calibration_input: Any) -> None:
+    """Give every GDNSQ quantizer the step of least squared error for what it quantizes now, in place."""
+    layers = quant_layers(model)
+    training = model.training
+    samples = sample_inputs(model.eval(), list(layers), calibration_input)
+    model.train(training)
+    for name, layer in layers.items():
+        weight, activation = layer.weight_quantizer, layer.input_quantizer
+        if isinstance(weight, GdnsqQuantizer):
+            step = weight_step(weight_rows(layer), config[name].weight)
+            weight.log_s.copy_(torch.log2(step).reshape(weight.log_s.shape))
+        if isinstance(activation, GdnsqQuantizer):
+            signed = activation.beta is not None
+            step, beta = activation_range(samples[name], config[name].activation, signed=signed)
+            activation.log_s.copy_(torch.log2(step))
+            if activation.beta is not None:
+                activation.beta.copy_(beta)
+
+
+def hold(layers: Mapping[str, QuantLayer], targets: Mapping[str, tuple[float, float]]) -> None:
+    """Hold all bit-widths at their targets, in place."""
+    for name, layer in layers.items():
+        for target, quantizer in zip(targets[name], (layer.weight_quantizer, layer.input_quantizer), strict=True):
+            if isinstance(quantizer, GdnsqQuantizer):
+                quantizer.hold(target)
+
+
+@torch.no_grad()
+def keep_two_levels(layers: Mapping[str, QuantLayer]) -> None:
+    """Hold every learned bit-width at 1 or more, in place."""
+    for layer in layers.values():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if isinstance(quantizer, GdnsqQuantizer) and quantizer.log_q is not None:
+                quantizer.log_s.copy_(torch.minimum(quantizer.log_s, quantizer.log_q - 1))
+
+
+CLIP_NORM = 5.0
+"""Gradient norm of the weights above which a step is shortened, as in `fit`."""
+
+
+def learnable(
+    model: nn.Module,
+    layers: Sequence[LayerInfo],
+    config: PrecisionConfig,
+    ranges: RangeSetter,
+    method: GdnsqMethod,
+) -> nn.Module:
+    """A copy of a float model with GDNSQ quantizers wherever `config` asks for fewer bits.
+
+    Gradual: 2^10 levels over the whole range of weight and activation. Otherwise the target's bits over the range of
+    least squared error.
+    """
+    quantized = insert_quantizers(model, layers)
+    for name, layer in quant_layers(quantized).items():
+        precision = config[name]
+        make: Any = functools.partial(
+            GdnsqQuantizer, step_gradient=method.step_gradient, round_gradient=method.round_gradient
+        )
+        rows = weight_rows(layer)
+        shape = layer.weight_quantizer.step.shape
+        if not precision.weight.is_float:
+            bits = max(START_BITS, precision.weight.bits) if method.gradual else precision.weight.bits
+            if method.weight_grid == "min":
+                step = (rows.amax(dim=1) - rows.amin(dim=1)) / (2**bits - 1)
+            elif method.gradual:
+                step = rows.abs().amax(dim=1) / (2 ** (bits - 1) - 1)
+            else:
+                step = ranges.weight(name, precision.weight, rows)
+            layer.weight_quantizer = make(step.reshape(shape), torch.tensor(2.0**bits), weight_grid=method.weight_grid)
+        if not precision.activation.is_float:
+            signed = layer.input_quantizer.beta is not None
+            if method.gradual:
+                bits = max(START_BITS, precision.activation.bits)
+                low, high = ranges.ends(name)
+                step, beta = torch.tensor((high - low) / (2**bits - 1)), torch.tensor(low)
+            else:
+                bits = precision.activation.bits
+                step, beta = ranges.activation(name, precision.activation)
+            layer.input_quantizer = make(step, torch.tensor(2.0**bits), beta=beta if signed else None)
+    return quantized
+
+
+@torch.no_grad()
+def deployed(
+    model: nn.Module, config: PrecisionConfig, float_model: nn.Module, layers: Sequence[LayerInfo]
+) -> nn.Module:
+    """The same network with the uniform quantizers that its GDNSQ quantizers have become, at the bits of `config`.
+
+    A tensor keeps its range, Q; exact where the learned bits are the config's and the lower end of a signed activation
+    is a whole number of steps.
+    """
+    twin = insert_quantizers(float_model, layers)
+    trained = quant_layers(model)
+    state = {k: v for k, v in model.state_dict().items() if "_quantizer." not in k}
+    twin.load_state_dict(state, strict=False)
+    for name, layer in quant_layers(twin).items():
+        layer.set_precision(config[name])
+        for quantizer, learned in (
+            (layer.weight_quantizer, trained[name].weight_quantizer),
+            (layer.input_quantizer, trained[name].input_quantizer),
+        ):
+            if isinstance(learned, GdnsqQuantizer):
+                assert learned.log_q is not None
+                quantizer.set_range(torch.exp2(learned.log_q - quantizer.precision.bits), learned.beta)
+    return twin.train(model.training)
+
+
+def violation(layers: Mapping[str, QuantLayer], targets: Mapping[str, tuple[float, float]]) -> float:
+    """How many true bits the worst tensor is above its target; 0 or less: all are there."""
+    worst = -math.inf
+    for name, layer in layers.items():
+        for target, quantizer, x in (
+            (targets[name][0], layer.weight_quantizer, cast(Tensor, layer.weight)),
+            (targets[name][1], layer.input_quantizer, None),
+        ):
+            if isinstance(quantizer, GdnsqQuantizer):
+                worst = max(worst, quantizer.true_bits(x) - target)
+    return worst
+
+
+@torch.no_grad()
+def mean_bits(layers: Mapping[str, QuantLayer]) -> tuple[float, float]:
+    """The mean learned bits over weights (each the mean of its channels) and over activations; NaN without any."""
+    weights = [
+        float(layer.weight_quantizer.bits(cast(Tensor, layer.weight)).mean())
+        for layer in layers.values()
+        if isinstance(layer.weight_quantizer, GdnsqQuantizer)
+    ]
+    activations = [
+        float(layer.input_quantizer.bits())
+        for layer in layers.values()
+        if isinstance(layer.input_quantizer, GdnsqQuantizer)
+    ]
+    return tuple(sum(v) / len(v) if v else math.nan for v in (weights, activations))  # type: ignore[return-value]
+
+
+def _target(config: PrecisionConfig, name: str) -> tuple[float, float]:
+    def bits(precision: Precision) -> float:
+        return math.inf if precision.is_float else float(precision.bits)
+
+    return bits(config[name].weight), bits(config[name].activation)
+
+
+def _check(config: PrecisionConfig) -> None:
+    for name, layer in config.items():
+        for precision in (layer.weight, layer.activation):
+            if precision.quantizer not in ("uniform", "float"):
+                raise PrecisionError(f"layer '{name}' is to be {precision}: GDNSQ trains uniform quantizers only")
+        if not layer.weight.is_float and layer.weight.granularity == "tensor":
+            raise PrecisionError(f"layer '{name}' is to be {layer.weight}: GDNSQ trains weights per channel")
+
+
+__all__ = ["GdnsqMethod", "Penalty", "deployed", "excess_bits", "gdnsq", "learnable"]

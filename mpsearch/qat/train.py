@@ -1,0 +1,96 @@
+"""One config trained by one method and scored: what `mpsearch train` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpsearch.errors import PrecisionError
+from mpsearch.exporters.native import read_config
+from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.qat.gdnsq import gdnsq
+from mpsearch.qat.pipeline import qat
+from mpsearch.qat.trained import Trained
+from mpsearch.quant.prepare import check_names
+from mpsearch.search.run import Problem
+from mpsearch.search.trial import Workbench
+from mpsearch.space import SearchSpace
+from mpsearch.study import TrialSpec
+
+OnStep = Callable[[int, int, float], None]
+"""(step, steps, training loss) -> None."""
+
+METHODS: Mapping[str, Callable[[Problem, PrecisionConfig, TrialSpec, Callable[[int, float], None]], Trained]] = {
+    "qat": lambda problem, config, settings, on_step: qat(problem.task, config, settings, on_step),
+    "gdnsq": lambda problem, config, settings, on_step: gdnsq(
+        problem.task, config, Workbench(problem.task, settings), settings.steps, settings.seed, on_step=on_step
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A trained network with its accuracies, as shares, and its relative cost."""
+
+    trained: Trained
+    float_accuracy: Mapping[str, float]  # by split
+    accuracy: Mapping[str, float]
+    cost: float
+    held: tuple[str, ...]  # the layers that the space fixes, with the precisions that they keep
+
+
+def train_one(
+    problem: Problem, target: str, method: str, epochs: float, seed: int, on_step: OnStep = lambda _i, _n, _loss: None
+) -> Scored:
+    """Train the network of a study at one target and score val and test.
+
+    Args:
+        problem: the study.
+        target: as `target_config` reads it.
+        method: one of METHODS.
+        epochs: passes over the training data.
+        seed: of the batches and of whatever is random.
+        on_step: called after every step.
+
+    Raises:
+        PrecisionError: the target cannot be read, does not fit the network or the method.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    task = problem.task
+    config, held = target_config(problem.space, target)
+    steps = max(1, round(epochs * task.steps_per_epoch(problem.spec.trial.batch_size)))
+    settings = problem.spec.trial.model_copy(update={"steps": steps, "seed": seed})
+    trained = METHODS[method](problem, config, settings, lambda step, loss: on_step(step, steps, loss))
+    float_model = task.float_model()
+    return Scored(
+        trained,
+        {split: task.evaluate(float_model, split) for split in ("val", "test")},
+        {split: task.evaluate(trained.model, split) for split in ("val", "test")},
+        problem.cost(config),
+        held,
+    )
+
+
+def target_config(space: SearchSpace, target: str) -> tuple[PrecisionConfig, tuple[str, ...]]:
+    """The config that a text asks for, and the layers that stay as the space fixes them.
+
+    `w4a4` and `shift:4 x float` (weight x input) are for every layer that the space does not fix; the file of a
+    precision config (or the folder of an export) is taken as it is.
+
+    Raises:
+        PrecisionError: the text has another form.
+        ExportError: the file is no precision config.
+    """
+    if Path(target).exists():
+        config = read_config(target)
+        check_names(config, dict.fromkeys(space.layers))
+        return PrecisionConfig((name, config[name]) for name in space.layers), ()
+    weight, separator, activation = target.partition(" x ")
+    try:
+        wanted = LayerPrecision.parse(weight, activation) if separator else LayerPrecision.shorthand(target)
+    except PrecisionError as error:
+        raise PrecisionError(f"{error}; or name the file of a precision config") from None
+    config = space.everywhere(wanted)
+    held = tuple(f"{name} {precision}" for name, precision in config.items() if precision != wanted)
+    return config, held

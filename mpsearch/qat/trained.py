@@ -1,0 +1,52 @@
+"""What a training of one config gives: the quantized model, what it is, and how it went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mpsearch.exporters.native import save
+from mpsearch.graph.layers import LayerInfo
+from mpsearch.precision import PrecisionConfig
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A quantized model in eval mode, whose quantizers are those that are priced and exported."""
+
+    model: nn.Module
+    layers: tuple[LayerInfo, ...]
+    config: PrecisionConfig
+    seconds: Mapping[str, float]  # by stage
+    log: tuple[Mapping[str, float], ...] = ()  # of training, in order: step, loss and what the method adds
+    notes: tuple[str, ...] = ()  # what was left out and why, in words
+    structure: Mapping[str, Any] | None = field(default=None)  # how the network was changed before it was quantized
+
+    def save(
+        self, folder: str | Path, *, name: str, task: str, metric: str, accuracy: Mapping[str, float | None]
+    ) -> Path:
+        """Write a native export; `mpsearch.load` gives the model back from the original float network."""
+        return save(
+            self.model,
+            self.layers,
+            folder,
+            name=name,
+            task=task,
+            metric=metric,
+            accuracy=accuracy,
+            structure=self.structure,
+        )
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time spent inside to a stage."""
+    began = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
