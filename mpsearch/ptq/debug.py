@@ -132,6 +132,7 @@ class Diagnosis:
     """Everything that was measured. Where the sanity check failed, nothing behind it was."""
 
     config: PrecisionConfig
+    metric: str  # what an accuracy is
     samples: int  # of the validation split
     float_accuracy: float
     sanity: Score  # quantizers inserted, everything at float precision
@@ -211,7 +212,9 @@ def diagnose(
     scorer = _Scorer(task, model.to(device))
     bench = _Bench(net, layers, config, calibration_input, scorer, device)
     sanity = bench.score(_keep(config, None))
-    found = Diagnosis(config, scorer.samples, scorer.float_accuracy, sanity, {}, (), (), (), net.notes, 0.0)
+    found = Diagnosis(
+        config, task.metric, scorer.samples, scorer.float_accuracy, sanity, {}, (), (), (), net.notes, 0.0
+    )
     if found.sane:
         on_stage("weights, activations, all")
         found = replace(
@@ -251,8 +254,8 @@ def advise(found: Diagnosis, study: str = "STUDY") -> tuple[Advice, ...]:
 def document(found: Diagnosis, study: str = "STUDY") -> dict[str, Any]:
     """The diagnosis for programs; what is not a number (SQNR of a tensor that loses nothing, say) is null.
 
-    - `samples` of val, `float_val`, `seconds`, `notes`; `sane` and `sanity`; `parts`: `weights`, `activations`, `all`,
-      each with `harmful`;
+    - `metric`, `samples` of val, `float_val`, `seconds`, `notes`; `sane` and `sanity`; `parts`: `weights`,
+      `activations`, `all`, each with `harmful`;
     - `layers`: `layer`, `kind`, `channel_ratio`, `weight` and `activation` (`precision`, `sqnr_db`, and the scores with
       this tensor alone quantized; null where the config leaves float); `worst`: layer names by side;
     - `attempts`: `action`, `side`, `layers`; `advice`: `action`, `text`, `layers`, `command`;
@@ -277,6 +280,7 @@ def document(found: Diagnosis, study: str = "STUDY") -> dict[str, Any]:
         return {"precision": str(facts.precision), "sqnr_db": _number(facts.sqnr_db), **score(facts.alone)}
 
     return {
+        "metric": found.metric,
         "samples": found.samples,
         "float_val": _number(100 * found.float_accuracy),
         "sane": found.sane,
@@ -613,8 +617,9 @@ def _side_steps(found: Diagnosis, side: Side) -> Iterator[Advice]:
     if attempt := helped("more_bits"):
         what = "weights" if side == "weight" else "inputs"
         wider = _widened(found.config, worst)
-        texts = ", ".join(f"{name} ({getattr(wider[name], side)})" for name in worst)
-        yield Advice("more_bits", f"More bits for the {what} of {texts}: {outcome(attempt)}.", worst)
+        widths = ", ".join(dict.fromkeys(str(getattr(wider[name], side)) for name in worst))
+        text = f"More bits ({widths}) for the {what} of {', '.join(worst)}: {outcome(attempt)}."
+        yield Advice("more_bits", text, worst)
 
 
 def _badly_scaled(found: Diagnosis) -> tuple[str, ...]:
