@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -225,11 +226,13 @@ def diagnose(
                 "all": bench.score(config),
             },
         )
-        on_stage(f"{len(layers)} layers one by one")
+        on_stage(f"{len(config)} layers one by one")
         found = replace(found, layers=tuple(bench.facts(layer) for layer in layers if layer.name in config))
         on_stage("remedies")
+        untraced = () if trace(net.model) else ("no cross-layer equalization: torch.fx cannot trace the model",)
         found = replace(
             found,
+            notes=net.notes + untraced,
             histograms=tuple(bench.histogram(name, side) for side in SIDES for name in found.worst(side)),
             attempts=tuple(_attempts(found, bench)),
         )
@@ -557,15 +560,20 @@ def _steps(found: Diagnosis) -> list[Advice]:
     if not found.harmful("all"):
         scored = _scored(found, found.parts["all"])
         return [Advice("none", f"Nothing: the whole config is within {TOLERANCE:.0%} of the float score ({scored}).")]
-    steps = [step for side in SIDES if found.harmful(SIDES[side]) for step in _side_steps(found, side)]
-    text = "If that is not enough: train with the quantizers in place (QAT)."
+    steps = {side: list(_side_steps(found, side)) for side in SIDES if found.harmful(SIDES[side])}
+    reasons = [
+        f"Nothing that was tried helps the {SIDES[side]}, which lose most in {', '.join(found.worst(side))}."
+        for side, remedies in steps.items()
+        if not remedies
+    ]
     if not steps:
-        text = (
+        reasons = [
             f"Weights alone ({_scored(found, found.parts['weights'])}) and activations alone "
-            f"({_scored(found, found.parts['activations'])}) are fine, together they are not, and nothing that was "
-            "tried is left: train with the quantizers in place (QAT)."
-        )
-    return [*steps, Advice("qat", text)]
+            f"({_scored(found, found.parts['activations'])}) are fine, together they are not."
+        ]
+    how = "Train with the quantizers in place (QAT)" + ("." if reasons else " if that is not enough.")
+    layers = tuple(name for side, remedies in steps.items() if not remedies for name in found.worst(side))
+    return [*chain.from_iterable(steps.values()), Advice("qat", " ".join([*reasons, how]), layers)]
 
 
 def _side_steps(found: Diagnosis, side: Side) -> Iterator[Advice]:
@@ -582,10 +590,10 @@ def _side_steps(found: Diagnosis, side: Side) -> Iterator[Advice]:
 
     def helped(action: Action) -> Attempt | None:
         attempt = tried.get(action)
-        better = attempt is not None and (
-            attempt.score.divergence < HELPS * without.divergence and attempt.score.accuracy >= without.accuracy
-        )
-        return attempt if better else None
+        if attempt is None or not math.isfinite(attempt.score.divergence):
+            return None
+        worse = attempt.score.accuracy < without.accuracy
+        return None if worse or attempt.score.divergence >= HELPS * without.divergence else attempt
 
     if attempt := helped("cle"):
         bad = _badly_scaled(found)

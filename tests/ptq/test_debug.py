@@ -15,6 +15,7 @@ from mpsearch.errors import PrecisionError
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.ptq.debug import (
     Advice,
+    Attempt,
     Diagnosis,
     LayerFacts,
     Score,
@@ -200,6 +201,32 @@ def facts(weights: float, activations: float, everything: float) -> Diagnosis:
 )
 def test_the_decision_tree(accuracies: tuple[float, float, float], actions: list[str]) -> None:
     assert [item.action for item in advise(facts(*accuracies))] == actions
+
+
+def test_advice_says_what_is_left_and_names_the_layer() -> None:
+    together, stuck, broken = (
+        advise(facts(*accuracies))[-1] for accuracies in ((0.893, 0.893, 0.85), (0.9, 0.8, 0.8), (0.9, math.nan, 0.8))
+    )
+    assert "are fine, together they are not" in together.text
+    for advice in (stuck, broken):
+        assert advice.text.startswith("Nothing that was tried helps the activations, which lose most in fc.")
+        assert advice.layers == ("fc",)
+    assert advise(facts(0.8, 0.9, 0.8))[-1].text == "Train with the quantizers in place (QAT) if that is not enough."
+    assert together.command == "mpsearch train STUDY --method qat --target w4a4"
+
+
+@pytest.mark.parametrize(
+    ("score", "advised"),
+    [
+        (Score(0.88, 0.1, 0.0), True),
+        (Score(0.88, 0.48, 0.0), False),  # hardly closer to the float model
+        (Score(0.79, 0.1, 0.0), False),  # closer, and yet less accurate
+        (Score(math.nan, math.nan, 0.0), False),
+    ],
+)
+def test_a_remedy_is_advised_if_it_helped(score: Score, advised: bool) -> None:
+    found = replace(facts(0.9, 0.8, 0.8), attempts=(Attempt("min_max", "activation", (), score),))
+    assert ("min_max" in {item.action for item in advise(found)}) is advised
 
 
 def test_a_drop_is_known_to_the_answers_that_changed() -> None:
