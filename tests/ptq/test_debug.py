@@ -149,6 +149,22 @@ def test_only_the_tensors_that_a_config_quantizes_are_measured(task: Classificat
     assert found.parts["all"].divergence > found.parts["activations"].divergence
 
 
+def test_remedies_are_tried_on_the_side_that_needs_them(task: ClassificationTask, net: nn.Module) -> None:
+    found = diagnose(with_model(task, net), LayerPrecision.shorthand("w3a2"))
+    assert found.harmful("weights")
+    assert found.harmful("activations")
+    scores = {(attempt.side, attempt.action): attempt.score for attempt in found.attempts}
+    assert list(scores) == [
+        *(("weight", action) for action in ("cle", "bias_correction", "more_bits")),
+        *(("activation", action) for action in ("cle", "min_max", "more_bits")),
+    ]
+    for side, action in (("weight", "bias_correction"), ("weight", "more_bits"), ("activation", "more_bits")):
+        part = "weights" if side == "weight" else "activations"
+        assert scores[side, action].divergence < 0.9 * found.parts[part].divergence
+    # Two bits over the whole range of an activation are worse than two bits over most of its values.
+    assert scores["activation", "min_max"].divergence > found.parts["activations"].divergence
+
+
 class AsksForItsClass(nn.Module):
     """Computes something else as soon as its layer is no plain one: what the sanity check is for."""
 
