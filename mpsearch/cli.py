@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -19,13 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpsearch.errors import MpsearchError, RunError, nearest
+from mpsearch.errors import MpsearchError, PrecisionError, RunError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from mpsearch.precision import Precision
+    from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
     from mpsearch.record import RunFolder, TrialRecord
     from mpsearch.search.engine import Event
     from mpsearch.search.run import Problem
@@ -405,6 +406,56 @@ def train(
 
 
 @app.command()
+def debug(
+    study: Study,
+    config: Annotated[str, typer.Argument(help="w4a8, w4a8/tensor, or the path of a precision config in JSON")],
+    samples: Annotated[int, typer.Option("--samples", min=1, help="validation images to score, evenly spread")] = 1000,
+    out: Annotated[Path, typer.Option("--out", help="the page")] = Path("debug.html"),
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Find where a config loses accuracy (the white paper's debugging flow) and what to try; scores val only.
+
+    Weights or activations, which layers, what their values look like, and which remedies help. JSON: accuracies in
+    percent, points lost as `drop`; mpsearch.ptq.debug.document lists the keys.
+    """
+    from mpsearch.ptq.debug import advise, diagnose, document
+    from mpsearch.report.debug_page import STAGE_COLUMNS, stage_rows, summary, write_debug_page
+    from mpsearch.study import load_study
+    from mpsearch.task.classification import ClassificationTask
+    from mpsearch.task.load import load_task
+
+    if not out.parent.is_dir() or out.is_dir():
+        raise RunError(f"--out got '{out}': give the page as a file in a folder that exists")
+    precisions = _precisions(config)
+    task = load_task(load_study(study, set_ or ()).task)
+    if isinstance(task, ClassificationTask):  # another task scores all of its validation split
+        task = task.sampled(samples)
+    progress = _console(stderr=True)
+    found = diagnose(task, precisions, lambda stage: progress.print(stage, style="dim", highlight=False))
+    again = ["mpsearch", "debug", study, config, "--samples", str(samples)]
+    again += [part for item in set_ or () for part in ("--set", item)]
+    page = write_debug_page(out, found, study=study, config=config, commands=[shlex.join(again)])
+    if json_:
+        _print_json({**document(found, study), "page": str(page)})
+        return
+    console = _console()
+    for line in summary(found):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    table = _table(*[f">{name}" if index > 1 else name for index, name in enumerate(STAGE_COLUMNS)])
+    for row in stage_rows(found):
+        table.add_row(*row, style="yellow" if row[1] == "problem" else None)
+    console.print(table)
+    for line in found.notes:
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for number, item in enumerate(advise(found, study), start=1):
+        console.print(f"{number}. {item.text}", highlight=False, markup=False, soft_wrap=True)
+        if item.command:
+            console.print(f"   {item.command}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{_duration(found.seconds)}; page: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def report(run: Run) -> None:
     """Write `report.html` in the run folder: one file that opens without a network."""
     from mpsearch.record import RunFolder
@@ -557,6 +608,19 @@ def _open(study: str, set_: Sequence[str] | None) -> tuple[StudySpec, Problem]:
 
     spec = load_study(study, set_ or ())
     return spec, open_problem(spec)
+
+
+def _precisions(text: str) -> PrecisionConfig | LayerPrecision:
+    """A config as the command line names it: a file or folder if there is one, else a shorthand."""
+    from mpsearch.exporters.native import read_config
+    from mpsearch.precision import LayerPrecision
+
+    if Path(text).exists():
+        return read_config(text)
+    try:
+        return LayerPrecision.shorthand(text)
+    except PrecisionError as error:
+        raise PrecisionError(f"CONFIG got '{text}': there is no such file, and as a shorthand, {error}") from None
 
 
 def _write_report(folder: RunFolder, problem: Problem) -> Path:

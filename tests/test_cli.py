@@ -177,6 +177,34 @@ def test_ptq_works_without_data(home: Path) -> None:
     assert "w8a8" in done.stdout
 
 
+def test_debug_finds_what_two_bits_break_and_writes_a_page(home: Path) -> None:
+    done = mpsearch("debug", "quick.yaml", "w2a32/tensor", "--samples", "100", "--out", "why.html", cwd=home)
+    assert done.returncode == 0, done.stderr
+    for words in ("on 100 samples of the validation split", "weights alone", "mpsearch ptq quick.yaml --bits w2a32"):
+        assert words in done.stdout, words
+    assert "What to try" in (home / "why.html").read_text()
+
+
+def test_debug_reads_an_exported_config_and_prints_json(home: Path) -> None:
+    config = {"weight": {"quantizer": "uniform", "bits": 8, "granularity": "channel"}}
+    config["activation"] = {"quantizer": "float", "bits": 32, "granularity": "tensor"}
+    layers = [
+        row["layer"] for row in json.loads(mpsearch("inspect", "quick.yaml", "--json", cwd=home).stdout)["layers"]
+    ]
+    document = {"schema": "mpsearch/precision-config/1", "layers": dict.fromkeys(layers, config)}
+    (home / "own.json").write_text(json.dumps(document))
+    done = mpsearch("debug", "quick.yaml", "own.json", "--json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["page"] == "debug.html"
+    assert (home / "debug.html").stat().st_size > 0
+    assert 0 < found["float_val"] <= 100
+    assert [row["layer"] for row in found["layers"]] == layers
+    assert all(row["weight"]["sqnr_db"] > 30 and row["activation"] is None for row in found["layers"])
+    (home / "own.json").write_text(json.dumps(document | {"layers": {"conv9": config}}))
+    refused(mpsearch("debug", "quick.yaml", "own.json", cwd=home), "'conv9'", "did you mean 'conv")
+
+
 def test_check_says_what_will_be_optimised_in_units(home: Path) -> None:
     done = mpsearch("check", "quick.yaml", "--set", "cost.model=bops", cwd=home)
     assert done.returncode == 0, done.stderr
@@ -213,6 +241,10 @@ def test_inspect_lists_every_layer(home: Path) -> None:
         (("train", "quick.yaml", "--target", "w4a4", "--method", "gdn"), ("'gdn'", "gdnsq")),
         (("train", "quick.yaml", "--target", "apot:4 x float", "--method", "gdnsq"), ("apot:4", "uniform")),
         (("ptq", "quick.yaml", "--bits", "w4a8", "--rounding", "adaround", "--data-free"), ("adaround needs",)),
+        (("debug", "quick.yaml", "own4.json"), ("CONFIG got 'own4.json'", "no such file", "w4a8/tensor")),
+        (("debug", "quick.yaml", "w9a9"), ("uniform has no 9-bit form",)),
+        (("debug", "quick.yaml", "quick.yaml"), ("cannot read quick.yaml",)),
+        (("debug", "quick.yaml", "w8a8", "--out", "no/x"), ("--out got 'no/x'", "a file in a folder that exists")),
         (("check", "quick.yaml", "--set", "engine.address=nowhere"), ("engine.address", "ray://HOST:PORT")),
     ],
 )

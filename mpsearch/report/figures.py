@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from math import ceil
+from itertools import pairwise
+from math import ceil, log10
 from typing import Literal
 
 import pandas as pd
@@ -163,6 +164,58 @@ def hypervolume(progress: pd.DataFrame) -> go.Figure:
     figure.update_layout(showlegend=False)
     figure.update_xaxes(title=f"time since the first trial started, {unit}", rangemode="tozero")
     figure.update_yaxes(title="hypervolume")
+    return figure
+
+
+def sweep(layers: pd.DataFrame) -> go.Figure:
+    """How far each layer moves the logits when its weight, or its input, is quantized alone.
+
+    Of more than `MAX_ROWS` layers those that move them least are left out.
+
+    Args:
+        layers: as from `debug_page.sweep_table`.
+    """
+    most = layers[["weight_divergence", "activation_divergence"]].max(axis=1)
+    shown = layers[most.rank(method="first", ascending=False, na_option="top") <= MAX_ROWS]
+    figure = go.Figure(layout=_layout(height=110 + 24 * max(len(shown), 4)))
+    for side, colour, symbol in (("weight", _BLUE, "circle"), ("activation", _ORANGE, "diamond")):
+        figure.add_scatter(
+            x=shown[f"{side}_divergence"],
+            y=list(range(len(shown))),
+            customdata=[[escape(name), drop] for name, drop in zip(shown.layer, shown[f"{side}_drop"], strict=True)],
+            name={"weight": "its weight", "activation": "its input"}[side],
+            mode="markers",
+            marker={"color": colour, "symbol": symbol, "size": 10},
+            hovertemplate="%{customdata[0]}<br>divergence %{x:.3g} nats<br>%{customdata[1]:.2f} points lost",
+        )
+    figure.update_xaxes(type="log", title="divergence, nats, log scale", exponentformat="power", dtick=1)
+    figure.update_yaxes(
+        autorange="reversed",
+        tickvals=list(range(len(shown))),
+        ticktext=[_shortened([name], 20) for name in shown.layer],
+    )
+    return figure
+
+
+def before_after(edges: Sequence[float], before: Sequence[int], after: Sequence[int], title: str) -> go.Figure:
+    """Values of a tensor before and after quantization, counted (log scale) in the same bins.
+
+    Args:
+        edges: of the bins, one more than there are bins.
+        before: values in each bin.
+        after: values in each bin.
+        title: of the horizontal axis.
+    """
+    middles = [(low + high) / 2 for low, high in pairwise(edges)]
+    width = edges[1] - edges[0]
+    figure = go.Figure(layout=_layout(height=260))
+    for name, counts, share, colour in (("before", before, 1.0, _SKY), ("after", after, 0.4, _VERMILLION)):
+        marker = {"color": colour, "line": {"width": 0}, "opacity": 1}
+        figure.add_bar(x=middles, y=counts, width=share * width, name=name, marker=marker)
+    figure.update_layout(barmode="overlay")
+    figure.update_xaxes(title=escape(title))
+    top = max((*before, *after, 1))
+    figure.update_yaxes(type="log", title="values", range=[-0.3, log10(top) + 0.2], exponentformat="power", dtick=1)
     return figure
 
 

@@ -1,0 +1,175 @@
+"""The page of `mpsearch debug`: where a quantized network loses its accuracy, and what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from math import isnan, nan
+from pathlib import Path
+
+import pandas as pd
+
+from mpsearch.ptq.debug import BADLY_SCALED, SIDES, TOLERANCE, Advice, Diagnosis, TensorFacts, advise
+from mpsearch.report import figures
+from mpsearch.report.parts import figure, note, section, table, write_page
+
+STAGE_COLUMNS = ("quantized", "", "accuracy, %", "points lost", "divergence, nats", "answers changed, %")
+_SIDE_WORDS = {"weight": "weight", "activation": "input"}
+_ACTION_WORDS = {
+    "cle": "cross-layer equalization",
+    "per_channel": "one scale per output channel",
+    "bias_correction": "bias correction",
+    "min_max": "min-max ranges",
+    "more_bits": "more bits",
+}
+
+
+def write_debug_page(
+    path: str | Path, found: Diagnosis, *, study: str, config: str, commands: Sequence[str] = ()
+) -> Path:
+    """Write the page.
+
+    Args:
+        path: the HTML file; replaced whole if it exists.
+        found: what was measured.
+        study: its name, as commands give it.
+        config: what the user called the config.
+        commands: how to reproduce it, a line each.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    sections = [
+        section("What to try", _advice(advise(found, study))),
+        section("Where accuracy is lost", _stages(found)),
+    ]
+    if found.layers:
+        sections.append(section("Layer by layer", _layers(found)))
+    if found.histograms:
+        sections.append(section("The worst layers, before and after", _histograms(found)))
+    if found.attempts:
+        sections.append(section("Remedies tried", _attempts(found)))
+    return write_page(path, f"{study}: {config}", [*summary(found), *found.notes], sections, commands)
+
+
+def summary(found: Diagnosis) -> list[str]:
+    """What was scored and on what, and the layers that stand out, a paragraph each."""
+    whole = found.parts.get("all", found.sanity)
+    lines = [
+        f"{100 * whole.accuracy:.2f} % quantized, {100 * found.float_accuracy:.2f} % float: {found.metric} on "
+        f"{found.samples} samples of the validation split. BatchNorm is folded, ranges are of least squared error."
+    ]
+    worst = [f"{_SIDE_WORDS[side]}s of {', '.join(names)}" for side in SIDES if (names := found.worst(side))]
+    if worst:
+        lines.append(f"Quantized alone, the logits are moved most by the {', and the '.join(worst)}.")
+    return lines
+
+
+def stage_rows(found: Diagnosis) -> list[list[str]]:
+    """A row per stage of the flow, by `STAGE_COLUMNS`."""
+    rows = [["float", "", f"{100 * found.float_accuracy:.2f}", "", "", ""]]
+    stages = [("quantizers at 32 bits", found.sanity, not found.sane)]
+    words = {"weights": "weights alone", "activations": "activations alone", "all": "all"}
+    stages += [(words[part], score, found.harmful(part)) for part, score in found.parts.items()]
+    for words_, score, bad in stages:
+        rows.append(
+            [
+                words_,
+                "problem" if bad else "fine",
+                f"{100 * score.accuracy:.2f}",
+                f"{100 * found.drop(score):.2f} ± {100 * found.drop_error(score):.2f}",
+                f"{score.divergence:.3g}",
+                f"{100 * score.changed:.1f}",
+            ]
+        )
+    return rows
+
+
+def sweep_table(found: Diagnosis) -> pd.DataFrame:
+    """A row per layer, in the network's order; NaN where the config leaves a tensor float.
+
+    Columns: layer, kind, channel_ratio, and for weight_ and activation_: precision, sqnr_db, drop (points),
+    divergence (nats).
+    """
+
+    def facts(tensor: TensorFacts | None) -> tuple[str, float, float, float]:
+        if tensor is None:
+            return "float", nan, nan, nan
+        return str(tensor.precision), tensor.sqnr_db, 100 * found.drop(tensor.alone), tensor.alone.divergence
+
+    rows = [
+        (layer.name, layer.kind, layer.channel_ratio, *facts(layer.weight), *facts(layer.activation))
+        for layer in found.layers
+    ]
+    names = [f"{side}_{what}" for side in SIDES for what in ("precision", "sqnr_db", "drop", "divergence")]
+    return pd.DataFrame(rows, columns=["layer", "kind", "channel_ratio", *names])
+
+
+def _advice(advice: Sequence[Advice]) -> str:
+    items = "".join(
+        f"<li>{escape(item.text)}" + (f"<br><code>{escape(item.command)}</code>" if item.command else "") + "</li>"
+        for item in advice
+    )
+    return f"<ol>{items}</ol>"
+
+
+def _stages(found: Diagnosis) -> str:
+    about = (
+        f"A part is a problem if it loses more than {TOLERANCE:.0%} of the float score. Divergence: Jeffreys, of the "
+        "logits from the float model's. ±: a bound on the standard error."
+    )
+    return table(STAGE_COLUMNS, stage_rows(found), texts={0, 1}) + note(about)
+
+
+def _layers(found: Diagnosis) -> str:
+    layers = sweep_table(found)
+    caption = "Each layer quantized alone, everything else float. Farther to the right is worse."
+    drawn = figure(figures.sweep(layers), "sweep", caption)
+    columns = ["layer", "kind", "channel ratio"]
+    for words in _SIDE_WORDS.values():
+        columns += [words, "SQNR, dB", "points lost", "divergence"]
+    rows = [
+        [row[0], row[1], _shown(row[2], ".1f")]
+        + [_shown(value, form) for value, form in zip(row[3:], ("", ".1f", ".2f", ".2g") * 2, strict=True)]
+        for row in layers.itertuples(index=False, name=None)
+    ]
+    about = (
+        "SQNR: 10 log10(E[x²] / E[(x - q(x))²]). Channel ratio: the largest output channel's max|w| over the median "
+        f"one's; from {BADLY_SCALED:.0f} on, one scale for the whole weight leaves most channels few levels."
+    )
+    return drawn + table(columns, rows, texts={0, 1, 3, 7}) + note(about)
+
+
+def _histograms(found: Diagnosis) -> str:
+    sqnr = {(layer.name, side): facts.sqnr_db for side in SIDES for layer, facts in found.ranked(side)}
+    drawn = ""
+    for index, values in enumerate(found.histograms):
+        what = f"{_SIDE_WORDS[values.side]} of {values.layer}"
+        caption = f"As {values.precision}: SQNR {sqnr[values.layer, values.side]:.1f} dB."
+        drawn += figure(
+            figures.before_after(values.edges, values.before, values.after, what), f"values-{index}", caption
+        )
+    return note("Inputs are a sample of what the validation images make.") + f"<div class='pair narrow'>{drawn}</div>"
+
+
+def _attempts(found: Diagnosis) -> str:
+    rows = []
+    for tried in found.attempts:
+        without = found.parts[SIDES[tried.side]]
+        rows.append(
+            [
+                _ACTION_WORDS[tried.action],
+                SIDES[tried.side],
+                ", ".join(tried.layers) if 0 < len(tried.layers) <= 3 else "all",
+                f"{100 * tried.score.accuracy:.2f}",
+                f"{100 * without.accuracy:.2f}",
+                f"{tried.score.divergence:.3g}",
+                f"{without.divergence:.3g}",
+            ]
+        )
+    columns = ["remedy", "quantized alone", "layers", "accuracy, %", "without", "divergence", "without"]
+    return table(columns, rows, texts={0, 1, 2})
+
+
+def _shown(value: str | float, form: str) -> str:
+    return "" if isinstance(value, float) and isnan(value) else format(value, form)

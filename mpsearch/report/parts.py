@@ -1,0 +1,117 @@
+"""What pages are made of: one HTML file that needs no network, from the template `dashboards/report.html`."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Collection, Iterable, Sequence
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+from mpsearch.errors import RunError
+from mpsearch.shipped import shipped_folder
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+_PACKAGES = ("mpsearch", "torch", "torchvision", "numpy", "optuna", "ray", "plotly")
+
+
+def write_page(
+    path: str | Path, title: str, summary: Sequence[str], sections: Sequence[str], commands: Sequence[str] = ()
+) -> Path:
+    """Write a page.
+
+    Args:
+        path: the HTML file; replaced whole if it exists.
+        title: of the page.
+        summary: a paragraph each, below the title.
+        sections: as from `section`; the environment follows them.
+        commands: how to reproduce it, a line each; the last section.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    from plotly.offline import get_plotlyjs
+
+    environment = section("Environment", _pre(f"{key}: {value}" for key, value in _environment().items()))
+    last = [environment, section("Reproduce", _pre(commands))] if commands else [environment]
+    template = Template((shipped_folder("dashboards") / "report.html").read_text(encoding="utf-8"))
+    text = template.substitute(
+        title=escape(title),
+        summary=paragraphs(summary),
+        sections="\n".join([*sections, *last]),
+        plotlyjs=get_plotlyjs(),
+    )
+    return _replace(Path(path), text)
+
+
+def paragraphs(lines: Iterable[str]) -> str:
+    """A paragraph for each line."""
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def note(text: str) -> str:
+    """A paragraph in small print."""
+    return f"<p class='note'>{escape(text)}</p>"
+
+
+def figure(drawn: go.Figure, name: str, caption: str) -> str:
+    """A figure with what it shows in words; `name` is unique in the page."""
+    # Only these buttons: plotly's own choice has one that shares the data by network.
+    config = {"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]}
+    body = drawn.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", config=config)
+    return f"<figure>{body}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def section(title: str, body: str) -> str:
+    """A heading, and HTML below it."""
+    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>"
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], texts: Collection[int], marked: int | None = None
+) -> str:
+    """Columns of numbers are aligned to the right, those in `texts` to the left; row `marked` stands out."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "".join(
+            f'<{tag} class="text">{escape(cell)}</{tag}>' if index in texts else f"<{tag}>{escape(cell)}</{tag}>"
+            for index, cell in enumerate(cells)
+        )
+
+    body = "\n".join(
+        f'<tr class="knee">{line("td", row)}</tr>' if index == marked else f"<tr>{line('td', row)}</tr>"
+        for index, row in enumerate(rows)
+    )
+    head = f"<thead><tr>{line('th', columns)}</tr></thead>"
+    return f'<div class="wide"><table>{head}<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _pre(lines: Iterable[str]) -> str:
+    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+
+
+def _environment() -> dict[str, str]:
+    """Where the report was written."""
+    found = {"python": platform.python_version(), "system": f"{platform.platform()}, {os.cpu_count()} CPUs"}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _replace(path: Path, text: str) -> Path:
+    """Write a file whole or not at all: somebody may be reading it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write the report {path}: {error.strerror}; make the folder writable") from None
+    return path
