@@ -50,7 +50,7 @@ def nearest_level(v: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
         for j, height in enumerate(torch.diff(levels).unbind()):
             level = level + height * (magnitude > thresholds[j])
     else:
-        level = levels[torch.bucketize(magnitude, thresholds)]
+        level = levels[torch.bucketize(magnitude.contiguous(), thresholds)]  # else it copies with a warning
     return torch.where(v.isnan(), v, level * v.sign())
 
 

@@ -80,6 +80,10 @@ class RangeSetter:
         self._activation: dict[tuple[str, Precision], tuple[Tensor, Tensor]] = {}
         self._weight: dict[tuple[str, Precision], tuple[Tensor, Tensor]] = {}
 
+    def samples(self, name: str) -> Tensor:
+        """Values `(n,)` that a layer's input takes on the calibration input."""
+        return self._inputs[name]
+
     def activation(self, name: str, precision: Precision) -> tuple[Tensor, Tensor]:
         """Step and offset of a layer's input, both of shape ()."""
         key = (name, precision)
