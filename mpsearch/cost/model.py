@@ -114,6 +114,26 @@ class RelativeCost:
         """The cost in the model's unit. Raises CostError as `cost_of` does."""
         return self._pricing.cost(config)
 
+    @property
+    def combined_by(self) -> Callable[[Iterable[float]], float]:
+        """What makes one cost of the layers' costs: `sum`, or `max` for a peak."""
+        return self._pricing.model.total
+
+    @property
+    def of_float_layers(self) -> float:
+        """Relative cost of the layers that no config names, combined; 0 if there are none."""
+        return self._pricing.of_float_layers() / self.reference.total
+
+    def addend(self, name: str, precision: LayerPrecision) -> float:
+        """Relative cost of one layer in a config where the layers that share its tensors agree on their precision.
+
+        Then `combined_by` of all addends, and of `of_float_layers`, is the cost of the config.
+
+        Raises:
+            CostError: no quantizable layer has this name.
+        """
+        return self._pricing.addend(name, precision) / self.reference.total
+
     def bounds(self, choices: Choices) -> tuple[float, float]:
         """Relative cost of the cheapest and of the dearest config that can be chosen.
 
@@ -141,12 +161,12 @@ class _Pricing:
     def __init__(self, layers: Sequence[LayerInfo], model: str) -> None:
         if model not in COST_MODELS:
             raise CostError(f"unknown cost model '{model}': {nearest(model, COST_MODELS)}")
-        self._model = COST_MODELS[model]
-        self._prices = {layer.name: _LayerPrices(layer, self._model.parts) for layer in layers}
+        self.model = COST_MODELS[model]
+        self._prices = {layer.name: _LayerPrices(layer, self.model.parts) for layer in layers}
         self._float = {layer.name: layer.reason for layer in layers if layer.reason is not None}
         self._shared = [
             (index, members)
-            for index, part in enumerate(self._model.parts)
+            for index, part in enumerate(self.model.parts)
             if part.once_per is not None
             for members in _groups(layers, part.once_per)
         ]
@@ -162,8 +182,25 @@ class _Pricing:
             for name in members:
                 if name != holder:
                     per_layer[name] -= parts[name][index]
-        total = self._model.total(per_layer.values()) if per_layer else 0.0
-        return Cost(total, self._model.unit, per_layer, tuple(self._float))
+        total = self.model.total(per_layer.values()) if per_layer else 0.0
+        return Cost(total, self.model.unit, per_layer, tuple(self._float))
+
+    def addend(self, name: str, precision: LayerPrecision) -> float:
+        """What a layer adds to the total; a tensor that layers share is counted at the one that `cost` counts it at."""
+        if name not in self._prices or name in self._float:
+            raise CostError(f"no quantizable layer '{name}': {nearest(name, self._prices.keys() - self._float.keys())}")
+        parts = self._prices[name][precision]
+        counted_elsewhere = (
+            parts[index]
+            for index, members in self._shared
+            if name in members and name != max(members, key=lambda other: self._prices[other][precision][index])
+        )
+        return sum(parts) - sum(counted_elsewhere)
+
+    def of_float_layers(self) -> float:
+        """The cost of the layers that stay float, combined."""
+        prices = [sum(self._prices[name][_AS_FLOAT]) for name in self._float]
+        return self.model.total(prices) if prices else 0.0
 
     def alone(self, name: str) -> Callable[[LayerPrecision], float]:
         """The price of one layer that shares nothing, as a function of its precision."""
