@@ -1,0 +1,84 @@
+"""Tau: scipy's, within strata of cost, with an interval that a seed fixes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import kendalltau
+
+from mpsearch.errors import RunError
+from mpsearch.warmstart.rank import proxy_tau
+
+
+def trials(count: int = 40, seed: int = 0) -> pd.DataFrame:
+    """Accuracy rises with cost; `cost_like` knows the cost and nothing else, `wise` the accuracy too."""
+    random = np.random.default_rng(seed)
+    cost = np.sort(random.uniform(0.1, 1.0, count))
+    accuracy = 0.5 + 0.4 * cost + random.normal(0, 0.01, count)
+    return pd.DataFrame({"cost": cost, "accuracy": accuracy, "cost_like": -cost, "wise": -accuracy, "ptq": accuracy**3})
+
+
+def test_tau_is_that_of_scipy_in_every_stratum() -> None:
+    table = trials()
+    found = proxy_tau(table, ["cost_like"], strata=4, resamples=0, seed=0)
+    quarters = [table, *(table.iloc[10 * i : 10 * i + 10] for i in range(4))]
+    assert found.n.tolist() == [40, 10, 10, 10, 10]
+    for row, part in zip(found.itertuples(), quarters, strict=True):
+        assert row.tau == pytest.approx(kendalltau(part.accuracy, -part.cost_like).statistic)
+    assert found.stratum[0] == "all"
+    assert found.stratum[1] == f"{table.cost[0]:.3g}-{table.cost[9]:.3g}"
+
+
+def test_tau_has_the_sign_that_means_good() -> None:
+    found = proxy_tau(trials(), ["wise", "ptq"], more_is_better=["ptq"], resamples=0, seed=0)
+    assert found.tau.to_numpy() == pytest.approx(1)
+    assert proxy_tau(trials(), ["ptq"], resamples=0, seed=0).tau.to_numpy() == pytest.approx(-1)
+
+
+def test_tau_within_strata_unmasks_a_proxy_that_knows_only_the_cost() -> None:
+    table = trials(400)
+    table["cost_like"] = -np.round(table.cost, 1)
+    found = proxy_tau(table, ["cost_like"], strata=20, resamples=0, seed=0)
+    assert found.tau[0] > 0.8 > 2 * found.tau[1:].mean()
+
+
+def test_interval_holds_the_tau_shrinks_with_trials_and_repeats_with_the_seed() -> None:
+    few, many = (proxy_tau(trials(n), ["cost_like"], strata=1, resamples=200, seed=3) for n in (20, 200))
+    for found in (few, many):
+        assert (found.low <= found.tau).all()
+        assert (found.tau <= found.high).all()
+    assert (many.high - many.low)[0] < 0.6 * (few.high - few.low)[0]
+    pd.testing.assert_frame_equal(few, proxy_tau(trials(20), ["cost_like"], strata=1, resamples=200, seed=3))
+    assert few.low[0] != proxy_tau(trials(20), ["cost_like"], strata=1, resamples=200, seed=4).low[0]
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    """Two normals of correlation r have tau = 2/pi asin r."""
+    truth, covered = 2 / np.pi * np.arcsin(0.5), 0
+    for seed in range(40):
+        x, noise = np.random.default_rng(seed).normal(size=(2, 60))
+        table = pd.DataFrame({"cost": 1.0, "accuracy": x, "proxy": -(0.5 * x + 0.75**0.5 * noise)})
+        (row,) = proxy_tau(table, ["proxy"], strata=1, resamples=100, confidence=0.9, seed=seed).itertuples()
+        covered += row.low <= truth <= row.high
+    assert 0.75 <= covered / 40 <= 1.0
+
+
+def test_what_cannot_be_ranked_is_nan_and_missing_values_are_left_out() -> None:
+    table = trials(12)
+    table["constant"] = 1.0
+    table.loc[3, "wise"] = np.nan
+    table.loc[4, "accuracy"] = np.nan
+    table.loc[5, "cost"] = np.nan
+    found = proxy_tau(table, ["constant", "wise"], strata=5, resamples=10, seed=0)
+    assert found[found.proxy == "constant"][["tau", "low", "high"]].isna().all(axis=None)
+    overall = found[(found.proxy == "wise") & (found.stratum == "all")].iloc[0]
+    assert (overall.tau, overall.n) == (pytest.approx(1), 9)
+    assert found[found.n < 3].tau.isna().all()
+    empty = proxy_tau(table.iloc[:0], ["wise"], seed=0)
+    assert (empty.n[0], len(empty)) == (0, 1)
+
+
+def test_a_missing_column_is_named() -> None:
+    with pytest.raises(RunError, match="no column 'wisse': did you mean 'wise'"):
+        proxy_tau(trials(), ["wisse"], seed=0)
