@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shlex
 import sys
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from mpsearch.search.engine import Event
     from mpsearch.search.run import Problem
     from mpsearch.study import StudySpec
+
+_SHOWN = ("1", "2", "3", "4", "6", "8", "3s", "3p")
+"""The columns of a sensitivity table, as far as a space has them; `--json` gives all."""
 
 app = typer.Typer(
     name="mpsearch",
@@ -104,8 +108,26 @@ def check(study: Study, set_: Set = None, json_: Json = False) -> None:
 
 
 @app.command()
-def inspect(study: Study, set_: Set = None, json_: Json = False) -> None:
+def inspect(
+    study: Study,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="what quantizing each tensor alone does, and the ILP ladder from it")
+    ] = False,
+    proxy: Annotated[
+        str | None, typer.Option("--proxy", help="with --sensitivity: kl (default), jeffreys, fit or sqnr")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="with --sensitivity: of training data; default 512")
+    ] = None,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
     """List the layers: shapes, MACs, groups, what each may be, and what cannot be quantized and why."""
+    if sensitivity:
+        _inspect_sensitivity(study, proxy or "kl", samples or 512, set_, json_)
+        return
+    if proxy is not None or samples is not None:
+        raise MpsearchError("--proxy and --samples say how sensitivities are measured: add --sensitivity")
     _, problem = _open(study, set_)
     choices = {(name, slot.tensor): slot for slot in problem.space.slots for name in slot.layers}
     rows = [
@@ -752,6 +774,82 @@ def _seconds(text: str) -> float:
 def _parallel(spec: StudySpec) -> float:
     """How many trials' worth of work is done at a time: concurrency shares the cores, it does not multiply them."""
     return 1.0 if spec.engine.address == "none" else min(spec.search.concurrency, os.cpu_count() or 1)
+
+
+def _inspect_sensitivity(study: str, proxy: str, samples: int, set_: Sequence[str] | None, json_: bool) -> None:
+    """Print a sensitivity table, and the ILP ladder that it gives at the costs of the uniform ladder."""
+    from mpsearch.report.tables import MARKS_EXPLAINED, mark, mean_bits
+    from mpsearch.space import TENSORS
+    from mpsearch.warmstart.allocate import ilp_ladder
+    from mpsearch.warmstart.sensitivity import check_proxy, measure
+
+    check_proxy(proxy)  # before anything is loaded
+    spec, problem = _open(study, set_)
+    task, space, cost = problem.task, problem.space, problem.cost
+    x = task.calibration_input(samples)
+    table = measure(proxy, task.float_model(), problem.graph.layers, space, x, task.logits)
+    budget = math.inf if spec.cost.budget is None else spec.cost.budget
+    rungs = [rung for rung in space.ladder() if cost(rung) <= budget]
+    steps = ilp_ladder(space, cost, table, [cost(rung) for rung in rungs])
+    if json_:
+        rows = table.to_frame().to_dict("records")
+        ladder = [
+            {
+                "budget": step.budget,
+                "cost": step.cost,
+                "value": step.value,
+                "uniform_value": _or_none(table.total(rung)),
+                "layers": step.config.to_json(),
+            }
+            for rung, step in zip(rungs, steps, strict=True)
+        ]
+        _print_json(
+            {
+                "proxy": proxy,
+                "samples": table.samples,
+                "seconds": table.seconds,
+                "notes": list(table.notes),
+                "sensitivity": [{**row, "value": _or_none(row["value"])} for row in rows],
+                "ilp_ladder": ladder,
+            }
+        )
+        return
+    console = _console()
+    marked = {(layer, tensor, mark(p)): value for (layer, tensor, p), value in table.items()}
+    for tensor in TENSORS:
+        columns = [short for short in _SHOWN if any((name, tensor, short) in marked for name in space.layers)]
+        values = _table(f"{proxy}, {tensor} alone", *(f">{short}" for short in columns))
+        for name in space.layers:
+            row = (marked.get((name, tensor, short)) for short in columns)
+            values.add_row(name, *("" if value is None else f"{value:.1e}" for value in row))
+        console.print(values)
+    console.print(f"{MARKS_EXPLAINED}; --json gives every width", highlight=False)
+    ladder_table = _table("budget of", ">cost", f">{proxy}, ILP", f">{proxy}, uniform", ">weight bits", ">input bits")
+    for rung, step in zip(rungs, steps, strict=True):
+        (uniform_w, uniform_a), (bits_w, bits_a) = mean_bits(rung), mean_bits(step.config)
+        uniform_value = table.total(rung)
+        ladder_table.add_row(
+            f"uniform {uniform_w:.1f} / {uniform_a:.1f} bits, {step.budget:.4f}",
+            f"{step.cost:.4f}",
+            f"{step.value:.3g}",
+            f"{uniform_value:.3g}",
+            f"{bits_w:.1f}",
+            f"{bits_a:.1f}",
+        )
+    console.print(ladder_table)
+    console.print(
+        f"{len(table)} entries on {table.samples} samples in {_duration(table.seconds)}; sums before any fine-tuning, "
+        "which repairs much of this",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for note in table.notes:
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def _compact(choices: Sequence[Precision], usual: str) -> str:

@@ -221,6 +221,23 @@ def test_inspect_lists_every_layer(home: Path) -> None:
     assert "uniform:1-8" in table
 
 
+def test_inspect_sensitivity_prints_the_table_and_the_ladder_of_the_same_costs(home: Path) -> None:
+    arguments = ("inspect", "quick.yaml", "--sensitivity", "--samples", "16", "--proxy", "sqnr")
+    document = json.loads(mpsearch(*arguments, "--json", cwd=home).stdout)
+    assert (document["proxy"], document["samples"]) == ("sqnr", 16)
+    assert len(document["sensitivity"]) == 11 * 2 * 8
+    assert len(document["ilp_ladder"]) == 8  # w8a8 to w1a1
+    for step in document["ilp_ladder"]:
+        assert step["cost"] <= step["budget"]
+        assert step["value"] <= step["uniform_value"] * (1 + 1e-9)
+    printed = mpsearch(*arguments, cwd=home).stdout
+    assert "sqnr, ILP" in printed
+    for row in document["sensitivity"]:
+        if row["precision"] == "uniform:4/channel":
+            line = next(line for line in printed.splitlines() if line.split()[:1] == [row["layer"]])
+            assert f"{row['value']:.1e}" in line.split()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -245,6 +262,8 @@ def test_inspect_lists_every_layer(home: Path) -> None:
         (("debug", "quick.yaml", "w9a9"), ("uniform has no 9-bit form",)),
         (("debug", "quick.yaml", "quick.yaml"), ("cannot read quick.yaml",)),
         (("debug", "quick.yaml", "w8a8", "--out", "no/x"), ("--out got 'no/x'", "a file in a folder that exists")),
+        (("inspect", "quick.yaml", "--sensitivity", "--proxy", "hessian"), ("'hessian'", "kl", "fit")),
+        (("inspect", "quick.yaml", "--samples", "8"), ("add --sensitivity",)),
         (("check", "quick.yaml", "--set", "engine.address=nowhere"), ("engine.address", "ray://HOST:PORT")),
     ],
 )

@@ -79,9 +79,9 @@ def bits_table(records: Sequence[TrialRecord], layers: Sequence[str]) -> pd.Data
             trial is knee,
             layer,
             trial.config[layer].weight.bits,
-            _mark(trial.config[layer].weight),
+            mark(trial.config[layer].weight),
             trial.config[layer].activation.bits,
-            _mark(trial.config[layer].activation),
+            mark(trial.config[layer].activation),
         )
         for position, trial in enumerate(front)
         for layer in layers
@@ -102,5 +102,6 @@ def progress_table(records: Sequence[TrialRecord], cheapest: float) -> pd.DataFr
     return pd.DataFrame(steps, columns=["trials", "elapsed_s", "hypervolume"])
 
 
-def _mark(precision: Precision) -> str:
+def mark(precision: Precision) -> str:
+    """The short form of a precision that `MARKS_EXPLAINED` explains."""
     return "f" if precision.is_float else f"{precision.bits}{_MARKS[precision.quantizer]}"

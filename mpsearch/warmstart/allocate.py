@@ -87,17 +87,13 @@ def allocate(
 def ilp_ladder(
     space: SearchSpace, cost: RelativeCost, table: SensitivityTable, budgets: Sequence[float]
 ) -> list[Allocation]:
-    """The best config within each budget, in the order of `budgets`; one that is best within several comes once.
+    """The best config within each budget, in the order of `budgets`; one may be the best within several.
 
     Raises:
         MpsearchError: as `allocate`; of budgets that cannot be met, the first is named.
     """
     program, values = _Program(space, cost), _summed(space, table)
-    best: dict[PrecisionConfig, Allocation] = {}
-    for budget in budgets:
-        for allocation in program.solve(values, budget) or program.refuse(budget):
-            best.setdefault(allocation.config, allocation)
-    return list(best.values())
+    return [(program.solve(values, budget) or program.refuse(budget))[0] for budget in budgets]
 
 
 def round_bits(

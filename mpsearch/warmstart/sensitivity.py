@@ -162,6 +162,12 @@ class Divergences(NamedTuple):
     jeffreys: SensitivityTable
 
 
+def check_proxy(proxy: str) -> None:
+    """Raise MpsearchError if there is no such proxy."""
+    if proxy not in PROXIES:
+        raise MpsearchError(f"unknown sensitivity proxy '{proxy}': {nearest(proxy, PROXIES)}")
+
+
 def measure(
     proxy: str,
     model: nn.Module,
@@ -177,8 +183,7 @@ def measure(
         MpsearchError: no such proxy.
         TaskError: the logits are not `(n, classes)`.
     """
-    if proxy not in PROXIES:
-        raise MpsearchError(f"unknown sensitivity proxy '{proxy}': {nearest(proxy, PROXIES)}")
+    check_proxy(proxy)
     if proxy == "sqnr":
         return sqnr(model, layers, space, x, ranges=ranges)
     if proxy == "fit":

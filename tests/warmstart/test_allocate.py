@@ -186,7 +186,8 @@ def test_ilp_ladder_falls_in_sensitivity_as_the_budget_rises() -> None:
     ladder = ilp_ladder(space, cost, table, budgets)
     values = [step.value for step in ladder]
     assert values == sorted(values, reverse=True)
-    assert len({step.config for step in ladder}) == len(ladder) == 5  # two budgets buy what others had bought
+    assert len({step.config for step in ladder}) == 5  # of seven: two budgets buy no more than the one before
+    assert all(step.cost <= step.budget == budget for step, budget in zip(ladder, budgets, strict=True))
     with pytest.raises(CostError, match=r"of 0\.001 or less"):
         ilp_ladder(space, cost, table, [0.5, 0.001])
 
