@@ -64,7 +64,7 @@ ROWS: dict[str, Row] = {
     "ptq-w8a8-data-free": Row("ptq", "w8a8", options={"data_free": True}),
     "qat-w4a4": Row("qat", "w4a4", 5),
     "qat-w4a4-per-tensor": Row("qat", "uniform:4/tensor x uniform:4", 5),
-    "apot-w4a4": Row("qat", "apot:4 x apot:4", 4),
+    "apot-w4a4": Row("qat", "apot:4 x apot:4", 3),
     "shift-w4": Row("qat", "shift:4 x float", 4, {"slope": (4, 64)}),
     "shift-w4-ste": Row("qat", "shift:4 x float", SHORT, {"shift_gradient": "ste"}),
     "shift-w4-dsq": Row("qat", "shift:4 x float", SHORT, {"shift_gradient": "dsq", "slope": (4, 64)}),
@@ -73,12 +73,13 @@ ROWS: dict[str, Row] = {
         f"ablation-shift-w4-slope-{start}-{end}": Row("qat", "shift:4 x float", SHORT, {"slope": (start, end)})
         for start, end in ((4, 16), (4, 64), (4, 128), (16, 64), (64, 64))
     },
-    "gdnsq-w4a4": _gdnsq("w4a4", 6),
-    "gdnsq-w3a3": _gdnsq("w3a3", 8),
-    "gdnsq-w2a2": _gdnsq("w2a2", 12),
+    "ablation-qat-w3a3": Row("qat", "w3a3", SHORT),
+    "gdnsq-w4a4": _gdnsq("w4a4", 4),
+    "gdnsq-w3a3": _gdnsq("w3a3", 6),
+    "gdnsq-w2a2": _gdnsq("w2a2", 8),
     "gdnsq-w1a1": _gdnsq("w1a1", 4),
     "ablation-gdnsq": _gdnsq("w3a3", SHORT),
-    "ablation-gdnsq-immediate": _gdnsq("w3a3", SHORT, gradual=False),
+    "ablation-gdnsq-gradual": _gdnsq("w3a3", SHORT, gradual=True),
     "ablation-gdnsq-no-distillation": _gdnsq("w3a3", SHORT, distill=False),
     "ablation-gdnsq-no-anneal": _gdnsq("w3a3", SHORT, anneal=False),
     "ablation-gdnsq-noise": _gdnsq("w3a3", SHORT, step_gradient="noise"),
@@ -86,6 +87,7 @@ ROWS: dict[str, Row] = {
     "ablation-gdnsq-ewgs": _gdnsq("w3a3", SHORT, round_gradient="ewgs"),
     "ablation-gdnsq-aewgs": _gdnsq("w3a3", SHORT, round_gradient="aewgs"),
     "ablation-gdnsq-min-grid": _gdnsq("w3a3", SHORT, weight_grid="min"),
+    "ablation-gdnsq-slow-ranges": _gdnsq("w3a3", SHORT, range_lr=5e-5),
     "ablation-gdnsq-radam": _gdnsq("w3a3", SHORT, optimizer="radam", lr=2e-3),
 }
 

@@ -195,7 +195,7 @@ def run(
     if time_limit is not None:
         overrides.append(f"search.time_limit_s={_seconds(time_limit)}")
     spec = load_study(study, overrides)
-    _follow(lambda display: run_study(spec, out, display.on_event, display.on_ready), json_)
+    _follow(lambda display: run_study(spec, out, display.on_event, display.on_ready, display.on_progress), json_)
 
 
 @app.command()
@@ -207,7 +207,7 @@ def resume(
     """Go on with a run that was killed, interrupted or finished; no finished trial is lost or repeated."""
     from mpsearch.search.run import resume_study
 
-    _follow(lambda display: resume_study(run, display.on_event, display.on_ready, trials), json_)
+    _follow(lambda display: resume_study(run, display.on_event, display.on_ready, trials, display.on_progress), json_)
 
 
 @app.command()
@@ -540,6 +540,17 @@ class _Display:
             problem.spec.name, total=problem.spec.search.trials, completed=self.earlier, best="", eta=""
         )
         self.progress.start()
+
+    def on_progress(self, stage: str, done: int, total: int) -> None:
+        """The warm start goes on."""
+        self.progress.update(self.task, description=f"warm start: {stage}", completed=done, total=total)
+        if done == total:
+            took = f"{stage} took {_duration(time.monotonic() - self.began)}"
+            self.console.print(took, style="dim", highlight=False)
+            self.began = time.monotonic()
+            assert self.problem is not None
+            name, trials = self.problem.spec.name, self.problem.spec.search.trials
+            self.progress.update(self.task, description=name, completed=self.earlier, total=trials)
 
     def on_event(self, event: Event) -> None:
         """A trial has started or ended."""

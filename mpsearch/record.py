@@ -31,7 +31,7 @@ from mpsearch.errors import PrecisionError, RunError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 
 TrialState = Literal["complete", "failed", "stopped"]
-Origin = Literal["uniform", "sampler", "manual"]  # who proposed a config; the warm start and the ILP add theirs
+Origin = Literal["uniform", "ilp", "descent", "sampler", "manual"]  # who proposed a config
 
 SCHEMA = "mpsearch/run/1"
 

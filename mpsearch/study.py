@@ -144,9 +144,31 @@ class CostSpec(_Section):
 
 
 class WarmStartSpec(_Section):
-    """Where the first configs beside the uniform ladder come from."""
+    """Where the first configs beside the uniform ladder come from, and the weights that trials start from."""
 
-    method: Literal["none"] = "none"
+    method: Literal["none", "gdnsq"] = Field(
+        default="none", description="gdnsq: one training with learnable bit-widths under a falling budget"
+    )
+    steps: int = Field(default=600, gt=0, description="batches of that training")
+    budgets: tuple[float, ...] = Field(
+        default=(0.6, 0.4, 0.25, 0.15, 0.08), min_length=1, description="relative costs at which it is read off"
+    )
+    neighbours: int = Field(default=3, gt=0, description="whole-bit configs of each of these")
+    reuse_weights: bool = Field(default=True, description="trials start from its weights at the nearest cost")
+    ilp: bool = Field(default=False, description="try sensitivity + ILP at these budgets too, as a second control")
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("budgets")
+    @classmethod
+    def _falling(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if min(value) <= 0:
+            raise ValueError("budgets are shares of the reference's cost, above 0")
+        return tuple(sorted(set(value), reverse=True))
 
 
 class SearchSpec(_Section):

@@ -54,7 +54,7 @@ Optimizer = Literal["radam", "sgd"]
 class GdnsqMethod:
     """What GDNSQ does; the defaults are what our ablation chose for trainings of a few epochs."""
 
-    gradual: bool = True  # start at 10 bits and descend; else start at the target, ranges of least squared error
+    gradual: bool = False  # start at 10 bits and descend; else start at the target, ranges of least squared error
     descent: float = 0.2  # share of the steps in which the ceiling falls from 10 bits to 1, and the rate rises
     penalty: float = 100.0  # t at the last step; the paper's grows by 4e-3 a step, to about this
     anneal: bool = True

@@ -141,6 +141,7 @@ class SearchController:
         anchors: configs to try after the ladder, each with who proposed it.
         records: what is known already.
         clock: seconds, monotonic.
+        started: when the time limit began to run, by the clock; default: now.
 
     Raises:
         CostError: not even the cheapest config is within the budget.
@@ -158,6 +159,7 @@ class SearchController:
         anchors: Sequence[tuple[Origin, PrecisionConfig]] = (),
         records: Iterable[TrialRecord] = (),
         clock: Callable[[], float] = time.monotonic,
+        started: float | None = None,
     ) -> None:
         self._space = space
         self._cost = cost
@@ -166,7 +168,7 @@ class SearchController:
         self._distributions = space.distributions()
         self._sampler = SAMPLERS[search.sampler]
         self._clock = clock
-        self._start = clock()
+        self._start = clock() if started is None else started
         self._failures: list[str] = []  # reasons of the trials that failed since the last that did not
 
         self._seen: set[str] = set()  # digests of all configs proposed or recorded

@@ -6,13 +6,13 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import CostError, RunError, SpaceError
@@ -29,8 +29,12 @@ from mpsearch.space import SearchSpace, build_space, load_space
 from mpsearch.study import StudySpec, parse_study
 from mpsearch.task.load import load_task
 from mpsearch.task.task import Task
+from mpsearch.warmstart.start import StartWeights, warm_start
 
 logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[str, int, int], None]
+"""(stage, done, total) -> None."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def run_study(
     out: str | Path | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     on_ready: Callable[[Problem, RunFolder], None] = lambda problem, folder: None,
+    on_progress: OnProgress = lambda stage, done, total: None,
 ) -> ParetoFront:
     """Run a study in a new run folder and return its front.
 
@@ -110,6 +115,7 @@ def run_study(
         out: the run folder; default `runs/<name>`.
         on_event: called when a trial starts or has ended.
         on_ready: called once when everything is loaded and checked.
+        on_progress: called during the warm start with (stage, done, total).
 
     Raises:
         MpsearchError: the study cannot be used, or the search had to be given up.
@@ -117,7 +123,7 @@ def run_study(
     problem = open_problem(spec)
     space_yaml = shipped("search_spaces", spec.space, SpaceError).read_text(encoding="utf-8")
     folder = RunFolder.create(out or Path("runs") / spec.name, spec.to_yaml(), space_yaml)
-    return _search(problem, folder, on_event, on_ready)
+    return _search(problem, folder, on_event, on_ready, on_progress)
 
 
 def resume_study(
@@ -125,6 +131,7 @@ def resume_study(
     on_event: Callable[[Event], None] = lambda event: None,
     on_ready: Callable[[Problem, RunFolder], None] = lambda problem, folder: None,
     trials: int | None = None,
+    on_progress: OnProgress = lambda stage, done, total: None,
 ) -> ParetoFront:
     """Go on with a run, whatever ended it; `trials` changes how many are wanted in all.
 
@@ -135,7 +142,7 @@ def resume_study(
     spec = read_spec(folder)
     if trials is not None:
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": trials})})
-    return _search(open_problem(spec), folder, on_event, on_ready)
+    return _search(open_problem(spec), folder, on_event, on_ready, on_progress)
 
 
 def read_spec(folder: RunFolder) -> StudySpec:
@@ -158,14 +165,27 @@ def _search(
     folder: RunFolder,
     on_event: Callable[[Event], None],
     on_ready: Callable[[Problem, RunFolder], None],
+    on_progress: OnProgress,
 ) -> ParetoFront:
     spec = problem.spec
     with folder.driving():
         records = folder.records()
-        controller = SearchController(problem.space, problem.cost, spec.search, spec.cost.budget, records=records)
         view = open_view(spec.storage, folder, spec.name, problem.space, spec.cost.budget, records)
         folder.checkpoints.mkdir(exist_ok=True)
         on_ready(problem, folder)
+        began = time.monotonic()
+        anchors = warm_start(
+            spec, problem.task, problem.graph, problem.space, problem.cost, folder.warmstart, on_progress
+        )
+        controller = SearchController(
+            problem.space,
+            problem.cost,
+            spec.search,
+            spec.cost.budget,
+            anchors,
+            records,
+            started=began,
+        )
         weights = _FrontWeights(folder, records)
 
         def ended(event: Event) -> None:
@@ -174,7 +194,9 @@ def _search(
                 write_front(problem, folder, weights.front)
             on_event(event)
 
-        make_runner = functools.partial(trial_runner, spec, str(folder.checkpoints.resolve()))
+        make_runner = functools.partial(
+            trial_runner, spec, str(folder.checkpoints.resolve()), str(folder.warmstart.resolve())
+        )
         try:
             run_trials(controller, folder, view, make_runner, spec.engine, spec.search.concurrency, ended)
         finally:
@@ -185,18 +207,27 @@ def _search(
     return pareto_front(folder.records())
 
 
-def trial_runner(spec: StudySpec, checkpoints: str) -> Callable[[Proposal], TrialRecord]:
+def trial_runner(spec: StudySpec, checkpoints: str, warmstart: str) -> Callable[[Proposal], TrialRecord]:
     """What a worker process does with proposals: called once there, it loads the task and sets up a workbench."""
     problem = open_problem(spec)
     task = problem.task
     bench = Workbench(task, spec.trial, offers=problem.space.offers)
 
+    start = start_weights(spec, Path(warmstart))
+
     def run(proposal: Proposal) -> TrialRecord:
-        record = run_trial(task, proposal.config, spec.trial, bench=bench)
+        record = run_trial(task, proposal.config, spec.trial, start(proposal.cost), bench=bench)
         save_weights(bench.model, checkpoint_path(Path(checkpoints), proposal.number))
         return record
 
     return run
+
+
+def start_weights(spec: StudySpec, warmstart: Path) -> Callable[[float], Mapping[str, Tensor] | None]:
+    """Relative cost -> the weights that a trial of this study starts from; None: the float model's."""
+    if not spec.warm_start.reuse_weights:
+        return lambda cost: None
+    return StartWeights(warmstart).at
 
 
 def checkpoint_path(folder: Path, number: int) -> Path:
@@ -274,7 +305,8 @@ def trained_model(
         bench.model.load_state_dict(load_file(brief))
         return bench.model.eval(), measured
     logger.warning("the weights of trial %d were not kept (it is not on the front): it is trained again", record.number)
-    again = run_trial(problem.task, record.config, problem.spec.trial, bench=bench)
+    start = start_weights(problem.spec, folder.warmstart)(record.cost or 1.0)
+    again = run_trial(problem.task, record.config, problem.spec.trial, start, bench=bench)
     return bench.model.eval(), {"val": again.accuracy}
 
 

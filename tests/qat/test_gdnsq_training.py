@@ -103,7 +103,7 @@ def test_held_layers_violate_nothing_and_two_levels_always_remain() -> None:
     assert violation(layers, targets) <= 1e-6
 
 
-@pytest.mark.parametrize("method", [GdnsqMethod(), GdnsqMethod(gradual=False)], ids=["gradual", "immediate"])
+@pytest.mark.parametrize("method", [GdnsqMethod(gradual=True), GdnsqMethod()], ids=["gradual", "immediate"])
 def test_a_training_ends_at_its_target_as_uniform_quantizers_that_score(
     problem: Problem, bench: Workbench, method: GdnsqMethod
 ) -> None:
@@ -124,7 +124,7 @@ def test_a_training_ends_at_its_target_as_uniform_quantizers_that_score(
 def test_deployment_changes_no_output_once_bits_are_held(problem: Problem, bench: Workbench) -> None:
     config = everywhere(problem, "w3a3")
     float_model = problem.task.float_model()
-    model = learnable(float_model, bench.layers, config, bench.ranges, GdnsqMethod())
+    model = learnable(float_model, bench.layers, config, bench.ranges, GdnsqMethod(gradual=True))
     layers = quant_layers(model)
     hold(layers, dict.fromkeys(layers, (3.0, 3.0)))
     x = problem.task.calibration_input(64)
@@ -168,14 +168,14 @@ def test_what_it_cannot_train_is_refused_by_layer(
 
 def test_float_tensors_stay_float(problem: Problem, bench: Workbench) -> None:
     config = PrecisionConfig.uniform(problem.layers, LayerPrecision.shorthand("w4a32"))
-    model = learnable(problem.task.float_model(), bench.layers, config, bench.ranges, GdnsqMethod())
+    model = learnable(problem.task.float_model(), bench.layers, config, bench.ranges, GdnsqMethod(gradual=True))
     assert all(isinstance(layer.weight_quantizer, GdnsqQuantizer) for layer in quant_layers(model).values())
     assert all(layer.input_quantizer.precision.is_float for layer in quant_layers(model).values())  # type: ignore[union-attr]
 
 
 def test_a_gradual_start_changes_next_to_nothing(problem: Problem, bench: Workbench) -> None:
     model = learnable(
-        problem.task.float_model(), bench.layers, everywhere(problem, "w2a2"), bench.ranges, GdnsqMethod()
+        problem.task.float_model(), bench.layers, everywhere(problem, "w2a2"), bench.ranges, GdnsqMethod(gradual=True)
     ).eval()
     x = problem.task.calibration_input(64)
     exact = problem.task.float_model()(x)

@@ -1,0 +1,397 @@
+"""The descent: one training in which the bit-width of every tensor is learned while the budget falls.
+
+Each tensor has a real-valued bit-width b and is quantized, as in GDNSQ (arXiv 2508.14004), by additive noise:
+
+    s(b) = 2^t(b),   v = clamp(x / s - o, n(b), p(b)),   y = s (round(v) + o)
+
+t(b): log2 of the step of least squared error, between whole numbers of bits on a straight line; n, p, o: as in
+`quant/uniform.py`, at real b. So at a whole number of bits this is the uniform quantizer, and lowering b passes through
+ranges that fit. dL/db comes from the chain rule through s, n and p.
+
+Bit-widths do not follow an optimizer. Adam takes the size out of gradients, and under a penalty that dominates all of
+them fall at the same speed: a uniform configuration, from which nothing is learned. What should tell layers apart is
+their marginal, the loss that a bit saves per unit of cost, which at an optimum under a budget is one and the same:
+
+    m_i = -E[dL/db_i] / (dC/db_i),      b_i <- b_i + k log2(m_i / median m) + l,      l so that C(b) is the budget now
+
+E: exponential mean over steps; C: the study's own cost model, linear between whole numbers of bits. The budget falls
+geometrically; at every requested one the descent leaves a snapshot of bits, marginals and weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mpsearch.cost.model import RelativeCost
+from mpsearch.errors import SpaceError
+from mpsearch.precision import LayerPrecision, Precision
+from mpsearch.quant.gdnsq import grid_shift, noisy_round
+from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows
+from mpsearch.search.trial import Workbench
+from mpsearch.space import SearchSpace, Slot
+from mpsearch.train import autocast, call, to_device
+
+SPREAD = 0.01
+"""k: bits that a tensor moves at each step for every factor of two between its marginal and the median."""
+
+MEMORY = 0.97
+"""Weight of the past in the exponential mean of dL/db."""
+
+LARGEST_RATIO = 8.0
+"""Marginals are taken as at most this factor away from the median: one batch must not throw a tensor to the ends."""
+
+CLIP_NORM = 5.0
+
+
+class BitQuantizer(nn.Module):
+    """One tensor's uniform quantizer at a real-valued bit-width.
+
+    Args:
+        log_steps: `(widths, ...)`, log2 of the best step at each whole number of bits, from `first` up.
+        betas: `(widths,)`, the lower end at each width of an activation that takes negative values; else None.
+        first: the smallest number of bits.
+        signed: symmetric signed codes (weights) instead of unsigned ones (activations).
+    """
+
+    log_steps: Tensor
+    betas: Tensor | None
+
+    def __init__(self, log_steps: Tensor, betas: Tensor | None, first: int, *, signed: bool) -> None:
+        super().__init__()
+        self.first, self.signed = first, signed
+        self.register_buffer("log_steps", log_steps, persistent=False)
+        self.register_buffer("betas", betas, persistent=False)
+        self.bits = nn.Parameter(torch.tensor(float(first + len(log_steps) - 1)))
+
+    def between(self, table: Tensor) -> Tensor:
+        """A row of a table `(widths, ...)` at b: linear between whole numbers of bits."""
+        at = (self.bits - self.first).clamp(0, len(table) - 1)
+        low = at.detach().floor().clamp(max=max(len(table) - 2, 0)).long()
+        high = (low + 1).clamp(max=len(table) - 1)
+        below, above = table.index_select(0, low.reshape(1))[0], table.index_select(0, high.reshape(1))[0]
+        return below + (at - low) * (above - below)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The quantized tensor, of the type of `x`; computed in float32 at least."""
+        s = torch.exp2(self.between(self.log_steps))
+        levels = torch.exp2(self.bits)
+        if self.signed:
+            o = grid_shift(self.bits)
+            low, high = -levels / 2 + o, levels / 2 - 1 + o
+        else:
+            zero = torch.zeros_like(self.bits)
+            o = zero if self.betas is None else torch.round(self.between(self.betas) / s).detach()
+            low, high = o, levels - 1 + o
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        c = torch.maximum(torch.minimum(wide, s * high), s * low)
+        return noisy_round(c, s, (s * o).detach()).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the descent had learned when it reached one budget."""
+
+    budget: float  # relative cost
+    step: int
+    bits: Mapping[str, float]  # real-valued, by slot name
+    marginals: Mapping[str, float]  # loss that a bit saves per unit of relative cost, by slot name
+    slopes: Mapping[str, float]  # -dLoss/dbit, by slot name
+    loss: float  # exponential mean of the training loss
+    weights: Mapping[str, Tensor]  # a state dict with the float model's names
+
+    @property
+    def imbalance(self) -> float:
+        """The deviation of log2 of the marginals that are not at an end of their range: 0 is an optimum."""
+        logs = torch.tensor([math.log2(m) for m in self.marginals.values() if m > 0])
+        return float(logs.std()) if len(logs) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Descent:
+    """The snapshots of one run, from dear to cheap, and what happened at every step."""
+
+    snapshots: tuple[Snapshot, ...]
+    log: tuple[Mapping[str, Any], ...]  # step, loss, cost, imbalance, bits by slot
+    seconds: float
+
+    def nearest(self, cost: float) -> Snapshot:
+        """The snapshot nearest in log cost."""
+        return min(self.snapshots, key=lambda snapshot: abs(math.log(snapshot.budget / cost)))
+
+    def save(self, folder: Path) -> None:
+        """Write `descent.json` and a safetensors file a snapshot."""
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for index, snapshot in enumerate(self.snapshots):
+            tensors = {name: value.contiguous() for name, value in snapshot.weights.items()}
+            save_file(tensors, folder / f"snapshot-{index}.safetensors")
+            rows.append({k: v for k, v in vars(snapshot).items() if k != "weights"})
+        document = {"seconds": self.seconds, "snapshots": rows, "log": list(self.log)}
+        path = folder / "descent.json"
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(document), encoding="utf-8")
+        part.replace(path)  # last: a folder with this file is whole
+
+    @classmethod
+    def load(cls, folder: Path) -> Descent:
+        """Read what `save` wrote."""
+        document = json.loads((folder / "descent.json").read_text(encoding="utf-8"))
+        snapshots = tuple(
+            Snapshot(**row, weights=load_file(folder / f"snapshot-{index}.safetensors"))
+            for index, row in enumerate(document["snapshots"])
+        )
+        return cls(snapshots, tuple(document["log"]), document["seconds"])
+
+
+class BitCost:
+    """The relative cost of real-valued bits: the cost model at whole numbers, linear between them in each tensor.
+
+    Raises:
+        SpaceError: the cost model is no sum over layers.
+    """
+
+    def __init__(self, cost: RelativeCost, space: SearchSpace) -> None:
+        if cost.combined_by is not sum:
+            raise SpaceError(
+                "the cost model is no sum over layers, which the descent needs: set warm_start.method to none, or take "
+                "a cost model such as shift_energy, bops or weight_bytes"
+            )
+        self._fixed = cost.of_float_layers
+        at = {(name, slot.tensor): i for i, slot in enumerate(space.slots) for name in slot.layers}
+        self._layers: list[tuple[int, int, Tensor]] = []  # slots of weight and input, and the layer's costs
+        self._first = torch.tensor([slot_bits(slot)[0] for slot in space.slots], dtype=torch.float64)
+        for name in space.layers:
+            w, a = at[name, "weight"], at[name, "activation"]
+            pairs = [
+                [
+                    cost.addend(name, LayerPrecision(_at_bits(space.slots[w], i), _at_bits(space.slots[a], j)))
+                    for j in slot_bits(space.slots[a])
+                ]
+                for i in slot_bits(space.slots[w])
+            ]
+            self._layers.append((w, a, torch.tensor(pairs, dtype=torch.float64)))
+
+    def __call__(self, bits: Tensor) -> Tensor:
+        """Relative cost, differentiable; `bits` `(slots,)` float64."""
+        at = bits - self._first
+        return self._fixed + torch.stack([_bilinear(pairs, at[w], at[a]) for w, a, pairs in self._layers]).sum()
+
+    def gradient(self, bits: Tensor) -> Tensor:
+        """dC/db `(slots,)`."""
+        bits = bits.detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(self(bits), bits)
+        return gradient
+
+
+def _bilinear(table: Tensor, w: Tensor, a: Tensor) -> Tensor:
+    i, j = (int(x.detach().floor().clamp(0, max(size - 2, 0))) for x, size in zip((w, a), table.shape, strict=True))
+    i_next, j_next = min(i + 1, table.shape[0] - 1), min(j + 1, table.shape[1] - 1)
+    u, v = w - i, a - j
+    return (
+        (1 - u) * (1 - v) * table[i, j]
+        + u * (1 - v) * table[i_next, j]
+        + (1 - u) * v * table[i, j_next]
+        + u * v * table[i_next, j_next]
+    )
+
+
+def uniform_choices(slot: Slot) -> list[Precision]:
+    """The uniform choices of a slot, by bits.
+
+    Raises:
+        SpaceError: there is none.
+    """
+    choices = sorted((c for c in slot.choices if c.quantizer == "uniform"), key=lambda c: c.bits)
+    if not choices:
+        raise SpaceError(f"'{slot.name}' offers no uniform precision, which the descent learns: offer some bits of it")
+    return choices
+
+
+def _at_bits(slot: Slot, bits: int) -> Precision:
+    return replace(uniform_choices(slot)[0], bits=bits)
+
+
+def slot_bits(slot: Slot) -> range:
+    """From the smallest to the largest number of bits of a slot's uniform choices."""
+    choices = uniform_choices(slot)
+    return range(choices[0].bits, choices[-1].bits + 1)
+
+
+def descend(
+    bench: Workbench,
+    space: SearchSpace,
+    cost: RelativeCost,
+    budgets: Sequence[float],
+    steps: int,
+    seed: int = 0,
+    lr: float = 0.01,
+    spread: float = SPREAD,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Descent:
+    """Run the descent once.
+
+    Args:
+        bench: the task's workbench: float model, ranges, teacher, batches.
+        space: what may be chosen; slots with one choice keep it.
+        cost: the study's cost model, a sum over layers.
+        budgets: relative costs at which a snapshot is wanted; those above the dearest config are left out.
+        steps: batches.
+        seed: of the batches.
+        lr: of the weights; rises in the first tenth of the steps, then stays.
+        spread: k of the module's top; 0 gives a uniform descent, the control.
+        on_step: called with (step, training loss).
+
+    Raises:
+        SpaceError: a slot without uniform choices, or a cost model that is no sum over layers.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    began = time.perf_counter()
+    price = BitCost(cost, space)
+    task = bench.task
+    model = with_bit_quantizers(task.float_model(), bench, space).to(bench.device)
+    runs = bench.compiled(model)
+    by_slot = _quantizers_of(model, space)
+    low, high = (torch.tensor([slot_bits(slot)[end] for slot in space.slots], dtype=torch.float64) for end in (0, -1))
+    bits = high.clone()
+    top, bottom = float(price(high)), float(price(low))
+    wanted = sorted((b for b in budgets if bottom <= b < top), reverse=True)
+    if not wanted:
+        raise SpaceError(
+            f"no budget of warm_start.budgets lies between the cheapest uniform config, {bottom:.3g}, and the dearest, "
+            f"{top:.3g}: give some that do"
+        )
+    quantizers = [q for group in by_slot for q in group]
+    own = {id(p) for q in quantizers for p in q.parameters()}
+    weights = [p for p in model.parameters() if id(p) not in own]
+    optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9, nesterov=True)
+    loss_of = bench.loss(seed)
+    slopes = torch.zeros(len(bits), dtype=torch.float64)
+    mean_loss = 0.0
+    log: list[Mapping[str, Any]] = []
+    snapshots: list[Snapshot] = []
+    model.train()
+    batches = task.train_batches(bench.settings.batch_size, steps, seed)
+    for step, (x, y) in enumerate(to_device(batches, bench.device)):
+        budget = top * (wanted[-1] / top) ** ((step + 1) / steps)
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / (0.1 * steps))
+        with autocast(x, bench.bf16):
+            output = call(runs, x)
+        loss = loss_of(step, x, output, y)
+        optimizer.zero_grad(set_to_none=True)
+        for quantizer in quantizers:
+            quantizer.bits.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(weights, CLIP_NORM, foreach=True)
+        optimizer.step()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the training loss became {value} at step {step} of {steps}")
+        fresh = torch.tensor([-sum(map(_gradient, group)) for group in by_slot], dtype=torch.float64)
+        slopes = MEMORY * slopes + (1 - MEMORY) * fresh
+        mean_loss = MEMORY * mean_loss + (1 - MEMORY) * value
+        unbiased = 1 - MEMORY ** (step + 1)
+        marginals = _marginals(slopes / unbiased, price.gradient(bits))
+        free = (high > low) & (marginals > 0)
+        pull = _pull(marginals, free)
+        bits = on_budget(price, bits + spread * pull, low, high, budget)
+        for group, b in zip(by_slot, bits.tolist(), strict=True):
+            for quantizer in group:
+                quantizer.bits.data.fill_(b)
+        names = [slot.name for slot in space.slots]
+        inside = free & (bits > low) & (bits < high)
+        state = Snapshot(
+            budget,
+            step,
+            dict(zip(names, bits.tolist(), strict=True)),
+            {n: m for n, m, i in zip(names, marginals.tolist(), inside.tolist(), strict=True) if i},
+            dict(zip(names, (slopes / unbiased).tolist(), strict=True)),
+            mean_loss / unbiased,
+            {},
+        )
+        if step % max(1, steps // 200) == 0 or step == steps - 1:
+            log.append(
+                {"step": step, "loss": value, "cost": budget, "imbalance": state.imbalance, "bits": dict(state.bits)}
+            )
+        while len(snapshots) < len(wanted) and budget <= wanted[len(snapshots)] * (1 + 1e-9):
+            snapshots.append(Snapshot(**{**vars(state), "budget": wanted[len(snapshots)], "weights": _weights(model)}))
+        if on_step is not None:
+            on_step(step, value)
+    return Descent(tuple(snapshots), tuple(log), time.perf_counter() - began)
+
+
+def with_bit_quantizers(model: nn.Module, bench: Workbench, space: SearchSpace) -> nn.Module:
+    """A copy of a float model with a BitQuantizer for every tensor, at its largest number of bits."""
+    quantized = insert_quantizers(model, bench.layers)
+    for name, layer in quant_layers(quantized).items():
+        slots = {slot.tensor: slot for slot in space.slots if name in slot.layers}
+        weight, activation = uniform_choices(slots["weight"]), uniform_choices(slots["activation"])
+        rows = weight_rows(layer)
+        shape = layer.weight_quantizer.step.shape
+        steps = [
+            torch.log2(bench.ranges.weight(name, Precision("uniform", b, weight[0].granularity), rows)).reshape(shape)
+            for b in slot_bits(slots["weight"])
+        ]
+        layer.weight_quantizer = BitQuantizer(torch.stack(steps), None, weight[0].bits, signed=True)  # type: ignore[assignment]
+        ranges = [
+            bench.ranges.activation(name, Precision("uniform", b, activation[0].granularity))
+            for b in slot_bits(slots["activation"])
+        ]
+        betas = torch.stack([beta for _, beta in ranges]) if layer.input_quantizer.beta is not None else None
+        layer.input_quantizer = BitQuantizer(  # type: ignore[assignment]
+            torch.stack([torch.log2(step) for step, _ in ranges]), betas, activation[0].bits, signed=False
+        )
+    return quantized
+
+
+def on_budget(price: BitCost, bits: Tensor, low: Tensor, high: Tensor, budget: float) -> Tensor:
+    """The bits `(slots,)` shifted by one number for all, within their ends, so that their cost is the budget."""
+    least, most = float((low - bits).min()), float((high - bits).max())
+    for _ in range(40):
+        middle = (least + most) / 2
+        if float(price(torch.clamp(bits + middle, low, high))) > budget:
+            most = middle
+        else:
+            least = middle
+    return torch.clamp(bits + least, low, high)
+
+
+def _marginals(slopes: Tensor, prices: Tensor) -> Tensor:
+    """Loss that a bit saves per unit of relative cost; 0 where it saves none or costs none."""
+    return torch.where(prices > 0, slopes.clamp_min(0) / prices.clamp_min(1e-30), torch.zeros_like(slopes))
+
+
+def _pull(marginals: Tensor, free: Tensor) -> Tensor:
+    """log2 of each marginal over their median, within LARGEST_RATIO; a tensor that saves nothing is pulled down."""
+    if not bool(free.any()):
+        return torch.zeros_like(marginals)
+    ratio = marginals / marginals[free].median()
+    return torch.log2(ratio.clamp(1 / LARGEST_RATIO, LARGEST_RATIO))
+
+
+def _gradient(quantizer: BitQuantizer) -> float:
+    return 0.0 if quantizer.bits.grad is None else float(quantizer.bits.grad)
+
+
+def _quantizers_of(model: nn.Module, space: SearchSpace) -> list[list[BitQuantizer]]:
+    layers: Mapping[str, Any] = quant_layers(model)
+    attribute = {"weight": "weight_quantizer", "activation": "input_quantizer"}
+    return [[getattr(layers[name], attribute[slot.tensor]) for name in slot.layers] for slot in space.slots]
+
+
+@torch.no_grad()
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without quantizers: the float model's names."""
+    return {k: v.detach().clone().cpu() for k, v in model.state_dict().items() if "_quantizer." not in k}
+
+
+__all__ = ["BitCost", "BitQuantizer", "Descent", "Snapshot", "descend"]

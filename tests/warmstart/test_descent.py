@@ -1,0 +1,210 @@
+"""The descent on digits: what its quantizer and its cost are, that layers come apart, and that it can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import mpsearch
+from mpsearch.cost.model import RelativeCost
+from mpsearch.errors import SpaceError, StudyError
+from mpsearch.precision import Precision, PrecisionConfig
+from mpsearch.quant.uniform import UniformQuantizer
+from mpsearch.record import RunFolder
+from mpsearch.search.run import Problem, open_problem, resume_study
+from mpsearch.search.trial import Workbench
+from mpsearch.warmstart import start
+from mpsearch.warmstart.descent import BitCost, BitQuantizer, Descent, descend, on_budget
+from mpsearch.warmstart.start import StartWeights, rounded, warm_start
+
+BUDGETS = (0.5, 0.25)
+STEPS = 80
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    torch.set_num_threads(1)
+    overrides = ["task.float_epochs=5", "warm_start.method=gdnsq", f"warm_start.steps={STEPS}", "trial.steps=4"]
+    return open_problem(mpsearch.load_study("digits", [*overrides, f"warm_start.budgets={list(BUDGETS)}"]))
+
+
+@pytest.fixture(scope="module")
+def bench(problem: Problem) -> Workbench:
+    return Workbench(problem.task, problem.spec.trial)
+
+
+@pytest.fixture(scope="module")
+def descent(problem: Problem, bench: Workbench) -> Descent:
+    return descend(bench, problem.space, problem.cost, BUDGETS, STEPS)
+
+
+def quantizer(bits: float, *, signed: bool, betas: bool = False) -> BitQuantizer:
+    table = torch.log2(torch.tensor([0.8, 0.5, 0.3, 0.16, 0.08, 0.04, 0.02, 0.01]))
+    learned = BitQuantizer(table, -torch.linspace(0.3, 1, 8) if betas else None, 1, signed=signed)
+    learned.bits.data.fill_(bits)
+    return learned
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("signed", "betas"), [(True, False), (False, False), (False, True)])
+def test_at_whole_bits_it_is_the_uniform_quantizer(bits: int, signed: bool, betas: bool) -> None:
+    learned = quantizer(bits, signed=signed, betas=betas)
+    uniform = UniformQuantizer(1, 0, signed=signed, offset=betas, elements=1)
+    uniform.set_precision(Precision("uniform", bits, "tensor"))
+    uniform.set_range(
+        torch.exp2(learned.log_steps[bits - 1]), None if learned.betas is None else learned.betas[bits - 1]
+    )
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(learned(x), uniform(x))
+
+
+def test_the_step_is_geometric_between_whole_bits() -> None:
+    learned = quantizer(3.5, signed=True)
+    torch.testing.assert_close(torch.exp2(learned.between(learned.log_steps)), torch.tensor(math.sqrt(0.3 * 0.16)))
+
+
+def test_more_bits_lower_the_squared_error_and_the_gradient_says_so() -> None:
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    errors, slopes = [], []
+    for bits in (1.5, 2.5, 3.5, 4.5, 5.5):
+        learned = quantizer(bits, signed=True)
+        error = (learned(x) - x).square().mean()
+        error.backward()
+        errors.append(float(error.detach()))
+        slopes.append(float(learned.bits.grad))  # type: ignore[arg-type]
+    assert errors == sorted(errors, reverse=True)
+    assert max(slopes) < 0
+
+
+def test_the_cost_of_whole_bits_is_the_cost_models_and_its_gradient_a_difference(problem: Problem) -> None:
+    price = BitCost(problem.cost, problem.space)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        bits = torch.randint(1, 9, (len(problem.space.slots),), generator=generator)
+        chosen = zip(problem.space.slots, bits.tolist(), strict=True)
+        config = problem.space.config_of({slot.parameter: b for slot, b in chosen})
+        assert float(price(bits.double())) == pytest.approx(problem.cost(config), rel=1e-9)
+    bits = 1.3 + 6 * torch.rand(len(problem.space.slots), generator=generator, dtype=torch.float64)
+    small = 1e-4 * torch.eye(len(bits), dtype=torch.float64)
+    differences = torch.stack([(price(bits + e) - price(bits - e)) / 2e-4 for e in small])
+    torch.testing.assert_close(price.gradient(bits), differences, rtol=1e-4, atol=1e-7)
+
+
+def test_a_cost_that_is_no_sum_is_refused(problem: Problem) -> None:
+    with pytest.raises(SpaceError, match="no sum over layers"):
+        BitCost(RelativeCost(problem.graph.layers, "activation_bytes_peak"), problem.space)
+
+
+def test_bits_are_moved_onto_the_budget_within_their_ends(problem: Problem) -> None:
+    price = BitCost(problem.cost, problem.space)
+    low, high = torch.ones(22, dtype=torch.float64), torch.full((22,), 8.0, dtype=torch.float64)
+    bits = torch.linspace(0, 9, 22, dtype=torch.float64)
+    for budget in (0.9, 0.4, 0.15):
+        moved = on_budget(price, bits, low, high, budget)
+        assert float(price(moved)) == pytest.approx(budget, abs=1e-6)
+        assert bool(((moved >= low) & (moved <= high)).all())
+        assert bool((moved.diff() >= 0).all())
+
+
+def test_every_budget_leaves_a_snapshot_at_its_cost(problem: Problem, descent: Descent) -> None:
+    price = BitCost(problem.cost, problem.space)
+    assert [snapshot.budget for snapshot in descent.snapshots] == list(BUDGETS)
+    names = set(problem.task.float_model().state_dict())
+    for snapshot in descent.snapshots:
+        bits = torch.tensor([snapshot.bits[slot.name] for slot in problem.space.slots], dtype=torch.float64)
+        assert float(price(bits)) == pytest.approx(snapshot.budget, rel=0.05)  # that of the step, just below it
+        assert set(snapshot.weights) == names
+    assert descent.log[-1]["step"] == STEPS - 1
+
+
+def test_layers_come_apart_and_marginals_come_together(problem: Problem, bench: Workbench, descent: Descent) -> None:
+    uniform = descend(bench, problem.space, problem.cost, BUDGETS, STEPS, spread=0.0)
+    last, control = descent.snapshots[-1], uniform.snapshots[-1]
+    assert torch.tensor(list(control.bits.values())).std() < 1e-6
+    assert torch.tensor(list(last.bits.values())).std() > 0.3
+    assert last.imbalance < control.imbalance
+
+
+def test_the_same_seed_descends_the_same_way(problem: Problem, bench: Workbench, descent: Descent) -> None:
+    again = descend(bench, problem.space, problem.cost, BUDGETS, STEPS)
+    assert [s.bits for s in again.snapshots] == [s.bits for s in descent.snapshots]
+
+
+def test_budgets_that_nothing_can_meet_are_refused(problem: Problem, bench: Workbench) -> None:
+    with pytest.raises(SpaceError, match="lies between the cheapest"):
+        descend(bench, problem.space, problem.cost, [1e-3], 1)
+
+
+def test_a_saved_descent_is_read_back_whole(descent: Descent, tmp_path: Path) -> None:
+    descent.save(tmp_path)
+    again = Descent.load(tmp_path)
+    assert again.log == descent.log
+    for mine, theirs in zip(descent.snapshots, again.snapshots, strict=True):
+        assert dataclasses.replace(mine, weights={}) == dataclasses.replace(theirs, weights={})
+        assert all(torch.equal(theirs.weights[name], value) for name, value in mine.weights.items())
+
+
+def test_whole_bits_stay_within_the_budget_and_near_what_was_learned(problem: Problem, descent: Descent) -> None:
+    for snapshot in descent.snapshots:
+        configs = rounded(snapshot, problem.space, problem.cost, 3)
+        assert len(set(configs)) == 3
+        assert all(problem.cost(config) <= snapshot.budget for config in configs)
+        assert problem.cost(configs[0]) > 0.97 * snapshot.budget
+        moved = [
+            abs(configs[0][name].weight.bits - snapshot.bits[slot.name])
+            for slot in problem.space.slots
+            if slot.tensor == "weight"
+            for name in slot.layers
+        ]
+        assert max(moved) < 1
+
+
+def test_trials_start_from_the_snapshot_nearest_in_cost(descent: Descent, tmp_path: Path) -> None:
+    assert StartWeights(tmp_path).at(0.3) is None
+    descent.save(tmp_path)
+    weights = StartWeights(tmp_path)
+    for cost, index in ((0.9, 0), (0.36, 0), (0.34, 1), (0.1, 1)):
+        found, expected = weights.at(cost), descent.snapshots[index].weights
+        assert found is not None
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_warm_start_is_paid_for_once(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = problem.spec.model_copy(update={"warm_start": problem.spec.warm_start.model_copy(update={"ilp": True})})
+
+    def once() -> list[tuple[str, PrecisionConfig]]:
+        return [*warm_start(spec, problem.task, problem.graph, problem.space, problem.cost, tmp_path / "warmstart")]
+
+    anchors = once()
+    assert [origin for origin, _ in anchors] == ["descent", "descent", "ilp", "ilp", *["descent"] * 4]
+    monkeypatch.setattr(start, "descend", None)
+    monkeypatch.setattr(start, "measure", None)
+    assert once() == anchors
+
+
+def test_a_study_tries_what_was_learned_and_resumes_without_a_second_descent(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["task.float_epochs=5", "engine.address=none", "trial.steps=2", "search.trials=10"]
+    warm = ["warm_start.method=gdnsq", "warm_start.steps=20", "warm_start.budgets=[0.5]", "warm_start.neighbours=2"]
+    seen: list[tuple[str, int, int]] = []
+    mpsearch.run_study(
+        mpsearch.load_study("digits", [*overrides, *warm]),
+        tmp_path / "run",
+        on_progress=lambda *progress: seen.append(progress),
+    )
+    assert seen[-1] == ("descent", 20, 20)
+    monkeypatch.setattr(start, "descend", None)
+    resume_study(tmp_path / "run", trials=11)
+    origins = [record.origin for record in RunFolder.open(tmp_path / "run").records()]
+    assert origins == ["uniform"] * 8 + ["descent"] * 2 + ["sampler"]
+
+
+@pytest.mark.parametrize("setting", ["budgets=[]", "budgets=[0.5,-1]", "steps=0", "method=hawq"])
+def test_a_warm_start_that_makes_no_sense_is_refused(setting: str) -> None:
+    with pytest.raises(StudyError, match="warm_start"):
+        mpsearch.load_study("digits", [f"warm_start.{setting}"])
