@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 EPSILON = 1e-3
 START_BITS = 10
 CHECK_EVERY = 20  # steps between two looks at the true bits
+CLIP_NORM = 5.0  # gradient norm of the weights above which a step is shortened, as in `fit`
 
 Optimizer = Literal["radam", "sgd"]
 
@@ -150,7 +151,7 @@ def gdnsq(
         runs = bench.compiled(model)
         torch.manual_seed(seed)
     with timed(seconds, "train"):
-        log, notes = _descend(task, model, runs, config, bench, steps, seed, method, on_step)
+        log, notes = _train(task, model, runs, config, bench, steps, seed, method, on_step)
     with timed(seconds, "finish"):
         if method.weight_grid == "symmetric":
             model = deployed(model, config, task.float_model(), bench.layers).to(bench.device)
@@ -162,7 +163,7 @@ def gdnsq(
     return Trained(model.eval(), bench.layers, config, seconds, tuple(log), notes)
 
 
-def _descend(
+def _train(
     task: Task,
     model: nn.Module,
     runs: nn.Module,
@@ -183,12 +184,16 @@ def _descend(
     known = {id(p) for p in (*log_steps, *ends)}
     weights = [p for p in model.parameters() if id(p) not in known]
     # RAdam's first thousand steps are a warm-up, which would be most of a short training's descent.
-    groups = [{"params": log_steps}, *([{"params": ends}] if ends else [])]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.Adam(groups, lr=method.range_lr, betas=(0.5, 0.99))]
-    if method.optimizer == "radam":
-        optimizers.append(torch.optim.RAdam(weights, lr=method.lr))
-    else:
-        optimizers.append(torch.optim.SGD(weights, lr=method.lr, momentum=0.9, nesterov=True))
+    of_steps, of_ends = (
+        torch.optim.Adam(group or [torch.zeros(1, requires_grad=True)], lr=method.range_lr, betas=(0.5, 0.99))
+        for group in (log_steps, ends)
+    )
+    of_weights: torch.optim.Optimizer = (
+        torch.optim.RAdam(weights, lr=method.lr)
+        if method.optimizer == "radam"
+        else torch.optim.SGD(weights, lr=method.lr, momentum=0.9, nesterov=True)
+    )
+    optimizers = (of_steps, of_ends, of_weights)
     speed = (START_BITS - 1) / max(1.0, method.descent * steps) if method.gradual else 0.0
     loss_of = bench.loss(seed)
     log: list[dict[str, float]] = []
@@ -199,12 +204,10 @@ def _descend(
         factor = min(1.0, (step + 1) / max(1.0, method.descent * steps))
         if method.anneal and converged is not None:
             factor = min(factor, 0.5 * (1 + math.cos(math.pi * (step - converged) / (steps - converged))))
-        # Bits can fall twice as fast as the ceiling.
-        step_lr = method.range_lr if converged is not None else max(method.range_lr, 2 * speed)
-        optimizers[0].param_groups[0]["lr"] = step_lr * (1.0 if converged is None else factor)
-        for group in optimizers[0].param_groups[1:]:
-            group["lr"] = method.range_lr * factor
-        optimizers[1].param_groups[0]["lr"] = method.lr * factor
+        _set_lr(of_weights, method.lr * factor)
+        _set_lr(of_ends, method.range_lr * factor)
+        # On the way down bits can fall twice as fast as the ceiling.
+        _set_lr(of_steps, method.range_lr * factor if converged is not None else max(method.range_lr, 2 * speed))
         with autocast(x, bench.bf16):
             output = call(runs, x)
         base = loss_of(step, x, output, y)
@@ -285,8 +288,8 @@ def keep_two_levels(layers: Mapping[str, QuantLayer]) -> None:
                 quantizer.log_s.copy_(torch.minimum(quantizer.log_s, quantizer.log_q - 1))
 
 
-CLIP_NORM = 5.0
-"""Gradient norm of the weights above which a step is shortened, as in `fit`."""
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    optimizer.param_groups[0]["lr"] = lr
 
 
 def learnable(
@@ -399,6 +402,3 @@ def _check(config: PrecisionConfig) -> None:
                 raise PrecisionError(f"layer '{name}' is to be {precision}: GDNSQ trains uniform quantizers only")
         if not layer.weight.is_float and layer.weight.granularity == "tensor":
             raise PrecisionError(f"layer '{name}' is to be {layer.weight}: GDNSQ trains weights per channel")
-
-
-__all__ = ["GdnsqMethod", "Penalty", "deployed", "excess_bits", "gdnsq", "learnable"]

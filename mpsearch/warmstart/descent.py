@@ -392,6 +392,3 @@ def _quantizers_of(model: nn.Module, space: SearchSpace) -> list[list[BitQuantiz
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without quantizers: the float model's names."""
     return {k: v.detach().clone().cpu() for k, v in model.state_dict().items() if "_quantizer." not in k}
-
-
-__all__ = ["BitCost", "BitQuantizer", "Descent", "Snapshot", "descend"]
