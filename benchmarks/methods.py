@@ -68,18 +68,18 @@ ROWS: dict[str, Row] = {
     "shift-w4": Row("qat", "shift:4 x float", 4, {"slope": (4, 64)}),
     "shift-w4-ste": Row("qat", "shift:4 x float", SHORT, {"shift_gradient": "ste"}),
     "shift-w4-dsq": Row("qat", "shift:4 x float", SHORT, {"shift_gradient": "dsq", "slope": (4, 64)}),
-    "shift-w4a4": Row("qat", "shift:4 x shift:4", SHORT, {"slope": (4, 64)}),
+    "shift-w4a4": Row("qat", "shift:4 x shift:4", SHORT, {"shift_gradient": "ste"}),
     **{
         f"ablation-shift-w4-slope-{start}-{end}": Row("qat", "shift:4 x float", SHORT, {"slope": (start, end)})
         for start, end in ((4, 16), (4, 64), (4, 128), (16, 64), (64, 64))
     },
     "ablation-qat-w3a3": Row("qat", "w3a3", SHORT),
-    "gdnsq-w4a4": _gdnsq("w4a4", 4),
+    "gdnsq-w4a4": _gdnsq("w4a4", 5),
     "gdnsq-w3a3": _gdnsq("w3a3", 6),
     "gdnsq-w2a2": _gdnsq("w2a2", 8),
     "gdnsq-w1a1": _gdnsq("w1a1", 4),
     "ablation-gdnsq": _gdnsq("w3a3", SHORT),
-    "ablation-gdnsq-gradual": _gdnsq("w3a3", SHORT, gradual=True),
+    "ablation-gdnsq-gradual": _gdnsq("w3a3", SHORT, gradual=True, range_lr=5e-4),
     "ablation-gdnsq-no-distillation": _gdnsq("w3a3", SHORT, distill=False),
     "ablation-gdnsq-no-anneal": _gdnsq("w3a3", SHORT, anneal=False),
     "ablation-gdnsq-noise": _gdnsq("w3a3", SHORT, step_gradient="noise"),
@@ -87,7 +87,7 @@ ROWS: dict[str, Row] = {
     "ablation-gdnsq-ewgs": _gdnsq("w3a3", SHORT, round_gradient="ewgs"),
     "ablation-gdnsq-aewgs": _gdnsq("w3a3", SHORT, round_gradient="aewgs"),
     "ablation-gdnsq-min-grid": _gdnsq("w3a3", SHORT, weight_grid="min"),
-    "ablation-gdnsq-slow-ranges": _gdnsq("w3a3", SHORT, range_lr=5e-5),
+    "ablation-gdnsq-fast-ranges": _gdnsq("w3a3", SHORT, range_lr=5e-4),
     "ablation-gdnsq-radam": _gdnsq("w3a3", SHORT, optimizer="radam", lr=2e-3),
 }
 

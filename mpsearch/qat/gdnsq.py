@@ -61,7 +61,7 @@ class GdnsqMethod:
     anneal: bool = True
     optimizer: Optimizer = "sgd"  # of weights, radam is the paper's; quantizer parameters always have Adam
     lr: float = 0.02
-    range_lr: float = 5e-4  # of the quantizer parameters; of steps, once the target is reached
+    range_lr: float = 5e-5  # of the quantizer parameters; of steps, once the target is reached
     step_gradient: StepGradient = "residual"
     round_gradient: RoundGradient = "ste"
     weight_grid: WeightGrid = "symmetric"
