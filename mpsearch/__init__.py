@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mpsearch.errors import MpsearchError as MpsearchError
     from mpsearch.exporters import export as export
     from mpsearch.exporters.native import load as load
+    from mpsearch.exporters.network import QuantizedNetwork as QuantizedNetwork
     from mpsearch.graph.layers import inspect_model as inspect_model
     from mpsearch.precision import LayerPrecision as LayerPrecision
     from mpsearch.precision import Precision as Precision
@@ -31,6 +32,7 @@ _PUBLIC = {
     "MpsearchError": "mpsearch.errors",
     "Precision": "mpsearch.precision",
     "PrecisionConfig": "mpsearch.precision",
+    "QuantizedNetwork": "mpsearch.exporters.network",
     "cost_of": "mpsearch.cost.model",
     "export": "mpsearch.exporters",
     "inspect_model": "mpsearch.graph.layers",

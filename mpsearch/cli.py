@@ -470,14 +470,19 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to write")],
     pick: Annotated[str, typer.Option("--pick", help="knee, best, trial:7, cost<=0.5, accuracy>=0.87")] = "knee",
-    to: Annotated[str, typer.Option("--to", help="format: native")] = "native",
+    to: Annotated[str, typer.Option("--to", help="format: native, packed, ...; the README lists them")] = "native",
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="convert what the format cannot hold, and list it")
+    ] = False,
 ) -> None:
     """Export a config with its weights and scales."""
     from mpsearch.exporters import export_run
 
-    path, record, measured = export_run(run, pick, to, out)
+    exported, record, measured = export_run(run, pick, to, out, allow_lossy=allow_lossy)
     accuracies = ", ".join(f"{split} {_percent(accuracy)}" for split, accuracy in measured.items())
-    print(f"trial {record.number}, cost {record.cost:.4f}: {accuracies}; written to {path}")
+    print(f"trial {record.number}, cost {record.cost:.4f}: {accuracies}; written to {exported.path}")
+    for conversion in exported.conversions:
+        print(f"converted: {conversion}")
 
 
 # ---------------------------------------------------------------------------------------------- what commands share

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError, PrecisionError, nearest
+from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import PrecisionConfig
 from mpsearch.quant.modules import QUANT_LAYERS
@@ -29,66 +30,32 @@ CONFIG_FILE = "precision.json"
 TENSORS_FILE = "model.safetensors"
 
 
-def save(
-    model: nn.Module,
-    layers: Sequence[LayerInfo],
-    folder: str | Path,
-    *,
-    name: str,
-    task: str,
-    metric: str = "top1",
-    accuracy: Mapping[str, float | None] | None = None,
-    cost: Mapping[str, Any] | None = None,
-    structure: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write a quantized model: `precision.json` and `model.safetensors` in `folder`.
-
-    Args:
-        model: what `prepare` made, trained or not.
-        layers: the layers of the float model that it was made from.
-        folder: where to; made if absent.
-        name: the network's name.
-        task: what it was measured on.
-        metric: what `accuracy` is.
-        accuracy: measured accuracies by split.
-        cost: `{"model", "reference", "relative"}`.
-        structure: how the network was changed before it was quantized, as `mpsearch.ptq.fold.structure_of` says it.
+def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
+    """Write a quantized network: `precision.json`, which is its manifest, and `model.safetensors`.
 
     Raises:
         ExportError: the folder cannot be written, or holds another export.
     """
-    folder = Path(folder)
-    quantized = quant_layers(model)
     inputs = {
-        layer.name: {"shape": list(layer.input_shape), "signed": layer.signed_input}
-        for layer in layers
-        if layer.name in quantized
+        name: {"shape": list(info.input_shape), "signed": info.signed_input} for name, info in network.info.items()
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in (CONFIG_FILE, TENSORS_FILE):
             if (folder / file).exists():
                 raise ExportError(f"{folder} already holds {file}: give another folder, or remove it first")
-        save_file(_tensors(model), folder / TENSORS_FILE, metadata={"format": "pt", "schema": SCHEMA})
-        document: dict[str, Any] = {
-            "schema": SCHEMA,
-            "mpsearch": version("mpsearch"),
-            "model": name,
-            "task": task,
-            "metric": metric,
-            "accuracy": dict(accuracy or {}),
-            "layers": PrecisionConfig((n, layer.precision) for n, layer in quantized.items()).to_json(),
+        save_file(_tensors(network.model), folder / TENSORS_FILE, metadata={"format": "pt", "schema": SCHEMA})
+        document = {
+            **network.document(SCHEMA),
             "inputs": inputs,
             "tensors": {"file": TENSORS_FILE, "sha256": _sha256(folder / TENSORS_FILE)},
         }
-        if cost is not None:
-            document["cost"] = dict(cost)
-        if structure is not None:
-            document["structure"] = dict(structure)
+        if network.structure is not None:
+            document["structure"] = dict(network.structure)
         (folder / CONFIG_FILE).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ExportError(f"cannot write the export to {folder}: {error.strerror or error}") from None
-    return folder
+    return {}
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -101,11 +68,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     document = read_document(folder)
-    config = _checked_config(document, folder)
-    model = _restructured(model, document, folder)
-    modules = dict(model.named_modules())
-    infos = [_info(name, modules, document, folder) for name in config]
-    quantized = insert_quantizers(model, infos, config.offers)
+    quantized, config = restored(model, document, folder)
     for name, layer in quant_layers(quantized).items():
         layer.set_precision(config[name])
     tensors = _read_tensors(folder, document)
@@ -114,6 +77,19 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     except RuntimeError as error:
         raise ExportError(f"{folder} is of another network than the model given: {_first_lines(error)}") from None
     return quantized.eval()
+
+
+def restored(model: nn.Module, document: Mapping[str, Any], folder: Path) -> tuple[nn.Module, PrecisionConfig]:
+    """A copy of the float network with the structure of an export, at float precision, and the export's config.
+
+    Raises:
+        ExportError: the document does not fit the network, or itself.
+    """
+    config = _checked_config(document, folder)
+    model = _restructured(model, document, folder)
+    modules = dict(model.named_modules())
+    infos = [_info(name, modules, document, folder) for name in config]
+    return insert_quantizers(model, infos, config.offers), config
 
 
 def read_document(folder: str | Path) -> dict[str, Any]:
@@ -165,9 +141,7 @@ def _restructured(model: nn.Module, document: Mapping[str, Any], folder: Path) -
     try:
         return restructure(model, **document["structure"])
     except (AttributeError, AssertionError, TypeError, RuntimeError) as error:
-        raise ExportError(
-            f"{folder / CONFIG_FILE}: 'structure' does not fit the model given: {_first_lines(error)}"
-        ) from None
+        raise ExportError(f"{folder}: 'structure' does not fit the model given: {_first_lines(error)}") from None
 
 
 def _info(name: str, modules: Mapping[str, nn.Module], document: Mapping[str, Any], folder: Path) -> LayerInfo:
@@ -180,7 +154,7 @@ def _info(name: str, modules: Mapping[str, nn.Module], document: Mapping[str, An
         facts = document["inputs"][name]
         shape, signed = tuple(int(size) for size in facts["shape"]), bool(facts["signed"])
     except (KeyError, TypeError, ValueError):
-        raise ExportError(f"{folder / CONFIG_FILE}: 'inputs' must give shape and signed for layer '{name}'") from None
+        raise ExportError(f"{folder}: 'inputs' must give shape and signed for layer '{name}'") from None
     weight = module.weight
     assert isinstance(weight, Tensor)
     return LayerInfo(name, "", tuple(weight.shape), shape, (), 0, 0, 0, signed_input=signed)

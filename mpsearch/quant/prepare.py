@@ -55,7 +55,7 @@ def insert_quantizers(
             input_elements=elements,
             offer=offers.get(layer.name, UNIFORM),
         )
-        for parent, name in _places(model, modules[layer.name]):
+        for parent, name in places(model, modules[layer.name]):
             setattr(parent, name, twin)
     return model
 
@@ -194,7 +194,7 @@ def sample_inputs(model: nn.Module, names: Sequence[str], calibration_input: Any
     return {name: torch.cat(values) for name, values in samples.items()}
 
 
-def _places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+def places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Every (parent, attribute) under which a module hangs."""
     # Not named_children(): it leaves out the second name of a module that it has already given.
     return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]

@@ -61,17 +61,15 @@ def exported(tmp_path: Path) -> tuple[Path, nn.Module]:
     with torch.no_grad():
         for parameter in prepared.parameters():  # as if trained
             parameter.mul_(1.01)
-    folder = mpsearch.export(
+    result = mpsearch.QuantizedNetwork(
         prepared,
         layers,
-        "native",
-        tmp_path / "out",
         name="small",
         task="noise",
         accuracy={"val": 0.5, "test": None},
         cost={"model": "bops", "reference": "w8a8", "relative": 0.3},
     )
-    return folder, prepared
+    return mpsearch.export(result, "native", tmp_path / "out").path, prepared
 
 
 def test_load_gives_identical_outputs(exported: tuple[Path, nn.Module]) -> None:
@@ -134,12 +132,12 @@ def test_an_export_is_not_overwritten(exported: tuple[Path, nn.Module]) -> None:
     folder, prepared = exported
     layers = inspect_model(network(), batch()).layers
     with pytest.raises(ExportError, match="already holds"):
-        mpsearch.export(prepared, layers, "native", folder, name="small", task="noise")
+        mpsearch.export(mpsearch.QuantizedNetwork(prepared, layers, "small", "noise"), "native", folder)
 
 
 def test_unknown_format_is_named(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="unknown export format 'natve': did you mean 'native'"):
-        mpsearch.export(exported[1], (), "natve", tmp_path / "x", name="small", task="noise")
+        mpsearch.export(mpsearch.QuantizedNetwork(exported[1], (), "small", "noise"), "natve", tmp_path / "x")
 
 
 def edit(folder: Path, **changes: object) -> None:
