@@ -36,26 +36,29 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     Raises:
         ExportError: the folder cannot be written, or holds another export.
     """
-    inputs = {
-        name: {"shape": list(info.input_shape), "signed": info.signed_input} for name, info in network.info.items()
-    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in (CONFIG_FILE, TENSORS_FILE):
             if (folder / file).exists():
                 raise ExportError(f"{folder} already holds {file}: give another folder, or remove it first")
-        save_file(_tensors(network.model), folder / TENSORS_FILE, metadata={"format": "pt", "schema": SCHEMA})
+        save_file(state(network.model), folder / TENSORS_FILE, metadata={"format": "pt", "schema": SCHEMA})
         document = {
             **network.document(SCHEMA),
-            "inputs": inputs,
+            **network_parts(network),
             "tensors": {"file": TENSORS_FILE, "sha256": _sha256(folder / TENSORS_FILE)},
         }
-        if network.structure is not None:
-            document["structure"] = dict(network.structure)
         (folder / CONFIG_FILE).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ExportError(f"cannot write the export to {folder}: {error.strerror or error}") from None
     return {}
+
+
+def network_parts(network: QuantizedNetwork) -> dict[str, Any]:
+    """What `restored` needs to know of a network: what its layers' inputs look like, and how it was changed."""
+    inputs = {
+        name: {"shape": list(info.input_shape), "signed": info.signed_input} for name, info in network.info.items()
+    }
+    return {"inputs": inputs} | ({} if network.structure is None else {"structure": dict(network.structure)})
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -160,7 +163,7 @@ def _info(name: str, modules: Mapping[str, nn.Module], document: Mapping[str, An
     return LayerInfo(name, "", tuple(weight.shape), shape, (), 0, 0, 0, signed_input=signed)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, each tensor with memory of its own (safetensors refuses shared memory)."""
     return {
         name.removeprefix("_orig_mod."): value.detach().cpu().clone().contiguous()
@@ -198,5 +201,5 @@ def _first_lines(error: Exception, count: int = 3) -> str:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a state dict to one safetensors file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(_tensors(model), temporary)
+    save_file(state(model), temporary)
     temporary.replace(path)

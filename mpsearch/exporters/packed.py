@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps, weight_codes
+from mpsearch.exporters.native import network_parts, restored
 from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.exporters.plain import per_channel
 from mpsearch.precision import FLOAT, Precision
@@ -84,7 +86,7 @@ def values_of(unsigned: Tensor, weight: Precision) -> Tensor:
 
 def _fields(weight: Precision) -> list[int]:
     """Of each level of a `shift` or `apot` weight, ascending: which power each term takes, packed into one number."""
-    terms = _terms(weight)
+    terms = terms_of(weight)
     choices: list[tuple[float, int]] = [(0.0, 0)]  # (magnitude, fields)
     width = 0
     for exponents in terms:
@@ -94,7 +96,8 @@ def _fields(weight: Precision) -> list[int]:
     return [code for _, code in sorted(choices)]
 
 
-def _terms(weight: Precision) -> tuple[tuple[int, ...], ...]:
+def terms_of(weight: Precision) -> tuple[tuple[int, ...], ...]:
+    """The exponents of each term of a `shift` or `apot` weight."""
     if weight.quantizer == "shift":
         return (shift_exponents(weight.bits, signed=True),)
     return apot_terms(weight.bits, signed=True)
@@ -131,8 +134,7 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     structure["folded"] = {**structure["folded"], **folded}
     structure["biased"] = [name for name in layers if table[name]["bias"] is not None]
     return {
-        "inputs": {n: {"shape": list(i.input_shape), "signed": i.signed_input} for n, i in network.info.items()},
-        "structure": structure,
+        **network_parts(replace(network, structure=structure)),
         "tensors": {"file": TENSORS_FILE, "bytes": path.stat().st_size, "other_bytes": _bytes(others.values())},
         "packed": table,
     }
@@ -146,7 +148,6 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         ExportError: the folder holds no packed export, a damaged one, or one of another network.
     """
-    from mpsearch.exporters.native import restored
     from mpsearch.exporters.read import read_manifest
 
     folder = Path(folder)
@@ -208,7 +209,7 @@ class _Writer:
             scale = steps(layer.weight_quantizer)
             entry["scales"] = self._add("scales", scale if factor is None else scale * factor)
             if precision.weight.quantizer != "uniform":
-                entry["exponents"] = [list(term) for term in _terms(precision.weight)]
+                entry["exponents"] = [list(term) for term in terms_of(precision.weight)]
         entry["codes"] = self._add_codes(codes.cpu())
         entry["bias"] = None if bias is None else self._add("biases", bias)
         quantizer = layer.input_quantizer

@@ -33,11 +33,17 @@ def with_layers(model: nn.Module, make: Callable[[str, QuantLayer], nn.Module]) 
 @torch.no_grad()
 def plain_layer(layer: QuantLayer) -> nn.Module:
     """The torch layer that a quantized layer stands for, with the weight as it was used."""
+    twin = without_quantizers(layer)
+    twin.weight = nn.Parameter(layer.quantized_weight().detach().clone())
+    return twin
+
+
+def without_quantizers(layer: QuantLayer) -> nn.Module:
+    """The torch layer that a quantized layer stands for; it shares the unquantized parameters."""
     kind = PLAIN[type(layer)]
     twin = kind.__new__(kind)
     twin.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in layer.__dict__.items()}
     del twin._modules["weight_quantizer"], twin._modules["input_quantizer"]
-    twin.weight = nn.Parameter(layer.quantized_weight().detach().clone())
     return twin
 
 

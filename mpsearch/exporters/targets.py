@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.errors import ExportError, nearest
-from mpsearch.exporters import native, packed
+from mpsearch.exporters import brevitas, mhaq, native, onnx_qdq, packed, qonnx
 from mpsearch.exporters.fit import Holds
 from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.graph.layers import KINDS
 from mpsearch.precision import BITS
 
 ALL_KINDS = frozenset(KINDS.values())
+UNIFORM = {"uniform": BITS["uniform"]}
 ALL_TYPES = {name: widths for name, widths in BITS.items() if name != "float"}
 
 
@@ -36,6 +37,12 @@ class Target:
 TARGETS: dict[str, Target] = {
     "native": Target(native.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS)),
     "packed": Target(packed.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS)),
+    # Shift and APoT weights are constants on their grid.
+    "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS), ("onnx", "onnxscript"), "qonnx"),
+    "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS), ("onnx", "onnxscript"), "onnx"),
+    # Bits alone: MHAQ learns its own scales. It has Conv2d and Linear.
+    "mhaq": Target(mhaq.save, Holds(UNIFORM, UNIFORM, frozenset({"conv2d", "linear"}))),
+    "brevitas": Target(brevitas.save, Holds(UNIFORM, UNIFORM, ALL_KINDS), ("brevitas",), "brevitas"),
 }
 """Name of a format -> what it is."""
 
