@@ -24,8 +24,8 @@ import yaml
 from safetensors.torch import save_file
 
 from mpsearch.errors import ExportError
+from mpsearch.exporters.native import plain_state
 from mpsearch.exporters.network import QuantizedNetwork
-from mpsearch.exporters.plain import with_layers, without_quantizers
 
 CONFIG_FILE = "mhaq.yaml"
 ADAPTER_FILE = "mhaq_adapter.py"
@@ -70,9 +70,7 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     adapter = files("mpsearch.exporters").joinpath("mhaq_adapter.py.txt").read_text(encoding="utf-8")
     (folder / ADAPTER_FILE).write_text(adapter, encoding="utf-8")
-    plain = with_layers(network.model, lambda _name, layer: without_quantizers(layer))
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in plain.state_dict().items()}
-    save_file(tensors, folder / TENSORS_FILE)
+    save_file(plain_state(network), folder / TENSORS_FILE)
     return {"file": CONFIG_FILE, "adapter": ADAPTER_FILE, "tensors": {"file": TENSORS_FILE}, "notes": [IGNORED]}
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import ExportError, PrecisionError, nearest
 from mpsearch.exporters.network import QuantizedNetwork
+from mpsearch.exporters.plain import plain_layer, with_layers, without_quantizers
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import PrecisionConfig
 from mpsearch.quant.modules import QUANT_LAYERS
@@ -51,6 +52,11 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise ExportError(f"cannot write the export to {folder}: {error.strerror or error}") from None
     return {}
+
+
+def plain_state(network: QuantizedNetwork, quantized: bool = False) -> dict[str, Tensor]:
+    """The state dict of the network in torch's own layers; `quantized`: with the weights as they are used."""
+    return state(with_layers(network.model, lambda _, layer: (plain_layer if quantized else without_quantizers)(layer)))
 
 
 def network_parts(network: QuantizedNetwork) -> dict[str, Any]:

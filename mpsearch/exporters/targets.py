@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.errors import ExportError, nearest
-from mpsearch.exporters import brevitas, mhaq, native, onnx_qdq, packed, qonnx
+from mpsearch.exporters import aimet, brevitas, mhaq, modelopt, native, onnx_qdq, packed, qonnx, torchao
 from mpsearch.exporters.fit import Holds
 from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.graph.layers import KINDS
@@ -21,6 +21,7 @@ from mpsearch.precision import BITS
 
 ALL_KINDS = frozenset(KINDS.values())
 UNIFORM = {"uniform": BITS["uniform"]}
+TWO_UP = {"uniform": range(2, 9)}  # their 1-bit grid is {-s, 0}, ours -s/2 and s/2
 ALL_TYPES = {name: widths for name, widths in BITS.items() if name != "float"}
 
 
@@ -43,6 +44,10 @@ TARGETS: dict[str, Target] = {
     # Bits alone: MHAQ learns its own scales. It has Conv2d and Linear.
     "mhaq": Target(mhaq.save, Holds(UNIFORM, UNIFORM, frozenset({"conv2d", "linear"}))),
     "brevitas": Target(brevitas.save, Holds(UNIFORM, UNIFORM, ALL_KINDS), ("brevitas",), "brevitas"),
+    # Weights alone: its static activations are symmetric int8. It has no 1-bit grid without zero.
+    "torchao": Target(torchao.save, Holds(TWO_UP, {}, frozenset({"linear"})), ("torchao",), "torchao"),
+    "modelopt": Target(modelopt.save, Holds(TWO_UP, UNIFORM, ALL_KINDS), ("modelopt",), "modelopt"),
+    "aimet": Target(aimet.save, Holds(TWO_UP, UNIFORM, ALL_KINDS), ("aimet_torch",), "aimet"),
 }
 """Name of a format -> what it is."""
 
