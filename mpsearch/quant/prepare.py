@@ -160,6 +160,27 @@ def prepare(
     return prepared
 
 
+def prepare_for_training(
+    model: nn.Module, config: PrecisionConfig, calibration_input: Any, layers: Sequence[LayerInfo] | None = None
+) -> nn.Module:
+    """A drop-in replacement for `model` in any training loop: `prepare`, in train mode, safe under DDP.
+
+    Parameters that no gradient reaches (the steps of tensors that stay float, offsets that a grid does not have) are
+    frozen, because DistributedDataParallel waits for every gradient. The parameters of `model` keep their names in the
+    state dict, quantizers are beside them, so that a float checkpoint loads with `strict=False`.
+
+    Arguments and errors as for `prepare`.
+    """
+    prepared = prepare(model, config, calibration_input, layers)
+    for layer in quant_layers(prepared).values():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            kind = quantizer.precision.quantizer
+            quantizer.step.requires_grad_(kind != "float")
+            if quantizer.beta is not None:
+                quantizer.beta.requires_grad_(kind == "uniform")
+    return prepared.train()
+
+
 def weight_rows(layer: QuantLayer) -> Tensor:
     """The weight as `(channels, n)`, a row for each output channel."""
     weight = cast(Tensor, layer.weight).detach().float()
