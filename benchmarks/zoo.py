@@ -1,7 +1,7 @@
 """Does it work on every classification model of torchvision? Random weights, mixed bits and types, smallest first.
 
-For each: inspect, prepare, one forward and backward pass, cost, native export and load with equal outputs. The table has
-a line per model: pass, or the reason why not; what stays float in it is named below the table, with the reason.
+For each: inspect, prepare, one forward and backward pass, cost, native export and load with equal outputs. The table
+has a line per model: pass, or the reason why not; what stays float is named below the table, with its reason.
 
     python benchmarks/zoo.py [--only vit swin] [--max-params 50e6] [--minutes 30]
 """
