@@ -646,7 +646,7 @@ def _open(study: str, set_: Sequence[str] | None) -> tuple[StudySpec, Problem]:
 
 def _precisions(text: str) -> PrecisionConfig | LayerPrecision:
     """A config as the command line names it: a file or folder if there is one, else a shorthand."""
-    from mpsearch.exporters.native import read_config
+    from mpsearch.exporters.read import read_config
     from mpsearch.precision import LayerPrecision
 
     if Path(text).exists():

@@ -35,11 +35,12 @@ def test_readme_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         "mpsearch.study.load_study", lambda study, overrides=(): load_study(study, [*overrides, *quick])
     )
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {"model": torch.nn.Sequential(torch.nn.Linear(4, 2)), "batch": torch.randn(8, 4), "mpsearch": mpsearch}
     for block in blocks:
         exec(block, names)
     assert names["quantized"](names["batch"]).shape == (8, 2)  # type: ignore[operator]
+    assert torch.equal(names["packed"].load(names["model"], "packed")(names["batch"]), names["expected"])  # type: ignore[attr-defined]
 
 
 def test_readme_names_every_command_and_no_other() -> None:

@@ -121,15 +121,6 @@ def read_document(folder: str | Path) -> dict[str, Any]:
     return document
 
 
-def read_config(path: str | Path) -> PrecisionConfig:
-    """The precisions in a precision-config file, or in the folder of an export.
-
-    Raises:
-        ExportError: there is none, or it is not of the schema's form.
-    """
-    return _checked_config(read_document(path), Path(path))
-
-
 def _checked_config(document: Mapping[str, Any], folder: Path) -> PrecisionConfig:
     try:
         return PrecisionConfig.from_json(document.get("layers"))

@@ -57,8 +57,11 @@ def read_config(path: str | Path) -> PrecisionConfig:
     document = _read(path)
     if "param_encodings" in document:
         return _from_aimet(document, path)
-    if isinstance(document.get("layers"), Mapping):
-        return PrecisionConfig.from_json(document["layers"])
+    if "layers" in document:
+        try:
+            return PrecisionConfig.from_json(document["layers"])
+        except PrecisionError as error:
+            raise ExportError(f"{path}: {error}") from None
     return PrecisionConfig((str(name), _from_table(str(name), row, path)) for name, row in document.items())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import mpsearch
 from mpsearch.errors import ExportError
-from mpsearch.exporters.native import read_config
+from mpsearch.exporters.read import read_config
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 
