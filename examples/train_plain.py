@@ -49,8 +49,8 @@ def main(epochs: int = 5) -> tuple[float, float, float]:
     config = mpsearch.PrecisionConfig(  # or mpsearch.read_config("OUT"), what `mpsearch export` wrote
         {
             "0": mpsearch.LayerPrecision.parse("uniform:4", "uniform:8"),
-            "4": mpsearch.LayerPrecision.parse("shift:3", "uniform:3"),
-            "8": mpsearch.LayerPrecision.parse("uniform:2", "uniform:4"),
+            "4": mpsearch.LayerPrecision.parse("shift:3", "uniform:1"),
+            "8": mpsearch.LayerPrecision.parse("uniform:1", "uniform:1"),
         }
     )
     quantized = mpsearch.prepare_for_training(model, config, images[:256])

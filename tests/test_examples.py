@@ -55,7 +55,7 @@ def test_plain_loop_example_gains_by_training() -> None:
     scope = runpy.run_path(str(ROOT / "examples" / "train_plain.py"))
     in_float, before, after = scope["main"](epochs=4)
     assert in_float > 0.85
-    assert after > before + 0.05
+    assert after > before + 0.03
 
 
 def test_lightning_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps
-from mpsearch.exporters.native import network_parts, restored, state
+from mpsearch.exporters.native import load_tensors, network_parts, restored, state
 from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.exporters.plain import PLAIN, per_channel, plain_layer, with_layers
 from mpsearch.quant.modules import QuantLayer
@@ -62,7 +62,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
         layer.set_precision(config[name])
     model = to_brevitas(quantized)
     try:
-        model.load_state_dict(load_file(folder / document["tensors"]["file"]), strict=True)
+        load_tensors(model, load_file(folder / document["tensors"]["file"]))
     except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{folder} is damaged, or of another network than the model given: {error}") from None
     return model

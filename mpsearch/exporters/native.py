@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -82,7 +83,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
         layer.set_precision(config[name])
     tensors = _read_tensors(folder, document)
     try:
-        quantized.load_state_dict(tensors, strict=True)
+        load_tensors(quantized, tensors)
     except RuntimeError as error:
         raise ExportError(f"{folder} is of another network than the model given: {_first_lines(error)}") from None
     return quantized.eval()
@@ -166,6 +167,21 @@ def state(model: nn.Module) -> dict[str, Tensor]:
         name.removeprefix("_orig_mod."): value.detach().cpu().clone().contiguous()
         for name, value in model.state_dict().items()
     }
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> list[str]:
+    """Load a state dict that was in a file: it has lost its version numbers, by which some modules convert old ones.
+
+    Returns:
+        the names that the model does not have: none if `strict`.
+
+    Raises:
+        RuntimeError: the tensors are not those of the model.
+    """
+    current = model.state_dict()
+    given = OrderedDict(tensors)
+    given._metadata = getattr(current, "_metadata", {})  # type: ignore[attr-defined]
+    return list(model.load_state_dict(given, strict=strict).unexpected_keys)
 
 
 def _read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps, weight_codes
-from mpsearch.exporters.native import network_parts, restored
+from mpsearch.exporters.native import load_tensors, network_parts, restored
 from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.exporters.plain import per_channel
 from mpsearch.precision import FLOAT, Precision
@@ -161,7 +161,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
             layer.input_quantizer.set_precision(config[name].activation)
             _read(layer, config[name].weight, table[name], tensors)
         others = {name: value for name, value in tensors.items() if name not in _BLOBS}
-        if strange := quantized.load_state_dict(others, strict=False).unexpected_keys:
+        if strange := load_tensors(quantized, others, strict=False):
             raise ValueError(f"it has no {strange[0]}")
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{folder} is damaged, or of another network than the model given: {error}") from None

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mpsearch.errors import ExportError
-from mpsearch.exporters.native import restored
+from mpsearch.exporters.native import load_tensors, restored
 from mpsearch.exporters.plain import with_layers, without_quantizers
 from mpsearch.exporters.read import read_manifest
 
@@ -28,7 +28,7 @@ def float_network(model: nn.Module, folder: Path, target: str) -> tuple[nn.Modul
     quantized, _ = restored(model, document, folder)
     plain = with_layers(quantized, lambda _, layer: without_quantizers(layer))
     try:
-        plain.load_state_dict(load_file(folder / TENSORS_FILE), strict=True)
+        load_tensors(plain, load_file(folder / TENSORS_FILE))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ExportError(f"{folder} is damaged, or of another network than the model given: {error}") from None
     return plain.eval(), document

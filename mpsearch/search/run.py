@@ -16,7 +16,7 @@ from torch import nn
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import CostError, RunError, SpaceError
-from mpsearch.exporters.native import save_weights
+from mpsearch.exporters.native import load_tensors, save_weights
 from mpsearch.graph.layers import ModelGraph, inspect_model
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord
@@ -295,7 +295,7 @@ def trained_model(
         brief, measured = final, {"val": best.val, "test": best.test}
     if brief.exists():
         bench.reset(record.config)
-        bench.model.load_state_dict(load_file(brief))
+        load_tensors(bench.model, load_file(brief))
         return bench.model.eval(), measured
     logger.warning("the weights of trial %d were not kept (it is not on the front): it is trained again", record.number)
     again = run_trial(problem.task, record.config, problem.spec.trial, bench=bench)

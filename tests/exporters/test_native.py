@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import mpsearch
 from mpsearch.errors import ExportError
+from mpsearch.exporters import packed
 from mpsearch.exporters.read import read_config
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
@@ -184,3 +185,23 @@ def test_bits_outside_a_quantizer_are_refused(exported: tuple[Path, nn.Module]) 
     edit(folder, layers=layers)
     with pytest.raises(ExportError, match="layer '3': apot has no 9-bit form: give 2 to 5 bits"):
         mpsearch.load(network(), folder)
+
+
+class Versioned(nn.Sequential):
+    """A module that converts old checkpoints by their version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest) -> None:  # type: ignore[no-untyped-def, override]
+        assert metadata.get("version") == 2
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+@pytest.mark.parametrize(("to", "load"), [("native", mpsearch.load), ("packed", packed.load)])
+def test_modules_that_ask_for_the_version_of_a_checkpoint_load(to: str, load, tmp_path: Path) -> None:
+    model, x = Versioned(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)), torch.randn(8, 4)
+    layers = inspect_model(model, x).layers
+    config = PrecisionConfig.uniform(["0", "2"], LayerPrecision.shorthand("w4a4"))
+    prepared = mpsearch.prepare(model, config, x, layers)
+    folder = mpsearch.export(mpsearch.QuantizedNetwork(prepared, layers, "net", "noise"), to, tmp_path / "out").path
+    assert torch.equal(load(model, folder)(x), prepared(x))
