@@ -12,7 +12,7 @@ demo: setup  ## run the digits study end to end; prints the front and where the 
 test: setup  ## the default tests, a few minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: setup  ## the slow tests too
+test-all: $(VENV)/.targets  ## the slow tests too, and those of the export targets' libraries, which it installs
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 
 lint: setup
@@ -27,6 +27,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m uv --version >/dev/null 2>&1 || $(PYTHON) -m pip install --quiet uv
 	test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) $(VENV)
 	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.targets: $(VENV)/.installed
+	$(UV) pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,targets]'
 	touch $@
 
 clean:

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from mpsearch.errors import MpsearchError as MpsearchError
     from mpsearch.exporters import export as export
     from mpsearch.exporters.native import load as load
+    from mpsearch.exporters.network import QuantizedNetwork as QuantizedNetwork
+    from mpsearch.exporters.read import read_config as read_config
     from mpsearch.graph.layers import inspect_model as inspect_model
     from mpsearch.precision import LayerPrecision as LayerPrecision
     from mpsearch.precision import Precision as Precision
     from mpsearch.precision import PrecisionConfig as PrecisionConfig
     from mpsearch.quant.prepare import prepare as prepare
+    from mpsearch.quant.prepare import prepare_for_training as prepare_for_training
     from mpsearch.search.run import run_study as run_study
     from mpsearch.study import load_study as load_study
 
@@ -31,12 +34,15 @@ _PUBLIC = {
     "MpsearchError": "mpsearch.errors",
     "Precision": "mpsearch.precision",
     "PrecisionConfig": "mpsearch.precision",
+    "QuantizedNetwork": "mpsearch.exporters.network",
     "cost_of": "mpsearch.cost.model",
     "export": "mpsearch.exporters",
     "inspect_model": "mpsearch.graph.layers",
     "load": "mpsearch.exporters.native",
     "load_study": "mpsearch.study",
     "prepare": "mpsearch.quant.prepare",
+    "prepare_for_training": "mpsearch.quant.prepare",
+    "read_config": "mpsearch.exporters.read",
     "run_study": "mpsearch.search.run",
 }
 __all__ = list(_PUBLIC)

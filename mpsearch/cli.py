@@ -492,14 +492,48 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to write")],
     pick: Annotated[str, typer.Option("--pick", help="knee, best, trial:7, cost<=0.5, accuracy>=0.87")] = "knee",
-    to: Annotated[str, typer.Option("--to", help="format: native")] = "native",
+    to: Annotated[str, typer.Option("--to", help="format: native, packed, ...; the README lists them")] = "native",
+    allow_lossy: Annotated[
+        bool, typer.Option("--allow-lossy", help="convert what the format cannot hold, and list it")
+    ] = False,
 ) -> None:
     """Export a config with its weights and scales."""
     from mpsearch.exporters import export_run
 
-    path, record, measured = export_run(run, pick, to, out)
+    exported, record, measured = export_run(run, pick, to, out, allow_lossy=allow_lossy)
     accuracies = ", ".join(f"{split} {_percent(accuracy)}" for split, accuracy in measured.items())
-    print(f"trial {record.number}, cost {record.cost:.4f}: {accuracies}; written to {path}")
+    print(f"trial {record.number}, cost {record.cost:.4f}: {accuracies}; written to {exported.path}")
+    for conversion in exported.conversions:
+        print(f"converted: {conversion}")
+
+
+@app.command("import")
+def import_(
+    run: Run,
+    config: Annotated[Path, typer.Argument(help="an export, AIMET encodings, or a table layer -> bits (JSON, YAML)")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="write the config as JSON")] = None,
+    score: Annotated[bool, typer.Option("--score/--no-score", help="run it as a trial of the run")] = True,
+) -> None:
+    """Read a config that was made elsewhere, and score it as a trial: it joins the front if it belongs there."""
+    from mpsearch.exporters.read import complete, read_config
+    from mpsearch.record import RunFolder
+    from mpsearch.search.front import pareto_front
+    from mpsearch.search.run import open_problem, read_spec, score_config
+
+    folder = RunFolder.open(run)
+    problem = open_problem(read_spec(folder))
+    imported = complete(read_config(config), list(problem.layers))
+    left = [name for name, layer in imported.items() if layer.weight.is_float or layer.activation.is_float]
+    print(f"{len(imported)} layers, cost {problem.cost(imported):.4f} of {problem.spec.cost.reference}")
+    if left:
+        print(f"weight or input left float: {', '.join(left[:10])}{', ...' if len(left) > 10 else ''}")
+    if out is not None:
+        out.write_text(json.dumps({"layers": imported.to_json()}, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {out}")
+    if score:
+        record = score_config(problem, folder, imported)
+        place = "on the front" if record in pareto_front(folder.records()).trials else "dominated"
+        print(f"trial {record.number}: val {_percent(record.accuracy)}, {place}")
 
 
 # ---------------------------------------------------------------------------------------------- what commands share
@@ -645,7 +679,7 @@ def _open(study: str, set_: Sequence[str] | None) -> tuple[StudySpec, Problem]:
 
 def _precisions(text: str) -> PrecisionConfig | LayerPrecision:
     """A config as the command line names it: a file or folder if there is one, else a shorthand."""
-    from mpsearch.exporters.native import read_config
+    from mpsearch.exporters.read import read_config
     from mpsearch.precision import LayerPrecision
 
     if Path(text).exists():

@@ -129,6 +129,34 @@ def test_export_gives_what_the_trial_scored(home: Path) -> None:
     assert f"{100 * document['accuracy']['val']:.2f} %" in done.stdout
 
 
+def test_export_to_other_formats_writes_a_manifest(home: Path) -> None:
+    for to in ("mhaq", "packed"):
+        done = mpsearch("export", "run", "--pick", "trial:0", "--to", to, "-o", to, cwd=home)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((home / to / "export.json").read_text())["converted"] == []
+
+
+def test_import_scores_a_config_made_elsewhere(home: Path) -> None:
+    exported = json.loads((home / "mhaq" / "export.json").read_text())["layers"]
+    table = {name: {"weight_bit_width": 5, "input_bit_width": 6} for name in exported}
+    (home / "table.json").write_text(json.dumps(table))
+    before = (home / "run" / "trials.jsonl").read_text()
+    done = mpsearch("import", "run", "table.json", "--no-score", "-o", "config.json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert (home / "run" / "trials.jsonl").read_text() == before
+    done = mpsearch("import", "run", "config.json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    lines = (home / "run" / "trials.jsonl").read_text().splitlines()
+    assert len(lines) == len(before.splitlines()) + 1
+    record = json.loads(lines[-1])
+    assert record["origin"] == "manual"
+    assert f"trial {record['number']}: val {100 * record['accuracy']:.2f} %" in done.stdout
+    assert mpsearch("import", "run", "config.json", cwd=home).returncode == 0  # known: not run again
+    assert len((home / "run" / "trials.jsonl").read_text().splitlines()) == len(lines)
+    (home / "table.json").write_text(json.dumps({"conv9": 4}))
+    refused(mpsearch("import", "run", "table.json", cwd=home), "'conv9'", "conv1")
+
+
 def test_finalize_scores_test_and_does_nothing_twice(home: Path) -> None:
     first = mpsearch("finalize", "run", cwd=home)
     assert first.returncode == 0, first.stderr

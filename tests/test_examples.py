@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -34,19 +35,40 @@ def test_readme_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         "mpsearch.study.load_study", lambda study, overrides=(): load_study(study, [*overrides, *quick])
     )
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {"model": torch.nn.Sequential(torch.nn.Linear(4, 2)), "batch": torch.randn(8, 4), "mpsearch": mpsearch}
     for block in blocks:
         exec(block, names)
     assert names["quantized"](names["batch"]).shape == (8, 2)  # type: ignore[operator]
+    assert torch.equal(names["packed"].load(names["model"], "packed")(names["batch"]), names["expected"])  # type: ignore[attr-defined]
 
 
 def test_readme_names_every_command_and_no_other() -> None:
     from mpsearch.cli import app
 
-    commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     named = set(re.findall(r"mpsearch ([a-z]+) (?:STUDY|RUN)", (ROOT / "README.md").read_text()))
     assert named == commands
+
+
+def test_plain_loop_example_gains_by_training() -> None:
+    scope = runpy.run_path(str(ROOT / "examples" / "train_plain.py"))
+    in_float, before, after = scope["main"](epochs=4)
+    assert in_float > 0.85
+    assert after > before + 0.03
+
+
+def test_lightning_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning", reason="an example for those who have Lightning")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    assert runpy.run_path(str(ROOT / "examples" / "train_lightning.py"))["main"](epochs=2) > 0.6
+
+
+def test_hugging_face_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="an example for those who have transformers and accelerate")
+    pytest.importorskip("accelerate", reason="an example for those who have transformers and accelerate")
+    monkeypatch.chdir(tmp_path)
+    assert 0 < runpy.run_path(str(ROOT / "examples" / "train_hf_trainer.py"))["main"](steps=3) < 2
 
 
 def test_every_shipped_study_is_valid_and_names_a_shipped_space(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError, PrecisionError, nearest
+from mpsearch.exporters.network import QuantizedNetwork
+from mpsearch.exporters.plain import plain_layer, with_layers, without_quantizers
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import PrecisionConfig
 from mpsearch.quant.modules import QUANT_LAYERS
@@ -29,66 +32,40 @@ CONFIG_FILE = "precision.json"
 TENSORS_FILE = "model.safetensors"
 
 
-def save(
-    model: nn.Module,
-    layers: Sequence[LayerInfo],
-    folder: str | Path,
-    *,
-    name: str,
-    task: str,
-    metric: str = "top1",
-    accuracy: Mapping[str, float | None] | None = None,
-    cost: Mapping[str, Any] | None = None,
-    structure: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write a quantized model: `precision.json` and `model.safetensors` in `folder`.
-
-    Args:
-        model: what `prepare` made, trained or not.
-        layers: the layers of the float model that it was made from.
-        folder: where to; made if absent.
-        name: the network's name.
-        task: what it was measured on.
-        metric: what `accuracy` is.
-        accuracy: measured accuracies by split.
-        cost: `{"model", "reference", "relative"}`.
-        structure: how the network was changed before it was quantized, as `mpsearch.ptq.fold.structure_of` says it.
+def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
+    """Write a quantized network: `precision.json`, which is its manifest, and `model.safetensors`.
 
     Raises:
         ExportError: the folder cannot be written, or holds another export.
     """
-    folder = Path(folder)
-    quantized = quant_layers(model)
-    inputs = {
-        layer.name: {"shape": list(layer.input_shape), "signed": layer.signed_input}
-        for layer in layers
-        if layer.name in quantized
-    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in (CONFIG_FILE, TENSORS_FILE):
             if (folder / file).exists():
                 raise ExportError(f"{folder} already holds {file}: give another folder, or remove it first")
-        save_file(_tensors(model), folder / TENSORS_FILE, metadata={"format": "pt", "schema": SCHEMA})
-        document: dict[str, Any] = {
-            "schema": SCHEMA,
-            "mpsearch": version("mpsearch"),
-            "model": name,
-            "task": task,
-            "metric": metric,
-            "accuracy": dict(accuracy or {}),
-            "layers": PrecisionConfig((n, layer.precision) for n, layer in quantized.items()).to_json(),
-            "inputs": inputs,
+        save_file(state(network.model), folder / TENSORS_FILE, metadata={"format": "pt", "schema": SCHEMA})
+        document = {
+            **network.document(SCHEMA),
+            **network_parts(network),
             "tensors": {"file": TENSORS_FILE, "sha256": _sha256(folder / TENSORS_FILE)},
         }
-        if cost is not None:
-            document["cost"] = dict(cost)
-        if structure is not None:
-            document["structure"] = dict(structure)
         (folder / CONFIG_FILE).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ExportError(f"cannot write the export to {folder}: {error.strerror or error}") from None
-    return folder
+    return {}
+
+
+def plain_state(network: QuantizedNetwork, quantized: bool = False) -> dict[str, Tensor]:
+    """The state dict of the network in torch's own layers; `quantized`: with the weights as they are used."""
+    return state(with_layers(network.model, lambda _, layer: (plain_layer if quantized else without_quantizers)(layer)))
+
+
+def network_parts(network: QuantizedNetwork) -> dict[str, Any]:
+    """What `restored` needs to know of a network: what its layers' inputs look like, and how it was changed."""
+    inputs = {
+        name: {"shape": list(info.input_shape), "signed": info.signed_input} for name, info in network.info.items()
+    }
+    return {"inputs": inputs} | ({} if network.structure is None else {"structure": dict(network.structure)})
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -101,19 +78,28 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     document = read_document(folder)
-    config = _checked_config(document, folder)
-    model = _restructured(model, document, folder)
-    modules = dict(model.named_modules())
-    infos = [_info(name, modules, document, folder) for name in config]
-    quantized = insert_quantizers(model, infos, config.offers)
+    quantized, config = restored(model, document, folder)
     for name, layer in quant_layers(quantized).items():
         layer.set_precision(config[name])
     tensors = _read_tensors(folder, document)
     try:
-        quantized.load_state_dict(tensors, strict=True)
+        load_tensors(quantized, tensors)
     except RuntimeError as error:
         raise ExportError(f"{folder} is of another network than the model given: {_first_lines(error)}") from None
     return quantized.eval()
+
+
+def restored(model: nn.Module, document: Mapping[str, Any], folder: Path) -> tuple[nn.Module, PrecisionConfig]:
+    """A copy of the float network with the structure of an export, at float precision, and the export's config.
+
+    Raises:
+        ExportError: the document does not fit the network, or itself.
+    """
+    config = _checked_config(document, folder)
+    model = _restructured(model, document, folder)
+    modules = dict(model.named_modules())
+    infos = [_info(name, modules, document, folder) for name in config]
+    return insert_quantizers(model, infos, config.offers), config
 
 
 def read_document(folder: str | Path) -> dict[str, Any]:
@@ -136,15 +122,6 @@ def read_document(folder: str | Path) -> dict[str, Any]:
     return document
 
 
-def read_config(path: str | Path) -> PrecisionConfig:
-    """The precisions in a precision-config file, or in the folder of an export.
-
-    Raises:
-        ExportError: there is none, or it is not of the schema's form.
-    """
-    return _checked_config(read_document(path), Path(path))
-
-
 def _checked_config(document: Mapping[str, Any], folder: Path) -> PrecisionConfig:
     try:
         return PrecisionConfig.from_json(document.get("layers"))
@@ -165,9 +142,7 @@ def _restructured(model: nn.Module, document: Mapping[str, Any], folder: Path) -
     try:
         return restructure(model, **document["structure"])
     except (AttributeError, AssertionError, TypeError, RuntimeError) as error:
-        raise ExportError(
-            f"{folder / CONFIG_FILE}: 'structure' does not fit the model given: {_first_lines(error)}"
-        ) from None
+        raise ExportError(f"{folder}: 'structure' does not fit the model given: {_first_lines(error)}") from None
 
 
 def _info(name: str, modules: Mapping[str, nn.Module], document: Mapping[str, Any], folder: Path) -> LayerInfo:
@@ -180,18 +155,33 @@ def _info(name: str, modules: Mapping[str, nn.Module], document: Mapping[str, An
         facts = document["inputs"][name]
         shape, signed = tuple(int(size) for size in facts["shape"]), bool(facts["signed"])
     except (KeyError, TypeError, ValueError):
-        raise ExportError(f"{folder / CONFIG_FILE}: 'inputs' must give shape and signed for layer '{name}'") from None
+        raise ExportError(f"{folder}: 'inputs' must give shape and signed for layer '{name}'") from None
     weight = module.weight
     assert isinstance(weight, Tensor)
     return LayerInfo(name, "", tuple(weight.shape), shape, (), 0, 0, 0, signed_input=signed)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, each tensor with memory of its own (safetensors refuses shared memory)."""
     return {
         name.removeprefix("_orig_mod."): value.detach().cpu().clone().contiguous()
         for name, value in model.state_dict().items()
     }
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> list[str]:
+    """Load a state dict that was in a file: it has lost its version numbers, by which some modules convert old ones.
+
+    Returns:
+        the names that the model does not have: none if `strict`.
+
+    Raises:
+        RuntimeError: the tensors are not those of the model.
+    """
+    current = model.state_dict()
+    given = OrderedDict(tensors)
+    given._metadata = getattr(current, "_metadata", {})  # type: ignore[attr-defined]
+    return list(model.load_state_dict(given, strict=strict).unexpected_keys)
 
 
 def _read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -224,5 +214,5 @@ def _first_lines(error: Exception, count: int = 3) -> str:
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a state dict to one safetensors file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(_tensors(model), temporary)
+    save_file(state(model), temporary)
     temporary.replace(path)

@@ -39,39 +39,55 @@ def fold_batch_norms(model: nn.Module, layers: Sequence[LayerInfo]) -> FloatNet:
     """
     model = copy.deepcopy(model).eval()
     modules = dict(model.named_modules())
+    folded, notes = foldable(modules, layers)
+    outputs: dict[str, Normal] = {}
+    for layer, norm in folded.items():
+        outputs[layer] = Normal(*_affine(cast(nn.BatchNorm2d, modules[norm])))
+        fold(model, layer, norm)
+    return FloatNet(model, outputs, folded, notes=notes)
+
+
+def foldable(modules: Mapping[str, nn.Module], layers: Sequence[LayerInfo]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Layer -> the BatchNorm that can become part of it; and, in words, which BatchNorms cannot."""
     norms = Counter(layer.batch_norm for layer in layers)
     tied = Counter(layer.weight_group for layer in layers if layer.weight_group)
-    outputs: dict[str, Normal] = {}
     folded: dict[str, str] = {}
     notes: list[str] = []
     for layer in layers:
         if layer.batch_norm is None or layer.reason is not None:
             continue
-        norm = cast(nn.BatchNorm2d, modules[layer.batch_norm])
+        norm = modules.get(layer.batch_norm)
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            continue  # folded already
         shared = norms[layer.batch_norm] > 1 or tied[layer.weight_group] > 1
         known = norm.track_running_stats and norm.num_features == out_channels(modules[layer.name])
         if shared or not known:
             notes.append(f"{layer.batch_norm} cannot be folded into {layer.name}: it is shared or has no statistics")
             continue
-        outputs[layer.name] = Normal(*_affine(norm))
-        fold(model, layer.name, layer.batch_norm)
         folded[layer.name] = layer.batch_norm
-    return FloatNet(model, outputs, folded, notes=tuple(notes))
+    return folded, tuple(notes)
 
 
 @torch.no_grad()
 def fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
     """Fold one BatchNorm into the layer before it, in place; an Identity takes its place."""
     layer, norm = model.get_submodule(layer_name), cast(nn.BatchNorm2d, model.get_submodule(norm_name))
+    factor, offset = affine(norm)
+    weight = blocks(layer)
+    weight.mul_(factor.view(weight.shape[0], -1, 1, 1))
+    bias = bias_of(layer)
+    bias.copy_(bias * factor + offset)
+    replace_module(model, norm, nn.Identity())
+
+
+@torch.no_grad()
+def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in eval mode as x * factor + offset, both `(channels,)`."""
     beta, gamma = _affine(norm, signed=True)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     factor = gamma / torch.sqrt(norm.running_var + norm.eps)
-    weight = blocks(layer)
-    weight.mul_(factor.view(weight.shape[0], -1, 1, 1))
-    bias = bias_of(layer)
-    bias.copy_((bias - norm.running_mean) * factor + beta)
-    replace_module(model, norm, nn.Identity())
+    return factor, beta - norm.running_mean * factor
 
 
 def bias_of(layer: nn.Module) -> Tensor:

@@ -22,6 +22,7 @@ from torch import nn
 
 from mpsearch.errors import PrecisionError, TaskError, nearest
 from mpsearch.exporters.native import save
+from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.graph.layers import LayerInfo, inspect_model
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
 from mpsearch.ptq.adaround import STEPS, adaround, input_of
@@ -173,16 +174,9 @@ def save_result(
 ) -> Path:
     """Write a native export; `mpsearch.load` gives the model back from the original float network."""
     structure = structure_of(result.net, result.model)
-    return save(
-        result.model,
-        result.layers,
-        folder,
-        name=name,
-        task=task,
-        metric=metric,
-        accuracy=accuracy,
-        structure=structure,
-    )
+    network = QuantizedNetwork(result.model, result.layers, name, task, metric, accuracy, structure=structure)
+    save(network, Path(folder))
+    return Path(folder)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpsearch.errors import PrecisionError
-from mpsearch.exporters.native import read_config
+from mpsearch.exporters.read import read_config
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.qat.gdnsq import gdnsq
 from mpsearch.qat.pipeline import qat

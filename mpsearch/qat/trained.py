@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from mpsearch.exporters.native import save
+from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import PrecisionConfig
 
@@ -32,16 +33,9 @@ class Trained:
         self, folder: str | Path, *, name: str, task: str, metric: str, accuracy: Mapping[str, float | None]
     ) -> Path:
         """Write a native export; `mpsearch.load` gives the model back from the original float network."""
-        return save(
-            self.model,
-            self.layers,
-            folder,
-            name=name,
-            task=task,
-            metric=metric,
-            accuracy=accuracy,
-            structure=self.structure,
-        )
+        network = QuantizedNetwork(self.model, self.layers, name, task, metric, accuracy, structure=self.structure)
+        save(network, Path(folder))
+        return Path(folder)
 
 
 @contextmanager

@@ -99,8 +99,7 @@ class LevelQuantizer(Quantizer):
         largest = self.levels[-1]
         return with_gradient_of(torch.clamp(v, -largest, largest), nearest_level(v, self.levels, self.thresholds))
 
-    @torch.no_grad()
-    def codes(self, x: Tensor) -> Tensor:
+    def codes_of(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
         """sgn(v) * j as int32: which level each element of `x` gets."""
-        v = self._steps(x, self.current_range()[0])
+        v = self._steps(x, step)
         return (torch.bucketize(v.abs(), self.thresholds) * v.sign()).to(torch.int32)

@@ -55,7 +55,7 @@ def insert_quantizers(
             input_elements=elements,
             offer=offers.get(layer.name, UNIFORM),
         )
-        for parent, name in _places(model, modules[layer.name]):
+        for parent, name in places(model, modules[layer.name]):
             setattr(parent, name, twin)
     return model
 
@@ -164,6 +164,27 @@ def prepare(
     return prepared
 
 
+def prepare_for_training(
+    model: nn.Module, config: PrecisionConfig, calibration_input: Any, layers: Sequence[LayerInfo] | None = None
+) -> nn.Module:
+    """A drop-in replacement for `model` in any training loop: `prepare`, in train mode, safe under DDP.
+
+    Parameters that no gradient reaches (the steps of tensors that stay float, offsets that a grid does not have) are
+    frozen, because DistributedDataParallel waits for every gradient. The parameters of `model` keep their names in the
+    state dict, quantizers are beside them, so that a float checkpoint loads with `strict=False`.
+
+    Arguments and errors as for `prepare`.
+    """
+    prepared = prepare(model, config, calibration_input, layers)
+    for layer in quant_layers(prepared).values():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            kind = quantizer.precision.quantizer
+            quantizer.step.requires_grad_(kind != "float")
+            if quantizer.beta is not None:
+                quantizer.beta.requires_grad_(kind == "uniform")
+    return prepared.train()
+
+
 def weight_rows(layer: QuantLayer) -> Tensor:
     """The weight as `(channels, n)`, a row for each output channel."""
     weight = cast(Tensor, layer.weight).detach().float()
@@ -198,7 +219,7 @@ def sample_inputs(model: nn.Module, names: Sequence[str], calibration_input: Any
     return {name: torch.cat(values) for name, values in samples.items()}
 
 
-def _places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+def places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Every (parent, attribute) under which a module hangs."""
     # Not named_children(): it leaves out the second name of a module that it has already given.
     return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]

@@ -94,6 +94,15 @@ class Quantizer(nn.Module):
         """s * g(x / s), computed in float32 at least, of the type of `x`; `step` and `beta` broadcast against it."""
         raise NotImplementedError
 
+    def codes_of(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
+        """Which value of the grid each element of `x` gets, int32; arguments as for `quantize`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def codes(self, x: Tensor) -> Tensor:
+        """Which value of the grid each element of `x` gets under the range that holds now, int32."""
+        return self.codes_of(x, *self.current_range())
+
     @torch.no_grad()
     def set_range(self, step: Tensor, beta: Tensor | None = None) -> None:
         """Set the step, and the offset where there is one; both broadcast to (channels, 1, ..., 1)."""

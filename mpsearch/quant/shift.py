@@ -51,8 +51,8 @@ class SlopeSchedule:
     """The slope T over a training: geometric from `start` to `end`.
 
     At 4 the derivative is between 0.8 and 1.1 inside the range; at 64 it is 16 at a threshold and nothing elsewhere.
-    The defaults are the best on validation of `benchmarks/methods.py`'s ablation, though by less than its standard error:
-    what matters more is not to end much beyond 64, where weights freeze early.
+    The defaults are the best on validation of the ablation in `benchmarks/methods.py`, though by less than its standard
+    error: what matters more is not to end much beyond 64, where weights freeze early.
     """
 
     start: float = 16.0

@@ -85,12 +85,19 @@ class SwitchQuantizer(Quantizer):
     def quantize(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
         """What the chosen kind makes of `x`."""
         if not torch.compiler.is_compiling():
-            return next(kind for kind in self._all() if not kind.precision.is_float).quantize(x, step, beta)
+            return self._chosen().quantize(x, step, beta)
         first, *others = self._all()
         y = first.quantize(x, step, beta)
         for kind in others:
             y = torch.where(kind.is_float, y, kind.quantize(x, step, beta))
         return y
+
+    def codes_of(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
+        """The codes of the chosen kind."""
+        return self._chosen().codes_of(x, step, beta)
+
+    def _chosen(self) -> Quantizer:
+        return next(kind for kind in self._all() if not kind.precision.is_float)
 
     def _all(self) -> list[Quantizer]:
         return [cast(Quantizer, kind) for kind in self.kinds.values()]

@@ -78,10 +78,9 @@ class UniformQuantizer(Quantizer):
         step, beta = self.current_range()
         return step, self._shift(step, beta)
 
-    @torch.no_grad()
-    def codes(self, x: Tensor) -> Tensor:
+    def codes_of(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
         """The integer codes of `x` (int32), between n and p."""
-        step, shift = self.grid()
+        shift = self._shift(step, beta)
         return torch.clamp(torch.round(x / step - shift), self.low, self.high).to(torch.int32)
 
     def _shift(self, step: Tensor, beta: Tensor | None) -> Tensor:

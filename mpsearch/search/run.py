@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import CostError, RunError, SpaceError
-from mpsearch.exporters.native import save_weights
+from mpsearch.exporters.native import load_tensors, save_weights
 from mpsearch.graph.layers import ModelGraph, inspect_model
+from mpsearch.precision import PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.engine import Event, Finished, run_trials
@@ -230,6 +231,30 @@ def start_weights(spec: StudySpec, warmstart: Path) -> Callable[[float], Mapping
     return StartWeights(warmstart).at
 
 
+def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -> TrialRecord:
+    """Run a config that nobody proposed as a trial of a run, and put it on the record; known configs are not run again.
+
+    Raises:
+        MpsearchError: the run is being driven by another process, or the config does not fit the network.
+    """
+    with folder.driving():
+        records = folder.records()
+        if known := [r for r in records if r.config == config and r.state == "complete"]:
+            return known[0]
+        bench = Workbench(problem.task, problem.spec.trial, offers=config.offers)
+        start = start_weights(problem.spec, folder.warmstart)(problem.cost(config))
+        record = run_trial(problem.task, config, problem.spec.trial, start, bench=bench, cost=problem.cost)
+        record = replace(record, number=max((r.number for r in records), default=-1) + 1)
+        folder.checkpoints.mkdir(exist_ok=True)
+        weights = _FrontWeights(folder, records)
+        save_weights(bench.model, checkpoint_path(folder.checkpoints, record.number))
+        folder.append(record)
+        weights.keep(record)
+        write_front(problem, folder, weights.front)
+        folder.write_parquet()
+    return record
+
+
 def checkpoint_path(folder: Path, number: int) -> Path:
     """Where the weights and scales of a trial are, as long as it is on the front."""
     return folder / f"trial-{number}.safetensors"
@@ -302,7 +327,7 @@ def trained_model(
         brief, measured = final, {"val": best.val, "test": best.test}
     if brief.exists():
         bench.reset(record.config)
-        bench.model.load_state_dict(load_file(brief))
+        load_tensors(bench.model, load_file(brief))
         return bench.model.eval(), measured
     logger.warning("the weights of trial %d were not kept (it is not on the front): it is trained again", record.number)
     start = start_weights(problem.spec, folder.warmstart)(record.cost or 1.0)

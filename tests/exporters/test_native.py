@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import mpsearch
 from mpsearch.errors import ExportError
-from mpsearch.exporters.native import read_config
+from mpsearch.exporters import packed
+from mpsearch.exporters.read import read_config
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 
@@ -61,17 +62,15 @@ def exported(tmp_path: Path) -> tuple[Path, nn.Module]:
     with torch.no_grad():
         for parameter in prepared.parameters():  # as if trained
             parameter.mul_(1.01)
-    folder = mpsearch.export(
+    result = mpsearch.QuantizedNetwork(
         prepared,
         layers,
-        "native",
-        tmp_path / "out",
         name="small",
         task="noise",
         accuracy={"val": 0.5, "test": None},
         cost={"model": "bops", "reference": "w8a8", "relative": 0.3},
     )
-    return folder, prepared
+    return mpsearch.export(result, "native", tmp_path / "out").path, prepared
 
 
 def test_load_gives_identical_outputs(exported: tuple[Path, nn.Module]) -> None:
@@ -134,12 +133,12 @@ def test_an_export_is_not_overwritten(exported: tuple[Path, nn.Module]) -> None:
     folder, prepared = exported
     layers = inspect_model(network(), batch()).layers
     with pytest.raises(ExportError, match="already holds"):
-        mpsearch.export(prepared, layers, "native", folder, name="small", task="noise")
+        mpsearch.export(mpsearch.QuantizedNetwork(prepared, layers, "small", "noise"), "native", folder)
 
 
 def test_unknown_format_is_named(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="unknown export format 'natve': did you mean 'native'"):
-        mpsearch.export(exported[1], (), "natve", tmp_path / "x", name="small", task="noise")
+        mpsearch.export(mpsearch.QuantizedNetwork(exported[1], (), "small", "noise"), "natve", tmp_path / "x")
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -186,3 +185,23 @@ def test_bits_outside_a_quantizer_are_refused(exported: tuple[Path, nn.Module]) 
     edit(folder, layers=layers)
     with pytest.raises(ExportError, match="layer '3': apot has no 9-bit form: give 2 to 5 bits"):
         mpsearch.load(network(), folder)
+
+
+class Versioned(nn.Sequential):
+    """A module that converts old checkpoints by their version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest) -> None:  # type: ignore[no-untyped-def, override]
+        assert metadata.get("version") == 2
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+@pytest.mark.parametrize(("to", "load"), [("native", mpsearch.load), ("packed", packed.load)])
+def test_modules_that_ask_for_the_version_of_a_checkpoint_load(to: str, load, tmp_path: Path) -> None:
+    model, x = Versioned(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)), torch.randn(8, 4)
+    layers = inspect_model(model, x).layers
+    config = PrecisionConfig.uniform(["0", "2"], LayerPrecision.shorthand("w4a4"))
+    prepared = mpsearch.prepare(model, config, x, layers)
+    folder = mpsearch.export(mpsearch.QuantizedNetwork(prepared, layers, "net", "noise"), to, tmp_path / "out").path
+    assert torch.equal(load(model, folder)(x), prepared(x))

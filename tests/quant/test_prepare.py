@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,14 @@ from mpsearch.errors import PrecisionError
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import FLOAT, LayerPrecision, Offer, PrecisionConfig
 from mpsearch.quant.modules import QUANT_LAYERS, QuantLayer, quantized
-from mpsearch.quant.prepare import RangeSetter, insert_quantizers, prepare, quant_layers, set_precision
+from mpsearch.quant.prepare import (
+    RangeSetter,
+    insert_quantizers,
+    prepare,
+    prepare_for_training,
+    quant_layers,
+    set_precision,
+)
 from mpsearch.train import compiler_missing
 
 W4A4 = LayerPrecision.shorthand("w4a4")
@@ -169,3 +177,35 @@ def test_one_compiled_model_serves_every_config(model: nn.Module, batch: Tensor)
 def test_quant_layers_go_by_the_same_names_when_compiled(model: nn.Module, batch: Tensor) -> None:
     prepared = prepare(model, config_for(model, batch, W4A4), batch)
     assert list(quant_layers(torch.compile(prepared))) == list(quant_layers(prepared)) == ["conv1", "conv2", "fc"]  # type: ignore[arg-type]
+
+
+def test_every_parameter_to_train_gets_a_gradient(model: nn.Module, batch: Tensor) -> None:
+    """What DistributedDataParallel waits for: steps of float tensors and offsets of levels would never come."""
+    names = [layer.name for layer in inspect_model(model, batch - 1).quantizable]
+    pairs = [("uniform:4", "shift:3"), ("float", "uniform:4"), ("shift:3", "float")]
+    config = PrecisionConfig({n: LayerPrecision.parse(*pair) for n, pair in zip(names, pairs, strict=True)})
+    trained = prepare_for_training(model, config, batch)
+    assert trained.training
+    trained(batch).square().sum().backward()
+    waiting = [name for name, p in trained.named_parameters() if p.requires_grad and p.grad is None]
+    assert waiting == []
+    assert not quant_layers(trained)["conv1"].input_quantizer.beta.requires_grad  # type: ignore[union-attr]
+    assert not quant_layers(trained)["fc"].input_quantizer.step.requires_grad
+
+
+def test_trains_under_ddp(model: nn.Module, batch: Tensor, tmp_path: Path) -> None:
+    config = config_for(model, batch, LayerPrecision.parse("shift:3", "float"))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        replica = nn.parallel.DistributedDataParallel(prepare_for_training(model, config, batch))
+        for _ in range(3):  # the second step is the one that complains of parameters without a gradient
+            replica(batch).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_float_checkpoint_loads_under_the_original_names(model: nn.Module, batch: Tensor) -> None:
+    trained = prepare_for_training(model, config_for(model, batch, W4A4), batch)
+    missing, unexpected = trained.load_state_dict(model.state_dict(), strict=False)
+    assert unexpected == []
+    assert all("_quantizer." in name for name in missing)

@@ -1,0 +1,213 @@
+"""Fitting a network to what a target can hold: refused by layer name, or converted and listed; never in silence.
+
+A weight on a shift or APoT grid, or on a narrower uniform one, often lies on a wider uniform grid too: levels 0, 1/4,
+1/2 and 1 are the integers 0, 1, 2 and 4 of a step a quarter as large. Such a conversion costs bits and changes no
+value. Where no grid of the target holds the values, they are rounded to the nearest of the widest one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mpsearch.errors import ExportError
+from mpsearch.exporters.grids import integer_levels, steps, uniform_grid
+from mpsearch.exporters.network import QuantizedNetwork
+from mpsearch.precision import FLOAT, Precision
+from mpsearch.quant.modules import QuantLayer
+from mpsearch.quant.nearest import magnitudes
+from mpsearch.quant.prepare import quant_layers, weight_rows
+from mpsearch.quant.quantizer import Quantizer
+from mpsearch.quant.ranges import weight_step
+from mpsearch.quant.switch import make_quantizer
+from mpsearch.quant.uniform import code_range
+
+Widths = Mapping[str, range]  # quantizer type -> bits
+
+
+@dataclass(frozen=True)
+class Holds:
+    """What a target can represent: quantizer types with their bits, and layer kinds. Float is always held."""
+
+    weight: Widths
+    activation: Widths
+    kinds: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was changed for a target: one tensor of one layer."""
+
+    layer: str
+    tensor: Literal["weight", "activation"]
+    wanted: Precision
+    given: Precision
+    same_values: bool  # no number changed, only how many bits it is stored in
+
+    def __str__(self) -> str:
+        effect = "same values" if self.same_values else "values change"
+        return f"{self.layer} {self.tensor}: {self.wanted} becomes {self.given}, {effect}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For the export's manifest."""
+        return {
+            "layer": self.layer,
+            "tensor": self.tensor,
+            "wanted": str(self.wanted),
+            "given": str(self.given),
+            "same_values": self.same_values,
+        }
+
+
+def fit(
+    network: QuantizedNetwork, target: str, holds: Holds, allow_lossy: bool
+) -> tuple[QuantizedNetwork, tuple[Conversion, ...]]:
+    """The network as the target can hold it, and what had to be converted for that.
+
+    Raises:
+        ExportError: something has to be converted and `allow_lossy` is not set; each layer is named with its
+            alternative.
+    """
+    kinds = {name: info.kind for name, info in network.info.items()}
+    conversions = tuple(
+        conversion
+        for name, layer in quant_layers(network.model).items()
+        for conversion in _conversions(name, layer, holds if kinds[name] in holds.kinds else _NOTHING)
+    )
+    if not conversions:
+        return network, ()
+    if not allow_lossy:
+        raise ExportError(_refusal(target, holds, conversions, kinds))
+    model = copy.deepcopy(network.model)
+    layers = quant_layers(model)
+    for conversion in conversions:
+        _convert(layers[conversion.layer], conversion)
+    return replace(network, model=model), conversions
+
+
+_NOTHING = Holds({}, {}, frozenset())
+
+
+def _refusal(target: str, holds: Holds, conversions: tuple[Conversion, ...], kinds: Mapping[str, str]) -> str:
+    lines = [
+        f"  {c.layer} ({kinds[c.layer]}) {c.tensor} {c.wanted}: "
+        f"{c.given} would hold it, {'the same values' if c.same_values else 'with other values'}"
+        for c in conversions[:20]
+    ]
+    if len(conversions) > len(lines):
+        lines.append(f"  and {len(conversions) - len(lines)} more")
+    held = ", ".join(
+        f"{role} {_widths(widths)}" for role, widths in (("weights", holds.weight), ("activations", holds.activation))
+    )
+    return (
+        f"{target} cannot hold this config; it holds {held} in {', '.join(sorted(holds.kinds))} layers:\n"
+        + "\n".join(lines)
+        + "\nPick another config or target, or give --allow-lossy (allow_lossy=True) to convert them as listed."
+    )
+
+
+def _widths(widths: Widths) -> str:
+    texts = [f"{name}:{w.start}-{w.stop - 1}" for name, w in widths.items()]
+    return " or ".join([*texts, "float"])
+
+
+def _conversions(name: str, layer: QuantLayer, holds: Holds) -> list[Conversion]:
+    found = []
+    weight, activation = layer.precision.weight, layer.precision.activation
+    if not _held(weight, holds.weight):
+        given = _weight_alternative(weight, holds.weight)
+        same = given.is_float or given.bits >= _bits_of_same_values(weight)
+        found.append(Conversion(name, "weight", weight, given, same))
+    if not _held(activation, holds.activation):
+        given = _alternative(activation.bits, holds.activation)
+        found.append(Conversion(name, "activation", activation, given, same_values=False))
+    return found
+
+
+def _held(precision: Precision, widths: Widths) -> bool:
+    return precision.is_float or precision.bits in widths.get(precision.quantizer, ())
+
+
+def _weight_alternative(precision: Precision, widths: Widths) -> Precision:
+    return replace(_alternative(_bits_of_same_values(precision), widths), granularity=precision.granularity)
+
+
+def _alternative(bits: int, widths: Widths) -> Precision:
+    """The narrowest uniform precision of at least `bits`, else the widest, else float."""
+    uniform = widths.get("uniform", range(0))
+    if not uniform:
+        return FLOAT
+    return Precision("uniform", next((b for b in uniform if b >= bits), uniform[-1]), "tensor")
+
+
+def _bits_of_same_values(weight: Precision) -> int:
+    """The bits of a signed uniform grid that has every value of this weight grid.
+
+    >>> [_bits_of_same_values(Precision.parse(text, "channel")) for text in ("uniform:1", "shift:3", "shift:4")]
+    [2, 4, 8]
+    """
+    if weight.quantizer == "uniform":
+        return max(weight.bits, 2)  # -1 and 1, which stand for -s/2 and s/2, need two bits
+    return integer_levels(weight, signed=True)[0][-1].bit_length() + 1
+
+
+@torch.no_grad()
+def _convert(layer: QuantLayer, conversion: Conversion) -> None:
+    """Give one tensor of a layer its new quantizer, in place."""
+    if conversion.tensor == "weight":
+        _convert_weight(layer, conversion.given)
+    else:
+        _convert_activation(layer, conversion.given)
+
+
+def _convert_weight(layer: QuantLayer, given: Precision) -> None:
+    old = layer.weight_quantizer
+    values, step = layer.quantized_weight().detach().clone(), old.current_range()[0]
+    if old.precision.quantizer == "uniform":
+        factor = 0.5 if old.precision.bits == 1 else 1.0
+    else:
+        factor = integer_levels(old.precision, signed=True)[1]
+    same = given.is_float or given.bits >= _bits_of_same_values(old.precision)
+    layer.weight = nn.Parameter(values)  # its own, also where layers shared one: their grids may differ
+    layer.weight_quantizer = _fresh(old, given)
+    if not given.is_float:
+        step = step * factor if same else weight_step(weight_rows(layer), given)
+        layer.weight_quantizer.set_range(step)
+
+
+def _convert_activation(layer: QuantLayer, given: Precision) -> None:
+    """The same range on the new grid."""
+    old = layer.input_quantizer
+    layer.input_quantizer = new = _fresh(old, given)
+    if given.is_float:
+        return
+    if old.precision.quantizer == "uniform":
+        grid = uniform_grid(old)
+        least, most = (float(grid.step[0]) * (code + grid.shift) for code in (grid.low, grid.high))
+    else:
+        two_sided = old.beta is not None
+        most = float(steps(old)[0]) * magnitudes(old.precision, two_sided)[-1]
+        least = -most if two_sided else 0.0
+    low, high = code_range(given.bits, signed=False)
+    step = torch.tensor((most - least) / (high - low))
+    new.set_range(step, torch.tensor(least))
+
+
+def _fresh(old: Quantizer, precision: Precision) -> Quantizer:
+    """A quantizer of the same tensor at another precision."""
+    new = make_quantizer(
+        [precision.quantizer],
+        old.channels,
+        old.step.dim(),
+        signed=old.signed,
+        offset=old.beta is not None,
+        elements=old.elements,
+        channel_axis=old.channel_axis,
+    ).to(old.step.device)
+    new.set_precision(precision)
+    return new.train(old.training)

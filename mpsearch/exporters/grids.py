@@ -1,0 +1,68 @@
+"""The grid that a quantizer rounds to now, as plain numbers: what the export targets write down.
+
+uniform        value = step * (code + shift),   low <= code <= high
+shift, apot    value = step * sgn(code) * levels[|code|]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from mpsearch.precision import Precision
+from mpsearch.quant.modules import QuantLayer
+from mpsearch.quant.nearest import magnitudes
+from mpsearch.quant.quantizer import Quantizer
+from mpsearch.quant.uniform import code_range, grid_shift
+
+
+@dataclass(frozen=True)
+class UniformGrid:
+    """A uniform grid: `step` `(channels,)` or `(1,)`; the others are shared by all channels."""
+
+    step: Tensor
+    shift: float  # whole steps, or 1/2 for binary weights
+    low: int
+    high: int
+
+    @property
+    def zero_point(self) -> float:
+        """The code that means zero: whole, except for binary weights, which have no zero."""
+        return -self.shift
+
+
+@torch.no_grad()
+def uniform_grid(quantizer: Quantizer) -> UniformGrid:
+    """The grid of a quantizer whose precision is uniform."""
+    bits, signed = quantizer.precision.bits, quantizer.signed
+    _, beta = quantizer.current_range()
+    step = steps(quantizer)
+    shift = grid_shift(bits, signed) + (0.0 if beta is None else float(torch.round(beta.flatten()[0] / step[0])))
+    return UniformGrid(step, shift, *code_range(bits, signed))
+
+
+@torch.no_grad()
+def steps(quantizer: Quantizer) -> Tensor:
+    """The steps that hold now: `(channels,)`, or `(1,)` where the whole tensor has one."""
+    step = quantizer.current_range()[0].detach().flatten()
+    return (step[:1] if quantizer.precision.granularity == "tensor" else step).clone()
+
+
+@torch.no_grad()
+def weight_codes(layer: QuantLayer) -> Tensor:
+    """The codes of a layer's weight, in the weight's shape, int32."""
+    return layer.weight_quantizer.codes(cast(Tensor, layer.weight))
+
+
+def integer_levels(precision: Precision, signed: bool) -> tuple[tuple[int, ...], float]:
+    """The levels of a `shift` or `apot` quantizer as whole multiples of the smallest, and that smallest level.
+
+    >>> integer_levels(Precision("shift", 3, "tensor"), signed=True)
+    ((0, 1, 2, 4), 0.25)
+    """
+    levels = magnitudes(precision, signed)
+    unit = levels[1]
+    return tuple(int(level / unit) for level in levels), unit

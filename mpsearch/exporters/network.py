@@ -1,0 +1,68 @@
+"""What every export target is given: one quantized network, and all that is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from mpsearch.graph.layers import LayerInfo
+from mpsearch.precision import PrecisionConfig
+from mpsearch.quant.prepare import quant_layers
+
+
+@dataclass(frozen=True)
+class QuantizedNetwork:
+    """A quantized network with its weights and scales, the facts of its layers, and what was measured of it.
+
+    Args:
+        model: what `prepare` made, trained or not; no target changes it.
+        layers: the layers of the float model that it was made from.
+        name: the network's name.
+        task: what it was measured on.
+        metric: what `accuracy` is.
+        accuracy: measured accuracies by split.
+        cost: `{"model", "reference", "relative"}`.
+        structure: how the network was changed before it was quantized, as `mpsearch.ptq.fold.structure_of` says it.
+        example_input: one batch of model input, for the targets that trace (`onnx`, `qonnx`).
+    """
+
+    model: nn.Module
+    layers: tuple[LayerInfo, ...]
+    name: str
+    task: str
+    metric: str = "top1"
+    accuracy: Mapping[str, float | None] = field(default_factory=dict)
+    cost: Mapping[str, Any] | None = None
+    structure: Mapping[str, Any] | None = None
+    example_input: Any = None
+
+    @property
+    def config(self) -> PrecisionConfig:
+        """The precision of each quantized layer."""
+        return PrecisionConfig((name, layer.precision) for name, layer in quant_layers(self.model).items())
+
+    @property
+    def info(self) -> dict[str, LayerInfo]:
+        """The facts of each quantized layer, by name, in the order of `config`."""
+        by_name = {layer.name: layer for layer in self.layers}
+        return {name: by_name[name] for name in quant_layers(self.model)}
+
+    def document(self, schema: str) -> dict[str, Any]:
+        """What the JSON file of every target starts with."""
+        from importlib.metadata import version
+
+        document: dict[str, Any] = {
+            "schema": schema,
+            "mpsearch": version("mpsearch"),
+            "model": self.name,
+            "task": self.task,
+            "metric": self.metric,
+            "accuracy": dict(self.accuracy),
+            "layers": self.config.to_json(),
+        }
+        if self.cost is not None:
+            document["cost"] = dict(self.cost)
+        return document

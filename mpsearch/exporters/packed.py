@@ -1,0 +1,268 @@
+"""The packed format: every weight in the bits that it is said to have, in one safetensors file, and a manifest.
+
+`model.safetensors` holds what `mpsearch.cost.memory` counts as weight bytes, and little else, so its size is the
+network's:
+
+    codes       uint8    the codes of all layers, without gaps, each layer from a whole byte on
+    scales      float32  a step per output channel (or tensor) of each layer
+    biases      float32  of the layers that have one
+    ranges      float32  step and offset beta of each quantized layer input
+    others      float32  what belongs to no layer (norms, embeddings), if there is any
+
+`export.json` says where each layer's part begins. Codes are unsigned numbers of `bits` bits, the lowest bit first:
+
+    uniform  code - n                        value = step * (code + shift)
+    shift    sign << (bits-1) | field        value = step * +-2^exponents[field-1], field 0: zero
+    apot     sign << (bits-1) | fields       value = step * +-(the sum of one such power per term), first term lowest
+
+A BatchNorm behind a layer with a scale per channel is folded into its scales and bias, as the cost model counts it.
+Reading needs torch and safetensors alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mpsearch.errors import ExportError
+from mpsearch.exporters.grids import steps, weight_codes
+from mpsearch.exporters.native import load_tensors, network_parts, restored
+from mpsearch.exporters.network import QuantizedNetwork
+from mpsearch.exporters.plain import per_channel
+from mpsearch.precision import FLOAT, Precision
+from mpsearch.quant.levels import apot_terms, shift_exponents
+from mpsearch.quant.modules import QuantLayer
+from mpsearch.quant.nearest import magnitudes
+from mpsearch.quant.prepare import quant_layers
+from mpsearch.quant.uniform import code_range, grid_shift
+
+TENSORS_FILE = "model.safetensors"
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """`(n,)` numbers below 2^bits -> `(ceil(n * bits / 8),)` uint8, no gaps, the lowest bit first.
+
+    >>> pack_bits(torch.tensor([1, 2, 3]), bits=3).tolist()
+    [209, 0]
+    """
+    ones = (codes.to(torch.uint8)[:, None] >> torch.arange(bits, dtype=torch.uint8)) & 1
+    ones = torch.nn.functional.pad(ones.flatten(), (0, -codes.numel() * bits % 8)).view(-1, 8)
+    return (ones << torch.arange(8, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` numbers that `pack_bits` packed, `(count,)` uint8."""
+    ones = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[: count * bits].view(count, bits)
+    return (ones << torch.arange(bits, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
+
+
+def unsigned_codes(codes: Tensor, weight: Precision) -> Tensor:
+    """The codes of a weight, as its quantizer gives them, as the unsigned numbers that are packed."""
+    if weight.quantizer == "uniform":
+        return codes - code_range(weight.bits, signed=True)[0]
+    fields = torch.tensor(_fields(weight))[codes.abs().long()]
+    return fields | ((codes < 0).long() << (weight.bits - 1))
+
+
+def values_of(unsigned: Tensor, weight: Precision) -> Tensor:
+    """What unsigned codes stand for, in steps, float32: the formulas at the module's top."""
+    if weight.quantizer == "uniform":
+        return unsigned + float(code_range(weight.bits, signed=True)[0]) + grid_shift(weight.bits, signed=True)
+    sign_bit = 1 << (weight.bits - 1)
+    by_field = torch.zeros(sign_bit)
+    by_field[torch.tensor(_fields(weight))] = torch.tensor(magnitudes(weight, signed=True))
+    value = by_field[(unsigned & (sign_bit - 1)).long()]
+    return torch.where((unsigned & sign_bit) > 0, -value, value)
+
+
+def _fields(weight: Precision) -> list[int]:
+    """Of each level of a `shift` or `apot` weight, ascending: which power each term takes, packed into one number."""
+    terms = terms_of(weight)
+    choices: list[tuple[float, int]] = [(0.0, 0)]  # (magnitude, fields)
+    width = 0
+    for exponents in terms:
+        powers = (0.0, *(2.0**e for e in exponents))
+        choices = [(m + power, code | (field << width)) for m, code in choices for field, power in enumerate(powers)]
+        width += (len(exponents)).bit_length()
+    return [code for _, code in sorted(choices)]
+
+
+def terms_of(weight: Precision) -> tuple[tuple[int, ...], ...]:
+    """The exponents of each term of a `shift` or `apot` weight."""
+    if weight.quantizer == "shift":
+        return (shift_exponents(weight.bits, signed=True),)
+    return apot_terms(weight.bits, signed=True)
+
+
+@torch.no_grad()
+def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
+    """Write `model.safetensors`; returns the manifest's part."""
+    from mpsearch.ptq.fold import foldable
+
+    layers = quant_layers(network.model)
+    modules = dict(network.model.named_modules())
+    folded = {
+        name: norm
+        for name, norm in foldable(modules, network.layers)[0].items()
+        if name in layers and _has_room(layers[name], cast(nn.BatchNorm2d, modules[norm]))
+    }
+    writer = _Writer()
+    table = {
+        name: writer.layer(layer, cast(nn.BatchNorm2d | None, modules[folded[name]] if name in folded else None))
+        for name, layer in layers.items()
+    }
+    written = {
+        id(value) for name in (*layers, *folded.values()) for value in modules[name].state_dict(keep_vars=True).values()
+    }
+    others = {
+        name: value.detach().cpu().clone().contiguous()
+        for name, value in network.model.state_dict(keep_vars=True).items()
+        if id(value) not in written  # by identity: a module may hang under two names
+    }
+    path = folder / TENSORS_FILE
+    save_file(writer.tensors() | others, path)
+    structure = dict(network.structure or {"folded": {}, "relu6": [], "biased": []})
+    structure["folded"] = {**structure["folded"], **folded}
+    structure["biased"] = [name for name in layers if table[name]["bias"] is not None]
+    return {
+        **network_parts(replace(network, structure=structure)),
+        "tensors": {"file": TENSORS_FILE, "bytes": path.stat().st_size, "other_bytes": _bytes(others.values())},
+        "packed": table,
+    }
+
+
+def load(model: nn.Module, folder: str | Path) -> nn.Module:
+    """The network of a packed export, in eval mode, to run: its weights are the values that the codes stand for.
+
+    `model` is the float network; it gives the architecture and is left untouched.
+
+    Raises:
+        ExportError: the folder holds no packed export, a damaged one, or one of another network.
+    """
+    from mpsearch.exporters.read import read_manifest
+
+    folder = Path(folder)
+    document = read_manifest(folder, target="packed")
+    quantized, config = restored(model, document, folder)
+    try:
+        tensors = load_file(folder / document["tensors"]["file"])
+        table = document["packed"]
+        for name, layer in quant_layers(quantized).items():
+            layer.weight_quantizer.set_precision(FLOAT)  # what is read is on the grid already
+            layer.input_quantizer.set_precision(config[name].activation)
+            _read(layer, config[name].weight, table[name], tensors)
+        others = {name: value for name, value in tensors.items() if name not in _BLOBS}
+        if strange := load_tensors(quantized, others, strict=False):
+            raise ValueError(f"it has no {strange[0]}")
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ExportError(f"{folder} is damaged, or of another network than the model given: {error}") from None
+    return quantized.eval()
+
+
+_BLOBS = ("codes", "scales", "biases", "ranges")
+
+
+def _has_room(layer: QuantLayer, norm: nn.BatchNorm2d) -> bool:
+    """Whether the layer has a number per output channel that a BatchNorm's factor can become part of."""
+    weight = cast(Tensor, layer.weight)
+    numbers = (
+        weight.shape[layer.channel_axis] if layer.precision.weight.is_float else steps(layer.weight_quantizer).numel()
+    )
+    return bool(numbers == norm.num_features)
+
+
+class _Writer:
+    """Collects the parts of all layers, and remembers where each begins."""
+
+    def __init__(self) -> None:
+        self._codes: list[Tensor] = []
+        self._places: dict[bytes, list[int]] = {}
+        self._numbers: dict[str, list[Tensor]] = {"scales": [], "biases": [], "ranges": []}
+
+    def layer(self, layer: QuantLayer, norm: nn.BatchNorm2d | None) -> dict[str, Any]:
+        """Take one layer in; returns its entry of the manifest."""
+        from mpsearch.ptq.fold import affine
+
+        precision = layer.precision
+        weight = cast(Tensor, layer.weight).detach()
+        bias = None if layer.bias is None else cast(Tensor, layer.bias).detach()
+        factor = None
+        if norm is not None:
+            factor, offset = affine(norm)
+            bias = offset if bias is None else bias * factor + offset
+        entry: dict[str, Any] = {"bits": precision.weight.bits, "shape": list(weight.shape), "scales": None}
+        if precision.weight.is_float:
+            if factor is not None:
+                weight = weight * per_channel(factor, weight, layer.channel_axis)
+            codes = weight.float().contiguous().view(-1).view(torch.uint8)
+        else:
+            codes = pack_bits(unsigned_codes(weight_codes(layer).flatten(), precision.weight), precision.weight.bits)
+            scale = steps(layer.weight_quantizer)
+            entry["scales"] = self._add("scales", scale if factor is None else scale * factor)
+            if precision.weight.quantizer != "uniform":
+                entry["exponents"] = [list(term) for term in terms_of(precision.weight)]
+        entry["codes"] = self._add_codes(codes.cpu())
+        entry["bias"] = None if bias is None else self._add("biases", bias)
+        quantizer = layer.input_quantizer
+        numbers = [quantizer.step.detach().reshape(1)]
+        if quantizer.beta is not None:
+            numbers.append(quantizer.beta.detach().reshape(1))
+        entry["range"] = self._add("ranges", torch.cat(numbers))
+        return entry
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What goes into the file."""
+        numbers = {name: torch.cat(parts) for name, parts in self._numbers.items() if parts}
+        return {"codes": torch.cat(self._codes)} | numbers
+
+    def _add_codes(self, codes: Tensor) -> list[int]:
+        digest = hashlib.sha256(codes.numpy().tobytes()).digest()
+        if digest not in self._places:  # layers that share a weight and its grid share the codes
+            self._places[digest] = [sum(part.numel() for part in self._codes), codes.numel()]
+            self._codes.append(codes)
+        return self._places[digest]
+
+    def _add(self, name: str, numbers: Tensor) -> list[int]:
+        parts = self._numbers[name]
+        start = sum(part.numel() for part in parts)
+        parts.append(numbers.float().cpu())
+        return [start, numbers.numel()]
+
+
+@torch.no_grad()
+def _read(layer: QuantLayer, weight: Precision, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Give a layer its weight, bias and input range."""
+    shape = tuple(entry["shape"])
+    if shape != tuple(cast(Tensor, layer.weight).shape):
+        raise ValueError(f"a weight of shape {shape} where the model has {tuple(cast(Tensor, layer.weight).shape)}")
+    codes = _slice(tensors["codes"], entry["codes"])
+    if weight.is_float:
+        value = codes.clone().view(torch.float32).view(shape)
+    else:
+        unsigned = unpack_bits(codes, weight.bits, math.prod(shape)).to(torch.int16)
+        value = values_of(unsigned, weight).view(shape)
+        value = per_channel(_slice(tensors["scales"], entry["scales"]), value, layer.channel_axis) * value
+    layer.weight = nn.Parameter(value)  # its own, also where layers shared one: their scales may differ
+    if entry["bias"] is not None:
+        layer.bias = nn.Parameter(_slice(tensors["biases"], entry["bias"]).clone())
+    layer.input_quantizer.set_range(*_slice(tensors["ranges"], entry["range"]))
+
+
+def _slice(numbers: Tensor, where: Sequence[int]) -> Tensor:
+    start, count = where
+    if start < 0 or start + count > numbers.numel():
+        raise ValueError(f"entries {start} to {start + count} of a tensor of {numbers.numel()}")
+    return numbers[start : start + count]
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

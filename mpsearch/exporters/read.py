@@ -1,0 +1,141 @@
+"""Reading back: the manifest of an export, and precision configs that others wrote.
+
+`read_config` knows
+
+- a folder that `mpsearch export` wrote, whatever the target, or its JSON file;
+- our `layers` object alone, as `mpsearch import -o` writes it;
+- AIMET encodings, format 0.6: bits and symmetry of `param_encodings`, and of the layers' *input* encodings;
+- a table as Brevitas users keep it, JSON or YAML: layer -> bits, or {weight_bit_width, input_bit_width}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpsearch.errors import ExportError, PrecisionError
+from mpsearch.exporters import MANIFEST, SCHEMA
+from mpsearch.exporters.native import CONFIG_FILE
+from mpsearch.precision import FLOAT, FLOAT_BITS, LayerPrecision, Precision, PrecisionConfig
+
+
+def read_manifest(folder: str | Path, target: str) -> dict[str, Any]:
+    """The manifest of an export, its schema and target checked.
+
+    Raises:
+        ExportError: there is none, it cannot be read, its schema is foreign, or it is of another target.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportError(f"{folder} holds no export (no {MANIFEST}): give the folder that export wrote") from None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"cannot read {path}: {error}") from None
+    found = (document.get("schema"), document.get("target")) if isinstance(document, dict) else (None, None)
+    if found != (SCHEMA, target):
+        raise ExportError(f"{path} is of {found[0]!r}, target {found[1]!r}: expected {SCHEMA!r}, target {target!r}")
+    assert isinstance(document, dict)
+    return document
+
+
+def read_config(path: str | Path) -> PrecisionConfig:
+    """The precision config in a file or folder of one of the formats at the module's top; what it leaves out is float.
+
+    Raises:
+        ExportError: there is no such file, or it has none of these formats; the message says what was found.
+        PrecisionError: a layer has a precision that does not exist; the message names it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in (CONFIG_FILE, MANIFEST) if (path / name).exists()]
+        if not found:
+            raise ExportError(f"{path} holds neither {CONFIG_FILE} nor {MANIFEST}: give what export wrote, or a file")
+        path = found[0]
+    document = _read(path)
+    if "param_encodings" in document:
+        return _from_aimet(document, path)
+    if "layers" in document:
+        try:
+            return PrecisionConfig.from_json(document["layers"])
+        except PrecisionError as error:
+            raise ExportError(f"{path}: {error}") from None
+    return PrecisionConfig((str(name), _from_table(str(name), row, path)) for name, row in document.items())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ExportError(f"cannot read {path}: {error}") from None
+    if not isinstance(document, dict) or not document:
+        raise ExportError(f"{path} holds no table of layers: expected layer -> bits, or what an export wrote")
+    return document
+
+
+def _from_aimet(document: Mapping[str, Any], path: Path) -> PrecisionConfig:
+    weights, activations = document["param_encodings"], document.get("activation_encodings", {})
+    if not isinstance(weights, Mapping) or not isinstance(activations, Mapping):
+        raise ExportError(
+            f"{path} has AIMET encodings of version {document.get('version')!r}, which name tensors and not layers: "
+            "expected 0.6, as QuantizationSimModel writes for torch"
+        )
+    found: dict[str, LayerPrecision] = {}
+    by_layer = {name.removesuffix(".weight"): value for name, value in weights.items() if name.endswith(".weight")}
+    for name in {**by_layer, **activations}:
+        try:
+            weight = _aimet_weight(by_layer.get(name))
+            inputs = activations.get(name, {}).get("input", {})
+            activation = FLOAT if "0" not in inputs else _uniform(inputs["0"]["bitwidth"], "tensor")
+        except (KeyError, TypeError, AttributeError, IndexError):
+            raise ExportError(f"{path}: the encodings of layer '{name}' are not of AIMET's format 0.6") from None
+        except PrecisionError as error:
+            raise PrecisionError(f"{path}: layer '{name}': {error}") from None
+        if not (weight.is_float and activation.is_float):  # output encodings alone say nothing of this layer
+            found[name] = LayerPrecision(weight, activation)
+    return PrecisionConfig(found)
+
+
+def _aimet_weight(encodings: Any) -> Precision:
+    if encodings is None:
+        return FLOAT
+    return _uniform(encodings[0]["bitwidth"], "channel" if len(encodings) > 1 else "tensor")
+
+
+def _from_table(name: str, row: Any, path: Path) -> LayerPrecision:
+    known = {"weight_bit_width", "input_bit_width"}
+    row = {"weight_bit_width": row} if isinstance(row, int) else row
+    if not isinstance(row, Mapping) or not row or not set(row) <= known:
+        raise ExportError(
+            f"{path}: layer '{name}' has {row!r}: expected bits, or an object with {' and '.join(sorted(known))}"
+        )
+    try:
+        weight, activation = (row.get(key, FLOAT_BITS) for key in ("weight_bit_width", "input_bit_width"))
+        return LayerPrecision(_uniform(weight, "channel"), _uniform(activation, "tensor"))
+    except PrecisionError as error:
+        raise PrecisionError(f"{path}: layer '{name}': {error}") from None
+
+
+def _uniform(bits: Any, granularity: Any) -> Precision:
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise PrecisionError(f"bits must be a whole number, got {bits!r}")
+    return FLOAT if bits >= FLOAT_BITS else Precision("uniform", bits, granularity)
+
+
+def complete(config: PrecisionConfig, layers: list[str]) -> PrecisionConfig:
+    """The config with the layers that it says nothing of as float, in the order of `layers`.
+
+    Raises:
+        ExportError: it names a layer that is none of these.
+    """
+    from mpsearch.errors import nearest
+
+    for name in config:
+        if name not in layers:
+            raise ExportError(f"the config names '{name}', which is no quantizable layer here: {nearest(name, layers)}")
+    leave = LayerPrecision(FLOAT, FLOAT)
+    return PrecisionConfig((name, config.get(name, leave)) for name in layers)

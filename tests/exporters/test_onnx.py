@@ -1,0 +1,140 @@
+"""QONNX and QDQ exports are executed by qonnx and by onnxruntime, and answer as the network does."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mpsearch
+from mpsearch.errors import ExportError
+from mpsearch.exporters import onnx_qdq
+from mpsearch.exporters.packed import unpack_bits, values_of
+from mpsearch.graph.layers import ModelGraph, inspect_model
+from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.quant.prepare import quant_layers
+
+MISSING = "needs mpsearch[targets]; `make test-all` installs it"
+onnx = pytest.importorskip("onnx", reason=MISSING)
+pytest.importorskip("onnxscript", reason=MISSING)
+ort = pytest.importorskip("onnxruntime", reason=MISSING)
+qonnx_exec = pytest.importorskip("qonnx.core.onnx_exec", reason=MISSING)
+modelwrapper = pytest.importorskip("qonnx.core.modelwrapper", reason=MISSING)
+
+WIDTHS = [f"uniform:{bits}" for bits in range(1, 9)]
+MILD = ["shift:4", "apot:4", "shift:5", "apot:5"]  # fewer bits without training answer by a hair's breadth
+
+
+def run_qonnx(path: Path, x: Tensor) -> np.ndarray:
+    model = modelwrapper.ModelWrapper(str(path))
+    name = model.graph.input[0].name
+    model.set_tensor_shape(name, list(x.shape))
+    (y,) = qonnx_exec.execute_onnx(model, {name: x.numpy()}).values()
+    return np.asarray(y)
+
+
+def run_onnxruntime(path: Path, x: Tensor) -> np.ndarray:
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+RUN: dict[str, Callable[[Path, Tensor], np.ndarray]] = {"qonnx": run_qonnx, "onnx": run_onnxruntime}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", RUN)
+@pytest.mark.parametrize(
+    ("weights", "activations"), [(WIDTHS, WIDTHS[::-1]), (MILD, WIDTHS[4:])], ids=["uniform", "shift-apot"]
+)
+def test_thousand_digits_get_the_same_answers(
+    to: str,
+    weights: list[str],
+    activations: list[str],
+    quantize,
+    digits: tuple[nn.Module, Tensor, ModelGraph],
+    tmp_path: Path,
+) -> None:
+    network = quantize(weights, activations)
+    images = digits[1]
+    path = mpsearch.export(network, to, tmp_path / "out").path / "model.onnx"
+    ours, theirs = network.model(images).detach().numpy(), RUN[to](path, images)
+    assert (ours.argmax(1) == theirs.argmax(1)).all()
+    # Their convolutions sum in another order: the last bit, and now and then the rounding of an activation.
+    assert np.median(np.abs(ours - theirs)) < 1e-6
+
+
+def small(weight: str, activation: str) -> tuple[mpsearch.QuantizedNetwork, Tensor]:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(64, 16)
+    layers = inspect_model(model, x).layers
+    config = PrecisionConfig({"0": LayerPrecision.parse(weight, activation)})
+    quantized = mpsearch.prepare(model, config, x, layers).eval()
+    return mpsearch.QuantizedNetwork(quantized, layers, "small", "noise", example_input=x[:2]), x
+
+
+@pytest.mark.parametrize("to", RUN)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width_is_exact_in_a_single_layer(to: str, bits: int, tmp_path: Path) -> None:
+    network, x = small(f"uniform:{bits}", f"uniform:{9 - bits}")
+    path = mpsearch.export(network, to, tmp_path / "out").path / "model.onnx"
+    np.testing.assert_allclose(RUN[to](path, x), network.model(x).detach().numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "opset"), [(1, "INT2", 25), (2, "INT2", 25), (3, "INT4", 21), (8, "INT8", 18)]
+)
+def test_qdq_takes_the_narrowest_container_and_says_the_true_width(
+    bits: int, kind: str, opset: int, tmp_path: Path
+) -> None:
+    network, _ = small(f"uniform:{bits}", "float")
+    folder = mpsearch.export(network, "onnx", tmp_path / "out").path
+    proto, manifest = onnx.load(folder / "model.onnx"), json.loads((folder / "export.json").read_text())
+    codes = next(c for c in proto.graph.initializer if c.name.endswith("_codes"))
+    assert codes.data_type == getattr(onnx.TensorProto, kind)
+    assert {entry.domain: entry.version for entry in proto.opset_import}[""] == opset
+    odd = {"0 weight": {"bits": bits, "container": onnx_qdq.container(bits)}}
+    assert manifest["in_wider_containers"] == (odd if bits in (1, 3) else {})
+    assert json.loads(metadata(proto)["mpsearch.config"])["0"]["weight"]["bits"] == bits
+
+
+def test_qonnx_names_its_operators(tmp_path: Path) -> None:
+    for weight, operator in (("uniform:1", "BipolarQuant"), ("uniform:3", "IntQuant")):
+        folder = mpsearch.export(small(weight, "float")[0], "qonnx", tmp_path / operator).path
+        nodes = onnx.load(folder / "model.onnx").graph.node
+        assert [n.op_type for n in nodes if n.domain == "qonnx.custom_op.general"] == [operator]
+
+
+@pytest.mark.parametrize("weight", ["shift:4", "apot:5/tensor"])
+def test_shift_codes_in_the_metadata_are_the_constant(weight: str, tmp_path: Path) -> None:
+    network, _ = small(weight, "float")
+    proto = onnx.load(mpsearch.export(network, "onnx", tmp_path / "out").path / "model.onnx")
+    codes = json.loads(metadata(proto)["mpsearch.codes.0"])
+    precision = network.config["0"].weight
+    packed = torch.tensor(list(base64.b64decode(codes["packed"])), dtype=torch.uint8)
+    values = values_of(unpack_bits(packed, precision.bits, 16 * 8).to(torch.int16), precision).view(codes["shape"])
+    constants = [onnx.numpy_helper.to_array(constant) for constant in proto.graph.initializer]
+    expected = torch.tensor(codes["step"])[:, None] * values
+    assert torch.equal(expected, quant_layers(network.model)["0"].quantized_weight())
+    assert any((c.shape == (8, 16) and np.array_equal(c, expected)) or np.array_equal(c.T, expected) for c in constants)
+
+
+def metadata(proto: object) -> dict[str, str]:
+    return {entry.key: entry.value for entry in proto.metadata_props}  # type: ignore[attr-defined]
+
+
+def test_shift_activations_and_strange_zero_points_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"0 \(linear\) activation shift:4/tensor: uniform:4/tensor would hold it"):
+        mpsearch.export(small("uniform:4", "shift:4")[0], "onnx", tmp_path / "a")
+    network, _ = small("uniform:4", "uniform:4")
+    quant_layers(network.model)["0"].input_quantizer.beta.data.fill_(1.0)  # type: ignore[union-attr]
+    with pytest.raises(ExportError, match="layer '0': the zero point of its input is -"):
+        mpsearch.export(network, "onnx", tmp_path / "b")
+    network = mpsearch.QuantizedNetwork(network.model, network.layers, "small", "noise")
+    with pytest.raises(ExportError, match="give QuantizedNetwork an example_input"):
+        mpsearch.export(network, "qonnx", tmp_path / "c")
