@@ -1,10 +1,11 @@
 """What each method of the three documents costs in accuracy and time: one row a method.
 
-    python benchmarks/methods.py [--rows gdnsq-w4a4,...] [--study resnet20-cifar10-jpeg] [--seed 0] [--threads 1]
-        [--results benchmarks/results/methods.jsonl] [--print]
+    python benchmarks/methods.py [--rows gdnsq-w4a4,...] [--study resnet20-cifar10-jpeg] [--seeds 0] [--threads 1]
+        [--epochs N] [--results benchmarks/results/methods.jsonl] [--print]
 
-Rows that the results file has (same row, seed and study) are not run again; `--print` runs none. Prints one table:
-validation and test accuracy, the difference from the float network, minutes, command. The teacher's answers to the
+Rows that the results file has (same row, seed, study and epochs) are not run again; `--print` runs none. Prints one
+table: validation and test accuracy, the difference from the float network (mean and deviation over seeds), minutes,
+command. `--epochs` replaces those of the rows: other networks need other ones. The teacher's answers to the
 training batches are computed by the first row of a process and kept for the others, as trials of a search keep them.
 """
 
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +97,18 @@ ROWS: dict[str, Row] = {
 class Runner:
     """Runs rows; what they share is made once."""
 
-    def __init__(self, study: str, seed: int) -> None:
-        self.study, self.seed = study, seed
+    def __init__(self, study: str) -> None:
         self.problem: Problem = open_problem(load_study(study))
         self.task = self.problem.task
         float_model = self.task.float_model()
         self.float = {split: self.task.evaluate(float_model, split) for split in ("val", "test")}
         self.teacher: Teacher | None = None
 
-    def run(self, row: Row) -> dict[str, Any]:
+    def run(self, row: Row, seed: int) -> dict[str, Any]:
         """A line of the results file."""
         began, cpu = time.perf_counter(), time.process_time()
-        torch.manual_seed(self.seed)
-        trained = self._train(row)
+        torch.manual_seed(seed)
+        trained = self._train(row, seed)
         minutes, cpu_minutes = (time.perf_counter() - began) / 60, (time.process_time() - cpu) / 60
         return {
             "val": 100 * self.task.evaluate(trained.model, "val"),
@@ -121,7 +122,7 @@ class Runner:
             "log": list(trained.log),
         }
 
-    def _train(self, row: Row) -> Trained:
+    def _train(self, row: Row, seed: int) -> Trained:
         config = self.problem.space.everywhere(row.precision)
         options = dict(row.options)
         if row.method == "ptq":
@@ -132,9 +133,9 @@ class Runner:
         spec = self.problem.spec.trial
         steps = round(row.epochs * self.task.steps_per_epoch(spec.batch_size))
         distill = options.pop("distill", True)
-        settings = spec.model_copy(update={"steps": steps, "seed": self.seed, "distill": distill})
+        settings = spec.model_copy(update={"steps": steps, "seed": seed, "distill": distill})
         if row.method == "gdnsq":
-            return gdnsq(self.task, config, self._bench(settings, None), steps, self.seed, GdnsqMethod(**options), _say)
+            return gdnsq(self.task, config, self._bench(settings, None), steps, seed, GdnsqMethod(**options), _say)
         if "slope" in options:
             options["slope"] = SlopeSchedule(*options["slope"])
         return qat(self.task, config, settings, _say, self._bench(settings, config), **options)
@@ -156,7 +157,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--study", default="resnet20-cifar10-jpeg")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--epochs", type=float)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "methods.jsonl")
     parser.add_argument("--print", action="store_true", dest="only_print")
@@ -164,13 +166,17 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.results.parent.mkdir(exist_ok=True)
     runner: Runner | None = None
-    for name in [] if options.only_print else options.rows.split(","):
-        key = {"row": name, "study": options.study, "seed": options.seed, "epochs": ROWS[name].epochs}
+    rows = [] if options.only_print else options.rows.split(",")
+    for name, seed in ((name, int(seed)) for seed in options.seeds.split(",") for name in rows):
+        row = ROWS[name] if options.epochs is None else replace(ROWS[name], epochs=options.epochs)
+        key = {"row": name, "study": options.study, "seed": seed, "epochs": row.epochs}
         if any(all(line[k] == v for k, v in key.items()) for line in _read(options.results)):
             continue
-        runner = runner or Runner(options.study, options.seed)
-        print(f"{name}: {ROWS[name]}", file=sys.stderr, flush=True)
-        line = {**key, **runner.run(ROWS[name]), "command": f"python benchmarks/methods.py --rows {name}"}
+        runner = runner or Runner(options.study)
+        print(f"{name}: {row}, seed {seed}", file=sys.stderr, flush=True)
+        command = f"python benchmarks/methods.py --study {options.study} --rows {name}"
+        command += "" if options.epochs is None else f" --epochs {options.epochs:g}"
+        line = {**key, **runner.run(row, seed), "command": command}
         with options.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{name}: val {line['val']:.2f}, test {line['test']:.2f}", file=sys.stderr, flush=True)
@@ -187,23 +193,23 @@ def _print(lines: list[dict[str, Any]], study: str) -> None:
         return
     title = f"{study}: float {lines[0]['float_val']:.2f} % val, {lines[0]['float_test']:.2f} % test"
     table = Table(title=title)
-    for column in ("method", "seed", "epochs", "val %", "test %", "val - float", "test - float", "minutes", "command"):
+    for column in ("method", "epochs", "seeds", "val - float", "test - float", "minutes", "command"):
         table.add_column(column, justify="left" if column in ("method", "command") else "right")
-    order = list(ROWS)
-    for line in sorted(lines, key=lambda line: order.index(line["row"]) if line["row"] in order else 999):
-        table.add_row(
-            line["row"],
-            str(line["seed"]),
-            f"{line['epochs']:g}",
-            f"{line['val']:.2f}",
-            f"{line['test']:.2f}",
-            f"{line['val'] - line['float_val']:+.2f}",
-            f"{line['test'] - line['float_test']:+.2f}",
-            f"{line['minutes']:.1f}",
-            line["command"],
-        )
+    order = {name: index for index, name in enumerate(ROWS)}
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for line in sorted(lines, key=lambda line: order.get(line["row"], len(order))):
+        groups.setdefault((line["row"], line["epochs"]), []).append(line)
+    for (name, epochs), seeds in groups.items():
+        losses = [_spread([line[split] - line[f"float_{split}"] for line in seeds]) for split in ("val", "test")]
+        minutes = statistics.fmean(line["minutes"] for line in seeds)
+        table.add_row(name, f"{epochs:g}", str(len(seeds)), *losses, f"{minutes:.1f}", seeds[0]["command"])
     Console(width=150).print(table)
     print("command: python " + " ".join(sys.argv))
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.fmean(values):+.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
 @torch.no_grad()
 def quantized(layer: nn.Module, *, signed_input: bool, input_elements: int, offer: Offer = UNIFORM) -> QuantLayer:
     """A quantized layer, at float precision, that shares the parameters of `layer`."""
-    kind = QUANT_LAYERS[type(layer)]
+    kind = next(QUANT_LAYERS[base] for base in type(layer).__mro__ if base in QUANT_LAYERS)
     twin = kind.__new__(kind)
     twin.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in layer.__dict__.items()}
     twin.add_quantizers(signed_input=signed_input, input_elements=input_elements, offer=offer)

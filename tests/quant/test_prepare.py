@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mpsearch.errors import PrecisionError
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import FLOAT, LayerPrecision, Offer, PrecisionConfig
-from mpsearch.quant.modules import QUANT_LAYERS, QuantLayer, quantized
+from mpsearch.quant.modules import QUANT_LAYERS, QuantConv2d, QuantLayer, quantized
 from mpsearch.quant.prepare import (
     RangeSetter,
     insert_quantizers,
@@ -108,6 +108,17 @@ def test_prepare_leaves_the_original_untouched(model: nn.Module, batch: Tensor) 
             parameter.add_(1)
     assert not any(isinstance(module, QuantLayer) for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_subclass_that_computes_the_same_is_quantized_as_its_base(batch: Tensor) -> None:
+    class Named(nn.Conv2d):
+        """Only a name, as torch's NonDynamicallyQuantizableLinear."""
+
+    net = nn.Sequential(Named(batch.shape[1], 4, 3)).eval()
+    names = [layer.name for layer in inspect_model(net, batch).layers if layer.reason is None]
+    assert names == ["0"]
+    config = PrecisionConfig.uniform(names, LayerPrecision.shorthand("w8a8"))
+    assert isinstance(prepare(net, config, batch)[0], QuantConv2d)  # type: ignore[index]
 
 
 def test_prepare_at_float_computes_what_the_model_did(model: nn.Module, batch: Tensor) -> None:
