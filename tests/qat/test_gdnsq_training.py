@@ -146,7 +146,7 @@ def test_the_grid_of_the_paper_trains_and_says_that_it_cannot_be_exported(proble
 
 
 def test_too_few_steps_are_said(problem: Problem, bench: Workbench) -> None:
-    trained = gdnsq(problem.task, everywhere(problem, "w2a2"), bench, 3)
+    trained = gdnsq(problem.task, everywhere(problem, "w2a2"), bench, 3, method=GdnsqMethod(gradual=True))
     assert any("train longer" in note for note in trained.notes)
 
 
