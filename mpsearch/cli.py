@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpsearch.errors import MpsearchError, PrecisionError, RunError, nearest
+from mpsearch.errors import MpsearchError, RunError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
+    from mpsearch.precision import Precision
     from mpsearch.record import RunFolder, TrialRecord
     from mpsearch.search.engine import Event
     from mpsearch.search.run import Problem
@@ -441,6 +441,7 @@ def debug(
     Weights or activations, which layers, what their values look like, and which remedies help. JSON: accuracies in
     percent, points lost as `drop`; mpsearch.ptq.debug.document lists the keys.
     """
+    from mpsearch.exporters.read import read_precisions
     from mpsearch.ptq.debug import advise, diagnose, document
     from mpsearch.report.debug_page import STAGE_COLUMNS, stage_rows, summary, write_debug_page
     from mpsearch.study import load_study
@@ -449,7 +450,7 @@ def debug(
 
     if not out.parent.is_dir() or out.is_dir():
         raise RunError(f"--out got '{out}': give the page as a file in a folder that exists")
-    precisions = _precisions(config)
+    precisions = read_precisions(config)
     task = load_task(load_study(study, set_ or ()).task)
     if isinstance(task, ClassificationTask):  # another task scores all of its validation split
         task = task.sampled(samples)
@@ -675,19 +676,6 @@ def _open(study: str, set_: Sequence[str] | None) -> tuple[StudySpec, Problem]:
 
     spec = load_study(study, set_ or ())
     return spec, open_problem(spec)
-
-
-def _precisions(text: str) -> PrecisionConfig | LayerPrecision:
-    """A config as the command line names it: a file or folder if there is one, else a shorthand."""
-    from mpsearch.exporters.read import read_config
-    from mpsearch.precision import LayerPrecision
-
-    if Path(text).exists():
-        return read_config(text)
-    try:
-        return LayerPrecision.shorthand(text)
-    except PrecisionError as error:
-        raise PrecisionError(f"CONFIG got '{text}': there is no such file, and as a shorthand, {error}") from None
 
 
 def _write_report(folder: RunFolder, problem: Problem) -> Path:

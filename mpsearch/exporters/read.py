@@ -41,6 +41,24 @@ def read_manifest(folder: str | Path, target: str) -> dict[str, Any]:
     return document
 
 
+def read_precisions(text: str) -> PrecisionConfig | LayerPrecision:
+    """What a command line names: the config of a file or folder if there is one, else one precision for all layers.
+
+    That is a shorthand, `w4a8`, or weight and input, `shift:4 x float`.
+
+    Raises:
+        PrecisionError: neither.
+        ExportError: the file is no config.
+    """
+    if Path(text).exists():
+        return read_config(text)
+    weight, separator, activation = text.partition(" x ")
+    try:
+        return LayerPrecision.parse(weight, activation) if separator else LayerPrecision.shorthand(text)
+    except PrecisionError as error:
+        raise PrecisionError(f"CONFIG got '{text}': there is no such file, and as a precision, {error}") from None
+
+
 def read_config(path: str | Path) -> PrecisionConfig:
     """The precision config in a file or folder of one of the formats at the module's top; what it leaves out is float.
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from mpsearch.errors import PrecisionError
-from mpsearch.exporters.read import read_config
-from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.exporters.read import read_precisions
+from mpsearch.precision import PrecisionConfig
 from mpsearch.qat.gdnsq import gdnsq
 from mpsearch.qat.pipeline import qat
 from mpsearch.qat.trained import Trained
@@ -82,15 +80,10 @@ def target_config(space: SearchSpace, target: str) -> tuple[PrecisionConfig, tup
         PrecisionError: the text has another form.
         ExportError: the file is no precision config.
     """
-    if Path(target).exists():
-        config = read_config(target)
-        check_names(config, dict.fromkeys(space.layers))
-        return PrecisionConfig((name, config[name]) for name in space.layers), ()
-    weight, separator, activation = target.partition(" x ")
-    try:
-        wanted = LayerPrecision.parse(weight, activation) if separator else LayerPrecision.shorthand(target)
-    except PrecisionError as error:
-        raise PrecisionError(f"{error}; or name the file of a precision config") from None
+    wanted = read_precisions(target)
+    if isinstance(wanted, PrecisionConfig):
+        check_names(wanted, dict.fromkeys(space.layers))
+        return PrecisionConfig((name, wanted[name]) for name in space.layers), ()
     config = space.everywhere(wanted)
     held = tuple(f"{name} {precision}" for name, precision in config.items() if precision != wanted)
     return config, held
