@@ -179,7 +179,7 @@ def test_every_storage_gives_the_same_trials(tmp_path, storage):
 def test_driver_ended_at_any_time_is_resumed_with_nothing_lost(tmp_path, how):
     path = tmp_path / "run"
     for count in (3, 9):  # in the ladder, and while the sampler proposes
-        driver = start(path, "none", trials=14, sleep_s=0.02)
+        driver = start(path, "none", trials=14, sleep_s=0.2)
         wait_for_records(path, count, driver)
         os.kill(driver.pid, how)
         _, errors = driver.communicate()
