@@ -354,8 +354,7 @@ def deployed(
             (layer.input_quantizer, trained[name].input_quantizer),
         ):
             if isinstance(learned, GdnsqQuantizer):
-                assert learned.log_q is not None
-                quantizer.set_range(torch.exp2(learned.log_q - quantizer.precision.bits), learned.beta)
+                quantizer.set_range(torch.exp2(learned.log_range() - quantizer.precision.bits), learned.beta)
     return twin.train(model.training)
 
 

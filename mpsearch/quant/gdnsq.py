@@ -161,9 +161,10 @@ class GdnsqQuantizer(nn.Module):
             assert x is not None
             low, high = self._ends(x)
             return torch.log2((high - low) / torch.exp2(self.log_s) + 1)
-        return self._log_q().detach() - self.log_s
+        return self.log_range().detach() - self.log_s
 
-    def _log_q(self) -> Tensor:
+    def log_range(self) -> Tensor:
+        """log2 Q now: as learned, or what the held bit-width makes of the step. Not for grid "min"."""
         assert self.log_q is not None
         return torch.where(self.held.isnan(), self.log_q, self.log_s + self.held)
 
@@ -173,7 +174,7 @@ class GdnsqQuantizer(nn.Module):
         if self.weight_grid == "min":
             low, high = self._ends(x)
             return s, low, low, high
-        q = torch.exp2(self._log_q())
+        q = torch.exp2(self.log_range())
         if self.weight_grid == "symmetric":
             z = s * grid_shift(self.bits())
             return s, z, z - q / 2, z + q / 2 - s
