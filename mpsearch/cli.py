@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -366,12 +366,7 @@ def ptq(
     table.add_row("float", _percent(document["float_val"]), _percent(document["float_test"]))
     table.add_row(bits, _percent(document["val"]), _percent(document["test"]))
     console.print(table)
-    stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in result.seconds.items())
-    console.print(stages, highlight=False, soft_wrap=True)
-    for note in result.notes:
-        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    if out is not None:
-        console.print(f"written to {out}", highlight=False, markup=False, soft_wrap=True)
+    _print_made(result.seconds, result.notes, out)
 
 
 @app.command()
@@ -419,12 +414,7 @@ def train(
     held = result.held
     if held:
         console.print(f"as the space fixes them: {', '.join(held)}", highlight=False, markup=False, soft_wrap=True)
-    stages = ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in trained.seconds.items())
-    console.print(stages, highlight=False, soft_wrap=True)
-    for note in trained.notes:
-        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    if out is not None:
-        console.print(f"written to {out}", highlight=False, markup=False, soft_wrap=True)
+    _print_made(trained.seconds, trained.notes, out)
 
 
 @app.command()
@@ -771,6 +761,17 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     return table
+
+
+def _print_made(seconds: Mapping[str, float], notes: Sequence[str], out: Path | None) -> None:
+    """How long each stage of making a network took, what was left out, and where the network is."""
+    console = _console()
+    stages = ", ".join(f"{stage} {_duration(spent)}" for stage, spent in seconds.items())
+    console.print(stages, highlight=False, soft_wrap=True)
+    for note in notes:
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"written to {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_json(document: Any) -> None:

@@ -132,15 +132,15 @@ def ptq(
     """
     method = (method or PtqMethod()).resolved(data_free=calibration_input is None)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "inspect"):
+    with timed(seconds, "inspect"):
         layers = _layers(model, calibration_input)
-    with _timed(seconds, "fold"):
+    with timed(seconds, "fold"):
         net = fold_batch_norms(model, layers)
     if method.equalize:
-        with _timed(seconds, "equalize"):
+        with timed(seconds, "equalize"):
             net = equalize(net, method.replace_relu6)
     notes = list(net.notes)
-    with _timed(seconds, "weight_ranges"):
+    with timed(seconds, "weight_ranges"):
         inputs = _distributions(net)
         if calibration_input is None:
             layers = _with_signs(layers, inputs)
@@ -148,17 +148,17 @@ def ptq(
         config = _config(config, quantized)
         set_weight_ranges(quantized, config, method.weight_range)
     if method.rounding == "adaround":
-        with _timed(seconds, "adaround"):
+        with timed(seconds, "adaround"):
             left = adaround(quantized, net.model, calibration_input, method.adaround_steps)
             notes += [f"{name} keeps the nearest rounding: AdaRound treats linear, conv1d and conv2d" for name in left]
     if method.bias_correction != "none":
-        with _timed(seconds, "bias_correction"):
+        with timed(seconds, "bias_correction"):
             if method.bias_correction == "empirical":
                 correct_bias_empirically(quantized, net.model, calibration_input)
             else:
                 left = correct_bias_analytically(quantized, inputs)
                 notes += [f"the bias of {name} is not corrected: no statistics of its input" for name in left]
-    with _timed(seconds, "activation_ranges"):
+    with timed(seconds, "activation_ranges"):
         if calibration_input is None:
             set_normal_ranges(quantized, config, inputs)
         else:
@@ -279,7 +279,8 @@ def _config(config: PrecisionConfig | LayerPrecision, quantized: nn.Module) -> P
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note the time spent inside as that of a stage."""
     began = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - began

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from mpsearch.errors import PrecisionError, nearest
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import Precision, PrecisionConfig
-from mpsearch.qat.trained import Trained, timed
+from mpsearch.ptq.pipeline import timed
+from mpsearch.qat.trained import Trained
 from mpsearch.quant.gdnsq import GdnsqQuantizer, RoundGradient, StepGradient, WeightGrid
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, sample_inputs, weight_rows

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ class Trained:
     seconds: Mapping[str, float]  # by stage
     log: tuple[Mapping[str, float], ...] = ()  # of training, in order: step, loss and what the method adds
     notes: tuple[str, ...] = ()  # what was left out and why, in words
-    structure: Mapping[str, Any] | None = field(default=None)  # how the network was changed before it was quantized
+    structure: Mapping[str, Any] | None = None  # how the network was changed before it was quantized
 
     def save(
         self, folder: str | Path, *, name: str, task: str, metric: str, accuracy: Mapping[str, float | None]
@@ -36,11 +34,3 @@ class Trained:
         network = QuantizedNetwork(self.model, self.layers, name, task, metric, accuracy, structure=self.structure)
         save(network, Path(folder))
         return Path(folder)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the time spent inside to a stage."""
-    began = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - began
