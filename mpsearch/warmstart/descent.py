@@ -168,9 +168,12 @@ class BitCost:
             )
         self._fixed = cost.of_float_layers
         at = {(name, slot.tensor): i for i, slot in enumerate(space.slots) for name in slot.layers}
-        self._layers: list[tuple[int, int, Tensor]] = []  # slots of weight and input, and the layer's costs
+        self._weight = torch.tensor([at[name, "weight"] for name in space.layers])  # slots, by layer
+        self._activation = torch.tensor([at[name, "activation"] for name in space.layers])
+        wide = max(len(slot_bits(slot)) for slot in space.slots)
+        self._pairs = torch.zeros(len(space.layers), wide, wide, dtype=torch.float64)  # costs; the rest is never read
         self._first = torch.tensor([slot_bits(slot)[0] for slot in space.slots], dtype=torch.float64)
-        for name in space.layers:
+        for index, name in enumerate(space.layers):
             w, a = at[name, "weight"], at[name, "activation"]
             pairs = [
                 [
@@ -179,30 +182,28 @@ class BitCost:
                 ]
                 for i in slot_bits(space.slots[w])
             ]
-            self._layers.append((w, a, torch.tensor(pairs, dtype=torch.float64)))
+            self._pairs[index, : len(pairs), : len(pairs[0])] = torch.tensor(pairs, dtype=torch.float64)
+        self._last = torch.tensor([len(slot_bits(slot)) - 1 for slot in space.slots])
 
     def __call__(self, bits: Tensor) -> Tensor:
         """Relative cost, differentiable; `bits` `(slots,)` float64."""
         at = bits - self._first
-        return self._fixed + torch.stack([_bilinear(pairs, at[w], at[a]) for w, a, pairs in self._layers]).sum()
+        below = torch.minimum(at.detach().floor().long().clamp_min(0), (self._last - 1).clamp_min(0))
+        above = torch.minimum(below + 1, self._last)
+        share = at - below
+        layers = torch.arange(len(self._pairs))
+        i, j, u, v = below[self._weight], below[self._activation], share[self._weight], share[self._activation]
+        i_next, j_next = above[self._weight], above[self._activation]
+        pairs = self._pairs
+        cost = (1 - u) * ((1 - v) * pairs[layers, i, j] + v * pairs[layers, i, j_next])
+        cost = cost + u * ((1 - v) * pairs[layers, i_next, j] + v * pairs[layers, i_next, j_next])
+        return self._fixed + cost.sum()
 
     def gradient(self, bits: Tensor) -> Tensor:
         """dC/db `(slots,)`."""
         bits = bits.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(self(bits), bits)
         return gradient
-
-
-def _bilinear(table: Tensor, w: Tensor, a: Tensor) -> Tensor:
-    i, j = (int(x.detach().floor().clamp(0, max(size - 2, 0))) for x, size in zip((w, a), table.shape, strict=True))
-    i_next, j_next = min(i + 1, table.shape[0] - 1), min(j + 1, table.shape[1] - 1)
-    u, v = w - i, a - j
-    return (
-        (1 - u) * (1 - v) * table[i, j]
-        + u * (1 - v) * table[i_next, j]
-        + (1 - u) * v * table[i, j_next]
-        + u * v * table[i_next, j_next]
-    )
 
 
 def uniform_choices(slot: Slot) -> list[Precision]:
