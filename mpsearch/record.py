@@ -57,7 +57,8 @@ class TrialRecord:
     """One config and what became of it: everything that is known of a trial once it has ended.
 
     `accuracy` is the task's metric on the validation split (a share in [0, 1] for top-1; higher is better).
-    `cost` is relative to the study's reference config. A failed trial has neither and gives its `reason`.
+    `cost` is relative to the study's reference config. A failed trial has neither and gives its `reason`; a stopped one
+    has the accuracy at which it was stopped, and no more than that.
     """
 
     config: PrecisionConfig
@@ -70,6 +71,9 @@ class TrialRecord:
     seed: int = 0
     start_loss: float | None = None  # training loss over the first and the last steps of the fine-tune
     end_loss: float | None = None
+    curve: tuple[tuple[int, float], ...] = ()  # (step, accuracy), from before the fine-tune to its end
+    divergence: float | None = None  # mean Jeffreys divergence from the float network on val, nats
+    correct: str | None = None  # which val samples were right: `compare.pack`
     wall: WallTime = WallTime()
     started_s: float = 0.0  # seconds since the epoch
     peak_memory_bytes: int = 0
@@ -84,6 +88,7 @@ class FinalRecord:
     steps: int
     val: float
     test: float
+    correct: str | None = None  # which test samples were right: `compare.pack`
 
 
 _FIELDS = tuple(f.name for f in fields(TrialRecord))
@@ -124,6 +129,7 @@ def record_from_json(text: str) -> TrialRecord:
             (layer, _layer_precision(precision)) for layer, precision in document["config"].items()
         )
         document["wall"] = WallTime(**document.get("wall", {}))
+        document["curve"] = tuple((int(step), float(accuracy)) for step, accuracy in document.get("curve", ()))
         return TrialRecord(**document)
     except KeyError as error:
         raise RunError(f"not a trial record: {error} is missing") from None
@@ -385,7 +391,7 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
-    row = {name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall")}
+    row = {name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall", "curve", "correct")}
     row["digest"] = record.config.digest
     row |= {f"wall.{name}": value for name, value in asdict(record.wall).items()}
     for name, layer in record.config.items():

@@ -179,6 +179,9 @@ class SearchSpec(_Section):
     concurrency: int = Field(default=2, gt=0, description="trials that run at the same time")
     seed: int = Field(default=0, ge=0)
     time_limit_s: float | None = Field(default=None, gt=0, description="no new trial starts after this many seconds")
+    stop_dominated: bool = Field(
+        default=True, description="stop a trial halfway once its optimistic accuracy is dominated; controls never stop"
+    )
     max_failures_in_row: int = Field(default=5, gt=0, description="failed trials in a row that stop the search")
 
 

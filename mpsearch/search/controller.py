@@ -32,6 +32,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from mpsearch.errors import CostError
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import Origin, TrialRecord
+from mpsearch.search.stopping import CONTROLS, Gains
 from mpsearch.space import SearchSpace
 from mpsearch.study import SearchSpec
 
@@ -108,6 +109,7 @@ class Proposal:
     config: PrecisionConfig
     origin: Origin
     cost: float
+    bar: float | None = None  # halfway accuracy below which the trial may stop
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ class SearchController:
         self._numbers: set[int] = set()
         self._next = 0
         self._front: list[_Point] = []
+        self._gains = Gains()
         self._latest: deque[_Point] = deque(maxlen=self._sampler.memory)
         self._ended = 0
         self._asked: dict[int, optuna.Trial | None] = {}  # proposals without a record, by number
@@ -271,12 +274,19 @@ class SearchController:
         self._numbers.add(self._next)
         self._seen.add(config.digest)
         self._asked[self._next] = trial
-        return Proposal(self._next, config, origin, self._cost(config))
+        cost = self._cost(config)
+        return Proposal(self._next, config, origin, cost, self._bar(origin, cost))
+
+    def _bar(self, origin: Origin, cost: float) -> float | None:
+        if not self._search.stop_dominated or origin in CONTROLS:
+            return None
+        return self._gains.bar(cost, max((p.accuracy for p in self._front if p.cost <= cost), default=None))
 
     def _remember(self, record: TrialRecord) -> _Point | None:
         self._ended += 1
         if record.accuracy is None or record.cost is None or not self._space.contains(record.config):
             return None
+        self._gains.learn(record)
         trial = create_trial(
             values=[record.accuracy, math.log2(record.cost)],
             params=dict(self._space.params_of(record.config)),

@@ -132,7 +132,8 @@ def _train(bench: Workbench, trial: TrialRecord, seed: int, steps: int, lr: floa
     bench.reset(trial.config)
     bench.fit(steps, seed, lr)
     bench.reestimate(seed)
-    return FinalRecord(trial.number, seed, steps, bench.evaluate("val"), bench.evaluate("test"))
+    test = bench.score("test")
+    return FinalRecord(trial.number, seed, steps, bench.score("val").accuracy, test.accuracy, test.correct)
 
 
 def _row(trial: TrialRecord, control: TrialRecord | None, finals: Sequence[FinalRecord]) -> FinalRow | None:

@@ -217,8 +217,9 @@ def trial_runner(spec: StudySpec, checkpoints: str, warmstart: str) -> Callable[
     start = start_weights(spec, Path(warmstart))
 
     def run(proposal: Proposal) -> TrialRecord:
-        record = run_trial(task, proposal.config, spec.trial, start(proposal.cost), bench=bench)
-        save_weights(bench.model, checkpoint_path(Path(checkpoints), proposal.number))
+        record = run_trial(task, proposal.config, spec.trial, start(proposal.cost), bench=bench, bar=proposal.bar)
+        if record.state == "complete":
+            save_weights(bench.model, checkpoint_path(Path(checkpoints), proposal.number))
         return record
 
     return run
@@ -345,9 +346,9 @@ def estimate_trial_s(problem: Problem, steps: int = 4) -> float:
     bench.fit(steps, seed=0)
     step_s = (time.perf_counter() - clock) / steps
     clock = time.perf_counter()
-    bench.evaluate("val")
+    problem.task.evaluate(bench.runs, "val")
     evaluate_s = time.perf_counter() - clock
-    return step_s * (problem.spec.trial.steps + problem.spec.trial.bn_batches / 3) + evaluate_s
+    return step_s * (problem.spec.trial.steps + problem.spec.trial.bn_batches / 3) + 3 * evaluate_s
 
 
 def scientific(count: int) -> str:

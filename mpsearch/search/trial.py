@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -24,9 +25,10 @@ from mpsearch.graph.layers import LayerInfo, ModelGraph, inspect_model
 from mpsearch.precision import Offer, PrecisionConfig
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, set_precision
 from mpsearch.quant.shift import DEFAULT_SLOPE, SlopeSchedule
-from mpsearch.record import TrialRecord, WallTime
+from mpsearch.record import TrialRecord, TrialState, WallTime
+from mpsearch.search.compare import pack
 from mpsearch.study import TrialSpec
-from mpsearch.task.task import Split, Task
+from mpsearch.task.task import Answering, Answers, Split, Task
 from mpsearch.train import (
     FitResult,
     FitSettings,
@@ -74,6 +76,8 @@ class Workbench:
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and bf16_is_fast())
         self.model = insert_quantizers(float_model, self.layers, offers).to(self.device)
         self._start = {name: value.detach().clone() for name, value in float_model.state_dict().items()}
+        self._float = float_model
+        self._float_answers: dict[Split, Answers] = {}
         self.runs = self.compiled(self.model)
         teacher = Compiled(float_model) if isinstance(self.runs, Compiled) else float_model
         self.teacher = Teacher(teacher.to(self.device), task.logits, bf16=self.bf16)
@@ -96,12 +100,19 @@ class Workbench:
             config: a precision for each quantizable layer.
             start_weights: a state dict with the float model's names; default: the float model's.
         """
-        weights = self._start if start_weights is None else start_weights
-        with torch.no_grad():
-            for name, value in self.model.state_dict(keep_vars=True).items():
-                if name in weights:
-                    value.copy_(weights[name])
+        self.restore(self._start if start_weights is None else start_weights)
         set_precision(self.model, config, self.ranges)
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's weights, statistics and ranges as they are now."""
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` holds; the rest stays."""
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if name in state:
+                value.copy_(state[name])
 
     def loss(self, seed: int) -> Callable[[int, Any, Any, Any], Tensor]:
         """The training loss: Jeffreys divergence to the float model, or the task's own."""
@@ -134,10 +145,28 @@ class Workbench:
         if count:
             reestimate_batch_norm(self.model, self.task.train_batches(self.settings.batch_size, count, seed + 1))
 
-    def evaluate(self, split: Split) -> float:
-        """The hard-quantized model's metric on a split, in float32."""
-        self.runs.eval()
-        return self.task.evaluate(self.runs, split)
+    def score(self, split: Split) -> Score:
+        """How the hard-quantized model fares on a split, in float32; its mode stays as it was."""
+        if not isinstance(self.task, Answering):
+            return Score(self.task.evaluate(self.runs, split))
+        answers = self.task.answers(self.runs, split)
+        if split not in self._float_answers:
+            self._float_answers[split] = self.task.answers(self._float, split)
+        divergence = float(jeffreys(answers.logits, self._float_answers[split].logits))
+        return Score(answers.accuracy, divergence, pack(answers.correct.numpy()))
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The task's metric and, where the task says how each sample fared, the divergence from the float network too."""
+
+    accuracy: float
+    divergence: float | None = None  # mean Jeffreys divergence, nats
+    correct: str | None = None  # packed
+
+
+class Dominated(Exception):
+    """The trial cannot reach the front any more."""
 
 
 def run_trial(
@@ -149,8 +178,12 @@ def run_trial(
     bench: Workbench | None = None,
     cost: Callable[[PrecisionConfig], float] | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    bar: float | None = None,
 ) -> TrialRecord:
-    """Fine-tune `config` briefly and score it on the validation split.
+    """Fine-tune `config` briefly and score it on the validation split: before, halfway and at the end.
+
+    The better of start and end is what counts and what the bench's model is left at: at many bits a brief fine-tune
+    can do harm.
 
     Args:
         task: what is compressed.
@@ -160,9 +193,10 @@ def run_trial(
         bench: the worker's workbench; default: a fresh one.
         cost: relative cost of a config; default: the record has none.
         on_step: called with (step, training loss).
+        bar: halfway accuracy below which the trial stops.
 
     Returns:
-        A complete record. Its accuracy is that of the hard-quantized network.
+        A complete or stopped record. Its accuracy is that of the hard-quantized network.
 
     Raises:
         FloatingPointError: the loss or the score became NaN or infinite.
@@ -173,26 +207,60 @@ def run_trial(
     bench = bench or Workbench(task, settings, offers=config.offers)
     bench.reset(config, start_weights)
     prepared = time.perf_counter()
-    start_loss = end_loss = None
+    score = bench.score("val")
+    curve = [(0, score.accuracy)]
+    scoring_s = time.perf_counter() - prepared
+    half = (settings.steps + 1) // 2
+
+    def watch(step: int, loss: float) -> None:
+        nonlocal scoring_s
+        if on_step is not None:
+            on_step(step, loss)
+        if step + 1 == half < settings.steps:
+            began = time.perf_counter()
+            curve.append((half, bench.score("val").accuracy))
+            scoring_s += time.perf_counter() - began
+            if bar is not None and curve[-1][1] < bar:
+                raise Dominated
+
+    start_loss = end_loss = reason = None
+    state: TrialState = "complete"
     if settings.steps:
-        result = bench.fit(settings.steps, settings.seed, on_step=on_step)
-        start_loss, end_loss = result.start_loss, result.end_loss
+        start = bench.state()
+        try:
+            result = bench.fit(settings.steps, settings.seed, on_step=watch)
+            start_loss, end_loss = result.start_loss, result.end_loss
+        except Dominated:
+            state, reason = "stopped", f"dominated: {curve[-1][1]:.4f} after {half} steps, below the bar of {bar:.4f}"
     trained = time.perf_counter()
-    if settings.steps:
+    if state == "complete" and settings.steps:
         bench.reestimate(settings.seed)
-    accuracy = bench.evaluate("val")
-    if not math.isfinite(accuracy):
-        raise FloatingPointError(f"the task's metric on val is {accuracy}")
+        end = bench.score("val")
+        curve.append((settings.steps, end.accuracy))
+        if end.accuracy < score.accuracy:
+            bench.restore(start)
+        else:  # NaN too
+            score = end
+    if not math.isfinite(score.accuracy):
+        raise FloatingPointError(f"the task's metric on val is {score.accuracy}")
     done = time.perf_counter()
     return TrialRecord(
         config=config,
-        state="complete",
-        accuracy=accuracy,
+        state=state,
+        accuracy=score.accuracy if state == "complete" else curve[-1][1],
         cost=None if cost is None else cost(config),
+        reason=reason,
         seed=settings.seed,
         start_loss=start_loss,
         end_loss=end_loss,
-        wall=WallTime(prepare_s=prepared - clock, train_s=trained - prepared, evaluate_s=done - trained),
+        curve=tuple(curve),
+        divergence=score.divergence if state == "complete" else None,
+        correct=score.correct if state == "complete" else None,
+        wall=WallTime(
+            prepare_s=prepared - clock,
+            train_s=trained - prepared - scoring_s,
+            evaluate_s=done - trained + scoring_s,
+        ),
         started_s=started,
         peak_memory_bytes=peak_memory_bytes(),
     )

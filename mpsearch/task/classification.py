@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import nan
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,7 @@ from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.checkpoint import file_sha256, load_checkpoint
 from mpsearch.task.images import Images, SampledImages
 from mpsearch.task.models import build_model
-from mpsearch.task.task import Batch, Split
+from mpsearch.task.task import Answers, Batch, Split
 from mpsearch.train import FitSettings, fit
 
 logger = logging.getLogger(__name__)
@@ -93,28 +92,33 @@ class ClassificationTask:
         """`(samples, c, h, w)` training images, not augmented; all of them where there are fewer."""
         return self.images.calibration_input(samples, seed)
 
-    @torch.inference_mode()
     def evaluate(self, model: nn.Module, split: Split) -> float:
         """The share of a split whose label is among the model's first (top1) or first five (top5) answers.
 
-        Runs in eval mode on the model's device, under whatever autocast the caller set, and leaves the mode as it was.
         NaN where the model answers NaN.
+        """
+        return self.answers(model, split).accuracy
+
+    @torch.inference_mode()
+    def answers(self, model: nn.Module, split: Split) -> Answers:
+        """The logits of every image of a split and whether each is right, as the metric has it.
+
+        Runs in eval mode on the model's device, under whatever autocast the caller set, and leaves the mode as it was.
         """
         height, width = self.images.input_shape[1:]
         batch_size = max(1, min(EVAL_BATCH, EVAL_PIXELS // (height * width)))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         in_training = [module for module in model.modules() if module.training]
         model.eval()
-        correct = torch.zeros((), dtype=torch.int64, device=device)
-        broken = torch.zeros((), dtype=torch.bool, device=device)
+        said, correct = [], []
         for x, labels in self.images.batches(split, batch_size):
-            logits = self.logits(model(x.to(device)))
-            answers = logits.topk(self._top).indices
-            correct += (answers == labels.to(device).unsqueeze(1)).sum()
-            broken |= logits.isnan().any()
+            logits = self.logits(model(x.to(device))).float()
+            first = logits.topk(self._top).indices
+            said.append(logits)
+            correct.append((first == labels.to(device).unsqueeze(1)).any(dim=1))
         for module in in_training:
             module.training = True
-        return nan if broken else int(correct) / self.images.size(split)
+        return Answers(torch.cat(said).cpu(), torch.cat(correct).cpu())
 
     def loss(self, output: Any, target: Tensor) -> Tensor:
         """The mean cross-entropy of a batch."""

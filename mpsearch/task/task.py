@@ -7,6 +7,7 @@ this protocol and naming their factory in a study file: `task: {factory: "packag
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,28 @@ from torch import nn
 
 Split = Literal["train", "val", "test"]
 Batch = tuple[Any, Any]  # model input, target
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a model says to each sample of a split, in the split's order; on the CPU."""
+
+    logits: torch.Tensor  # (n, classes) float32
+    correct: torch.Tensor  # (n,) bool
+
+    @property
+    def accuracy(self) -> float:
+        """The share of correct answers; NaN where a logit is."""
+        return float("nan") if bool(self.logits.isnan().any()) else int(self.correct.sum()) / len(self.correct)
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """A task that can also say how each sample fared, so that two configs are compared on the same samples."""
+
+    def answers(self, model: nn.Module, split: Split) -> Answers:
+        """The answers of `model` to a split; their accuracy is what the task's `evaluate` returns."""
+        ...
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,12 +11,13 @@ from torch import nn
 
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
-from mpsearch.search.trial import Compiled, Workbench, run_trial
+from mpsearch.search.compare import unpack
+from mpsearch.search.trial import Compiled, Score, Workbench, run_trial
 from mpsearch.space import build_space, load_space
 from mpsearch.study import TrialSpec, load_study
 from mpsearch.task.load import load_task
-from mpsearch.task.task import Task
-from mpsearch.train import compiler_missing
+from mpsearch.task.task import Answering, Task
+from mpsearch.train import FitResult, compiler_missing
 
 SETTINGS = TrialSpec(steps=20, batch_size=32, bn_batches=4, precision="fp32", calibration_samples=64)
 
@@ -113,9 +114,13 @@ def test_a_trial_never_sees_the_test_split(bench: Workbench) -> None:
             seen.append(split)
             return self._task.evaluate(model, split)
 
+        def answers(self, model: nn.Module, split: Any) -> Any:
+            seen.append(split)
+            return cast(Answering, self._task).answers(model, split)
+
     watched = Watched(bench.task)
     run_trial(watched, uniform(bench, "w8a8"), SETTINGS.model_copy(update={"steps": 2}))  # type: ignore[arg-type]
-    assert seen == ["val"]
+    assert set(seen) == {"val"}
 
 
 def test_a_task_without_distillation_uses_its_own_loss(task: Task) -> None:
@@ -128,7 +133,7 @@ def test_a_task_without_distillation_uses_its_own_loss(task: Task) -> None:
 
 def test_a_score_that_is_no_number_is_an_error(task: Task, bench: Workbench) -> None:
     broken = copy.copy(bench)
-    broken.evaluate = lambda split: float("nan")  # type: ignore[method-assign]
+    broken.score = lambda split: Score(float("nan"))  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match="metric on val is nan"):
         run_trial(task, uniform(bench, "w8a8"), SETTINGS.model_copy(update={"steps": 0}), bench=broken)
 
@@ -167,3 +172,45 @@ def test_a_compiled_trial_scores_like_an_eager_one(task: Task, bench: Workbench)
         fast = run_trial(task, config, SETTINGS, bench=compiled)
         assert fast.accuracy == pytest.approx(eager.accuracy, abs=0.02)
         assert fast.end_loss == pytest.approx(eager.end_loss, rel=0.1)
+
+
+def test_a_trial_is_scored_before_halfway_and_at_its_end(task: Task, bench: Workbench) -> None:
+    record = run_trial(task, uniform(bench, "w3a3"), SETTINGS, bench=bench)
+    steps, accuracies = zip(*record.curve, strict=True)
+    assert steps == (0, 10, 20)
+    assert record.accuracy == max(accuracies[0], accuracies[-1])
+    assert record.correct is not None
+    assert unpack(record.correct).mean() == pytest.approx(record.accuracy)
+    assert record.divergence is not None
+    assert 0 < record.divergence < 10
+
+
+def test_a_fine_tune_that_does_harm_is_taken_back(task: Task, bench: Workbench) -> None:
+    config = uniform(bench, "w8a8")
+    untrained = run_trial(task, config, SETTINGS.model_copy(update={"steps": 0}), bench=bench)
+    harmed = copy.copy(bench)
+
+    def ruin(*_: Any, **__: Any) -> FitResult:
+        for parameter in bench.model.parameters():
+            parameter.data.zero_()
+        return FitResult(0.0, 9.0)
+
+    harmed.fit = ruin  # type: ignore[method-assign]
+    record = run_trial(task, config, SETTINGS, bench=harmed)
+    assert record.curve[-1][1] < record.curve[0][1] - 0.1
+    assert record.accuracy == untrained.accuracy == bench.score("val").accuracy
+    assert record.correct == untrained.correct
+
+
+def test_a_trial_below_its_bar_stops_halfway_with_what_it_had(task: Task, bench: Workbench) -> None:
+    steps: list[int] = []
+    record = run_trial(
+        task, uniform(bench, "w2a2"), SETTINGS, bench=bench, bar=1.01, on_step=lambda step, _: steps.append(step)
+    )
+    assert record.state == "stopped"
+    assert steps == list(range(10))
+    assert record.reason is not None
+    assert "after 10 steps" in record.reason
+    assert record.curve[-1] == (10, record.accuracy)
+    above = run_trial(task, uniform(bench, "w2a2"), SETTINGS, bench=bench, bar=0.0)
+    assert above.state == "complete"

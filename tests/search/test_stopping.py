@@ -1,0 +1,72 @@
+"""Stopping: bars from gains, what a trial does with its bar, and the replay of a study."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from drive import make_space
+
+from mpsearch.record import TrialRecord, WallTime
+from mpsearch.search.stopping import LEAST, NEAREST, Gains, accuracy_halfway, replay
+
+CONFIGS = make_space().neighbours(make_space().ladder()[3])
+
+
+def ended(number: int, cost: float, halfway: float, accuracy: float, **changes: object) -> TrialRecord:
+    record = TrialRecord(
+        CONFIGS[number % len(CONFIGS)],
+        "complete",
+        accuracy=accuracy,
+        cost=cost,
+        number=number,
+        origin="sampler",
+        curve=((0, 0.1), (75, halfway), (150, accuracy)),
+        wall=WallTime(1.0, 8.0, 1.0),
+    )
+    return replace(record, **changes)  # type: ignore[arg-type]
+
+
+def learned(*records: TrialRecord) -> Gains:
+    gains = Gains()
+    for record in records:
+        gains.learn(record)
+    return gains
+
+
+def test_no_bar_before_enough_is_known() -> None:
+    few = [ended(i, 0.5, 0.6, 0.7) for i in range(LEAST - 1)]
+    assert learned(*few).bar(0.5, 0.8) is None
+    assert learned(*few, ended(9, 0.5, 0.6, 0.7)).bar(0.5, None) is None
+    assert learned(*few, ended(9, 0.5, 0.6, 0.7)).bar(0.5, 0.8) == pytest.approx(0.7)
+
+
+def test_bar_is_the_best_accuracy_less_the_largest_gain_of_the_nearest_in_cost() -> None:
+    near = [ended(i, 0.5, 0.6, 0.6 + 0.01 * i) for i in range(NEAREST)]
+    far = ended(20, 0.05, 0.2, 0.9)
+    assert learned(*near, far).bar(0.5, 0.8) == pytest.approx(0.8 - 0.01 * (NEAREST - 1))
+    assert learned(*near, far).bar(0.05, 0.8) == pytest.approx(0.8 - 0.7)
+
+
+def test_losses_are_no_optimism_and_stopped_trials_teach_nothing() -> None:
+    falling = [ended(i, 0.5, 0.9, 0.8) for i in range(LEAST)]
+    assert learned(*falling).bar(0.5, 0.85) == pytest.approx(0.85)
+    stopped = [ended(i, 0.5, 0.1, 0.1, state="stopped", curve=((0, 0.1), (75, 0.1))) for i in range(LEAST)]
+    assert learned(*stopped).bar(0.5, 0.85) is None
+    assert accuracy_halfway(stopped[0]) is None
+
+
+def test_replay_stops_what_is_hopeless_and_says_what_it_saved() -> None:
+    good = [ended(i, 0.5, 0.80, 0.85 + i / 1000) for i in range(6)]
+    hopeless, control = ended(6, 0.6, 0.30, 0.40), ended(7, 0.6, 0.30, 0.40, origin="uniform")
+    cheap = ended(8, 0.1, 0.30, 0.40)  # nothing is known at its cost
+    found = replay([*good, hopeless, control, cheap])
+    assert found.stopped == (6,)
+    assert found.lost == ()
+    assert (found.saved_s, found.total_s) == (4.0, 90.0)
+
+
+def test_replay_admits_a_front_point_that_stopping_would_have_lost() -> None:
+    good = [ended(i, 0.5, 0.80, 0.85) for i in range(6)]
+    late = ended(6, 0.6, 0.60, 0.95)
+    assert replay([*good, late]).lost == (6,)
