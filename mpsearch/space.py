@@ -11,6 +11,7 @@ Weights are per channel and activations per tensor unless the text says otherwis
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -263,6 +264,19 @@ class Slot:
         """The parameter's value that stands for a choice."""
         return choice.bits if self.only_bits else str(choice)
 
+    def steps(self, choice: Precision) -> tuple[Precision, ...]:
+        """The choices one step away: the next fewer and more bits of the same type, and each other type at the nearest.
+
+        A type is a quantizer with its granularity.
+        """
+        types: dict[tuple[str, str | None], list[Precision]] = {}
+        for other in self.choices:
+            types.setdefault((other.quantizer, other.granularity), []).append(other)
+        same = types.pop((choice.quantizer, choice.granularity))
+        at = same.index(choice)
+        changed = [min(others, key=lambda c: (abs(c.bits - choice.bits), -c.bits)) for others in types.values()]
+        return (*same[max(at - 1, 0) : at], *same[at + 1 : at + 2], *changed)
+
     def nearest(self, bits: int) -> Precision:
         """The choice nearest to this many bits, the higher of two; uniform where there is a uniform one."""
         return min(self.choices, key=lambda c: (c.quantizer != "uniform", abs(c.bits - bits), -c.bits, _order(c)))
@@ -372,8 +386,22 @@ class SearchSpace:
         widths = sorted({choice.bits for choice in uniform or choices}, reverse=True)
         return list(dict.fromkeys(map(self.rung, widths)))
 
+    def combinations(self) -> list[PrecisionConfig]:
+        """Every global combination: one weight precision and one activation precision wherever they are on offer.
+
+        A slot that does not offer it takes its uniform choice nearest in bits. Among them is the uniform ladder.
+        """
+        on_offer: dict[TensorName, set[Precision | None]] = {"weight": set(), "activation": set()}
+        for slot in self.free:
+            on_offer[slot.tensor].update(slot.choices)
+        pairs = itertools.product(*(sorted(on_offer[tensor] or {None}, key=str) for tensor in TENSORS))
+        found = dict.fromkeys(
+            self._config([_take(slot, pair[TENSORS.index(slot.tensor)]) for slot in self.slots]) for pair in pairs
+        )
+        return list(found)
+
     def neighbours(self, config: PrecisionConfig) -> list[PrecisionConfig]:
-        """The configs that differ in one slot by one step of its order.
+        """The configs that differ in one slot by one step: a bit, or the type.
 
         Raises:
             SpaceError: the config is outside the space.
@@ -381,9 +409,7 @@ class SearchSpace:
         chosen = self._chosen(config)
         found = []
         for i, slot in enumerate(self.slots):
-            at = slot.choices.index(chosen[i])
-            steps = slot.choices[max(at - 1, 0) : at] + slot.choices[at + 1 : at + 2]
-            found += [self._config([*chosen[:i], step, *chosen[i + 1 :]]) for step in steps]
+            found += [self._config([*chosen[:i], step, *chosen[i + 1 :]]) for step in slot.steps(chosen[i])]
         return found
 
     def _config(self, chosen: Sequence[Precision]) -> PrecisionConfig:
@@ -514,6 +540,11 @@ def _slots(tensor: TensorName, spec: SpaceSpec, layers: Sequence[LayerInfo], cho
                 f"and have none in common: {offers}; give them a common choice"
             )
         yield Slot(tensor, tuple(names), tuple(sorted(common, key=_order)))
+
+
+def _take(slot: Slot, wanted: Precision | None) -> Precision:
+    """A choice of the slot: the one that is wanted, if it has it."""
+    return wanted if wanted in slot.choices else slot.nearest(wanted.bits if wanted is not None else 8)
 
 
 def _near(given: str, names: Iterable[str]) -> str:

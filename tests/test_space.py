@@ -463,6 +463,26 @@ def test_every_rung_is_in_the_space():
     assert all(MIXED.contains(config) for config in MIXED.ladder())
 
 
+def test_combinations_are_every_pair_of_global_precisions_and_hold_the_ladder():
+    rules = [{"match": "*", "weight": ["uniform:2-4", "shift:4"], "activation": ["uniform:3-4"]}]
+    mixed = space(rules=rules)
+    found = mixed.combinations()
+    assert len(found) == len(set(found)) == 4 * 2
+    assert set(mixed.ladder()) <= set(found)
+    assert {(str(c[A.name].weight), c[A.name].activation.bits) for c in found} == {
+        (weight, bits) for weight in (w(2), w(3), w(4), "shift:4/channel") for bits in (3, 4)
+    }
+    assert {c["conv1"].weight.bits for c in found} == {8}
+
+
+def test_a_step_is_one_bit_or_another_type_at_the_nearest_bits():
+    slot = Slot("weight", ("a",), parse_choices(["uniform:2-8", "shift:2-4", "apot:5"], "weight"))
+    steps = {str(c): [str(step) for step in slot.steps(c)] for c in slot.choices}
+    assert steps["uniform:6/channel"] == ["uniform:5/channel", "uniform:7/channel", "shift:4/channel", "apot:5/channel"]
+    assert steps["uniform:2/channel"] == ["uniform:3/channel", "shift:2/channel", "apot:5/channel"]
+    assert steps["apot:5/channel"] == ["shift:4/channel", "uniform:5/channel"]
+
+
 def test_neighbours_differ_in_one_slot_by_one_step():
     config = MIXED.rung(2)
     found = MIXED.neighbours(config)
