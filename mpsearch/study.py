@@ -174,7 +174,7 @@ class WarmStartSpec(_Section):
 class SearchSpec(_Section):
     """How configs are proposed and how many trials run."""
 
-    sampler: Literal["nsga2", "tpe", "gp", "random"] = "nsga2"
+    sampler: Literal["surrogate", "nsga2", "tpe", "gp", "random"] = "surrogate"
     trials: int = Field(default=60, gt=0, description="finished trials, the uniform ladder included")
     concurrency: int = Field(default=2, gt=0, description="trials that run at the same time")
     seed: int = Field(default=0, ge=0)

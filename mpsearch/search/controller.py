@@ -33,6 +33,7 @@ from mpsearch.errors import CostError
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import Origin, TrialRecord
 from mpsearch.search.stopping import CONTROLS, Gains
+from mpsearch.search.surrogate import Children, SurrogateSampler
 from mpsearch.space import SearchSpace
 from mpsearch.study import SearchSpec
 
@@ -51,23 +52,28 @@ GENERATION = 12  # children of NSGA-II before it chooses parents anew; more of t
 class SamplerKind:
     """How a sampler is made from a seed, how often that happens, what it learns from, and how often it is asked."""
 
-    make: Callable[[int, SearchSpace], BaseSampler]
+    make: Callable[[int, SearchSpace, Cost], BaseSampler]
     every: int  # records after which it is made anew
     memory: int  # latest records that it is told, beside the front
     draws: int = 20  # known configs in a row after which the front's neighbours are tried instead
 
 
 SAMPLERS: Mapping[str, SamplerKind] = {
+    "surrogate": SamplerKind(
+        lambda seed, space, cost: SurrogateSampler(space, lambda p: math.log2(cost(space.config_of(p))), seed),
+        every=100,
+        memory=300,
+    ),
     "nsga2": SamplerKind(
-        lambda seed, space: NSGAIISampler(
-            population_size=GENERATION, child_generation_strategy=_Children(space, seed), seed=seed
+        lambda seed, space, _: NSGAIISampler(
+            population_size=GENERATION, child_generation_strategy=_Breed(space, seed), seed=seed
         ),
         every=GENERATION,
         memory=2 * GENERATION,
     ),
-    "tpe": SamplerKind(lambda seed, _: TPESampler(multivariate=True, seed=seed), every=100, memory=500),
-    "gp": SamplerKind(lambda seed, _: GPSampler(seed=seed), every=50, memory=150, draws=2),
-    "random": SamplerKind(lambda seed, _: RandomSampler(seed=seed), every=1000, memory=0),
+    "tpe": SamplerKind(lambda seed, *_: TPESampler(multivariate=True, seed=seed), every=100, memory=500),
+    "gp": SamplerKind(lambda seed, *_: GPSampler(seed=seed), every=50, memory=150, draws=2),
+    "random": SamplerKind(lambda seed, *_: RandomSampler(seed=seed), every=1000, memory=0),
 }
 
 # NSGA-II counts generations by an attribute of its trials. All that it is told are of generation 0, so that what it
@@ -75,35 +81,18 @@ SAMPLERS: Mapping[str, SamplerKind] = {
 _GENERATION = {NSGAIISampler._get_generation_key(): 0}
 
 
-class _Children:
-    """How NSGA-II makes a child: each slot from one of two good parents, then about one slot moved by one step.
-
-    A step is one bit, or another type (`Slot.steps`). Optuna's own mutation draws a slot's choice anew: from 4 bits to
-    1 as readily as to 5.
-    """
+class _Breed:
+    """How NSGA-II makes a child: `Children` of two parents that win against another one each."""
 
     def __init__(self, space: SearchSpace, seed: int) -> None:
-        self._random = np.random.default_rng([seed, 1])
-        self._steps = {
-            slot.parameter: {slot.value(c): [slot.value(step) for step in slot.steps(c)] for c in slot.choices}
-            for slot in space.free
-        }
+        self._children = Children(space, seed)
 
-    def __call__(
-        self, study: optuna.Study, search_space: dict[str, BaseDistribution], parents: list[FrozenTrial]
-    ) -> dict[str, Any]:
-        mother, father = self._winner(parents).params, self._winner(parents).params
-        from_mother = self._random.random(len(search_space)) < 0.5
-        child = {name: (mother if m else father)[name] for name, m in zip(search_space, from_mother, strict=True)}
-        moved = self._random.random(len(child)) < 1 / len(child)
-        for name in [name for name, move in zip(child, moved, strict=True) if move]:
-            steps = self._steps[name][child[name]]
-            child[name] = steps[self._random.integers(len(steps))]
-        return child
+    def __call__(self, study: optuna.Study, search_space: object, parents: list[FrozenTrial]) -> dict[str, Any]:
+        return self._children(self._winner(parents).params, self._winner(parents).params)
 
     def _winner(self, parents: list[FrozenTrial]) -> FrozenTrial:
         """The better of two parents that are drawn; either of them where neither dominates."""
-        first, second = self._random.integers(len(parents), size=2).tolist()
+        first, second = map(int, self._children.random.integers(len(parents), size=2))
         one, other = parents[first], parents[second]
         (accuracy, cost), (its_accuracy, its_cost) = one.values, other.values
         return other if its_accuracy >= accuracy and its_cost <= cost else one
@@ -345,7 +334,7 @@ class SearchController:
         self._random = np.random.default_rng(state)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = self._sampler.make(seed, self._space)
+            sampler = self._sampler.make(seed, self._space, self._cost)
         self._study = optuna.create_study(sampler=_WholeSpace(sampler, self._distributions), directions=DIRECTIONS)
         latest = set(map(id, self._latest))
         kept = [*(point for point in self._front if id(point) not in latest), *self._latest]
