@@ -280,7 +280,7 @@ def finalize(
 ) -> None:
     """Train the picked front longer over several seeds, beside its uniform control, and score the test split."""
     from mpsearch.record import RunFolder
-    from mpsearch.search.finalize import final_table
+    from mpsearch.search.finalize import final_table, proxies
     from mpsearch.search.finalize import finalize as train_finally
     from mpsearch.search.run import open_problem, read_spec
 
@@ -300,10 +300,13 @@ def finalize(
     if json_:
         documents = [
             {"number": row.trial.number, "cost": row.trial.cost, "proxy_val": row.trial.accuracy}
-            | {f.name: getattr(row, f.name) for f in fields(row) if f.name != "trial"}
+            | {f.name: getattr(row, f.name) for f in fields(row) if f.name not in ("trial", "correct", "gain")}
+            | {"gain": row.gain and asdict(row.gain)}
             for row in rows
         ]
-        _print_json({"float_val": float_val, "float_test": float_test, "rows": documents})
+        _print_json(
+            {"float_val": float_val, "float_test": float_test, "rows": documents, "tau": dict(proxies(rows).tau)}
+        )
         return
     texts = final_table(rows)
     table = _table(*[name if name in ("origin", "control") else f">{name}" for name in texts[0]])
@@ -311,6 +314,8 @@ def finalize(
         table.add_row(*text.values())
     out = _console()
     out.print(table)
+    for line in proxies(rows).lines():
+        out.print(line, highlight=False, soft_wrap=True)
     out.print(f"float: val {_percent(float_val)}, test {_percent(float_test)}", highlight=False)
     out.print(f"report: {path}", highlight=False, soft_wrap=True)
 

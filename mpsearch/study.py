@@ -156,6 +156,9 @@ class WarmStartSpec(_Section):
     neighbours: int = Field(default=3, gt=0, description="whole-bit configs of each of these")
     reuse_weights: bool = Field(default=True, description="trials start from its weights at the nearest cost")
     ilp: bool = Field(default=False, description="try sensitivity + ILP at these budgets too, as a second control")
+    combinations: int = Field(
+        default=0, ge=0, description="so many global combinations (w3a4, shift:4 x uniform:5, ...) join the ladder"
+    )
     seed: int = Field(default=0, ge=0)
 
     @field_validator("budgets", mode="before")

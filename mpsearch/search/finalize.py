@@ -1,21 +1,27 @@
 """Finalize: train the picked front longer, over several seeds, and score it on the test split.
 
-This is the only stage that sees test data. Beside every picked point stands the rung of the uniform ladder nearest in
-cost, trained the same way: a mixed config that does not beat its control is then seen not to.
+This is the only stage that sees test data. Beside every picked point stands the uniform config nearest in cost, trained
+the same way: a mixed config that does not beat its control is then seen not to. The order of the final accuracies says
+how far the brief trials could be trusted (`proxies`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from scipy.stats import kendalltau
+from torch import Tensor
 
 from mpsearch.errors import RunError
 from mpsearch.exporters.native import save_weights
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord
+from mpsearch.search.compare import Difference, paired
 from mpsearch.search.front import ParetoFront, pareto_front
-from mpsearch.search.run import Problem, final_path
+from mpsearch.search.run import Problem, final_path, start_weights
 from mpsearch.search.trial import Workbench
 
 
@@ -30,6 +36,37 @@ class FinalRow:
     test_mean: float
     test_std: float | None
     seeds: int
+    correct: tuple[str, ...] = ()  # on test, packed, by seed
+    gain: Difference | None = None  # over the control, paired by test sample
+
+
+@dataclass(frozen=True, slots=True)
+class Proxies:
+    """How well what a study ranks by foretold the finalized test accuracy.
+
+    Attributes:
+        tau: Kendall's tau by proxy, `accuracy` and `divergence` of the trials; 1: the same order, 0: none. Only those
+            that can be computed.
+        misranked: pairs of trials (ranked higher after the trial, in truth lower, its paired difference on test, whose
+            interval excludes 0).
+    """
+
+    tau: Mapping[str, float]
+    misranked: tuple[tuple[TrialRecord, TrialRecord, Difference], ...]
+
+    def lines(self) -> list[str]:
+        """In words."""
+        lines = []
+        if self.tau:
+            taus = ", ".join(f"{value:+.2f} of the {name}" for name, value in self.tau.items())
+            lines.append(f"Kendall's tau against finalized test accuracy: {taus} after the trials.")
+        for above, below, difference in self.misranked:
+            lines.append(
+                f"trial {above.number} was ranked above trial {below.number}, but is less accurate on test by "
+                f"{-100 * difference.mean:.2f} points (95 %: {-100 * difference.high:.2f} to "
+                f"{-100 * difference.low:.2f}): brief trials misrank here"
+            )
+        return lines
 
 
 def picks(front: ParetoFront, count: int) -> list[TrialRecord]:
@@ -72,13 +109,14 @@ def finalize(
         done = {(f.number, f.seed): f for f in folder.finals() if f.steps == steps}
         jobs = [(trial, seed) for trial in plan for seed in range(1, final.seeds + 1)]
         bench: Workbench | None = None
+        start = start_weights(problem.spec, folder.warmstart)
         for position, (trial, seed) in enumerate(jobs):
             if (trial.number, seed) in done:
                 continue
             on_progress(position, len(jobs), trial, seed)
             settings = problem.spec.trial.model_copy(update={"steps": steps})
             bench = bench or Workbench(problem.task, settings, offers=problem.space.offers)
-            record = _train(bench, trial, seed, steps, final.lr)
+            record = _train(bench, trial, seed, steps, final.lr, start(trial.cost or 1.0))
             if record.val > max((f.val for f in done.values() if f.number == trial.number), default=-math.inf):
                 save_weights(bench.model, final_path(folder.checkpoints, trial.number))
             folder.append_final(record)
@@ -90,15 +128,21 @@ def final_rows(records: Sequence[TrialRecord], finals: Sequence[FinalRecord], co
     """A row for each of `count` picked points and their controls that has been trained, by rising cost."""
     plan = _plan(records, count)
     rows = [_row(trial, control, [f for f in finals if f.number == trial.number]) for trial, control in plan.items()]
-    return sorted((row for row in rows if row is not None), key=lambda row: row.trial.cost or 0.0)
+    known = {row.trial.number: row for row in rows if row is not None}
+    gained = [_gained(row, known.get(-1 if row.control is None else row.control)) for row in known.values()]
+    return sorted(gained, key=lambda row: row.trial.cost or 0.0)
 
 
 def final_table(rows: Sequence[FinalRow]) -> list[dict[str, str]]:
-    """The rows as they are printed: column -> text; accuracies in percent, mean and standard deviation over seeds."""
+    """The rows as they are printed: column -> text; accuracies in percent, mean and standard deviation over seeds.
+
+    A difference is paired by test sample, with its 95 % interval.
+    """
     by_number = {row.trial.number: row for row in rows}
     table = []
     for row in rows:
-        control = by_number.get(row.control) if row.control is not None else None
+        control = by_number.get(-1 if row.control is None else row.control)
+        gain = "" if control is None else f"{100 * (row.test_mean - control.test_mean):+.2f}"
         table.append(
             {
                 "trial": str(row.trial.number),
@@ -108,7 +152,7 @@ def final_table(rows: Sequence[FinalRow]) -> list[dict[str, str]]:
                 "val": _spread(row.val_mean, row.val_std),
                 "test": _spread(row.test_mean, row.test_std),
                 "seeds": str(row.seeds),
-                "test minus control": f"{100 * (row.test_mean - control.test_mean):+.2f}" if control else "",
+                "test minus control": str(row.gain) if row.gain else gain,
                 "control": f"trial {control.trial.number}, cost {control.trial.cost:.4f}" if control else "",
             }
         )
@@ -128,8 +172,33 @@ def _plan(records: Sequence[TrialRecord], count: int) -> dict[TrialRecord, Trial
     return dict(plan.values())
 
 
-def _train(bench: Workbench, trial: TrialRecord, seed: int, steps: int, lr: float | None) -> FinalRecord:
-    bench.reset(trial.config)
+def proxies(rows: Sequence[FinalRow]) -> Proxies:
+    """Compare the order of the trials with that of their final trainings, controls included."""
+    tau: dict[str, float] = {}
+    test = [row.test_mean for row in rows]
+    for name, sign in (("accuracy", 1), ("divergence", -1)):
+        values = [getattr(row.trial, name) for row in rows]
+        if len(rows) >= 3 and None not in values:
+            found = float(kendalltau([sign * value for value in values], test).statistic)
+            tau |= {name: found} if math.isfinite(found) else {}
+    misranked = []
+    for above, below in itertools.permutations(rows, 2):
+        if (above.trial.accuracy or 0) > (below.trial.accuracy or 0) and above.correct and below.correct:
+            difference = paired(above.correct, below.correct)
+            if difference.high < 0:
+                misranked.append((above.trial, below.trial, difference))
+    return Proxies(tau, tuple(sorted(misranked, key=lambda pair: pair[2].mean)))
+
+
+def _train(
+    bench: Workbench,
+    trial: TrialRecord,
+    seed: int,
+    steps: int,
+    lr: float | None,
+    start: Mapping[str, Tensor] | None,
+) -> FinalRecord:
+    bench.reset(trial.config, start)
     bench.fit(steps, seed, lr)
     bench.reestimate(seed)
     test = bench.score("test")
@@ -148,7 +217,14 @@ def _row(trial: TrialRecord, control: TrialRecord | None, finals: Sequence[Final
         test_mean=statistics.fmean(test),
         test_std=statistics.stdev(test) if len(test) > 1 else None,
         seeds=len(finals),
+        correct=tuple(f.correct for f in finals if f.correct is not None),
     )
+
+
+def _gained(row: FinalRow, control: FinalRow | None) -> FinalRow:
+    if control is None or not row.correct or not control.correct:
+        return row
+    return replace(row, gain=paired(row.correct, control.correct))
 
 
 def _spread(mean: float, std: float | None) -> str:

@@ -81,8 +81,12 @@ class ParetoFront:
         return accurate[0]
 
     def nearest_uniform(self, cost: float) -> TrialRecord | None:
-        """The trial of the uniform ladder nearest in log cost, the cheaper of two; None without a ladder."""
-        return min(self.ladder, key=lambda trial: abs(log2(objectives(trial)[1] / cost)), default=None)
+        """The best uniform control at about this cost; None without any.
+
+        Of the uniform trials that no other uniform one beats, the nearest in log cost, the cheaper of two.
+        """
+        controls = _non_dominated(self.ladder)
+        return min(controls, key=lambda trial: abs(log2(objectives(trial)[1] / cost)), default=None)
 
     def hypervolume(self, cheapest: float) -> float:
         """The share of the unit square that the front dominates: see the module's convention.
@@ -120,11 +124,16 @@ def objectives(trial: TrialRecord) -> tuple[float, float]:
 def pareto_front(records: Sequence[TrialRecord]) -> ParetoFront:
     """The front of the complete trials; of trials with equal accuracy and cost, the first in `records`."""
     complete = sorted(_complete(records), key=lambda trial: (objectives(trial)[1], -objectives(trial)[0]))
+    return ParetoFront(_non_dominated(complete), tuple(trial for trial in complete if trial.origin == "uniform"))
+
+
+def _non_dominated(by_cost: Sequence[TrialRecord]) -> tuple[TrialRecord, ...]:
+    """Of complete trials by rising cost, those that are more accurate than all cheaper ones."""
     front: list[TrialRecord] = []
-    for trial in complete:
+    for trial in by_cost:
         if not front or objectives(trial)[0] > objectives(front[-1])[0]:
             front.append(trial)
-    return ParetoFront(tuple(front), tuple(trial for trial in complete if trial.origin == "uniform"))
+    return tuple(front)
 
 
 def hypervolume_over_time(records: Sequence[TrialRecord], cheapest: float) -> list[Progress]:

@@ -7,10 +7,12 @@ All of it is kept in the run folder's `warmstart/`, so that a resumed run finds 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,15 +69,19 @@ def warm_start(
         descent = _descent(spec, task, space, cost, folder, on_progress)
         descended = [rounded(snapshot, space, cost, settings.neighbours) for snapshot in descent.snapshots]
     allocated: list[PrecisionConfig] = []
-    if settings.ilp:
+    combined: list[PrecisionConfig] = []
+    if settings.ilp or settings.combinations:
         table = _table(task, graph, space, folder, on_progress)
+        combined = global_combinations(space, cost, table, settings.combinations)
+    if settings.ilp:
         cheapest = min(map(cost, space.ladder()))
         allocated = [a.config for a in ilp_ladder(space, cost, table, [b for b in settings.budgets if b >= cheapest])]
+    grid: list[Anchor] = [("uniform", config) for config in combined]
     first: list[Anchor] = [("descent", configs[0]) for configs in descended]
     control: list[Anchor] = [("ilp", config) for config in allocated]
     by_rank = zip_longest(*(configs[1:] for configs in descended))
     others: list[Anchor] = [("descent", config) for rank in by_rank for config in rank if config is not None]
-    return [*first, *control, *others]
+    return [*first, *control, *grid, *others]
 
 
 def rounded(snapshot: Snapshot, space: SearchSpace, cost: RelativeCost, count: int) -> list[PrecisionConfig]:
@@ -87,15 +93,48 @@ def rounded(snapshot: Snapshot, space: SearchSpace, cost: RelativeCost, count: i
     return [allocation.config for allocation in found]
 
 
+def global_combinations(
+    space: SearchSpace, cost: RelativeCost, table: SensitivityTable, count: int
+) -> list[PrecisionConfig]:
+    """Up to `count` global combinations beside the ladder that nothing global beats in cost and sensitivity at once.
+
+    They are spread evenly in log cost, dear ones first. A combination that costs more than another one and disturbs the
+    network more, as w8a2 does, is no control that anybody needs.
+    """
+    priced = sorted((cost(c), _known(table.total(c)), i, c) for i, c in enumerate(space.combinations()))
+    ladder = set(space.ladder())
+    best, found = math.inf, list[tuple[float, PrecisionConfig]]()
+    for price, harm, _, config in priced:
+        if harm < best:
+            best = harm
+            if config not in ladder:
+                found.append((math.log2(price), config))
+    if len(found) > count:
+        wanted = np.linspace(found[0][0], found[-1][0], count)
+        nearest = {min(range(len(found)), key=lambda i: abs(found[i][0] - at)) for at in wanted}
+        found = [found[i] for i in sorted(nearest)]
+    return [config for _, config in reversed(found)]
+
+
+def _known(sensitivity: float) -> float:
+    return math.inf if math.isnan(sensitivity) else sensitivity
+
+
 class StartWeights:
-    """The weights that a trial starts from: those of the snapshot nearest in cost; None without a descent."""
+    """The weights that a trial starts from: those of the snapshot nearest in log cost.
+
+    The float network counts as the snapshot at the reference's cost, 1; it is what None stands for.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._descent = Descent.load(folder) if (folder / "descent.json").exists() else None
 
     def at(self, cost: float) -> Mapping[str, Tensor] | None:
         """For a config of this relative cost."""
-        return None if self._descent is None else self._descent.nearest(cost).weights
+        if self._descent is None:
+            return None
+        nearest = self._descent.nearest(cost)
+        return None if abs(math.log(cost)) < abs(math.log(nearest.budget / cost)) else nearest.weights
 
 
 def _descent(

@@ -17,6 +17,7 @@ from mpsearch.precision import PrecisionConfig
 from mpsearch.space import SearchSpace, build_space, parse_space
 from mpsearch.warmstart.allocate import allocate, ilp_ladder, linear_change, noise_change, round_bits
 from mpsearch.warmstart.sensitivity import SensitivityTable
+from mpsearch.warmstart.start import global_combinations
 
 
 def layer(i: int, macs: int, **more) -> LayerInfo:
@@ -291,3 +292,22 @@ def test_two_hundred_layers_are_allocated_quickly() -> None:
     (found,) = allocate(space, cost, table, cost(space.rung(3)))
     assert time.process_time() - began < 20  # about 1 when nothing else runs
     assert found.value < table.total(space.rung(3))
+
+
+def test_global_combinations_are_those_that_nothing_global_beats() -> None:
+    layers = network(3)
+    space = space_for(layers, "uniform:2-4", "shift:3")
+    cost = RelativeCost(layers, "shift_energy", "w8a8")
+    table = random_table(space, 0)
+    found = global_combinations(space, cost, table, 100)
+    points = {config: (cost(config), table.total(config)) for config in space.combinations()}
+    beaten = {
+        config
+        for config, (price, harm) in points.items()
+        if any(p <= price and h <= harm and (p, h) != (price, harm) for p, h in points.values())
+    }
+    assert set(found) == set(points) - beaten - set(space.ladder())
+    assert [cost(config) for config in found] == sorted((cost(config) for config in found), reverse=True)
+    few = global_combinations(space, cost, table, 2)
+    assert few == [found[0], found[-1]]
+    assert global_combinations(space, cost, table, 0) == []

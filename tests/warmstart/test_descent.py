@@ -167,7 +167,8 @@ def test_trials_start_from_the_snapshot_nearest_in_cost(descent: Descent, tmp_pa
     assert StartWeights(tmp_path).at(0.3) is None
     descent.save(tmp_path)
     weights = StartWeights(tmp_path)
-    for cost, index in ((0.9, 0), (0.36, 0), (0.34, 1), (0.1, 1)):
+    assert weights.at(0.9) is None  # nearer to the float network than to any snapshot
+    for cost, index in ((0.5, 0), (0.36, 0), (0.34, 1), (0.1, 1)):
         found, expected = weights.at(cost), descent.snapshots[index].weights
         assert found is not None
         assert all(torch.equal(found[name], value) for name, value in expected.items())

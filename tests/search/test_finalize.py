@@ -1,0 +1,70 @@
+"""Final rows: the control, the paired gain, and what the order of final accuracies says of the trials."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from drive import make_space
+
+from mpsearch.record import FinalRecord, Origin, TrialRecord
+from mpsearch.search.compare import pack
+from mpsearch.search.finalize import final_rows, final_table, proxies
+
+SPACE = make_space()
+CONFIGS = [*SPACE.ladder(), *SPACE.neighbours(SPACE.rung(4))]
+RANDOM = np.random.default_rng(0)
+HARD = RANDOM.random(2000)  # how hard each test sample is
+
+
+def trial(number: int, cost: float, accuracy: float, origin: Origin = "sampler") -> TrialRecord:
+    return TrialRecord(
+        CONFIGS[number], "complete", accuracy, cost, number=number, origin=origin, divergence=1 - accuracy
+    )
+
+
+def final(number: int, seed: int, share: float) -> FinalRecord:
+    correct = share > HARD
+    return FinalRecord(number, seed, 100, val=share, test=float(correct.mean()), correct=pack(correct))
+
+
+TRIALS = [
+    trial(0, 1.0, 0.90, "uniform"),
+    trial(1, 0.5, 0.80, "uniform"),
+    trial(2, 0.52, 0.70, "uniform"),  # nearer in cost to trial 3, but no control: trial 1 beats it
+    trial(8, 0.55, 0.82),
+    trial(9, 0.60, 0.84),
+]
+
+
+def test_gain_over_the_control_is_paired_and_shown_with_its_interval() -> None:
+    finals = [final(1, 1, 0.80), final(1, 2, 0.80), final(8, 1, 0.83), final(8, 2, 0.84)]
+    rows = {row.trial.number: row for row in final_rows(TRIALS, finals, 6)}
+    assert rows[8].control == 1
+    gain = rows[8].gain
+    assert gain is not None
+    assert gain.mean == pytest.approx(rows[8].test_mean - rows[1].test_mean)
+    assert 0 < gain.low < gain.mean < gain.high < 0.06
+    texts = {text["trial"]: text for text in final_table(list(rows.values()))}
+    assert texts["8"]["test minus control"] == str(gain)
+    assert texts["1"]["test minus control"] == ""
+    old = [replace(f, correct=None) for f in finals]  # of a run made before correctness was kept
+    texts = {text["trial"]: text for text in final_table(final_rows(TRIALS, old, 6))}
+    assert texts["8"]["test minus control"] == f"{100 * gain.mean:+.2f}"
+
+
+def test_proxies_have_their_tau_and_misranked_pairs_are_named() -> None:
+    in_order = [final(0, 1, 0.91), final(1, 1, 0.80), final(8, 1, 0.83), final(9, 1, 0.86)]
+    good = proxies(final_rows(TRIALS, in_order, 6))
+    assert good.tau == {"accuracy": 1.0, "divergence": 1.0}
+    assert good.misranked == ()
+    swapped = [final(0, 1, 0.91), final(1, 1, 0.80), final(8, 1, 0.86), final(9, 1, 0.83)]
+    bad = proxies(final_rows(TRIALS, swapped, 6))
+    assert bad.tau["accuracy"] == pytest.approx(4 / 6)
+    assert [(above.number, below.number) for above, below, _ in bad.misranked] == [(9, 8)]
+    assert "trial 9 was ranked above trial 8" in bad.lines()[1]
+
+
+def test_two_rows_have_no_order_to_speak_of() -> None:
+    assert proxies(final_rows(TRIALS, [final(0, 1, 0.9), final(1, 1, 0.8)], 6)).lines() == []
