@@ -182,7 +182,7 @@ def test_finalize_scores_test_and_does_nothing_twice(home: Path) -> None:
     first = mpsearch("finalize", "run", cwd=home)
     assert first.returncode == 0, first.stderr
     assert "float: val" in first.stdout
-    again = typed("finalize", "run", "--json", cwd=home)
+    again = mpsearch("finalize", "run", "--json", cwd=home)
     assert again.stderr == ""  # no training was announced
     document = json.loads(again.stdout)
     assert 2 <= len(document["rows"]) <= 4
