@@ -12,10 +12,11 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,46 +97,22 @@ class OpenAttention(nn.Module):
             key_padding_mask: `(n, s)`, `attn_mask`: `(l, s)` or `(n * heads, l, s)`; true: ignored, or what is added.
             is_causal: a hint that `attn_mask` is causal; the mask is used as it is.
         """
-        batched = query.dim() == 3
-        q, k, v = (
-            x if batched and self.batch_first else x.transpose(0, 1) if batched else x.unsqueeze(0)
-            for x in (self.q_proj(query), self.k_proj(key), self.v_proj(value))
+        y, weights = attend(
+            self.q_proj(query),
+            self.k_proj(key),
+            self.v_proj(value),
+            self.num_heads,
+            self.batch_first,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            attn_mask,
+            key_padding_mask,
+            self.dropout if self.training else 0.0,
+            need_weights,
+            average_attn_weights,
         )
-        n, added = len(q), (self.bias_k is not None) + self.add_zero_attn  # key positions beyond the given ones
-        if self.bias_k is not None and self.bias_v is not None:
-            k, v = torch.cat([k, self.bias_k.expand(n, 1, -1)], 1), torch.cat([v, self.bias_v.expand(n, 1, -1)], 1)
-        if self.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        q, k, v = (_heads(x, self.num_heads) for x in (q, k, v))  # (n, heads, l or s, d)
-        mask = self._mask(attn_mask, key_padding_mask, q.dtype, added)
-        dropout = self.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)
-            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
-            y = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        y = y.transpose(1, 2).flatten(2)
-        y = y if batched and self.batch_first else y.transpose(0, 1) if batched else y.squeeze(0)
-        return self.out_proj(y), weights if batched or weights is None else weights.squeeze(0)
-
-    def _mask(self, attend: Tensor | None, padding: Tensor | None, dtype: torch.dtype, added: int) -> Tensor | None:
-        """What is added to the scores `(n, heads, l, s + added)`, or broadcasts to it."""
-
-        def additive(mask: Tensor) -> Tensor:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
-            return F.pad(mask, (0, added))
-
-        masks = []
-        if attend is not None:
-            attend = additive(attend)
-            masks.append(attend if attend.dim() == 2 else attend.view(-1, self.num_heads, *attend.shape[1:]))
-        if padding is not None:
-            masks.append(additive(padding)[..., None, None, :])
-        return sum(masks[1:], masks[0]) if masks else None
+        return self.out_proj(y), weights
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Give the projections their parts of what is packed, before they look for them."""
@@ -165,11 +142,6 @@ def _packed_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, _m
 
 
 _PLAIN = (Tensor, nn.Parameter)
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    """`(n, length, e)` -> `(n, heads, length, e / heads)`."""
-    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _thirds(packed: nn.Parameter | None) -> tuple[nn.Parameter | None, ...]:
@@ -206,55 +178,158 @@ class OpenWindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(n, h, w, c)` to the same: attention inside windows, every second time shifted by half a window."""
-        height, width, channels = x.shape[1:]
-        wh, ww = self.window_size
-        x = F.pad(x, (0, 0, 0, -width % ww, 0, -height % wh))
-        padded = x.shape[1:3]
-        shift = [0 if w >= p else s for s, w, p in zip(self.shift_size, self.window_size, padded, strict=True)]
-        x = x.roll((-shift[0], -shift[1]), (1, 2))
-        x = self._windows(x)  # (n * windows, wh * ww, c)
-        q, k, v = self._queries(x)
-        if "logit_scale" in self._parameters:  # the second version: cosines, scaled
-            scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
-            scores = scores * cast(Tensor, self.logit_scale).clamp(max=math.log(100.0)).exp()
-        else:
-            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-        scores = scores + self._position_bias(self)
-        if any(shift):
-            mask = self._shift_mask(x, padded, shift)  # (windows, 1, wh * ww, wh * ww)
-            scores = (scores.view(-1, len(mask), *scores.shape[1:]) + mask).flatten(0, 1)
-        weights = F.dropout(scores.softmax(-1), self.attention_dropout, self.training)
-        y = self.proj((weights @ v).transpose(1, 2).flatten(2))
-        y = F.dropout(y, self.dropout, self.training)
-        y = (
-            y.view(-1, padded[0] // wh, padded[1] // ww, wh, ww, channels)
-            .transpose(2, 3)
-            .reshape(-1, *padded, channels)
+        y = attend_in_windows(
+            self.qkv(into_windows(x, self.window_size, self.shift_size)),
+            x,
+            self._position_bias(self),
+            self._parameters.get("logit_scale"),
+            self.qkv.bias,
+            self.num_heads,
+            self.window_size,
+            self.shift_size,
+            self.attention_dropout if self.training else 0.0,
         )
-        return y.roll((shift[0], shift[1]), (1, 2))[:, :height, :width].contiguous()
+        y = F.dropout(self.proj(y), self.dropout, self.training)
+        return out_of_windows(y, x, self.window_size, self.shift_size)
 
-    def _windows(self, x: Tensor) -> Tensor:
-        """`(n, h, w, c)` -> `(n * windows, wh * ww, c)`."""
-        n, height, width, channels = x.shape
-        wh, ww = self.window_size
-        x = x.view(n, height // wh, wh, width // ww, ww, channels)
-        return x.transpose(2, 3).reshape(-1, wh * ww, channels)
 
-    def _queries(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, each `(n * windows, heads, wh * ww, d)`."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if "logit_scale" in self._parameters and self.qkv.bias is not None:
-            k = k - self.qkv.bias.chunk(3)[1]  # keys have no bias in the second version, whatever the layer's says
-        return _heads(q, self.num_heads), _heads(k, self.num_heads), _heads(v, self.num_heads)
+# Shapes and masks decide what these compute: torch.fx takes each as one operation, and can trace what is around it.
 
-    def _shift_mask(self, x: Tensor, padded: torch.Size, shift: list[int]) -> Tensor:
-        """-100 between positions that only the roll made neighbours, else 0."""
-        regions = x.new_zeros((1, *padded, 1))
-        rows, columns = (
-            (slice(0, -window), slice(-window, -by), slice(-by, None))
-            for window, by in zip(self.window_size, shift, strict=True)
-        )
-        for number, (row, column) in enumerate((row, column) for row in rows for column in columns):
-            regions[:, row, column] = number
-        regions = self._windows(regions)
-        return (regions != regions.transpose(1, 2)).to(x.dtype).mul(-100.0).unsqueeze(1)
+
+@torch.fx.wrap
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    batch_first: bool,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero: bool,
+    attn_mask: Tensor | None,
+    padding: Tensor | None,
+    dropout: float,
+    need_weights: bool,
+    average_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """softmax(q k^T / sqrt(d) + mask) v for each head, not yet projected, and the weights if asked for."""
+    batched = q.dim() == 3
+    q, k, v = (x if batched and batch_first else x.transpose(0, 1) if batched else x.unsqueeze(0) for x in (q, k, v))
+    n, given = k.shape[:2]
+    if bias_k is not None and bias_v is not None:
+        k, v = torch.cat([k, bias_k.expand(n, 1, -1)], 1), torch.cat([v, bias_v.expand(n, 1, -1)], 1)
+    if add_zero:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    added = k.shape[1] - given  # key positions that no mask knows of
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))  # (n, heads, l or s + added, d)
+    mask = None
+    if attn_mask is not None:
+        mask = _additive(attn_mask, q.dtype, added)
+        mask = mask if mask.dim() == 2 else mask.view(-1, heads, *mask.shape[1:])
+    if padding is not None:
+        blocked = _additive(padding, q.dtype, added)[..., None, None, :]
+        mask = blocked if mask is None else mask + blocked
+    weights = None
+    if need_weights:
+        scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)
+        weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+        y = weights @ v
+        weights = weights.mean(1) if average_weights else weights
+        weights = weights if batched else weights.squeeze(0)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    y = y.transpose(1, 2).flatten(2)
+    return (y if batched and batch_first else y.transpose(0, 1) if batched else y.squeeze(0)), weights
+
+
+def _additive(mask: Tensor, dtype: torch.dtype, added: int) -> Tensor:
+    """A mask as what is added to scores, with nothing for the `added` last keys."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+    return F.pad(mask, (0, added))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`(n, length, e)` -> `(n, heads, length, e / heads)`."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+@torch.fx.wrap
+def into_windows(x: Tensor, window: list[int], shift: list[int]) -> Tensor:
+    """`(n, h, w, c)`, padded to whole windows and rolled -> `(n * windows, wh * ww, c)`."""
+    padded = F.pad(x, (0, 0, 0, -x.shape[2] % window[1], 0, -x.shape[1] % window[0]))
+    rows, columns = _effective(shift, window, padded.shape)
+    return _windows(padded.roll((-rows, -columns), (1, 2)), window)
+
+
+def _windows(x: Tensor, window: list[int]) -> Tensor:
+    n, height, width, channels = x.shape
+    x = x.view(n, height // window[0], window[0], width // window[1], window[1], channels)
+    return x.transpose(2, 3).reshape(-1, window[0] * window[1], channels)
+
+
+def _effective(shift: list[int], window: list[int], padded: Sequence[int]) -> list[int]:
+    """The shift along rows and columns: none where one window holds them all."""
+    return [0 if w >= size else s for s, w, size in zip(shift, window, padded[1:3], strict=True)]
+
+
+@torch.fx.wrap
+def attend_in_windows(
+    qkv: Tensor,
+    x: Tensor,
+    position_bias: Tensor,
+    logit_scale: Tensor | None,
+    bias: Tensor | None,
+    heads: int,
+    window: list[int],
+    shift: list[int],
+    dropout: float,
+) -> Tensor:
+    """Attention of projected windows `(n * windows, wh * ww, 3 c)` -> `(n * windows, wh * ww, c)`.
+
+    Args:
+        x: `(n, h, w, c)`, what was cut into windows: for its shape.
+        logit_scale: of cosine attention, the second version's.
+        bias: of the projection; keys have none in the second version, whatever the layer's says.
+    """
+    q, k, v = qkv.chunk(3, dim=-1)
+    if logit_scale is not None and bias is not None:
+        k = k - bias.chunk(3)[1]
+    q, k, v = (split_heads(part, heads) for part in (q, k, v))
+    if logit_scale is not None:
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        scores = scores * logit_scale.clamp(max=math.log(100.0)).exp()
+    else:
+        scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    scores = scores + position_bias
+    padded = _padded(x, window)
+    shift = _effective(shift, window, padded)
+    if any(shift):
+        mask = _shift_mask(x, padded, window, shift)  # (windows, 1, wh * ww, wh * ww)
+        scores = (scores.view(-1, len(mask), *scores.shape[1:]) + mask).flatten(0, 1)
+    return (F.dropout(scores.softmax(-1), dropout) @ v).transpose(1, 2).flatten(2)
+
+
+def _shift_mask(x: Tensor, padded: Sequence[int], window: list[int], shift: list[int]) -> Tensor:
+    """-100 between positions that only the roll made neighbours, else 0."""
+    regions = x.new_zeros((1, *padded[1:3], 1))
+    rows, columns = ((slice(0, -w), slice(-w, -s), slice(-s, None)) for w, s in zip(window, shift, strict=True))
+    for number, (row, column) in enumerate((row, column) for row in rows for column in columns):
+        regions[:, row, column] = number
+    regions = _windows(regions, window)
+    return (regions != regions.transpose(1, 2)).to(x.dtype).mul(-100.0).unsqueeze(1)
+
+
+@torch.fx.wrap
+def out_of_windows(y: Tensor, x: Tensor, window: list[int], shift: list[int]) -> Tensor:
+    """What `into_windows` made of `x`, undone."""
+    n, height, width, channels = _padded(x, window)
+    y = y.view(n, height // window[0], width // window[1], window[0], window[1], channels)
+    y = y.transpose(2, 3).reshape(n, height, width, channels)
+    rows, columns = _effective(shift, window, (n, height, width))
+    return y.roll((rows, columns), (1, 2))[:, : x.shape[1], : x.shape[2]].contiguous()
+
+
+def _padded(x: Tensor, window: list[int]) -> tuple[int, int, int, int]:
+    n, height, width, channels = x.shape
+    return n, height + -height % window[0], width + -width % window[1], channels

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torchvision.models import swin_transformer as swin
 
@@ -66,6 +67,9 @@ def test_opened_attention_computes_the_same_from_the_same_parameters(options: di
         arguments = {"attn_mask": mask, "key_padding_mask": float_padding, "need_weights": weights}
         for one, other in zip(module(q, k, v, **arguments), twin(q, k, v, **arguments), strict=True):
             close(one, other)
+    traced = torch.fx.symbolic_trace(twin)
+    close(module(q, k, v)[0], traced(q, k, v)[0])
+    assert set(PROJECTIONS) <= {node.name for node in traced.graph.nodes}
     close(module(q, k, v, average_attn_weights=False)[1], twin(q, k, v, average_attn_weights=False)[1])
     for one, other in zip(module(q[0], k[0], v[0]), twin(q[0], k[0], v[0]), strict=True):
         close(one, other)
@@ -150,6 +154,9 @@ def test_shifted_windows_compute_the_same(block: type[nn.Module], size: int) -> 
     twin = opened(model)
     close(model(x), twin(x))
     assert twin.state_dict().keys() == model.state_dict().keys()
+    traced = torch.fx.symbolic_trace(twin)
+    close(model(x), traced(x))
+    assert {"features_1_0_attn_qkv", "features_1_0_attn_proj"} <= {node.name for node in traced.graph.nodes}
     graph = mpsearch.inspect_model(model, x)
     assert {"features.1.0.attn.qkv", "features.1.0.attn.proj"} <= {layer.name for layer in graph.quantizable}
     assert not graph.unhandled
