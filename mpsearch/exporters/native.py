@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mpsearch.errors import ExportError, PrecisionError, nearest
 from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.exporters.plain import plain_layer, with_layers, without_quantizers
+from mpsearch.graph.attention import opened
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import PrecisionConfig
 from mpsearch.quant.modules import QUANT_LAYERS
@@ -97,6 +98,7 @@ def restored(model: nn.Module, document: Mapping[str, Any], folder: Path) -> tup
     """
     config = _checked_config(document, folder)
     model = _restructured(model, document, folder)
+    model = opened(model)
     modules = dict(model.named_modules())
     infos = [_info(name, modules, document, folder) for name in config]
     return insert_quantizers(model, infos, config.offers), config
@@ -149,7 +151,7 @@ def _info(name: str, modules: Mapping[str, nn.Module], document: Mapping[str, An
     module = modules.get(name)
     if module is None:
         raise ExportError(f"{folder} names a layer '{name}' that the model does not have: {nearest(name, modules)}")
-    if type(module) not in QUANT_LAYERS:
+    if not any(kind in QUANT_LAYERS for kind in type(module).__mro__):
         raise ExportError(f"layer '{name}' of the model is a {type(module).__name__}, which has no quantized form")
     try:
         facts = document["inputs"][name]

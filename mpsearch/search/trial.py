@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpsearch.exporters.native import load_tensors
 from mpsearch.graph.layers import LayerInfo, ModelGraph, inspect_model
 from mpsearch.precision import Offer, PrecisionConfig
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, set_precision
@@ -107,12 +108,9 @@ class Workbench:
         """The model's weights, statistics and ranges as they are now."""
         return {name: value.clone() for name, value in self.model.state_dict().items()}
 
-    @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` holds; the rest stays."""
-        for name, value in self.model.state_dict(keep_vars=True).items():
-            if name in state:
-                value.copy_(state[name])
+        load_tensors(self.model, state, strict=False)  # loaded, because what is packed has no variable to copy into
 
     def loss(self, seed: int) -> Callable[[int, Any, Any, Any], Tensor]:
         """The training loss: Jeffreys divergence to the float model, or the task's own."""

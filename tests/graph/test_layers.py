@@ -161,10 +161,11 @@ def test_attention_between_activations_is_counted_outside_the_layers():
     graph = inspect_model(model, torch.randn(3, 5, 8))
     layers = by_name(graph)
     assert dict(graph.other_macs) == {"bmm": 2 * 5 * 5 * 8}
-    assert layers["layers.0.self_attn"].macs == 5 * 8 * 24
-    assert layers["layers.0.self_attn.out_proj"].macs == 5 * 8 * 8
+    for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        assert layers[f"layers.0.self_attn.{projection}"].macs == 5 * 8 * 8
     assert layers["layers.0.linear1"].macs == 5 * 8 * 16
-    assert [layer.name for layer in graph.quantizable] == ["layers.0.linear1", "layers.0.linear2"]
+    assert layers["layers.0.self_attn.k_proj"].input_group == "layers.0.self_attn.q_proj"
+    assert not graph.unhandled
 
 
 def test_the_same_sample_costs_the_same_in_any_batch_and_wherever_the_batch_dimension_is():

@@ -28,7 +28,7 @@ from mpsearch.quant.uniform import UniformQuantizer
 from mpsearch.search.run import Problem, open_problem
 from mpsearch.search.trial import Workbench
 
-STEPS = 200
+STEPS = 100
 
 
 @pytest.fixture(scope="module")

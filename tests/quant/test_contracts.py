@@ -282,5 +282,5 @@ def test_a_traced_quantizer_agrees_with_eager(kind: str) -> None:
     for use, quantizer, x in quantizers(kind, 3):
         for mode in (True, False):
             quantizer.train(mode)
-            torch.testing.assert_close(compiled(quantizer, "aot_eager")(x), quantizer(x), msg=use)
+            torch.testing.assert_close(compiled(quantizer, "eager")(x), quantizer(x), msg=use)
     torch._dynamo.reset()

@@ -175,7 +175,8 @@ def test_trials_start_from_the_snapshot_nearest_in_cost(descent: Descent, tmp_pa
 
 
 def test_a_warm_start_is_paid_for_once(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = problem.spec.model_copy(update={"warm_start": problem.spec.warm_start.model_copy(update={"ilp": True})})
+    both = problem.spec.warm_start.model_copy(update={"ilp": True, "steps": 20})
+    spec = problem.spec.model_copy(update={"warm_start": both})
 
     def once() -> list[tuple[str, PrecisionConfig]]:
         return [*warm_start(spec, problem.task, problem.graph, problem.space, problem.cost, tmp_path / "warmstart")]
