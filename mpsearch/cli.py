@@ -674,26 +674,9 @@ def _open(study: str, set_: Sequence[str] | None) -> tuple[StudySpec, Problem]:
 
 
 def _write_report(folder: RunFolder, problem: Problem) -> Path:
-    from mpsearch.report.page import write_report
-    from mpsearch.search.finalize import final_rows, final_table
+    from mpsearch.report.write import report_of
 
-    finalized = final_table(final_rows(folder.records(), folder.finals(), problem.spec.final.pick))
-    path = folder.path
-    return write_report(
-        folder.report_html,
-        name=problem.spec.name,
-        summary=problem.summary(),
-        records=folder.records(),
-        layers=problem.layers,
-        cheapest=problem.cheapest,
-        finalized=finalized or None,
-        commands=[
-            f"mpsearch run {folder.study_yaml} --out NEW_FOLDER",
-            f"mpsearch front {path}",
-            f"mpsearch finalize {path}",
-            f"mpsearch export {path} --pick knee --to native -o OUT",
-        ],
-    )
+    return report_of(folder, problem)
 
 
 def _front_document(folder: RunFolder, records: Sequence[TrialRecord]) -> dict[str, Any]:

@@ -306,6 +306,11 @@ class RunFolder:
             ) from None
 
     @property
+    def driven(self) -> bool:
+        """Whether a process drives the run now."""
+        return _alive(self._state().get("driver"))
+
+    @property
     def running(self) -> Sequence[RunningTrial]:
         """The trials under way; none where no driver lives. Set by the driver."""
         state = self._state()

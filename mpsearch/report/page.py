@@ -1,100 +1,145 @@
-"""The report of a study: one HTML file that needs no network."""
+"""The report of a study: one HTML file that needs no network, laid out by `dashboards/layout.yaml`."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
+from typing import Any
 
 from mpsearch.record import TrialRecord
-from mpsearch.report.parts import figure, note, paragraphs, section, table, write_page
-from mpsearch.search.front import objectives, pareto_front
+from mpsearch.report import figures
+from mpsearch.report.data import RunData
+from mpsearch.report.gallery import FIGURES, Section, ShownFigure, sections, words
+from mpsearch.report.parts import chip, data, figure, note, paragraphs, section, table, write_page
+from mpsearch.report.tables import mark, rows_of
+from mpsearch.search.front import objectives
+
+_CODES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+"""One letter for each precision: there are fewer of them than letters."""
 
 
 def write_report(
     path: str | Path,
+    run: RunData,
     *,
-    name: str,
-    summary: Sequence[str],
-    records: Sequence[TrialRecord],
-    layers: Sequence[str],
-    cheapest: float,
+    summary: Sequence[str] = (),
     finalized: Sequence[Mapping[str, object]] | None = None,
     commands: Sequence[str] = (),
+    refresh_s: int | None = None,
 ) -> Path:
     """Write the report of a study; it may still be running.
 
     Args:
         path: the HTML file; replaced whole if it exists.
-        name: of the study.
+        run: what is shown.
         summary: what was asked, a paragraph each.
-        records: every trial so far.
-        layers: quantizable layers in the network's order.
-        cheapest: relative cost of the cheapest config of the space.
         finalized: a row per finalized config, column -> value; a row more of the same columns may be the control.
         commands: how to reproduce the run, a line each.
+        refresh_s: the page loads itself again after so many seconds; None: never.
 
     Raises:
         RunError: the file cannot be written.
-        CostError: `cheapest` is no cost.
     """
-    front = pareto_front(records)
-    sections = [section("Trials", _outcome(records, cheapest))]
-    if front.trials:
-        sections += _pictures(records, layers, cheapest)
-        sections.append(section("The front", _front(records)))
-    if finalized:
-        sections.append(section("Finalized", _finalized(finalized)))
-    return write_page(path, name, summary, sections, commands)
+    parts = {**PARTS, "finalized": lambda _: _finalized(finalized or ())}
+    bodies = [(shown, _body(shown, run, parts)) for shown in sections()]
+    written = [section(words(shown.title, run), body, shown.id) for shown, body in bodies if body]
+    embedded = data("run", _interactive(run)) if run.front.trials else ""
+    return write_page(path, run.name, summary, [*written, embedded], commands, script="report.js", refresh_s=refresh_s)
 
 
-def _pictures(records: Sequence[TrialRecord], layers: Sequence[str], cheapest: float) -> list[str]:
-    from mpsearch.report import figures
-    from mpsearch.report.tables import MARKS_EXPLAINED, bits_table, progress_table, trials_table
-
-    bits = bits_table(records, layers)
-    heatmaps = figure(figures.bits_heatmap(bits, "weight"), "weight-bits", "Bits of each layer's weight.")
-    heatmaps += figure(figures.bits_heatmap(bits, "activation"), "activation-bits", "Bits of each layer's input.")
-    dominated = (
-        "Small points are dominated: another trial is at least as good in both. Accuracy is on the validation split."
-    )
-    hypervolume = "Share of the square of error and log cost that the front dominates; 1 cannot be reached."
-    return [
-        section("Accuracy against cost", figure(figures.front(trials_table(records)), "front", dominated)),
-        section("Precision by layer", note(MARKS_EXPLAINED) + f"<div class='pair'>{heatmaps}</div>"),
-        section("Progress", figure(figures.hypervolume(progress_table(records, cheapest)), "hypervolume", hypervolume)),
-    ]
+def _body(shown: Section, run: RunData, parts: Mapping[str, Callable[[RunData], str]]) -> str:
+    """What a section shows of a run; empty if that is nothing."""
+    pieces = []
+    for item in shown.show:
+        if not isinstance(item, ShownFigure):
+            pieces.append(parts[item.part](run))
+        elif "report" in item.pages and (drawn := FIGURES[item.figure](run)) is not None:
+            pieces.append(figure(drawn, item.figure, words(item.caption, run)))
+    body = "\n".join(filter(None, pieces))
+    if not body:
+        return ""
+    about = note(words(shown.about, run)) if shown.about else ""
+    return about + (f"<div class='pair'>{body}</div>" if shown.columns > 1 else body)
 
 
-def _outcome(records: Sequence[TrialRecord], cheapest: float) -> str:
-    """How the trials ended, and the front in a sentence."""
-    states = Counter(trial.state for trial in records)
+# ------------------------------------------------------------------------------------------------------------ parts
+
+
+def _outcome(run: RunData) -> str:
+    """How the trials ended, and the front in figures."""
+    states = Counter(trial.state for trial in run.records)
     counts = ", ".join(f"{states[state]} {state}" for state in ("complete", "stopped", "failed") if states[state])
-    lines = [f"{counts or 'No trial has ended yet'}."]
-    front = pareto_front(records)
+    tiles, lines = [], [f"{counts or 'No trial has ended yet'}."]
+    front = run.front
     if front.trials:
         knee, best = front.knee, front.best
-        lines.append(
-            f"The front has {len(front)} trials and hypervolume {front.hypervolume(cheapest):.4f}. "
-            f"Best: {_point(best)}. Knee: {_point(knee)}."
-        )
+        tiles = [
+            ("best", f"{100 * objectives(best)[0]:.2f} %", f"trial {best.number}, cost {objectives(best)[1]:.3g}"),
+            ("knee", f"{100 * objectives(knee)[0]:.2f} %", f"trial {knee.number}, cost {objectives(knee)[1]:.3g}"),
+            ("front", str(len(front)), f"of {len(run.records):,} trials"),
+            ("hypervolume", f"{front.hypervolume(run.cheapest):.4f}", "1 cannot be reached"),
+        ]
         if (control := front.nearest_uniform(objectives(knee)[1])) is not None:
             lines.append(f"Uniform control nearest to the knee's cost: {_point(control)}.")
-    reasons = Counter(trial.reason for trial in records if trial.state == "failed" and trial.reason)
+    reasons = Counter(trial.reason for trial in run.records if trial.state == "failed" and trial.reason)
     lines += [f"Failed {count}×: {reason}" for reason, count in reasons.most_common(5)]
-    return paragraphs(lines)
+    drawn = "".join(
+        f"<div class='tile'><dt>{name}</dt><dd>{value}</dd><dd class='small'>{about}</dd></div>"
+        for name, value, about in tiles
+    )
+    return (f"<dl class='tiles'>{drawn}</dl>" if drawn else "") + paragraphs(lines)
 
 
-def _point(trial: TrialRecord) -> str:
-    accuracy, cost = objectives(trial)
-    return f"trial {trial.number}, {100 * accuracy:.2f} % at relative cost {cost:.3g}"
+def _picker(run: RunData) -> str:
+    """A list of the trials that can be looked at; the knee is picked first."""
+    if not run.front.trials:
+        return ""
+    groups = [("front, cheapest first", run.front.trials)]
+    others = [t for t in run.front.ladder if t not in set(run.front.trials)]
+    groups += [("uniform ladder, dominated", tuple(others))] if others else []
+    options = ""
+    for label, trials in groups:
+        rows = "".join(
+            f"<option value='{trial.number}'{' selected' if trial is run.front.knee else ''}>{_option(trial)}"
+            f"{', knee' if trial is run.front.knee else ''}</option>"
+            for trial in trials
+        )
+        options += f"<optgroup label='{label}'>{rows}</optgroup>"
+    label = "<label for='pick'>Trial</label>"
+    return f"<p class='picker'>{label} <select id='pick' autocomplete='off'>{options}</select></p>"
 
 
-def _front(records: Sequence[TrialRecord]) -> str:
-    from mpsearch.report.tables import front_table
+def _layers(run: RunData) -> str:
+    """The layer table of the knee; the page's script writes those of other trials in its place."""
+    if not len(run.config):
+        return ""
+    rows = [
+        (
+            escape(row.layer),
+            row.kind,
+            row.shape,
+            f"{row.macs:,}",
+            chip(row.weight_quantizer, row.weight),
+            chip(row.activation_quantizer, row.activation),
+            f"{row.cost_percent:.2f}",
+            f"{row.reference_percent:.2f}",
+        )
+        for row in rows_of(run.config)
+    ]
+    columns = ("layer", "kind", "weight shape", "MACs", "weight", "input", "cost, %", f"{run.reference}, %")
+    drawn = table(columns, rows, texts={0, 1, 2, 4, 5}, name="layers", escaped=True)
+    about = f"Cost in percent of the whole network at {run.reference}."
+    title = "<h3 id='layers-title' aria-live='polite'>" + escape(_point(run.front.knee)) + "</h3>"
+    return title + f"<div class='scroll' tabindex='0'>{drawn}</div>" + note(about)
 
+
+def _front(run: RunData) -> str:
     columns = ("number", "origin", "accuracy, %", "relative cost", "mean weight bits", "mean activation bits", "")
-    trials = list(front_table(records).itertuples())
+    trials = list(run.trials[run.trials.on_front].sort_values("relative_cost").pipe(rows_of))
+    if not trials:
+        return ""
     rows = [
         (
             str(trial.number),
@@ -108,15 +153,93 @@ def _front(records: Sequence[TrialRecord]) -> str:
         for trial in trials
     ]
     marked = next(index for index, trial in enumerate(trials) if trial.knee)
-    return table(columns, rows, texts={1, 6}, marked=marked)
+    return f"<div class='scroll' tabindex='0'>{table(columns, rows, texts={1, 6}, marked=marked)}</div>"
 
 
 def _finalized(finalized: Sequence[Mapping[str, object]]) -> str:
+    if not finalized:
+        return ""
     columns = list(dict.fromkeys(column for row in finalized for column in row))
     rows = [[_shown(row.get(column)) for column in columns] for row in finalized]
-    texts = {i for i, column in enumerate(columns) if any(isinstance(row.get(column), str) for row in finalized)}
+    texts = {index for index, column in enumerate(columns) if column in ("origin", "control", "pick", "note")}
     about = note("Trained longer over several seeds and scored on the test split.")
     return about + table([column.replace("_", " ") for column in columns], rows, texts)
+
+
+def _histograms(run: RunData) -> str:
+    """Weights before and after, layer by layer."""
+    if not len(run.histograms):
+        return ""
+    drawn = ""
+    for index, (name, bins) in enumerate(run.histograms.groupby("layer", sort=False)):
+        edges = [*bins.low, bins.high.iloc[-1]]
+        counted = figures.before_after(edges, list(bins.before), list(bins.after), f"weight of {name}")
+        drawn += figure(counted, f"weights-{index}", f"As {bins.precision.iloc[0]}.")
+    count, layers = run.histograms.layer.nunique(), len(run.layers)
+    which = "" if count == layers else f" The {count} of {layers} layers with the most weights."
+    about = note(f"Weights before and after quantization, in equal bins.{which}")
+    return f"<div class='span'>{about}<div class='small-multiples'>{drawn}</div></div>"
+
+
+PARTS: Mapping[str, Callable[[RunData], str]] = {
+    "outcome": _outcome,
+    "picker": _picker,
+    "layers": _layers,
+    "front-table": _front,
+    "histograms": _histograms,
+}
+
+
+# ------------------------------------------------------------------------------------------- for the page's script
+
+
+def _interactive(run: RunData) -> dict[str, Any]:
+    """What the page needs to show the layers of any point that is drawn.
+
+    A config is two texts, weights and inputs, of one letter a layer; `prices` says what a layer costs at a pair of
+    letters, in percent of the reference.
+    """
+    drawn = {
+        row[0] for trace in figures.front(run.trials).data if trace.customdata is not None for row in trace.customdata
+    }
+    trials = [record for record in run.records if record.number in drawn and record.accuracy is not None]
+    names = list(run.layers.layer)
+    letters: dict[Any, str] = {}
+    prices: list[dict[str, float]] = [{} for _ in names]
+
+    def letter(precision: Any) -> str:
+        return letters.setdefault(precision, _CODES[len(letters)])
+
+    def coded(record: TrialRecord) -> dict[str, Any]:
+        pairs = [(letter(record.config[name].weight), letter(record.config[name].activation)) for name in names]
+        for name, pair, known in zip(names, pairs, prices, strict=True):
+            if "".join(pair) not in known:
+                known["".join(pair)] = round(100 * run.cost.addend(name, record.config[name]), 4)
+        weights, inputs = ("".join(side) for side in zip(*pairs, strict=True))
+        accuracy, cost = record.accuracy, record.cost
+        return {"title": _point(record), "accuracy": 100 * (accuracy or 0), "cost": cost, "w": weights, "a": inputs}
+
+    return {
+        "reference": run.reference,
+        "picked": run.front.knee.number,
+        "trials": {record.number: coded(record) for record in trials},
+        "prices": prices,
+        "precisions": {
+            code: {"text": str(p), "mark": mark(p), "bits": p.bits, "quantizer": p.quantizer}
+            for p, code in letters.items()
+        },
+    }
+
+
+def _option(trial: TrialRecord) -> str:
+    accuracy, cost = objectives(trial)
+    return f"{trial.number}: {100 * accuracy:.2f} %, cost {cost:.3g} ({trial.origin})"
+
+
+def _point(trial: TrialRecord) -> str:
+    if trial.accuracy is None or trial.cost is None:
+        return f"trial {trial.number} ({trial.origin})"
+    return f"trial {trial.number} ({trial.origin}), {100 * trial.accuracy:.2f} % at relative cost {trial.cost:.3g}"
 
 
 def _shown(value: object) -> str:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from itertools import groupby
 from math import nan
+from typing import Any
 
 import pandas as pd
 
-from mpsearch.precision import Precision, PrecisionConfig
-from mpsearch.record import TrialRecord
-from mpsearch.search.front import hypervolume_over_time, pareto_front
+from mpsearch.cost.model import RelativeCost
+from mpsearch.graph.layers import LayerInfo
+from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
+from mpsearch.record import FinalRecord, TrialRecord
+from mpsearch.search.front import hypervolume_over_time, objectives, pareto_front
+from mpsearch.space import Slot
 
 _MARKS = {"uniform": "", "shift": "s", "apot": "p"}
 MARKS_EXPLAINED = "4: uniform, 4 bits · 4s: shift (power of two) · 4p: APoT (sum of powers of two) · f: float"
@@ -91,6 +97,126 @@ def bits_table(records: Sequence[TrialRecord], layers: Sequence[str]) -> pd.Data
     return pd.DataFrame(rows, columns=columns.split())
 
 
+def layers_table(layers: Sequence[LayerInfo], cost: RelativeCost) -> pd.DataFrame:
+    """A row per quantizable layer, in the network's order.
+
+    Columns: layer, kind, shape (of the weight), macs, weights (elements), reference_percent (what the layer adds to the
+    cost of the reference config, which is 100).
+    """
+    reference = cost.reference
+    rows = [
+        (
+            info.name,
+            "depthwise" if info.depthwise else info.kind,
+            "×".join(map(str, info.weight_shape)),
+            info.macs,
+            info.weights,
+            100 * reference.per_layer[info.name] / reference.total,
+        )
+        for info in layers
+        if info.reason is None
+    ]
+    return pd.DataFrame(rows, columns=["layer", "kind", "shape", "macs", "weights", "reference_percent"])
+
+
+def config_table(config: Mapping[str, LayerPrecision], layers: pd.DataFrame, cost: RelativeCost) -> pd.DataFrame:
+    """The rows of `layers` (as from `layers_table`) with what a config makes of them.
+
+    Columns more: cost_percent (of the reference's whole cost), and for weight and activation: the precision in words,
+    _bits, _quantizer, _mark.
+    """
+    table = layers[layers.layer.isin(list(config))].reset_index(drop=True)
+    precisions = [config[name] for name in table.layer]
+    columns: dict[str, list[Any]] = {
+        "cost_percent": [100 * cost.addend(n, p) for n, p in zip(table.layer, precisions, strict=True)]
+    }
+    for side in ("weight", "activation"):
+        of_side: list[Precision] = [getattr(precision, side) for precision in precisions]
+        columns |= {
+            side: [str(precision) for precision in of_side],
+            f"{side}_bits": [precision.bits for precision in of_side],
+            f"{side}_quantizer": [precision.quantizer for precision in of_side],
+            f"{side}_mark": [mark(precision) for precision in of_side],
+        }
+    return table.assign(**columns)
+
+
+def config_text(config: Mapping[str, LayerPrecision], most: int = 24) -> str:
+    """A config in words for a hover, HTML: a line for every run of layers of one precision, at most `most` lines.
+
+    >>> config_text({name: LayerPrecision.shorthand("w4a8") for name in ("conv", "fc")})
+    'conv … fc (2): 4 × 8'
+    """
+
+    def shown(pair: tuple[str, LayerPrecision]) -> str:
+        return f"{mark(pair[1].weight)} × {mark(pair[1].activation)}"
+
+    lines = []
+    for precision, run in groupby(config.items(), key=shown):
+        names = [name for name, _ in run]
+        ends = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]} ({len(names)})"
+        lines.append(f"{escape(ends)}: {precision}")
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"and {len(lines) - most + 1} more: click"]
+    return "<br>".join(lines)
+
+
+def finals_table(records: Sequence[TrialRecord], finals: Sequence[FinalRecord]) -> pd.DataFrame:
+    """A row per finally trained trial, by rising cost; accuracies in percent, std over seeds (NaN for a single one).
+
+    Columns: number, origin, relative_cost, proxy (accuracy on val after the trial), val, val_std, test, test_std,
+    seeds.
+    """
+    by_number = {record.number: record for record in records}
+    runs = pd.DataFrame([(f.number, 100 * f.val, 100 * f.test) for f in finals], columns=["number", "val", "test"])
+    rows = []
+    for number, of_trial in runs.groupby("number"):
+        trial = by_number.get(int(str(number)))
+        if trial is None or trial.accuracy is None:
+            continue
+        spread = [value for name in ("val", "test") for value in (of_trial[name].mean(), of_trial[name].std())]
+        rows.append((trial.number, trial.origin, trial.cost, 100 * trial.accuracy, *spread, len(of_trial)))
+    columns = ["number", "origin", "relative_cost", "proxy", "val", "val_std", "test", "test_std", "seeds"]
+    return pd.DataFrame(rows, columns=columns).sort_values("relative_cost", ignore_index=True)
+
+
+def best_table(records: Sequence[TrialRecord], cheapest: float) -> pd.DataFrame:
+    """The best accuracy so far among the trials within each of three costs, a row whenever it rises and one at the end.
+
+    Columns: bound (the reference's cost, and two spread in log cost down to `cheapest`, that of the cheapest config),
+    elapsed_s (since the first trial started), accuracy_percent, number.
+    """
+    bounds = [float(f"{min(1.0, cheapest) ** share:.2g}") for share in (0.0, 0.5, 0.8)]
+    started_s = min((record.started_s for record in records), default=0.0)
+    complete = [record for record in records if record.state == "complete" and record.accuracy is not None]
+    ended = pd.DataFrame(
+        sorted((r.started_s + r.wall.total_s - started_s, r.number, *objectives(r)) for r in complete),
+        columns=["elapsed_s", "number", "accuracy", "cost"],
+    )
+    rows = []
+    for bound in dict.fromkeys(bounds):
+        within = ended[ended.cost <= bound]
+        risen = within[within.accuracy > within.accuracy.cummax().shift(fill_value=-1.0)]
+        rows += [(bound, row.elapsed_s, 100 * row.accuracy, row.number) for row in rows_of(risen)]
+        if len(risen):
+            rows.append((bound, ended.elapsed_s.iloc[-1], *rows[-1][2:]))
+    return pd.DataFrame(rows, columns=["bound", "elapsed_s", "accuracy_percent", "number"])
+
+
+def descent_table(log: Sequence[Mapping[str, Any]], slots: Sequence[Slot]) -> pd.DataFrame:
+    """A row per logged step and tensor of a warm-start descent, tensors in the network's order.
+
+    Columns: step, budget (relative cost), loss, layer (the first of those that share it), tensor, bits.
+    """
+    rows = [
+        (entry["step"], entry["cost"], entry["loss"], slot.layers[0], slot.tensor, entry["bits"][slot.name])
+        for entry in log
+        for slot in slots
+        if slot.name in entry["bits"]
+    ]
+    return pd.DataFrame(rows, columns=["step", "budget", "loss", "layer", "tensor", "bits"])
+
+
 def progress_table(records: Sequence[TrialRecord], cheapest: float) -> pd.DataFrame:
     """A row per complete trial in the order of ending; columns: trials, elapsed_s, hypervolume.
 
@@ -100,6 +226,11 @@ def progress_table(records: Sequence[TrialRecord], cheapest: float) -> pd.DataFr
     """
     steps = [(step.trials, step.elapsed_s, step.hypervolume) for step in hypervolume_over_time(records, cheapest)]
     return pd.DataFrame(steps, columns=["trials", "elapsed_s", "hypervolume"])
+
+
+def rows_of(table: pd.DataFrame) -> Iterator[Any]:
+    """The rows as named tuples; which types they hold is known to whoever reads them."""
+    yield from table.itertuples()
 
 
 def mark(precision: Precision) -> str:

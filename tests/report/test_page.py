@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pictured import FINALS, LAYERS, RECORDS, run_data
 from plotly.offline import get_plotlyjs
 
 from mpsearch.errors import RunError
-from mpsearch.precision import LayerPrecision, PrecisionConfig
-from mpsearch.record import Origin, TrialRecord
+from mpsearch.record import TrialRecord
+from mpsearch.report.data import RunData
 from mpsearch.report.page import write_report
 
-LAYERS = ["stem.conv", "head<1>"]
 
-
-def trial(number: int, cost: float, accuracy: float, origin: Origin = "sampler") -> TrialRecord:
-    config = PrecisionConfig.uniform(LAYERS, LayerPrecision.shorthand("w4a8"))
-    return TrialRecord(config, "complete", accuracy, cost, number=number, origin=origin, started_s=float(number))
-
-
-RECORDS = [
-    trial(0, 1.0, 0.9, "uniform"),
-    trial(1, 0.25, 0.8125),
-    trial(2, 0.125, 0.5),
-    TrialRecord(trial(3, 1, 1).config, "failed", reason="CUDA <out> of memory", number=3),
-]
-
-
-def report(path: Path, **changes: Any) -> str:
+def report(path: Path, run: RunData | None = None, **changes: Any) -> str:
     """The text of a report without plotly's own code."""
-    values: dict[str, Any] = {
-        "name": "digits",
-        "summary": ["Find the bits."],
-        "records": RECORDS,
-        "layers": LAYERS,
-        "cheapest": 1 / 16,
-    }
-    text = write_report(path / "report.html", **(values | changes)).read_text(encoding="utf-8")
+    written = write_report(path / "report.html", run or run_data(), **({"summary": ["Find the bits."]} | changes))
+    text = written.read_text(encoding="utf-8")
     assert text.count(get_plotlyjs()) == 1
     return text.replace(get_plotlyjs(), "")
 
@@ -69,33 +50,78 @@ class Cells(HTMLParser):
             self.rows[-1][-1] += data
 
 
+def embedded(text: str) -> dict[str, Any]:
+    """What the page's script is given."""
+    (found,) = re.findall(r'<script type="application/json" id="run">(.*?)</script>', text)
+    document: dict[str, Any] = json.loads(found)
+    return document
+
+
 def test_report_says_what_was_asked_and_what_came_out(tmp_path: Path) -> None:
     text = report(tmp_path, summary=["Find the bits.", "Cost: pJ."])
     assert "<h1>digits</h1>" in text
     assert "<p>Find the bits.</p><p>Cost: pJ.</p>" in text
-    assert "3 complete, 1 failed." in text
-    # 0.5 * (3/4 - 1/2) ... the axis from 1/16 to 1: 1/8 at 1/4, 1/4 at 1/2
-    assert f"The front has 3 trials and hypervolume {0.5 / 4 + 0.8125 / 2:.4f}." in text
-    assert "Best: trial 0, 90.00 % at relative cost 1. Knee: trial 1, 81.25 % at relative cost 0.25." in text
-    assert "Uniform control nearest to the knee&#x27;s cost: trial 0" in text
+    assert "5 complete, 1 failed." in text
+    tiles = re.findall(r"<div class='tile'><dt>(.*?)</dt><dd>(.*?)</dd><dd class='small'>(.*?)</dd></div>", text)
+    # the cost axis goes from 1/16 to 1: 0.40 reaches from 1/8 to 1/4, 0.8125 from there to 1
+    assert tiles == [
+        ("best", "90.00 %", "trial 0, cost 1"),
+        ("knee", "81.25 %", "trial 2, cost 0.25"),
+        ("front", "3", "of 6 trials"),
+        ("hypervolume", f"{0.40 / 4 + 0.8125 / 2:.4f}", "1 cannot be reached"),
+    ]
+    assert "Uniform control nearest to the knee&#x27;s cost: trial 1 (uniform)" in text
 
 
-def test_report_has_the_figures_and_the_layers(tmp_path: Path) -> None:
-    text = report(tmp_path)
-    for name in ("front", "weight-bits", "activation-bits", "hypervolume"):
-        assert text.count(f'<div id="figure-{name}"') == 1
-    assert "stem.conv" in text
+def test_report_has_the_figures_for_which_there_is_data(tmp_path: Path) -> None:
+    always = {"front", "network", "cost", "weight-bits", "input-bits", "hypervolume", "best"}
+    assert set(re.findall(r'<div id="figure-([\w-]+)"', report(tmp_path))) == always
+    finalized = report(tmp_path, run_data(finals=FINALS))
+    assert set(re.findall(r'<div id="figure-([\w-]+)"', finalized)) == always | {"proxy"}
+    assert "Warm start" not in finalized
 
 
 def test_table_of_the_front_is_by_rising_cost_and_marks_the_knee(tmp_path: Path) -> None:
     text = report(tmp_path)
-    assert Cells(text).rows == [
+    assert Cells(text).rows[-4:] == [
         ["number", "origin", "accuracy, %", "relative cost", "mean weight bits", "mean activation bits", ""],
-        ["2", "sampler", "50.00", "0.1250", "4.00", "8.00", ""],
-        ["1", "sampler", "81.25", "0.2500", "4.00", "8.00", "knee"],
-        ["0", "uniform", "90.00", "1.0000", "4.00", "8.00", ""],
+        ["3", "manual", "40.00", "0.1250", "2.00", "8.00", ""],
+        ["2", "sampler", "81.25", "0.2500", "4.00", "8.00", "knee"],
+        ["0", "uniform", "90.00", "1.0000", "8.00", "8.00", ""],
     ]
     assert text.count('<tr class="knee">') == 1
+
+
+def test_table_of_layers_is_that_of_the_knee(tmp_path: Path) -> None:
+    text = report(tmp_path)
+    assert Cells(text).rows[1:4] == [  # w4a8 of w8a8 everywhere: half the bit operations
+        ["stem.conv", "conv2d", "4×2×3×3", "600", "uniform:4/channel", "uniform:8/tensor", "30.00", "60.00"],
+        ["mid<1>", "conv2d", "4×2×3×3", "300", "uniform:4/channel", "uniform:8/tensor", "15.00", "30.00"],
+        ["head", "conv2d", "4×2×3×3", "100", "uniform:4/channel", "uniform:8/tensor", "5.00", "10.00"],
+    ]
+    assert "trial 2 (sampler), 81.25 % at relative cost 0.25</h3>" in text
+
+
+def test_the_script_can_show_the_layers_of_every_point(tmp_path: Path) -> None:
+    run = embedded(report(tmp_path))
+    assert set(run["trials"]) == {"0", "1", "2", "3", "5"}
+    assert run["picked"] == 2
+    chosen = run["trials"]["1"]  # w4a4
+    weight, inputs = run["precisions"][chosen["w"][0]], run["precisions"][chosen["a"][0]]
+    assert (weight["text"], inputs["text"]) == ("uniform:4/channel", "uniform:4/tensor")
+    assert (weight["bits"], weight["mark"], weight["quantizer"]) == (4, "4", "uniform")
+    assert [run["prices"][i][chosen["w"][i] + chosen["a"][i]] for i in range(3)] == [15.0, 7.5, 2.5]
+    assert len(run["prices"]) == len(LAYERS)
+
+
+def test_the_list_has_the_front_and_the_ladder(tmp_path: Path) -> None:
+    found = re.findall(r"<option value='(\d+)'( selected)?>", report(tmp_path))
+    assert found == [("3", ""), ("2", " selected"), ("0", ""), ("1", "")]
+
+
+def test_a_report_that_is_watched_loads_itself_again(tmp_path: Path) -> None:
+    assert '<meta http-equiv="refresh" content="5">' in report(tmp_path, refresh_s=5)
+    assert "refresh" not in report(tmp_path).partition("<body>")[0].partition("<style>")[0]
 
 
 def test_finalized_rows_and_commands_are_shown_where_given(tmp_path: Path) -> None:
@@ -107,7 +133,7 @@ def test_finalized_rows_and_commands_are_shown_where_given(tmp_path: Path) -> No
         ["uniform", "0.86", ""],
     ]
     assert "<pre>mpsearch run digits\nmpsearch finalize runs/digits</pre>" in text
-    assert "Finalized" not in report(tmp_path)
+    assert "Final training" not in report(tmp_path)
 
 
 def test_report_names_the_environment(tmp_path: Path) -> None:
@@ -131,22 +157,21 @@ def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     text = report(
         tmp_path,
-        name=f"$title {evil}",
+        run_data([*RECORDS, TrialRecord(RECORDS[0].config, "failed", reason=evil)], name=f"$title {evil}"),
         summary=[evil],
         commands=[evil],
         finalized=[{evil: evil}],
-        records=[*RECORDS, TrialRecord(RECORDS[0].config, "failed", reason=evil)],
     )
     assert evil not in text
     assert "$title &lt;script&gt;" in text
     assert "CUDA &lt;out&gt; of memory" in text
-    assert "head<1>" not in text
-    assert '"head&lt;1&gt;"' in text  # an axis label, where plotly would read tags
+    assert "mid<1>" not in text
+    assert '"mid&lt;1&gt;"' in text  # an axis label, where plotly would read tags
 
 
 def test_report_of_a_study_without_a_complete_trial_has_no_figures(tmp_path: Path) -> None:
-    assert "No trial has ended yet." in report(tmp_path, records=[])
-    text = report(tmp_path, records=RECORDS[3:])
+    assert "No trial has ended yet." in report(tmp_path, run_data([]))
+    text = report(tmp_path, run_data(RECORDS[4:5]))
     assert "1 failed." in text
     assert "Failed 1×: CUDA &lt;out&gt; of memory" in text
     assert 'plotly-graph-div"' not in text
@@ -160,11 +185,11 @@ def test_report_is_readable_in_dark_mode_on_phones_and_on_paper(tmp_path: Path) 
 
 
 def test_report_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    report(tmp_path, name="first")
-    assert "<h1>second</h1>" in report(tmp_path, name="second")
+    report(tmp_path, run_data(name="first"))
+    assert "<h1>second</h1>" in report(tmp_path, run_data(name="second"))
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_report_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"cannot write the report .*missing/report.html: No such file"):
-        write_report(tmp_path / "missing" / "report.html", name="x", summary=[], records=[], layers=[], cheapest=0.5)
+        write_report(tmp_path / "missing" / "report.html", run_data())

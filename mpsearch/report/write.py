@@ -1,0 +1,63 @@
+"""Write the report of a run folder, once or again and again while it runs."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mpsearch.record import RunFolder
+from mpsearch.report.data import read_run
+from mpsearch.report.page import write_report
+from mpsearch.search.finalize import final_rows, final_table
+from mpsearch.search.run import Problem, open_problem, read_spec
+
+
+def report_of(folder: RunFolder, problem: Problem | None = None, refresh_s: int | None = None) -> Path:
+    """Write `report.html` in a run folder, whole or not at all.
+
+    Args:
+        folder: of the run, which may be driven by another process.
+        problem: its study, where it has been opened already.
+        refresh_s: the page loads itself again after so many seconds; None: never.
+
+    Raises:
+        MpsearchError: the run cannot be read, or the file cannot be written.
+    """
+    problem = problem or open_problem(read_spec(folder))
+    run = read_run(folder, problem)
+    path = shlex.quote(str(folder.path))
+    return write_report(
+        folder.report_html,
+        run,
+        summary=problem.summary(),
+        finalized=final_table(final_rows(run.records, folder.finals(), problem.spec.final.pick)) or None,
+        commands=[
+            f"mpsearch run {shlex.quote(str(folder.study_yaml))} --out NEW_FOLDER",
+            f"mpsearch front {path}",
+            f"mpsearch finalize {path}",
+            f"mpsearch report {path}",
+            f"mpsearch export {path} --pick knee --to native -o OUT",
+        ],
+        refresh_s=refresh_s,
+    )
+
+
+def watch(folder: RunFolder, every_s: float = 2.0, sleep: Callable[[float], None] = time.sleep) -> Iterator[Path]:
+    """Write the report now and whenever a trial has ended, until no process drives the run any more.
+
+    The page then loads itself again; the last one no longer does. Yields its path each time it has been written.
+    """
+    problem = open_problem(read_spec(folder))
+    seen: tuple[int, ...] | None = None
+    while folder.driven:
+        if (now := _sizes(folder)) != seen:
+            seen = now
+            yield report_of(folder, problem, refresh_s=max(5, round(every_s)))
+        sleep(every_s)
+    yield report_of(folder, problem)
+
+
+def _sizes(folder: RunFolder) -> tuple[int, ...]:
+    return tuple(path.stat().st_size if path.exists() else 0 for path in (folder.trials_jsonl, folder.finals_jsonl))
