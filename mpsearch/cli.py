@@ -703,12 +703,16 @@ def _hypervolume(folder: RunFolder) -> float | None:
 
 def _print_front(records: Sequence[TrialRecord]) -> None:
     from mpsearch.report.tables import trials_table
+    from mpsearch.search.front import gains_over_controls
 
     trials = trials_table(records)
     trials = trials[trials.on_front | ((trials.origin == "uniform") & (trials.state == "complete"))]
     if not trials.on_front.any():
         raise RunError("no trial is complete: there is no front yet; see why with `mpsearch status RUN`")
-    table = _table(">trial", "origin", ">accuracy, val", ">cost", ">weight bits", ">input bits", "")
+    gains = gains_over_controls(records)
+    table = _table(
+        ">trial", "origin", ">accuracy, val", ">cost", ">weight bits", ">input bits", "", "over uniform, points (95 %)"
+    )
     for row in trials.sort_values("relative_cost").itertuples():
         table.add_row(
             str(row.number),
@@ -718,6 +722,7 @@ def _print_front(records: Sequence[TrialRecord]) -> None:
             f"{row.weight_bits:.1f}",
             f"{row.activation_bits:.1f}",
             "knee" if row.knee else "" if row.on_front else "dominated",
+            gains.get(int(str(row.number)), ""),
             style=None if row.on_front else "dim",
         )
     _console().print(table)

@@ -154,6 +154,11 @@ class WarmStartSpec(_Section):
         default=(0.6, 0.4, 0.25, 0.15, 0.08), min_length=1, description="relative costs at which it is read off"
     )
     neighbours: int = Field(default=3, gt=0, description="whole-bit configs of each of these")
+    spread: float = Field(
+        default=0.01,
+        ge=0,
+        description="bits that a tensor moves a step for each octave of its marginal; 0: all alike, as a control",
+    )
     reuse_weights: bool = Field(default=True, description="trials start from its weights at the nearest cost")
     ilp: bool = Field(default=False, description="try sensitivity + ILP at these budgets too, as a second control")
     combinations: int = Field(
@@ -177,7 +182,9 @@ class WarmStartSpec(_Section):
 class SearchSpec(_Section):
     """How configs are proposed and how many trials run."""
 
-    sampler: Literal["surrogate", "nsga2", "tpe", "gp", "random"] = "surrogate"
+    sampler: Literal["surrogate", "nsga2", "tpe", "gp", "random", "none"] = Field(
+        default="surrogate", description="none: the ladder and the warm start's configs alone"
+    )
     trials: int = Field(default=60, gt=0, description="finished trials, the uniform ladder included")
     concurrency: int = Field(default=2, gt=0, description="trials that run at the same time")
     seed: int = Field(default=0, ge=0)

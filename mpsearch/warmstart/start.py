@@ -157,6 +157,7 @@ def _descent(
         settings.budgets,
         settings.steps,
         settings.seed,
+        spread=settings.spread,
         on_step=lambda step, _loss: on_progress("descent", step + 1, settings.steps),
     )
     descent.save(folder)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +12,15 @@ from hypothesis import strategies as st
 from mpsearch.errors import CostError, RunError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import Origin, TrialRecord, TrialState, WallTime
-from mpsearch.search.front import Progress, hypervolume_over_time, objectives, pareto_front, pick
+from mpsearch.search.compare import pack, paired
+from mpsearch.search.front import (
+    Progress,
+    gains_over_controls,
+    hypervolume_over_time,
+    objectives,
+    pareto_front,
+    pick,
+)
 
 CONFIG = PrecisionConfig({"fc": LayerPrecision.shorthand("w4a4")})
 
@@ -191,3 +202,15 @@ def test_pick_from_an_empty_front_is_refused(text: str) -> None:
 
 def test_objectives_are_accuracy_and_cost() -> None:
     assert objectives(trial(0, 0.5, 0.9)) == (0.9, 0.5)
+
+
+def test_gain_over_the_control_is_on_the_same_samples_and_says_at_which_cost():
+    random = np.random.default_rng(0)
+    hard = random.random(4000)
+    answers = {share: pack(share > hard) for share in (0.80, 0.84)}
+    control = replace(trial(0, 0.5, 0.80), origin="uniform", correct=answers[0.80])
+    mixed = replace(trial(1, 0.4, 0.84), correct=answers[0.84])
+    expected = paired([answers[0.84]], [answers[0.80]])
+    assert expected.low > 0
+    assert gains_over_controls([control, mixed]) == {1: f"{expected} at 0.80x of trial 0"}
+    assert gains_over_controls([control, replace(mixed, correct=None)]) == {}

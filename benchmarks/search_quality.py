@@ -1,0 +1,238 @@
+"""What each part of the search is worth: arms of equal wall time, finally trained the same way, scored on test.
+
+    python benchmarks/search_quality.py [--study resnet20-cifar10-jpeg] [--arms full,cold,...] [--seeds 0,1,2]
+        [--minutes 8] [--epochs 1] [--work .search_quality] [--results benchmarks/results/search_quality] [--print]
+
+Each arm is a run of the command line with a compiler cache of its own, so that its time holds everything: descent,
+sensitivities, compilation, trials. Then points of its front are trained for `--epochs` and scored on val and on test,
+which no arm has seen. Rows are kept as CSV (`RESULTS.csv`: a row a trained point; `RESULTS-time.csv`: the hypervolume
+over time); arms that are there are not run again. An arm that was interrupted starts anew.
+
+Hypervolume and IGD+ are those of `mpsearch.search.front`'s unit square (error; log2 cost from the cheapest config to
+the reference). IGD+ is against the front of all arms' points together: 0 is best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import moocore
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from mpsearch.record import RunFolder
+from mpsearch.search.finalize import finalize
+from mpsearch.search.front import hypervolume_over_time, share_dominated
+from mpsearch.search.run import open_problem, read_spec
+from mpsearch.study import load_study
+
+WARM = ["warm_start.method=gdnsq"]
+COLD = ["warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0"]
+
+ARMS: dict[str, list[str]] = {
+    "full": [*WARM],
+    "no warm start": COLD,
+    "no weight reuse": [*WARM, "warm_start.reuse_weights=false"],
+    "no surrogate": [*WARM, "search.sampler=nsga2"],
+    "no stopping": [*WARM, "search.stop_dominated=false"],
+    "random": [*COLD, "search.sampler=random"],
+    "tpe": [*COLD, "search.sampler=tpe"],
+    "ilp ladder": [*COLD, "warm_start.ilp=true", "search.sampler=none"],
+    # The fair control: every global combination, from the weights of a descent in which all tensors move alike.
+    "uniform": [
+        *WARM,
+        "warm_start.spread=0",
+        "warm_start.neighbours=1",
+        "warm_start.combinations=8",
+        "search.sampler=none",
+    ],
+}
+
+
+def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> None:
+    """Run one arm with one seed and append its rows."""
+    folder = options.work / f"{study}-{options.minutes:g}min-{arm.replace(' ', '-')}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    overrides = [*ARMS[arm], f"search.seed={seed}", f"warm_start.seed={seed}", f"trial.seed={seed}", *options.set]
+    overrides += ["search.trials=100000", f"final.epochs={options.epochs:g}", f"final.pick={options.pick}"]
+    overrides += ["final.seeds=1"]
+    command = [str(Path(sys.executable).parent / "mpsearch"), "run", study, "--out", str(folder / "run"), "--json"]
+    command += ["--time-limit", f"{round(60 * options.minutes)}s"]
+    command += [part for override in overrides for part in ("--set", override)]
+    folder.mkdir(parents=True)
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+    began = time.time()
+    with (folder / "log.txt").open("w") as log:
+        subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    searched_s = time.time() - began
+    shutil.rmtree(folder / "compiled", ignore_errors=True)
+
+    run = RunFolder.open(folder / "run")
+    problem = open_problem(read_spec(run))
+    rows = finalize(problem, run, controls=False)
+    records = run.records()
+    finals = {final.number: final for final in run.finals()}
+    key = {"study": study, "minutes": options.minutes, "epochs": options.epochs, "arm": arm, "seed": seed}
+    points = [
+        key
+        | {
+            "number": row.trial.number,
+            "origin": row.trial.origin,
+            "cost": row.trial.cost,
+            "proxy_val": row.trial.accuracy,
+            "divergence": row.trial.divergence,
+            "val": finals[row.trial.number].val,
+            "test": finals[row.trial.number].test,
+            "search_s": searched_s,
+            "trials": sum(r.state == "complete" for r in records),
+            "stopped": sum(r.state == "stopped" for r in records),
+            "cheapest": problem.cheapest,
+            "layers": json.dumps({name: str(p) for name, p in row.trial.config.items()}),
+        }
+        for row in rows
+    ]
+    waited = min(r.started_s for r in records) - began
+    steps = [
+        key | {"elapsed_s": waited + step.elapsed_s, "hypervolume": step.hypervolume}
+        for step in hypervolume_over_time(records, problem.cheapest)
+    ]
+    _append(_time_path(options.results), steps)
+    _append(options.results.with_suffix(".csv"), points)  # last: with these rows the arm is done
+
+
+def _time_path(results: Path) -> Path:
+    return results.with_name(f"{results.name}-time.csv")
+
+
+def _append(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(path, mode="a", header=not path.exists(), index=False)
+
+
+def quality(points: pd.DataFrame) -> pd.DataFrame:
+    """A row per arm and seed: hypervolume on val and test, IGD+ on test."""
+    cheapest = float(points.cheapest.iloc[0])
+
+    def unit(frame: pd.DataFrame) -> np.ndarray:
+        return np.column_stack([1 - frame.test, 1 - np.log2(frame.cost) / math.log2(cheapest)])
+
+    reference = moocore.filter_dominated(unit(points))
+    rows = []
+    for (arm, seed), group in points.groupby(["arm", "seed"], sort=False):
+        volumes = {s: share_dominated(list(zip(group[s], group.cost, strict=True)), cheapest) for s in ("val", "test")}
+        igd = float(moocore.igd_plus(unit(group), ref=reference))
+        rows.append({"arm": arm, "seed": seed, **volumes, "igd_plus": igd, "trials": group.trials.iloc[0]})
+    return pd.DataFrame(rows)
+
+
+def accuracy_at(points: pd.DataFrame, cost: float) -> float:
+    """The test accuracy that an arm has at a cost: the best of its points that cost no more; NaN without any."""
+    return float(points[points.cost <= cost * (1 + 1e-9)].test.max())
+
+
+def report(options: argparse.Namespace) -> None:
+    """Print the tables of one study."""
+    path = options.results.with_suffix(".csv")
+    if not path.exists():
+        return
+    points = pd.read_csv(path)
+    points = points[(points.study == options.study) & (points.minutes == options.minutes)]
+    if points.empty:
+        return
+    spec = load_study(options.study)
+    problem = open_problem(spec)
+    rungs = {bits: problem.cost(problem.space.rung(bits)) for bits in (4, 3, 2)}
+    found = quality(points)
+    table = Table(
+        title=f"{options.study}, {options.minutes:g} minutes a run, {options.epochs:g} epochs of final training"
+    )
+    for column in (
+        "arm",
+        "seeds",
+        "hypervolume, val",
+        "test",
+        "IGD+",
+        *(f"test at W{b}A{b} cost" for b in rungs),
+        "trials",
+    ):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for arm in ARMS:
+        rows = found[found.arm == arm]
+        if rows.empty:
+            continue
+        own = points[points.arm == arm]
+        at = [[accuracy_at(group, cost) for _, group in own.groupby("seed")] for cost in rungs.values()]
+        table.add_row(
+            arm,
+            str(len(rows)),
+            _spread(rows.val, 4),
+            _spread(rows.test, 4),
+            _spread(rows.igd_plus, 4),
+            *(_spread(100 * pd.Series(values), 2) for values in at),
+            f"{rows.trials.mean():.0f}",
+        )
+    Console(width=150).print(table)
+    timeline = pd.read_csv(_time_path(options.results))
+    timeline = timeline[(timeline.study == options.study) & (timeline.minutes == options.minutes)]
+    _print_speed(timeline)
+    print("command: python " + " ".join(sys.argv))
+
+
+def _print_speed(timeline: pd.DataFrame) -> None:
+    """How long each arm takes to the final hypervolume of the cold search, warm start included."""
+    cold = timeline[timeline.arm == "no warm start"].groupby("seed").hypervolume.max()
+    if cold.empty:
+        return
+    goal = float(cold.mean())
+    print(f"time to the cold search's final hypervolume on val, {goal:.4f} (mean over its seeds):")
+    for arm, group in timeline.groupby("arm", sort=False):
+        times = [rows[rows.hypervolume >= goal].elapsed_s.min() for _, rows in group.groupby("seed")]
+        print(f"  {arm}: " + ", ".join("not reached" if math.isnan(t) else f"{t:.0f} s" for t in times))
+
+
+def _spread(values: pd.Series, digits: int) -> str:
+    values = values.dropna()
+    if values.empty:
+        return ""
+    mean = f"{values.mean():.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std():.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", default="resnet20-cifar10-jpeg")
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--pick", type=int, default=6)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--work", type=Path, default=Path(".search_quality"))
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "search_quality")
+    parser.add_argument("--print", action="store_true", dest="only_print")
+    options = parser.parse_args()
+    path = options.results.with_suffix(".csv")
+    for seed in map(int, options.seeds.split(",")):
+        for arm in [] if options.only_print else options.arms.split(","):
+            if path.exists():
+                done = pd.read_csv(path)
+                same = (done.study == options.study) & (done.arm == arm) & (done.seed == seed)
+                if (same & (done.minutes == options.minutes) & (done.epochs == options.epochs)).any():
+                    continue
+            print(f"{options.study}: {arm}, seed {seed}, {time.strftime('%H:%M:%S')}", file=sys.stderr, flush=True)
+            run_arm(options.study, arm, seed, options)
+    report(options)
+
+
+if __name__ == "__main__":
+    main()
