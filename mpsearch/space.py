@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -235,7 +235,7 @@ def space_names() -> list[str]:
 # ------------------------------------------------------------------------------------------------ the space itself
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Slot:
     """One decision: the precision of one tensor, in every layer that must agree on it."""
 
@@ -243,22 +243,27 @@ class Slot:
     layers: tuple[str, ...]
     choices: tuple[Precision, ...]  # in order of bits, then of quantizer
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The first layer and the tensor, as `layer1.0.conv1/weight`."""
         return f"{self.layers[0]}/{self.tensor}"
 
-    @property
+    @cached_property
     def only_bits(self) -> bool:
         """Whether the choices differ in nothing but their bits, and leave none out: an integer range."""
         bits = [choice.bits for choice in self.choices]
         same = len({(choice.quantizer, choice.granularity) for choice in self.choices}) == 1
         return same and bits == list(range(bits[0], bits[-1] + 1))
 
-    @property
+    @cached_property
     def parameter(self) -> str:
         """What Optuna knows it by: `LAYER/weight_bits` for an integer range, `LAYER/weight` for texts."""
         return f"{self.name}_bits" if self.only_bits else self.name
+
+    @cached_property
+    def by_value(self) -> Mapping[int | str, Precision]:
+        """The choices by the values of the parameter that stand for them."""
+        return {self.value(choice): choice for choice in self.choices}
 
     def value(self, choice: Precision) -> int | str:
         """The parameter's value that stands for a choice."""
@@ -282,7 +287,7 @@ class Slot:
         return min(self.choices, key=lambda c: (c.quantizer != "uniform", abs(c.bits - bits), -c.bits, _order(c)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SearchSpace:
     """Every config that a search may propose for one network."""
 
@@ -290,10 +295,14 @@ class SearchSpace:
     layers: tuple[str, ...]  # every quantizable layer, in execution order
     slots: tuple[Slot, ...]  # every tensor of every layer is in exactly one
 
-    @property
+    @cached_property
     def free(self) -> tuple[Slot, ...]:
         """The slots that leave something to choose."""
         return tuple(slot for slot in self.slots if len(slot.choices) > 1)
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(slot.parameter for slot in self.free)
 
     @property
     def size(self) -> int:
@@ -327,22 +336,21 @@ class SearchSpace:
         Raises:
             SpaceError: a parameter is missing, is not of this space, or has a value that is no choice.
         """
-        free = {slot.parameter: slot for slot in self.free}
-        for name in params:
-            if name not in free:
-                raise SpaceError(f"space '{self.name}' has no parameter '{name}': {_near(name, free)}")
+        if len(params) > len(self.free) or not params.keys() <= self._parameters:
+            name = next(name for name in params if name not in self._parameters)
+            names = [slot.parameter for slot in self.free]
+            raise SpaceError(f"space '{self.name}' has no parameter '{name}': {_near(name, names)}")
         chosen = []
         for slot in self.slots:
             if len(slot.choices) == 1:
                 chosen.append(slot.choices[0])
                 continue
             if slot.parameter not in params:
-                raise SpaceError(f"parameter '{slot.parameter}' is missing: give a value for each of {len(free)}")
-            by_value = {slot.value(choice): choice for choice in slot.choices}
+                raise SpaceError(f"parameter '{slot.parameter}' is missing: give a value for each of {len(self.free)}")
             given = params[slot.parameter]
-            if given not in by_value:
-                raise SpaceError(f"parameter '{slot.parameter}' is {given!r}: choose from {_listing(by_value)}")
-            chosen.append(by_value[given])
+            if given not in slot.by_value:
+                raise SpaceError(f"parameter '{slot.parameter}' is {given!r}: choose from {_listing(slot.by_value)}")
+            chosen.append(slot.by_value[given])
         return self._config(chosen)
 
     def params_of(self, config: PrecisionConfig) -> dict[str, int | str]:

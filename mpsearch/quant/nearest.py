@@ -24,6 +24,13 @@ from mpsearch.quant.rounding import with_gradient_of
 FAR = 2.0**40
 """Steps beyond this are taken as this, so that no infinity meets a zero; no level is beyond 2."""
 
+SMALL = 2**16
+"""Elements up to which a compiled sum over levels is one reduction instead of a chain of terms.
+
+The chain is faster to run, but its many operations are slow to compile: for the weights of a ResNet-20 with all types,
+194 seconds of one core against 62 (with a training step of 0.37 against 0.38 seconds).
+"""
+
 
 def magnitudes(precision: Precision, signed: bool) -> tuple[float, ...]:
     """The magnitudes l_0 = 0 < ... < l_L of a precision of type `shift` or `apot`."""
@@ -45,7 +52,9 @@ def nearest_level(v: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
         thresholds: `(L,)`, the midpoints.
     """
     magnitude = v.abs()
-    if torch.compiler.is_compiling():  # fused, and vectors where a search and a gather are not
+    if torch.compiler.is_compiling() and v.numel() <= SMALL:
+        level = (torch.diff(levels) * (magnitude.unsqueeze(-1) > thresholds)).sum(dim=-1)
+    elif torch.compiler.is_compiling():  # fused, and vectors where a search and a gather are not
         level = torch.zeros_like(v)
         for j, height in enumerate(torch.diff(levels).unbind()):
             level = level + height * (magnitude > thresholds[j])

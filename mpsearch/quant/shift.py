@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import PrecisionError
-from mpsearch.quant.nearest import LevelQuantizer, nearest_level
+from mpsearch.quant.nearest import SMALL, LevelQuantizer, nearest_level
 from mpsearch.quant.rounding import with_gradient_of
 
 ShiftGradient = Literal["sigmoid", "ste", "dsq"]
@@ -114,17 +114,14 @@ class _SigmoidLevels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, v: Tensor, levels: Tensor, slope: Tensor) -> Tensor:
         magnitude = v.abs()
-        value, derivative = torch.zeros_like(v), torch.zeros_like(v)
-        for low, high in pairwise(levels.unbind()):
-            height, tau = high - low, (high + low) / 2
-            t = torch.where(height > 0, slope / height, 0.0)
-            a, c = t * magnitude, t * tau
-            root = torch.exp(a / -4)
-            x = (root * torch.exp((c + torch.log1p(torch.exp(-2 * c))) / 4)).clamp_max(1e4).square().square()
-            square = root.square().square().square()
-            share = 1 / (1 + square + x)
-            value = value + height * (1 - square) * share
-            derivative = derivative + height * t * (4 * square + x * (1 + square)) * share * share
+        if torch.compiler.is_compiling() and v.numel() <= SMALL:
+            terms = _sigmoid_terms(magnitude.unsqueeze(-1), levels[:-1], levels[1:], slope)
+            value, derivative = (term.sum(dim=-1) for term in terms)
+        else:
+            value, derivative = torch.zeros_like(v), torch.zeros_like(v)
+            for low, high in pairwise(levels.unbind()):
+                of_value, of_derivative = _sigmoid_terms(magnitude, low, high, slope)
+                value, derivative = value + of_value, derivative + of_derivative
         ctx.save_for_backward(derivative)
         return value * v.sign()
 
@@ -132,6 +129,18 @@ class _SigmoidLevels(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (derivative,) = ctx.saved_tensors
         return grads[0] * derivative, None, None
+
+
+def _sigmoid_terms(magnitude: Tensor, low: Tensor, high: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """What the interval from `low` to `high` adds to value and derivative."""
+    height, tau = high - low, (high + low) / 2
+    t = torch.where(height > 0, slope / height, 0.0)
+    a, c = t * magnitude, t * tau
+    root = torch.exp(a / -4)
+    x = (root * torch.exp((c + torch.log1p(torch.exp(-2 * c))) / 4)).clamp_max(1e4).square().square()
+    square = root.square().square().square()
+    share = 1 / (1 + square + x)
+    return height * (1 - square) * share, height * t * (4 * square + x * (1 + square)) * share * share
 
 
 def sigmoid_levels(v: Tensor, levels: Tensor, slope: Tensor) -> Tensor:
