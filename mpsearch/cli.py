@@ -274,6 +274,51 @@ def front(
 
 
 @app.command()
+def rank(
+    run: Run,
+    proxies: Annotated[
+        str, typer.Option("--proxies", help="sensitivities to measure: kl, jeffreys, sqnr, fit")
+    ] = "kl,sqnr",
+    strata: Annotated[int, typer.Option("--strata", min=1, help="of equal numbers of trials, by cost")] = 3,
+    json_: Json = False,
+) -> None:
+    """Say how well each proxy ranks the trials that were fine-tuned: Kendall's tau, by stratum of cost."""
+    from mpsearch.record import RunFolder
+    from mpsearch.search.run import open_problem, read_spec
+    from mpsearch.warmstart.rank import ACCURACIES, proxy_tau, trials_frame
+    from mpsearch.warmstart.sensitivity import check_proxy
+    from mpsearch.warmstart.start import sensitivity_table
+
+    names = [name.strip() for name in proxies.split(",") if name.strip()]
+    for name in names:
+        check_proxy(name)
+    folder = RunFolder.open(run)
+    problem = open_problem(read_spec(folder))
+    tables = [sensitivity_table(name, problem.task, problem.graph, problem.space, folder.warmstart) for name in names]
+    frame = trials_frame(folder.records(), tables)
+    columns = [name for name in frame.columns if name not in ("cost", "accuracy")]
+    taus = proxy_tau(frame, columns, more_is_better=ACCURACIES, strata=strata, seed=problem.spec.search.seed)
+    if json_:
+        _print_json({"rows": taus.astype(object).where(taus.notna(), None).to_dict("records")})
+        return
+    table = _table("cost", ">trials", *(f">{name}" for name in columns))
+    for stratum, rows in taus.groupby("stratum", sort=False):
+        by_proxy = {str(row.proxy): row for row in rows.itertuples()}
+        cells = [_tau_text(by_proxy[name]) for name in columns]
+        table.add_row(str(stratum), str(rows.n.max()), *cells)
+    console = _console()
+    console.print(table)
+    console.print(
+        "Kendall's tau against the accuracy after fine-tuning, with its 95 % interval; 1: the same order, 0: none.",
+        highlight=False,
+    )
+
+
+def _tau_text(row: Any) -> str:
+    return "" if math.isnan(row.tau) else f"{row.tau:+.2f} ({row.low:+.2f} to {row.high:+.2f})"
+
+
+@app.command()
 def finalize(
     run: Run,
     json_: Json = False,

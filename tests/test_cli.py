@@ -374,3 +374,15 @@ def test_python_api_runs_a_study(home: Path, tmp_path: Path) -> None:
     front = library.run_study(spec, tmp_path / "run")
     assert 1 <= len(front) <= 2
     assert front.best.accuracy is not None
+
+
+def test_rank_says_how_well_proxies_foretold_the_trials(home: Path) -> None:
+    done = typed("rank", "run", "--proxies", "sqnr", "--strata", "1", "--json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    rows = {row["proxy"]: row for row in json.loads(done.stdout)["rows"]}
+    assert set(rows) == {"before", "halfway", "divergence", "sqnr"}
+    assert rows["sqnr"]["n"] >= 8
+    assert rows["sqnr"]["tau"] > 0.3  # fewer bits, less accuracy
+    assert (home / "run" / "warmstart" / "sensitivity-sqnr.json").exists()
+    assert "Kendall's tau" in typed("rank", "run", "--proxies", "sqnr", cwd=home).stdout
+    refused(typed("rank", "run", "--proxies", "hawq", cwd=home), "hawq", "kl, jeffreys")

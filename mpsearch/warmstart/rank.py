@@ -13,10 +13,36 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
-from mpsearch.errors import RunError, nearest
+from mpsearch.errors import PrecisionError, RunError, nearest
+from mpsearch.record import TrialRecord
+from mpsearch.warmstart.sensitivity import SensitivityTable
 
 ALL = "all"
+ACCURACIES = ("before", "halfway")  # proxies of which more is better
 _LEAST = 3  # trials in a stratum that has a tau
+
+
+def trials_frame(records: Sequence[TrialRecord], tables: Sequence[SensitivityTable] = ()) -> pd.DataFrame:
+    """A row per complete trial: `cost`, `accuracy`, and what might have foretold it.
+
+    Columns beside these: `before` and `halfway`, the accuracies before and in the middle of the fine-tune;
+    `divergence`, from the float network after it; and, for each table, the sum of the sensitivities, by proxy.
+    """
+    rows = []
+    for record in records:
+        if record.state != "complete":
+            continue
+        curve = dict(zip(("before", "halfway"), (accuracy for _, accuracy in record.curve[:-1]), strict=False))
+        row = {"cost": record.cost, "accuracy": record.accuracy, "before": nan, "halfway": nan} | curve
+        row["divergence"] = nan if record.divergence is None else record.divergence
+        for table in tables:
+            try:
+                row[table.proxy] = table.total(record.config)
+            except PrecisionError:  # a config from elsewhere, with precisions that the space does not have
+                row[table.proxy] = nan
+        rows.append(row)
+    columns = ["cost", "accuracy", "before", "halfway", "divergence", *(table.proxy for table in tables)]
+    return pd.DataFrame(rows, columns=columns).astype(float)
 
 
 def proxy_tau(

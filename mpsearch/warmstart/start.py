@@ -71,7 +71,9 @@ def warm_start(
     allocated: list[PrecisionConfig] = []
     combined: list[PrecisionConfig] = []
     if settings.ilp or settings.combinations:
-        table = _table(task, graph, space, folder, on_progress)
+        on_progress("sensitivity", 0, 1)
+        table = sensitivity_table("kl", task, graph, space, folder)
+        on_progress("sensitivity", 1, 1)
         combined = global_combinations(space, cost, table, settings.combinations)
     if settings.ilp:
         cheapest = min(map(cost, space.ladder()))
@@ -165,17 +167,18 @@ def _descent(
     return descent
 
 
-def _table(
-    task: Task, graph: ModelGraph, space: SearchSpace, folder: Path, on_progress: Callable[[str, int, int], None]
-) -> SensitivityTable:
-    path = folder / "sensitivity.json"
+def sensitivity_table(proxy: str, task: Task, graph: ModelGraph, space: SearchSpace, folder: Path) -> SensitivityTable:
+    """The table of a proxy: from the warm start's folder, or measured and put there.
+
+    Raises:
+        MpsearchError: no such proxy.
+    """
+    path = folder / ("sensitivity.json" if proxy == "kl" else f"sensitivity-{proxy}.json")
     if path.exists():
         return SensitivityTable.load(path)
-    on_progress("sensitivity", 0, 1)
     x = task.calibration_input(SENSITIVITY_SAMPLES)
-    table = measure("kl", task.float_model(), graph.layers, space, x, task.logits)
+    table = measure(proxy, task.float_model(), graph.layers, space, x, task.logits)
     folder.mkdir(parents=True, exist_ok=True)
     table.save(path)
-    on_progress("sensitivity", 1, 1)
-    logger.info("sensitivity: %d entries in %.0f s", len(table), table.seconds)
+    logger.info("sensitivity (%s): %d entries in %.0f s", proxy, len(table), table.seconds)
     return table

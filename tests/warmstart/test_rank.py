@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
 from mpsearch.errors import RunError
-from mpsearch.warmstart.rank import proxy_tau
+from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.record import TrialRecord
+from mpsearch.warmstart.rank import proxy_tau, trials_frame
+from mpsearch.warmstart.sensitivity import SensitivityTable
 
 
 def trials(count: int = 40, seed: int = 0) -> pd.DataFrame:
@@ -82,3 +87,21 @@ def test_what_cannot_be_ranked_is_nan_and_missing_values_are_left_out() -> None:
 def test_a_missing_column_is_named() -> None:
     with pytest.raises(RunError, match="no column 'wisse': did you mean 'wise'"):
         proxy_tau(trials(), ["wisse"], seed=0)
+
+
+def test_what_a_study_knows_of_its_trials_is_ranked() -> None:
+    config = PrecisionConfig({"fc": LayerPrecision.shorthand("w4a4")})
+    layer = config["fc"]
+    entries = {("fc", "weight", layer.weight): 0.25, ("fc", "activation", layer.activation): 0.5}
+    table = SensitivityTable("kl", entries, 1, 0.0)
+    known = TrialRecord(config, "complete", 0.9, 0.3, curve=((0, 0.5), (75, 0.8), (150, 0.9)), divergence=0.1)
+    brief = TrialRecord(config, "complete", 0.6, 0.3, curve=((0, 0.6),))
+    foreign = replace(known, config=PrecisionConfig({"fc": LayerPrecision.shorthand("w5a4")}))
+    stopped = replace(known, state="stopped")
+    frame = trials_frame([known, brief, foreign, stopped], [table])
+    assert frame.iloc[0].to_dict() == {
+        "cost": 0.3, "accuracy": 0.9, "before": 0.5, "halfway": 0.8, "divergence": 0.1, "kl": 0.75
+    }  # fmt: skip
+    assert len(frame) == 3
+    assert frame.halfway.isna().tolist() == [False, True, False]
+    assert frame.kl.isna().tolist() == [False, False, True]
