@@ -132,16 +132,16 @@ _NAMES = (
 
 
 def _packed_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """The state dict under the names of `nn.MultiheadAttention`; left alone where a library has its own tensors."""
+    """The state dict under the names of `nn.MultiheadAttention`.
+
+    Left alone: the variables themselves (`keep_vars=True`), which only the projections have, and tensors of a library.
+    """
     for whole, parts, packed in _NAMES:
         values = [state_dict.get(prefix + part) for part in parts]
-        if packed in (None, cast(OpenAttention, module).packed) and all(type(v) in _PLAIN for v in values):
+        if packed in (None, cast(OpenAttention, module).packed) and all(type(value) is Tensor for value in values):
             for part in parts:
                 del state_dict[prefix + part]
             state_dict[prefix + whole] = torch.cat(cast(list[Tensor], values))
-
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def _thirds(packed: nn.Parameter | None) -> tuple[nn.Parameter | None, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.models import swin_transformer as swin
 
 import mpsearch
+from mpsearch.exporters import packed
 from mpsearch.graph.attention import OpenAttention, open_attention
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.prepare import quant_layers
@@ -85,6 +87,7 @@ def test_the_state_dict_is_the_originals_in_both_directions(options: dict[str, o
     module, other = nn.Sequential(attention(**options)), nn.Sequential(attention(**options))
     state, twin = module.state_dict(), open_attention(other)
     assert twin.state_dict().keys() == state.keys()
+    assert twin.state_dict(keep_vars=True)["0.q_proj.weight"] is twin[0].q_proj.weight
     twin.load_state_dict(state)
     for name, value in copy.deepcopy(twin).state_dict().items():
         assert torch.equal(value, state[name]), name
@@ -176,7 +179,8 @@ class Attends(nn.Module):
         return self.classify((rows + attended).mean(1))  # type: ignore[no-any-return]
 
 
-def test_quantized_projections_train_and_come_back_from_an_export(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("to", "load"), [("native", mpsearch.load), ("packed", packed.load)])
+def test_quantized_projections_train_and_come_back_from_an_export(to: str, load: Any, tmp_path: Path) -> None:
     model, x = Attends(), torch.randn(16, 1, 8, 8)
     graph = mpsearch.inspect_model(model, x)
     names = [layer.name for layer in graph.quantizable]
@@ -199,9 +203,9 @@ def test_quantized_projections_train_and_come_back_from_an_export(tmp_path: Path
     assert all(not torch.equal(before[name], layer.weight) for name, layer in layers.items())  # type: ignore[arg-type]
     assert {"attention.in_proj_weight", "attention.out_proj.weight"} <= quantized.state_dict().keys()
     quantized.eval()
-    mpsearch.export(mpsearch.QuantizedNetwork(quantized, graph.layers, "attends", "noise"), "native", tmp_path / "out")
+    mpsearch.export(mpsearch.QuantizedNetwork(quantized, graph.layers, "attends", "noise"), to, tmp_path / "out")
     with torch.no_grad():
-        assert torch.equal(mpsearch.load(model, tmp_path / "out")(x), quantized(x))
+        assert torch.equal(load(model, tmp_path / "out")(x), quantized(x))
 
 
 def test_every_trial_starts_from_the_float_projections() -> None:
