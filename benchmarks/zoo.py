@@ -7,8 +7,8 @@ has a line per model: pass, or the reason why not; what stays float is named bel
         [--results benchmarks/results/zoo.jsonl]
 
 Models that passed according to the results file are not run again; `--print` runs none. Images are of 64 pixels where
-the network takes them. A network of n parameters needs about 20 n bytes: itself, its quantized copy, gradients, and
-the copy that is loaded back.
+the network takes them, and ranges are the best of a few candidates: what is asked is whether it works, not how well.
+A network of n parameters needs about 20 n bytes: itself, its quantized copy, gradients, and the copies of an export.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torchvision
 from torch import nn
 
 import mpsearch
+from mpsearch.quant import ranges
 
 WEIGHTS = ["uniform:4", "shift:3", "apot:4", "uniform:8/tensor"]
 ACTIVATIONS = ["uniform:8", "shift:4", "uniform:4", "apot:5", "uniform:6"]
@@ -35,6 +36,8 @@ W8A8 = mpsearch.LayerPrecision.shorthand("w8a8")
 
 SIZES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56}
 """Where 64 does not do: auxiliary classifiers, windows of a fixed number, patches of 14."""
+
+ranges.COARSE, ranges.FINE, ranges.ENDS = 4, 1, 4
 
 
 def build(name: str) -> tuple[nn.Module, torch.Tensor]:

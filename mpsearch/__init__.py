@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mpsearch.exporters.native import load as load
     from mpsearch.exporters.network import QuantizedNetwork as QuantizedNetwork
     from mpsearch.exporters.read import read_config as read_config
+    from mpsearch.graph.attention import open_attention as open_attention
     from mpsearch.graph.layers import inspect_model as inspect_model
     from mpsearch.precision import LayerPrecision as LayerPrecision
     from mpsearch.precision import Precision as Precision
@@ -40,6 +41,7 @@ _PUBLIC = {
     "inspect_model": "mpsearch.graph.layers",
     "load": "mpsearch.exporters.native",
     "load_study": "mpsearch.study",
+    "open_attention": "mpsearch.graph.attention",
     "prepare": "mpsearch.quant.prepare",
     "prepare_for_training": "mpsearch.quant.prepare",
     "read_config": "mpsearch.exporters.read",

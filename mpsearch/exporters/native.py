@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mpsearch.errors import ExportError, PrecisionError, nearest
 from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.exporters.plain import plain_layer, with_layers, without_quantizers
-from mpsearch.graph.attention import opened
+from mpsearch.graph.attention import open_attention
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import PrecisionConfig
 from mpsearch.quant.modules import QUANT_LAYERS
@@ -98,7 +98,7 @@ def restored(model: nn.Module, document: Mapping[str, Any], folder: Path) -> tup
     """
     config = _checked_config(document, folder)
     model = _restructured(model, document, folder)
-    model = opened(model)
+    model = open_attention(model)
     modules = dict(model.named_modules())
     infos = [_info(name, modules, document, folder) for name in config]
     return insert_quantizers(model, infos, config.offers), config

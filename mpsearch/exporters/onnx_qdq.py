@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -139,9 +139,8 @@ def _activation(marker: NodeProto, layer: QuantLayer) -> tuple[list[NodeProto], 
 
 
 def _integers(name: str, kind: str, values: Any) -> TensorProto:
-    from onnx import TensorProto, helper
+    """Integers in as many bits as they have; as a list of numbers, each negative one would take ten bytes."""
+    from onnx import TensorProto, helper, numpy_helper
 
-    made: TensorProto = helper.make_tensor(
-        name, getattr(TensorProto, kind), values.shape, cast(Any, values.astype(np.int64).flatten().tolist())
-    )
-    return made
+    dtype = helper.tensor_dtype_to_np_dtype(getattr(TensorProto, kind))
+    return numpy_helper.from_array(np.asarray(values).astype(dtype), name)

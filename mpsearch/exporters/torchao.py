@@ -1,6 +1,7 @@
 """torchao: integer weights for its `quantize_`, one `IntxWeightOnlyConfig` per layer in an `FqnToConfig`.
 
-- `torchao.json` is that config, as `torchao.core.config.config_to_dict` writes it.
+- `torchao.json` is that config, as `torchao.core.config.config_to_dict` writes it. It names layers, those of
+  `mpsearch.open_attention(model)` where a model packs the projections of its attention.
 - `model.safetensors` is the float network's state dict, its weights on their grid; `scales.safetensors` our scales.
 
 `quantize_` would take each scale from the largest weight; `load` hands it ours instead: its codes are our codes.

@@ -1,7 +1,7 @@
 """Attention whose projections are layers: each is called, and thus seen, priced and quantized like any other.
 
 torch's and torchvision's attention multiplies by the weights of projections that it never calls, some packed into one
-matrix. `opened` puts modules in their place that compute the same and call a layer for each projection:
+matrix. `open_attention` puts modules in their place that compute the same and call a layer for each projection:
 
 - `nn.MultiheadAttention`: `q_proj`, `k_proj`, `v_proj`, `out_proj`; its state dict keeps the packed names and tensors;
 - torchvision's shifted windows (Swin, Swin V2): `qkv`, `proj`, which were there.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-def opened(model: nn.Module) -> nn.Module:
+def open_attention(model: nn.Module) -> nn.Module:
     """`model` with every attention opened; a copy that shares its parameters, or itself where nothing is to open.
 
     Attention with a forward of its own (a subclass) stays as it is.
@@ -132,16 +132,16 @@ _NAMES = (
 
 
 def _packed_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """The state dict under the names of `nn.MultiheadAttention`; left alone where a library has its own tensors."""
+    """The state dict under the names of `nn.MultiheadAttention`.
+
+    Left alone: the variables themselves (`keep_vars=True`), which only the projections have, and tensors of a library.
+    """
     for whole, parts, packed in _NAMES:
         values = [state_dict.get(prefix + part) for part in parts]
-        if packed in (None, cast(OpenAttention, module).packed) and all(type(v) in _PLAIN for v in values):
+        if packed in (None, cast(OpenAttention, module).packed) and all(type(value) is Tensor for value in values):
             for part in parts:
                 del state_dict[prefix + part]
             state_dict[prefix + whole] = torch.cat(cast(list[Tensor], values))
-
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def _thirds(packed: nn.Parameter | None) -> tuple[nn.Parameter | None, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mpsearch.errors import MpsearchError, TaskError
-from mpsearch.graph.attention import opened
+from mpsearch.graph.attention import open_attention
 from mpsearch.graph.groups import connected
 from mpsearch.graph.observe import Observation, Usage, observe, tensor_key, tensors
 
@@ -96,7 +96,7 @@ def inspect_model(model: nn.Module, example_input: Any, batch_size: int | None =
     The multiply-accumulates are those of `torch.utils.flop_counter`, halved, with attention and recurrent layers in
     their unfused form, divided by the batch size. Work that is done once per batch (a table of relative positions) is
     shared among its samples, rounded up: give a batch of one for the numbers at batch one. The model is left as it was.
-    Attention is seen as `mpsearch.graph.attention.opened` makes it: its projections are layers.
+    Attention is seen as `mpsearch.open_attention` gives it: its projections are layers.
 
     Args:
         model: a plain module with trained weights, on the device of the input.
@@ -109,7 +109,7 @@ def inspect_model(model: nn.Module, example_input: Any, batch_size: int | None =
             input, or has no layer that can be quantized.
     """
     _check(model)
-    model = opened(model)
+    model = open_attention(model)
     samples = _batch_size(example_input) if batch_size is None else batch_size
     try:
         seen = observe(model, example_input, tuple(KINDS))

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mpsearch.graph.attention import opened
+from mpsearch.graph.attention import open_attention
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.ptq.flow import Normal, blocks, out_channels
 from mpsearch.quant.prepare import quant_layers
@@ -38,7 +38,7 @@ def fold_batch_norms(model: nn.Module, layers: Sequence[LayerInfo]) -> FloatNet:
     Left alone, with a note: a BatchNorm behind several layers or without running statistics, and a layer that shares
     its weight. The statistics of what was folded stay: behind it each channel has mean beta and deviation |gamma|.
     """
-    model = copy.deepcopy(opened(model)).eval()
+    model = copy.deepcopy(open_attention(model)).eval()
     modules = dict(model.named_modules())
     folded, notes = foldable(modules, layers)
     outputs: dict[str, Normal] = {}
@@ -125,7 +125,7 @@ def restructure(model: nn.Module, folded: Mapping[str, str], relu6: Iterable[str
         relu6: the ReLU6 modules that became ReLU.
         biased: the layers that have a bias.
     """
-    model = copy.deepcopy(opened(model))
+    model = copy.deepcopy(open_attention(model))
     for layer, norm in folded.items():
         fold(model, layer, norm)
     for name in relu6:

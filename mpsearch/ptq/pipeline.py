@@ -23,7 +23,7 @@ from torch import nn
 from mpsearch.errors import PrecisionError, TaskError, nearest
 from mpsearch.exporters.native import save
 from mpsearch.exporters.network import QuantizedNetwork
-from mpsearch.graph.attention import opened
+from mpsearch.graph.attention import open_attention
 from mpsearch.graph.layers import LayerInfo, inspect_model
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
 from mpsearch.ptq.adaround import STEPS, adaround, input_of
@@ -244,7 +244,7 @@ def set_logits_range(model: nn.Module, name: str, precision: Precision, calibrat
 def _layers(model: nn.Module, calibration_input: Any | None) -> tuple[LayerInfo, ...]:
     if calibration_input is not None:
         return inspect_model(model, calibration_input).layers
-    flow = trace(copy.deepcopy(opened(model)).eval())
+    flow = trace(copy.deepcopy(open_attention(model)).eval())
     layers = () if flow is None else flow.layers()
     if not layers:
         raise TaskError(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import PrecisionError, nearest
-from mpsearch.graph.attention import opened
+from mpsearch.graph.attention import open_attention
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import Offer, Precision, PrecisionConfig
 from mpsearch.quant.modules import UNIFORM, QuantLayer, quantized
@@ -35,14 +35,14 @@ def insert_quantizers(
 ) -> nn.Module:
     """A copy of `model` whose quantizable layers are quantized layers at float precision: it computes the same.
 
-    Layers with a `reason` are left as they are. A module used under two names stays one module. Attention is `opened`.
+    Layers with a `reason` are left as they are. A module used under two names stays one module. See `open_attention`.
 
     Args:
         model: the float model.
         layers: its layers.
         offers: layer name -> the quantizer types that it can switch between; only uniform where none are given.
     """
-    model = copy.deepcopy(opened(model))
+    model = copy.deepcopy(open_attention(model))
     modules = dict(model.named_modules())
     for layer in layers:
         if layer.reason is not None:
@@ -196,7 +196,7 @@ def weight_rows(layer: QuantLayer) -> Tensor:
 def sample_inputs(model: nn.Module, names: Sequence[str], calibration_input: Any) -> dict[str, Tensor]:
     """Up to ACTIVATION_SAMPLES values of each named layer's input, taken at even strides from one forward pass."""
     samples: dict[str, list[Tensor]] = {name: [] for name in names}
-    model = opened(model)
+    model = open_attention(model)
     modules = dict(model.named_modules())
 
     def keep(name: str) -> Any:

@@ -67,11 +67,13 @@ def test_torchao_own_function_takes_the_config(tmp_path: Path) -> None:
     from torchao.quantization import quantize_
 
     model, x = vision_transformer()
+    model = mpsearch.open_attention(model)  # a config names the projections, which are layers there
     network = quantized(model, x, ["uniform:4", "uniform:8"], ["float"], kinds="linear")
     folder = mpsearch.export(network, "torchao", tmp_path / "out").path
     quantize_(model, config_from_dict(json.loads((folder / "torchao.json").read_text())), filter_fn=None)
     wanted = {name: p.weight.bits for name, p in network.config.items() if not p.weight.is_float}
     assert set(wanted.values()) == {4, 8}
+    assert sum(name.endswith(("q_proj", "k_proj", "v_proj", "out_proj")) for name in wanted) == 2 * 4
     for name, bits in wanted.items():
         assert str(model.get_submodule(name).weight.target_dtype) == f"torch.int{bits}"
 

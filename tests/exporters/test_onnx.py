@@ -97,6 +97,7 @@ def test_qdq_takes_the_narrowest_container_and_says_the_true_width(
     proto, manifest = onnx.load(folder / "model.onnx"), json.loads((folder / "export.json").read_text())
     codes = next(c for c in proto.graph.initializer if c.name.endswith("_codes"))
     assert codes.data_type == getattr(onnx.TensorProto, kind)
+    assert len(codes.raw_data) == 8 * 16 * onnx_qdq.container(bits) // 8
     assert {entry.domain: entry.version for entry in proto.opset_import}[""] == opset
     odd = {"0 weight": {"bits": bits, "container": onnx_qdq.container(bits)}}
     assert manifest["in_wider_containers"] == (odd if bits in (1, 3) else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torchvision.models import swin_transformer as swin
 
 import mpsearch
-from mpsearch.graph.attention import OpenAttention, opened
+from mpsearch.exporters import packed
+from mpsearch.graph.attention import OpenAttention, open_attention
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.prepare import quant_layers
 from mpsearch.search.trial import Workbench
@@ -53,7 +55,7 @@ def close(one: Tensor | None, other: Tensor | None) -> None:
 )
 def test_opened_attention_computes_the_same_from_the_same_parameters(options: dict[str, object]) -> None:
     module = attention(**options)
-    twin = opened(module)
+    twin = open_attention(module)
     assert isinstance(twin, OpenAttention)
     q, k, v = torch.randn(N, L, E), torch.randn(N, S, module.kdim), torch.randn(N, S, module.vdim)
     padding = torch.arange(S) >= torch.tensor([[7], [4], [6]])
@@ -83,8 +85,9 @@ def test_opened_attention_computes_the_same_from_the_same_parameters(options: di
 @pytest.mark.parametrize("options", [{}, {"bias": False, "add_bias_kv": True}, {"kdim": 6, "vdim": 4}])
 def test_the_state_dict_is_the_originals_in_both_directions(options: dict[str, object]) -> None:
     module, other = nn.Sequential(attention(**options)), nn.Sequential(attention(**options))
-    state, twin = module.state_dict(), opened(other)
+    state, twin = module.state_dict(), open_attention(other)
     assert twin.state_dict().keys() == state.keys()
+    assert twin.state_dict(keep_vars=True)["0.q_proj.weight"] is twin[0].q_proj.weight
     twin.load_state_dict(state)
     for name, value in copy.deepcopy(twin).state_dict().items():
         assert torch.equal(value, state[name]), name
@@ -96,15 +99,15 @@ def test_the_state_dict_is_the_originals_in_both_directions(options: dict[str, o
 def test_opening_leaves_the_model_alone_and_does_not_copy_its_weights() -> None:
     model = nn.Sequential(nn.Linear(E, E), attention())
     model[1].in_proj_weight.requires_grad_(False)
-    twin = opened(model)
+    twin = open_attention(model)
     assert type(model[1]) is nn.MultiheadAttention
     assert twin[0].weight is model[0].weight
     assert twin[1].k_proj.weight.data_ptr() == model[1].in_proj_weight[E:].data_ptr()
     assert not twin[1].k_proj.weight.requires_grad
     assert twin[1].k_proj.bias.requires_grad
     plain = nn.Sequential(nn.Linear(E, E))
-    assert opened(plain) is plain
-    assert opened(twin) is twin
+    assert open_attention(plain) is plain
+    assert open_attention(twin) is twin
 
 
 def test_attention_with_a_forward_of_its_own_stays() -> None:
@@ -113,13 +116,13 @@ def test_attention_with_a_forward_of_its_own_stays() -> None:
             return super().forward(*args, **kwargs)[0]  # type: ignore[arg-type]
 
     model = nn.Sequential(Own(E, HEADS))
-    assert opened(model) is model
+    assert open_attention(model) is model
 
 
 def test_a_transformer_calls_its_projections_also_where_torch_would_fuse_them() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, HEADS, 16, batch_first=True), 2).eval()
     x, padding = torch.randn(N, L, E), torch.arange(L) >= torch.tensor([[5], [3], [4]])
-    twin = opened(encoder)
+    twin = open_attention(encoder)
     called: list[str] = []
     for name, module in twin.named_modules():
         if name.endswith(PROJECTIONS):
@@ -151,7 +154,7 @@ def test_shifted_windows_compute_the_same(block: type[nn.Module], size: int) -> 
         if name.endswith("bias"):
             nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 3, size, size)
-    twin = opened(model)
+    twin = open_attention(model)
     close(model(x), twin(x))
     assert twin.state_dict().keys() == model.state_dict().keys()
     traced = torch.fx.symbolic_trace(twin)
@@ -176,7 +179,8 @@ class Attends(nn.Module):
         return self.classify((rows + attended).mean(1))  # type: ignore[no-any-return]
 
 
-def test_quantized_projections_train_and_come_back_from_an_export(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("to", "load"), [("native", mpsearch.load), ("packed", packed.load)])
+def test_quantized_projections_train_and_come_back_from_an_export(to: str, load: Any, tmp_path: Path) -> None:
     model, x = Attends(), torch.randn(16, 1, 8, 8)
     graph = mpsearch.inspect_model(model, x)
     names = [layer.name for layer in graph.quantizable]
@@ -199,9 +203,9 @@ def test_quantized_projections_train_and_come_back_from_an_export(tmp_path: Path
     assert all(not torch.equal(before[name], layer.weight) for name, layer in layers.items())  # type: ignore[arg-type]
     assert {"attention.in_proj_weight", "attention.out_proj.weight"} <= quantized.state_dict().keys()
     quantized.eval()
-    mpsearch.export(mpsearch.QuantizedNetwork(quantized, graph.layers, "attends", "noise"), "native", tmp_path / "out")
+    mpsearch.export(mpsearch.QuantizedNetwork(quantized, graph.layers, "attends", "noise"), to, tmp_path / "out")
     with torch.no_grad():
-        assert torch.equal(mpsearch.load(model, tmp_path / "out")(x), quantized(x))
+        assert torch.equal(load(model, tmp_path / "out")(x), quantized(x))
 
 
 def test_every_trial_starts_from_the_float_projections() -> None:
