@@ -3,7 +3,9 @@
     python benchmarks/descent.py [--study resnet20-cifar10-jpeg] [--seeds 0,1,2] [--steps 600]
         [--budgets 0.55,0.4,0.3,0.23] [--work .descent] [--threads 2]
 
-One descent a seed, kept under `--work` and not run again. X `rank correlation`: Spearman's, of the learned bits of all tensors between two seeds, the mean of all pairs.
+One descent a seed, kept under `--work` and not run again. `imbalance` is the deviation of log2 of the marginals (loss
+that a bit saves per unit of cost) over the tensors that are not at an end of their range: 0 at an optimum. `rank
+correlation`: Spearman's, of the learned bits of all tensors between two seeds, the mean of all pairs.
 """
 
 from __future__ import annotations
