@@ -2,6 +2,7 @@
 
     python benchmarks/search_quality.py [--study resnet20-cifar10-jpeg] [--arms full,cold,...] [--seeds 0,1,2]
         [--minutes 8] [--epochs 1] [--work .search_quality] [--results benchmarks/results/search_quality] [--print]
+        [--picture search_quality.html]
 
 Each arm is a run of the command line with a compiler cache of its own, so that its time holds everything: descent,
 sensitivities, compilation, trials. Then points of its front are trained for `--epochs` and scored on val and on test,
@@ -185,7 +186,37 @@ def report(options: argparse.Namespace) -> None:
     timeline = pd.read_csv(_time_path(options.results))
     timeline = timeline[(timeline.study == options.study) & (timeline.minutes == options.minutes)]
     _print_speed(timeline)
+    if options.picture is not None:
+        picture(points, timeline, options.picture)
     print("command: python " + " ".join(sys.argv))
+
+
+def picture(points: pd.DataFrame, timeline: pd.DataFrame, path: Path) -> None:
+    """Test accuracy against cost after the final training, and hypervolume on val over time: a line an arm and seed."""
+    import plotly.colors
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    titles = ("after final training, test", "during the search, val")
+    figure = make_subplots(rows=1, cols=2, subplot_titles=titles)
+    arms = [arm for arm in ARMS if arm in set(points.arm)]
+    for arm, colour in zip(arms, plotly.colors.qualitative.Safe, strict=False):
+        style = {"legendgroup": arm, "name": arm, "line": {"color": colour, "width": 1.5}}
+        for index, (_, group) in enumerate(points[points.arm == arm].groupby("seed")):
+            front = group.sort_values("cost")
+            front = front[front.test >= front.test.cummax()]
+            line = go.Scatter(x=front.cost, y=100 * front.test, mode="lines+markers", showlegend=not index, **style)
+            figure.add_trace(line, row=1, col=1)
+        for _, group in timeline[timeline.arm == arm].groupby("seed"):
+            steps = go.Scatter(x=group.elapsed_s, y=group.hypervolume, mode="lines", showlegend=False, **style)
+            figure.add_trace(steps.update(line_shape="hv"), row=1, col=2)
+    figure.update_xaxes(title="cost, relative to W8A8", type="log", row=1, col=1)
+    figure.update_yaxes(title="accuracy, %", row=1, col=1)
+    figure.update_xaxes(title="seconds, warm start included", row=1, col=2)
+    figure.update_yaxes(title="hypervolume", row=1, col=2)
+    figure.update_layout(template="plotly_white", width=1200, height=480, legend={"orientation": "h", "y": -0.2})
+    figure.write_html(path, include_plotlyjs=True)
+    print(f"picture: {path}")
 
 
 def _print_speed(timeline: pd.DataFrame) -> None:
@@ -219,6 +250,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--work", type=Path, default=Path(".search_quality"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "search_quality")
+    parser.add_argument("--picture", type=Path, help="an HTML file to write")
     parser.add_argument("--print", action="store_true", dest="only_print")
     options = parser.parse_args()
     path = options.results.with_suffix(".csv")
