@@ -320,3 +320,29 @@ def test_sampler_comes_nearer_to_the_known_optimum_than_random_search(sampler):
     gaps = {name: [gap(name, seed) for seed in range(5)] for name in (sampler, "random")}
     assert min(gaps[sampler]) >= 0
     assert np.mean(gaps[sampler]) < 0.7 * np.mean(gaps["random"]), gaps  # 0.5 when this was written
+
+
+def test_without_a_sampler_the_controls_and_anchors_are_all():
+    space = make_space()
+    anchor = space.sample(np.random.default_rng(1))
+    search = controller(space, sampler="none", trials=100, anchors=[("ilp", anchor)])
+    assert [record.config for record in run(search)] == [*space.ladder(), anchor]
+    assert "no sampler" in search.stop_reason
+
+
+def test_a_trial_is_told_the_halfway_accuracy_below_which_it_may_stop_and_a_control_is_not():
+    search = controller(trials=LADDER + 2)
+    while (proposal := search.ask()).origin == "uniform":
+        assert proposal.bar is None
+        end = truth(proposal.config)
+        curve = ((0, 0.1), (75, end - 0.125), (150, end))
+        search.tell(proposal, TrialRecord(proposal.config, "complete", accuracy=end, curve=curve))
+    best = max(truth(rung) for rung in make_space().ladder() if relative_cost(rung) <= proposal.cost)
+    assert proposal.bar == pytest.approx(best - 0.125)
+    off = controller(trials=LADDER + 2, stop_dominated=False, records=[answer_of(search, proposal)])
+    assert all(p.bar is None for p in iter(off.ask, None))
+
+
+def answer_of(search: SearchController, proposal: Proposal) -> TrialRecord:
+    record = TrialRecord(proposal.config, "complete", accuracy=0.5, curve=((0, 0.1), (75, 0.2), (150, 0.5)))
+    return search.tell(proposal, record)

@@ -23,12 +23,13 @@ from mpsearch.warmstart.start import StartWeights, rounded, warm_start
 
 BUDGETS = (0.5, 0.25)
 STEPS = 80
+WITHOUT_CONTROLS = ("warm_start.ilp=false", "warm_start.combinations=0")
 
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     torch.set_num_threads(1)
-    overrides = ["task.float_epochs=5", "warm_start.method=gdnsq", f"warm_start.steps={STEPS}", "trial.steps=4"]
+    overrides = ["task.float_epochs=5", f"warm_start.steps={STEPS}", "trial.steps=4", *WITHOUT_CONTROLS]
     return open_problem(mpsearch.load_study("digits", [*overrides, f"warm_start.budgets={list(BUDGETS)}"]))
 
 
@@ -186,13 +187,16 @@ def test_a_warm_start_is_paid_for_once(problem: Problem, tmp_path: Path, monkeyp
     monkeypatch.setattr(start, "descend", None)
     monkeypatch.setattr(start, "measure", None)
     assert once() == anchors
+    settings = spec.warm_start.model_copy(update={"combinations": 2})
+    spec = spec.model_copy(update={"warm_start": settings})
+    assert [origin for origin, _ in once()] == ["descent", "descent", "ilp", "ilp", *["uniform"] * 2, *["descent"] * 4]
 
 
 def test_a_study_tries_what_was_learned_and_resumes_without_a_second_descent(
     problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = ["task.float_epochs=5", "engine.address=none", "trial.steps=2", "search.trials=10"]
-    warm = ["warm_start.method=gdnsq", "warm_start.steps=20", "warm_start.budgets=[0.5]", "warm_start.neighbours=2"]
+    warm = [*WITHOUT_CONTROLS, "warm_start.steps=20", "warm_start.budgets=[0.5]", "warm_start.neighbours=2"]
     seen: list[tuple[str, int, int]] = []
     mpsearch.run_study(
         mpsearch.load_study("digits", [*overrides, *warm]),
