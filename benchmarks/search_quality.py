@@ -46,6 +46,7 @@ ARMS: dict[str, list[str]] = {
     "no weight reuse": [*WARM, "warm_start.reuse_weights=false"],
     "no surrogate": [*WARM, "search.sampler=nsga2"],
     "no stopping": [*WARM, "search.stop_dominated=false"],
+    "all types": [*WARM, "space=MIXED"],
     "random": [*COLD, "search.sampler=random"],
     "tpe": [*COLD, "search.sampler=tpe"],
     "ilp ladder": [*COLD, "warm_start.ilp=true", "search.sampler=none"],
@@ -60,11 +61,15 @@ ARMS: dict[str, list[str]] = {
 }
 
 
+MIXED = {"digits": "digits_mixed"}  # the space with all quantizer types, by study; default: resnet_mixed
+
+
 def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> None:
     """Run one arm with one seed and append its rows."""
     folder = options.work / f"{study}-{options.minutes:g}min-{arm.replace(' ', '-')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    overrides = [*ARMS[arm], f"search.seed={seed}", f"warm_start.seed={seed}", f"trial.seed={seed}", *options.set]
+    own = [override.replace("MIXED", MIXED.get(study, "resnet_mixed")) for override in ARMS[arm]]
+    overrides = [*own, f"search.seed={seed}", f"warm_start.seed={seed}", f"trial.seed={seed}", *options.set]
     overrides += ["search.trials=100000", f"final.epochs={options.epochs:g}", f"final.pick={options.pick}"]
     overrides += ["final.seeds=1"]
     command = [str(Path(sys.executable).parent / "mpsearch"), "run", study, "--out", str(folder / "run"), "--json"]

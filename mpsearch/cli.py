@@ -315,7 +315,7 @@ def rank(
 
 
 def _tau_text(row: Any) -> str:
-    return "" if math.isnan(row.tau) else f"{row.tau:+.2f} ({row.low:+.2f} to {row.high:+.2f})"
+    return "" if math.isnan(row.tau) else f"{row.tau:+.2f} ({row.low:.1f} to {row.high:.1f})"
 
 
 @app.command()
