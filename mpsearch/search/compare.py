@@ -15,10 +15,10 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def paired(a: Sequence[str], b: Sequence[str], confidence: float = 0.95) -> Diff
         raise ValueError(f"correctness of {ours.size} and {theirs.size} samples: they must be the same samples")
     difference = ours - theirs
     mean = float(difference.mean())
-    reach = float(norm.ppf((1 + confidence) / 2) * difference.std() / np.sqrt(difference.size))
+    reach = float(NormalDist().inv_cdf((1 + confidence) / 2) * difference.std() / np.sqrt(difference.size))
     return Difference(mean, mean - reach, mean + reach)
 
 
