@@ -69,9 +69,9 @@ def test_thousand_digits_get_the_same_answers(
     assert np.median(np.abs(ours - theirs)) < 1e-6
 
 
-def small(weight: str, activation: str) -> tuple[mpsearch.QuantizedNetwork, Tensor]:
+def small(weight: str, activation: str, *sequence: int) -> tuple[mpsearch.QuantizedNetwork, Tensor]:
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(64, 16)
+    model, x = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(64, *sequence, 16)
     layers = inspect_model(model, x).layers
     config = PrecisionConfig({"0": LayerPrecision.parse(weight, activation)})
     quantized = mpsearch.prepare(model, config, x, layers).eval()
@@ -84,6 +84,20 @@ def test_every_width_is_exact_in_a_single_layer(to: str, bits: int, tmp_path: Pa
     network, x = small(f"uniform:{bits}", f"uniform:{9 - bits}")
     path = mpsearch.export(network, to, tmp_path / "out").path / "model.onnx"
     np.testing.assert_allclose(RUN[to](path, x), network.model(x).detach().numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [1, 2, 5, 8])
+def test_linear_layers_of_sequences_run_at_every_width(weight: int, tmp_path: Path) -> None:
+    """A MatMul instead of a Gemm, which onnxruntime fuses with its quantizers, and would where it cannot: INT2."""
+    for activation in (1, 8) if weight < 8 else (2, 4):
+        network, x = small(f"uniform:{weight}", f"uniform:{activation}", 5)
+        exported = mpsearch.export(network, "onnx", tmp_path / str(activation)).path
+        ours, theirs = network.model(x).detach().numpy(), run_onnxruntime(exported / "model.onnx", x)
+        np.testing.assert_allclose(theirs, ours, rtol=0, atol=2e-6)
+        wider = json.loads((exported / "export.json").read_text())["in_wider_containers"]
+        containers = {1: 4, 2: 4, 3: 4, 5: 8, 6: 8, 7: 8}
+        assert wider.get("0 weight", {}).get("container") == containers.get(weight)
+        assert wider.get("0 activation", {}).get("container") == containers.get(activation)
 
 
 @pytest.mark.parametrize(
