@@ -21,7 +21,7 @@ QUICK = """
 name: quick
 task: {model: digits_cnn, float_epochs: 2, data: {kind: digits}}
 space: digits
-search: {trials: 9, seed: 1}
+search: {trials: 9, seed: 1, stop_dominated: false}
 trial: {steps: 2, batch_size: 16, bn_batches: 1, calibration_samples: 32, precision: fp32}
 final: {pick: 2, epochs: 0.1, seeds: 2}
 engine: {address: none}
