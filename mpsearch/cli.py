@@ -519,13 +519,40 @@ def debug(
 
 
 @app.command()
-def report(run: Run) -> None:
+def report(
+    run: Run,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="write it again after every trial, while the run runs")
+    ] = False,
+) -> None:
     """Write `report.html` in the run folder: one file that opens without a network."""
     from mpsearch.record import RunFolder
-    from mpsearch.search.run import open_problem, read_spec
+    from mpsearch.report import write
 
     folder = RunFolder.open(run)
-    print(_write_report(folder, open_problem(read_spec(folder))))
+    if not watch:
+        print(write.report_of(folder))
+        return
+    for path in write.watch(folder):
+        print(f"{time.strftime('%H:%M:%S')} {path}", flush=True)
+
+
+@app.command()
+def dashboard(
+    target: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or the URL of an Optuna storage")],
+    host: Annotated[str, typer.Option("--host", help="address to listen on; beyond this machine: with --token")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free")] = 8080,
+    token: Annotated[
+        str | None, typer.Option("--token", envvar="MPSEARCH_DASHBOARD_TOKEN", help="what visitors must give")
+    ] = None,
+    browser: Annotated[bool, typer.Option("--open/--no-open", help="open it in the browser")] = True,
+) -> None:
+    """Show a run in the Optuna dashboard, also while it runs: figures, notes, every trial's config and charts."""
+    from mpsearch.report.dashboard import show
+
+    show(target, host, port, token, browser)
 
 
 @app.command()
@@ -584,10 +611,12 @@ class _Display:
     """Progress of a run: a bar in a terminal, a line per trial elsewhere."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+
+        from mpsearch.report.terminal import FrontProgress
 
         self.console = _console(stderr=True)
-        self.progress = Progress(
+        self.progress = FrontProgress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -633,6 +662,7 @@ class _Display:
 
         if not isinstance(event, Finished) or self.problem is None:
             return
+        from mpsearch.report.terminal import sketch
         from mpsearch.search.front import pareto_front
 
         record = event.record
@@ -642,6 +672,7 @@ class _Display:
         left_s = (time.monotonic() - self.began) / new * (total - done)
         front = pareto_front(self.ended)
         best = f"best {_percent(front.best.accuracy)}, {len(front)} on the front" if front.trials else ""
+        self.progress.sketch = sketch(self.ended)
         self.progress.update(self.task, completed=done, best=best, eta=f"{_duration(left_s)} left")
         if self.progress.disable or record.state == "failed":
             outcome = (

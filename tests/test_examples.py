@@ -35,7 +35,7 @@ def test_readme_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         "mpsearch.study.load_study", lambda study, overrides=(): load_study(study, [*overrides, *quick])
     )
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {"model": torch.nn.Sequential(torch.nn.Linear(4, 2)), "batch": torch.randn(8, 4), "mpsearch": mpsearch}
     for block in blocks:
         exec(block, names)

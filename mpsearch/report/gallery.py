@@ -44,6 +44,7 @@ class ShownFigure(_Section):
     """A figure with what it shows in words."""
 
     figure: str
+    title: str = ""  # on the dashboard, which has no headings
     caption: str
     pages: tuple[Page, ...] = ("report", "dashboard")
 

@@ -25,7 +25,8 @@ def write_report(
     run: RunData,
     *,
     summary: Sequence[str] = (),
-    finalized: Sequence[Mapping[str, object]] | None = None,
+    finalized: Sequence[Mapping[str, object]] = (),
+    remarks: Sequence[str] = (),
     commands: Sequence[str] = (),
     refresh_s: int | None = None,
 ) -> Path:
@@ -36,13 +37,14 @@ def write_report(
         run: what is shown.
         summary: what was asked, a paragraph each.
         finalized: a row per finalized config, column -> value; a row more of the same columns may be the control.
+        remarks: what follows from them, a paragraph each.
         commands: how to reproduce the run, a line each.
         refresh_s: the page loads itself again after so many seconds; None: never.
 
     Raises:
         RunError: the file cannot be written.
     """
-    parts = {**PARTS, "finalized": lambda _: _finalized(finalized or ())}
+    parts = {**PARTS, "finalized": lambda _: _finalized(finalized, remarks)}
     bodies = [(shown, _body(shown, run, parts)) for shown in sections()]
     written = [section(words(shown.title, run), body, shown.id) for shown, body in bodies if body]
     embedded = data("run", _interactive(run)) if run.front.trials else ""
@@ -156,14 +158,14 @@ def _front(run: RunData) -> str:
     return f"<div class='scroll' tabindex='0'>{table(columns, rows, texts={1, 6}, marked=marked)}</div>"
 
 
-def _finalized(finalized: Sequence[Mapping[str, object]]) -> str:
+def _finalized(finalized: Sequence[Mapping[str, object]], remarks: Sequence[str]) -> str:
     if not finalized:
         return ""
     columns = list(dict.fromkeys(column for row in finalized for column in row))
     rows = [[_shown(row.get(column)) for column in columns] for row in finalized]
     texts = {index for index, column in enumerate(columns) if column in ("origin", "control", "pick", "note")}
     about = note("Trained longer over several seeds and scored on the test split.")
-    return about + table([column.replace("_", " ") for column in columns], rows, texts)
+    return about + table([column.replace("_", " ") for column in columns], rows, texts) + paragraphs(remarks)
 
 
 def _histograms(run: RunData) -> str:

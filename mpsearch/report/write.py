@@ -10,7 +10,7 @@ from pathlib import Path
 from mpsearch.record import RunFolder
 from mpsearch.report.data import read_run
 from mpsearch.report.page import write_report
-from mpsearch.search.finalize import final_rows, final_table
+from mpsearch.search.finalize import final_rows, final_table, proxies
 from mpsearch.search.run import Problem, open_problem, read_spec
 
 
@@ -27,12 +27,14 @@ def report_of(folder: RunFolder, problem: Problem | None = None, refresh_s: int 
     """
     problem = problem or open_problem(read_spec(folder))
     run = read_run(folder, problem)
+    finalized = final_rows(run.records, folder.finals(), problem.spec.final.pick)
     path = shlex.quote(str(folder.path))
     return write_report(
         folder.report_html,
         run,
         summary=problem.summary(),
-        finalized=final_table(final_rows(run.records, folder.finals(), problem.spec.final.pick)) or None,
+        finalized=final_table(finalized),
+        remarks=proxies(finalized).lines(),
         commands=[
             f"mpsearch run {shlex.quote(str(folder.study_yaml))} --out NEW_FOLDER",
             f"mpsearch front {path}",
@@ -44,20 +46,26 @@ def report_of(folder: RunFolder, problem: Problem | None = None, refresh_s: int 
     )
 
 
-def watch(folder: RunFolder, every_s: float = 2.0, sleep: Callable[[float], None] = time.sleep) -> Iterator[Path]:
+def watch(
+    folder: RunFolder,
+    problem: Problem | None = None,
+    every_s: float = 2.0,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Path]:
     """Write the report now and whenever a trial has ended, until no process drives the run any more.
 
     The page then loads itself again; the last one no longer does. Yields its path each time it has been written.
     """
-    problem = open_problem(read_spec(folder))
+    problem = problem or open_problem(read_spec(folder))
     seen: tuple[int, ...] | None = None
     while folder.driven:
-        if (now := _sizes(folder)) != seen:
+        if (now := sizes(folder)) != seen:
             seen = now
             yield report_of(folder, problem, refresh_s=max(5, round(every_s)))
         sleep(every_s)
     yield report_of(folder, problem)
 
 
-def _sizes(folder: RunFolder) -> tuple[int, ...]:
+def sizes(folder: RunFolder) -> tuple[int, ...]:
+    """Of the files that grow when a trial or a final training has ended."""
     return tuple(path.stat().st_size if path.exists() else 0 for path in (folder.trials_jsonl, folder.finals_jsonl))

@@ -41,7 +41,6 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study
 
 Cost = Callable[[PrecisionConfig], float]  # relative to the study's reference
 
-METRICS = ["accuracy (val)", "log2 cost / reference"]
 DIRECTIONS = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
 ENUMERABLE = 100_000  # configs; a larger space is not searched to its last one
 

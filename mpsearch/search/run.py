@@ -171,7 +171,7 @@ def _search(
     spec = problem.spec
     with folder.driving():
         records = folder.records()
-        view = open_view(spec.storage, folder, spec.name, problem.space, spec.cost.budget, records)
+        view = open_view(spec.storage, folder, spec.name, problem.space, spec.cost.budget, records, problem.cost)
         folder.checkpoints.mkdir(exist_ok=True)
         on_ready(problem, folder)
         began = time.monotonic()

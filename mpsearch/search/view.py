@@ -7,11 +7,13 @@ in the middle of a run (a database that goes away) is given up with a warning, a
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -20,12 +22,24 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import RunError
 from mpsearch.record import RunFolder, TrialRecord
-from mpsearch.search.controller import DIRECTIONS, METRICS, budget_constraint
+from mpsearch.search.controller import DIRECTIONS, budget_constraint
 from mpsearch.space import SearchSpace
 
 logger = logging.getLogger(__name__)
+
+METRICS = ["accuracy on val (share)", "cost (log2 of the reference's)"]
+SHOWN_LAYERS = 5  # in the cost breakdown of a trial; the others are summed
+
+ARTIFACTS: Mapping[str, tuple[str, str]] = {
+    "0": ("config.json", "application/json"),
+    "1": ("bits.svg", "image/svg+xml"),
+    "2": ("training.svg", "image/svg+xml"),
+}
+"""Kind -> file name and type of what the Optuna dashboard offers of a trial. Their content is made when it is asked for
+(`mpsearch.report.artifacts`); the study holds their names, because a trial that has ended takes no more of them."""
 
 _STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "stopped": TrialState.PRUNED}
 
@@ -40,9 +54,16 @@ class OptunaView:
     """
 
     def __init__(
-        self, storage: BaseStorage, name: str, space: SearchSpace, budget: float | None, records: Iterable[TrialRecord]
+        self,
+        storage: BaseStorage,
+        name: str,
+        space: SearchSpace,
+        budget: float | None,
+        records: Iterable[TrialRecord],
+        cost: RelativeCost | None = None,
     ) -> None:
         self._space = space
+        self._cost = cost
         self._budget = math.inf if budget is None else budget
         self._distributions = space.distributions()
         self.study = optuna.create_study(storage=storage, study_name=name, directions=DIRECTIONS, load_if_exists=True)
@@ -50,9 +71,13 @@ class OptunaView:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 self.study.set_metric_names(METRICS)
+        self.catch_up(records)
+        self._lost = False
+
+    def catch_up(self, records: Iterable[TrialRecord]) -> None:
+        """Show those of the trials that are not shown yet."""
         shown = {trial.user_attrs.get("number") for trial in self.study.get_trials(deepcopy=False)}
         self.study.add_trials(self._trial(record) for record in records if record.number not in shown)
-        self._lost = False
 
     def add(self, record: TrialRecord) -> None:
         """Show a trial that has ended and is on the disk."""
@@ -79,13 +104,25 @@ class OptunaView:
             values=values,
             params=dict(self._space.params_of(record.config)) if within else {},
             distributions=self._distributions if within else {},
-            user_attrs=_attributes(record),
-            system_attrs={"constraints": [*constraints.values()]} if constraints else {},
+            user_attrs=_attributes(record) | self._breakdown(record),
+            system_attrs=_artifacts(record) | ({"constraints": [*constraints.values()]} if constraints else {}),
             constraints=constraints,
+            intermediate_values=dict(record.curve),
         )
         trial.datetime_start = datetime.fromtimestamp(record.started_s)
         trial.datetime_complete = trial.datetime_start + timedelta(seconds=record.wall.total_s)
         return trial
+
+    def _breakdown(self, record: TrialRecord) -> dict[str, Any]:
+        """Which layers cost most, in percent of the trial's cost; nothing where the config is of another network."""
+        if self._cost is None or not self._space.contains(record.config):
+            return {}
+        cost = self._cost.absolute(record.config)
+        most = sorted(cost.per_layer.items(), key=lambda item: -item[1])
+        shares = {layer: round(100 * value / cost.total, 1) for layer, value in most[:SHOWN_LAYERS]}
+        if rest := sum(value for _, value in most[SHOWN_LAYERS:]):
+            shares[f"{len(most) - SHOWN_LAYERS} others"] = round(100 * rest / cost.total, 1)
+        return {"cost by layer (%)": shares, f"cost ({cost.unit})": cost.total}
 
 
 def open_view(
@@ -95,6 +132,7 @@ def open_view(
     space: SearchSpace,
     budget: float | None = None,
     records: Iterable[TrialRecord] = (),
+    cost: RelativeCost | None = None,
 ) -> OptunaView | None:
     """The view that a study file asks for, with all of `records` in it.
 
@@ -105,21 +143,39 @@ def open_view(
         space: the configs that there are.
         budget: the largest relative cost that is acceptable.
         records: the trials that have ended.
+        cost: prices the layers of each trial.
 
     Raises:
         RunError: the storage cannot be opened.
     """
     if storage == "none":
         return None
+    if storage not in ("sqlite", "journal"):
+        name = f"{name}-{folder.id}"
+    with _explained(storage):
+        return OptunaView(open_storage(storage, folder), name, space, budget, records, cost)
+
+
+def open_storage(storage: str, folder: RunFolder | None = None) -> BaseStorage:
+    """The Optuna storage that `sqlite` or `journal` (files in a run folder) or a URL means.
+
+    Raises:
+        RunError: it cannot be opened.
+    """
+    with _explained(storage):
+        if storage == "journal" and folder is not None:
+            return JournalStorage(JournalFileBackend(str(folder.study_journal)))
+        if storage == "sqlite" and folder is not None:
+            return _sqlite(f"sqlite:///{folder.study_db}")
+        return _sqlite(storage) if storage.startswith("sqlite") else RDBStorage(storage)
+
+
+@contextlib.contextmanager
+def _explained(storage: str) -> Iterator[None]:
     try:
-        if storage == "journal":
-            opened: BaseStorage = JournalStorage(JournalFileBackend(str(folder.study_journal)))
-        elif storage == "sqlite":
-            opened = _sqlite(f"sqlite:///{folder.study_db}")
-        else:
-            name = f"{name}-{folder.id}"
-            opened = _sqlite(storage) if storage.startswith("sqlite") else RDBStorage(storage)
-        return OptunaView(opened, name, space, budget, records)
+        yield
+    except RunError:
+        raise
     except Exception as error:  # every database has its own errors
         shown = re.sub(r"://[^@/]*@", "://***@", storage)  # no passwords on screens
         raise RunError(
@@ -135,15 +191,39 @@ def _attributes(record: TrialRecord) -> dict[str, Any]:
         "config": record.config.digest,
         "cost / reference": record.cost,
         "reason": record.reason,
+        "mean weight bits": _mean(layer.weight.bits for layer in record.config.values()),
+        "mean input bits": _mean(layer.activation.bits for layer in record.config.values()),
         "seed": record.seed,
         "loss, start": record.start_loss,
         "loss, end": record.end_loss,
+        "divergence (nats)": record.divergence,
+        "wall time (s)": record.wall.total_s,
         "prepare (s)": record.wall.prepare_s,
         "train (s)": record.wall.train_s,
         "evaluate (s)": record.wall.evaluate_s,
         "peak memory (MiB)": record.peak_memory_bytes / 2**20,
     }
     return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _artifacts(record: TrialRecord) -> dict[str, str]:
+    """What can be looked at of a trial, in the form of `optuna.artifacts`."""
+    kinds = [kind for kind in ARTIFACTS if kind != "2" or len(record.curve) > 1]
+    found = {artifact_id(record.number, kind): ARTIFACTS[kind] for kind in kinds}
+    return {
+        f"artifacts:{key}": json.dumps({"artifact_id": key, "filename": name, "mimetype": mime, "encoding": None})
+        for key, (name, mime) in found.items()
+    }
+
+
+def artifact_id(number: int, kind: str) -> str:
+    """What a kind of `ARTIFACTS` of a trial is called in the study: hexadecimal, as Optuna's dashboard wants it."""
+    return f"{number:08x}-{kind}"
+
+
+def _mean(bits: Iterable[int]) -> float:
+    values = list(bits)
+    return round(sum(values) / len(values), 3) if values else 0.0
 
 
 def _first_line(error: Exception) -> str:

@@ -56,7 +56,7 @@ def test_view_shows_what_is_recorded(folder, storage):
         view.add(record)
     study = stored(folder, storage)
     first, _, failed, stopped, foreign = study.trials
-    assert study.metric_names == ["accuracy (val)", "log2 cost / reference"]
+    assert study.metric_names == ["accuracy on val (share)", "cost (log2 of the reference's)"]
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
     assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "PRUNED", "COMPLETE"]
     assert [t.user_attrs["number"] for t in study.trials] == [0, 2, 1, 3, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from math import ceil
 from typing import Literal
@@ -61,6 +62,31 @@ def best_so_far(best: pd.DataFrame) -> go.Figure:
         )
     figure.update_xaxes(title=f"time since the first trial started, {unit}", rangemode="tozero")
     figure.update_yaxes(title="best accuracy so far, %")
+    return figure
+
+
+def training(curve: Sequence[tuple[int, float]]) -> go.Figure:
+    """Accuracy on val during the fine-tune of one trial.
+
+    Args:
+        curve: (step, accuracy as a share), from before the first step to the last.
+    """
+    steps, accuracies = [step for step, _ in curve], [100 * accuracy for _, accuracy in curve]
+    figure = go.Figure(layout=layout(height=320))
+    line = {"color": STYLE["blue"], "width": 2}
+    figure.add_scatter(x=steps, y=accuracies, name="accuracy", mode="lines+markers", line=line)
+    low, high = min(accuracies, default=0.0), max(accuracies, default=100.0)
+    room = max(1.0, 0.1 * (high - low))
+    ticks = [round(low + share * (high - low), 2) for share in (0.0, 0.5, 1.0)]
+    figure.update_xaxes(
+        title="step", range=[0, max(steps, default=1) or 1], tickvals=steps, ticktext=list(map(str, steps))
+    )
+    figure.update_yaxes(
+        title="accuracy, %",
+        range=[low - room, high + room],
+        tickvals=list(dict.fromkeys(ticks)),
+        ticktext=[f"{tick:g}" for tick in dict.fromkeys(ticks)],
+    )
     return figure
 
 

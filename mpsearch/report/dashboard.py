@@ -1,0 +1,329 @@
+"""The Optuna dashboard of a run: its study with notes, our figures and artifacts, kept current while the run goes on.
+
+The study is the view that the search writes (`search/view.py`); here it gets what only a spectator needs: a note, the
+figures that `dashboards/layout.yaml` puts on the dashboard, and a note for each trial. optuna-dashboard asks nobody who
+they are and lets them delete studies, so beyond this machine it is only served behind a token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import ipaddress
+import logging
+import threading
+import webbrowser
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+
+from mpsearch.errors import RunError
+from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.report.artifacts import RunArtifacts
+from mpsearch.report.data import RunData, read_run
+from mpsearch.report.gallery import shown, words
+from mpsearch.report.gate import Gate, server
+from mpsearch.report.tables import mean_bits
+from mpsearch.report.write import sizes
+from mpsearch.search.run import Problem, open_problem, read_spec
+from mpsearch.search.view import OptunaView, open_storage, open_view
+
+logger = logging.getLogger(__name__)
+
+EVERY_S = 2.0  # how often is looked for trials that have ended
+NOTES = 200  # trials with a note: the front, the uniform ladder and the latest
+_HEIGHT = 440  # of the place that Optuna's dashboard has for a figure, in pixels
+_INK = "#808080"  # of texts in figures: read on light and on dark paper, between which the page's reader chooses
+
+
+@dataclass(frozen=True)
+class Served:
+    """A dashboard that runs: where it is, and how to wait for its end."""
+
+    url: str
+    wait: Callable[[], None]
+
+
+@contextlib.contextmanager
+def serving(target: str, host: str = "127.0.0.1", port: int = 8080, token: str | None = None) -> Iterator[Served]:
+    """Serve the dashboard of a run, or of any Optuna storage, for the time of the block.
+
+    Args:
+        target: a run folder, or the URL of a storage.
+        host: where to listen; whatever is not this machine alone demands a token.
+        port: 0: any that is free.
+        token: what a visitor has to give.
+
+    Raises:
+        MpsearchError: no such run or storage, no token where one is needed, or the port is taken.
+    """
+    try:
+        from optuna_dashboard import wsgi
+    except ImportError:
+        raise RunError("the Optuna dashboard is not installed: pip install 'mpsearch[dashboard]'") from None
+
+    if not is_loopback(host) and not token:
+        raise RunError(
+            f"--host {host} can be reached by others, and whoever reaches the Optuna dashboard can delete studies: "
+            "give --token SECRET too, or leave --host at 127.0.0.1 (from elsewhere: ssh -L 8080:127.0.0.1:8080)"
+        )
+    with contextlib.ExitStack() as stack:
+        if "://" in target:
+            app = wsgi(_existing(target))
+        else:
+            folder = RunFolder.open(target)
+            problem = open_problem(read_spec(folder))
+            study = stack.enter_context(_kept_current(folder, problem))
+            app = wsgi(study._storage, artifact_store=RunArtifacts(folder, problem))
+        try:
+            listening = stack.enter_context(server(Gate(app, token), host, port))
+        except OSError as error:
+            raise RunError(
+                f"cannot listen on {host}:{port} ({error.strerror or error}): give another --port, 0 for any free one"
+            ) from None
+        thread = threading.Thread(target=listening.serve_forever, daemon=True)
+        thread.start()
+        stack.callback(listening.shutdown)
+        name = f"[{host}]" if ":" in host else host
+        query = f"?token={token}" if token else ""
+        yield Served(f"http://{name}:{listening.server_port}/dashboard{query}", thread.join)
+
+
+def show(target: str, host: str, port: int, token: str | None, browser: bool) -> None:
+    """Serve until interrupted, and open a browser if asked to. Raises as `serving` does."""
+    with serving(target, host, port, token) as served:
+        print(f"Optuna dashboard: {served.url}\nend it with Ctrl-C", flush=True)
+        if browser:
+            webbrowser.open(served.url)
+        with contextlib.suppress(KeyboardInterrupt):
+            served.wait()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on can be reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Prepared:
+    """What a spectator needs of a study: written once, and again where it has changed.
+
+    Args:
+        study: of the run, in whatever storage.
+        folder: of the run.
+        problem: its study.
+    """
+
+    def __init__(self, study: optuna.Study, folder: RunFolder, problem: Problem) -> None:
+        self._study = study
+        self._folder = folder
+        self._problem = problem
+        self._written: dict[str, str] = {}  # key -> digest of what was written last
+
+    def refresh(self) -> RunData:
+        """Bring note, figures and notes of trials up to the record."""
+        from optuna_dashboard import get_note, save_note, save_plotly_graph_object
+
+        run = read_run(self._folder, self._problem)
+        note = study_note(run, self._problem, self._folder)
+        if self._ours(get_note(self._study)) and self._changed("note", note):
+            save_note(self._study, note)
+            self._study._storage.set_study_system_attr(self._study._study_id, _OUR_NOTE, _digest(note))
+        for name, value in study_attributes(run, self._problem).items():
+            if self._changed(f"attribute {name}", str(value)):
+                self._study.set_user_attr(name, value)
+        for name, drawn in dashboard_figures(run).items():
+            if self._changed(f"figure {name}", drawn.to_json()):
+                save_plotly_graph_object(self._study, drawn, graph_object_id=name)
+        self._note_trials(run)
+        return run
+
+    def _ours(self, note: str) -> bool:
+        """Whether the study's note is what we wrote, or nothing: what somebody else has written stays."""
+        attributes = self._study._storage.get_study_system_attrs(self._study._study_id)
+        return not note or attributes.get(_OUR_NOTE) == _digest(note)
+
+    def _changed(self, key: str, text: str) -> bool:
+        before = self._written.get(key)
+        self._written[key] = _digest(text)
+        return before != self._written[key]
+
+    def _note_trials(self, run: RunData) -> None:
+        from optuna_dashboard import _note
+
+        by_number = {record.number: record for record in run.records}
+        latest = [record.number for record in run.records[-NOTES:]]
+        wanted = [*(r.number for r in (*run.front.trials, *run.front.ladder)), *reversed(latest)]
+        chosen = set(list(dict.fromkeys(wanted))[:NOTES])
+        storage, study_id = self._study._storage, self._study._study_id
+        attributes = storage.get_study_system_attrs(study_id)
+        for trial in self._study.get_trials(deepcopy=False):
+            record = by_number.get(trial.user_attrs.get("number", -1))
+            if record is None or record.number not in chosen:
+                continue
+            note = trial_note(record, run, self._folder)
+            if self._changed(f"trial {record.number}", note):
+                held = _note.get_note_from_system_attrs(attributes, trial._trial_id)
+                if not held["body"] or held["body"].startswith(_TRIAL_NOTE):
+                    _note.save_note_with_version(storage, study_id, trial._trial_id, held["version"] + 1, note)
+
+
+_OUR_NOTE = "mpsearch:note"
+_TRIAL_NOTE = "**Trial "
+
+
+def dashboard_figures(run: RunData) -> dict[str, Any]:
+    """The figures of the Optuna dashboard by name, as it shows them: small, and with their title on them."""
+    figures = {}
+    trials = run.trials.assign(config=run.trials.config.where(run.trials.on_front, ""))
+    for item, drawn in shown(replace(run, trials=trials), "dashboard"):
+        title: dict[str, Any] = {
+            "text": words(item.title or item.caption, run),
+            "x": 0.01,
+            "y": 0.985,
+            "yanchor": "top",
+        }
+        title["font"] = {"size": 15}
+        margin = {"l": 8, "r": 8, "t": 110 if item.figure == "front" else 70, "b": 8}  # a legend of three lines, or one
+        drawn.update_layout(height=_HEIGHT, autosize=True, title=title, margin=margin, font={"color": _INK, "size": 12})
+        figures[item.figure] = drawn
+    return figures
+
+
+def study_attributes(run: RunData, problem: Problem) -> dict[str, str | float]:
+    """What holds for all trials."""
+    spec, reference = problem.spec, run.cost.reference
+    return {
+        "task": problem.task.name,
+        "metric": f"{problem.task.metric} on val",
+        "cost model": spec.cost.model,
+        "reference": f"{spec.cost.reference}, {reference.total:.4g} {reference.unit} a sample",
+        "search space": problem.space.name,
+        "layers": len(run.layers),
+        "sampler": spec.search.sampler,
+        "cheapest config (cost)": run.cheapest,
+    }
+
+
+def study_note(run: RunData, problem: Problem, folder: RunFolder) -> str:
+    """What was asked, what is best so far, and how to go on, in Markdown."""
+    spec = problem.spec
+    lines = [f"## {run.name}", "", *(f"{line}\n" for line in problem.summary())]
+    states = [record.state for record in run.records]
+    ended = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    lines += [f"**Trials**: {ended or 'none has ended yet'}, of {spec.search.trials} wanted.", ""]
+    if run.front.trials:
+        lines += [
+            "| trial | origin | accuracy, val | cost | weight bits | input bits | |",
+            "|--:|--|--:|--:|--:|--:|--|",
+        ]
+        for trial in run.front.trials:
+            bits = " | ".join(f"{mean:.2f}" for mean in mean_bits(trial.config))
+            place = "knee" if trial is run.front.knee else ""
+            lines.append(
+                f"| {trial.number} | {trial.origin} | {_percent(trial)} | {trial.cost:.4f} | {bits} | {place} |"
+            )
+        lines += ["", f"Hypervolume {run.front.hypervolume(run.cheapest):.4f}.", ""]
+    lines += [
+        "A trial's number here is its attribute `number`; Optuna counts in the order of ending.",
+        "",
+        "```",
+        f"mpsearch finalize {folder.path}",
+        f"mpsearch export {folder.path} --pick knee --to native -o OUT",
+        f"mpsearch report {folder.path}",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def trial_note(record: TrialRecord, run: RunData, folder: RunFolder) -> str:
+    """What became of a trial, in Markdown."""
+    place = "dominated"
+    if any(trial is record for trial in run.front.trials):
+        place = "the knee of the front" if run.front.trials and record is run.front.knee else "on the front"
+    if record.state != "complete":
+        place = f"{record.state}: {record.reason or 'no reason given'}"
+    weight, inputs = mean_bits(record.config)
+    lines = [f"{_TRIAL_NOTE}{record.number}**, proposed by {record.origin}: {place}.", ""]
+    if record.accuracy is not None and record.cost is not None:
+        lines.append(f"- accuracy on val {_percent(record)}, relative cost {record.cost:.4f}")
+    lines += [
+        f"- mean bits: weights {weight:.2f}, inputs {inputs:.2f}",
+        f"- {record.wall.total_s:.1f} s, of which {record.wall.train_s:.1f} s training",
+    ]
+    final = run.finals[run.finals.number == record.number]
+    if len(final):
+        row = final.iloc[0]
+        spread = "" if row.test_std != row.test_std else f" ± {row.test_std:.2f}"
+        lines.append(f"- after final training: test {row.test:.2f}{spread} %, {row.seeds:.0f} seeds")
+    if record.state == "complete":
+        lines += ["", f"`mpsearch export {folder.path} --pick trial:{record.number} --to native -o OUT`"]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _kept_current(folder: RunFolder, problem: Problem) -> Iterator[optuna.Study]:
+    """The study of a run, prepared, and followed in the background for the time of the block."""
+    view = _view(folder, problem)
+    prepared = Prepared(view.study, folder, problem)
+    catch_up = problem.spec.storage == "none"  # nobody else writes to a study in memory
+    prepared.refresh()
+    ended = threading.Event()
+
+    def follow() -> None:
+        seen = sizes(folder)
+        while not ended.wait(EVERY_S):
+            if (now := sizes(folder)) == seen:
+                continue
+            try:
+                if catch_up:
+                    view.catch_up(folder.records())
+                prepared.refresh()
+                seen = now
+            except Exception:  # of whatever database: the next look may succeed
+                logger.warning("the study could not be brought up to date; trying again", exc_info=True)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield view.study
+    finally:
+        ended.set()
+        thread.join(timeout=10)
+
+
+def _view(folder: RunFolder, problem: Problem) -> OptunaView:
+    """The run's study; trials that it lacks are added, unless the process that drives the run does that."""
+    spec, space, budget = problem.spec, problem.space, problem.spec.cost.budget
+    if spec.storage == "none":
+        storage = optuna.storages.InMemoryStorage()
+        return OptunaView(storage, spec.name, space, budget, folder.records(), problem.cost)
+    records = [] if folder.driven else folder.records()
+    view = open_view(spec.storage, folder, spec.name, space, budget, records, problem.cost)
+    assert view is not None
+    return view
+
+
+def _existing(url: str) -> BaseStorage:
+    """The storage at a URL, which holds studies already. Raises RunError if it does not."""
+    path = url.partition(":///")[2].partition("?")[0]
+    if url.startswith("sqlite") and not Path(path).is_file():  # SQLite would make an empty one
+        raise RunError(f"{url} names no file: give the path of a database, as in sqlite:///runs/digits/study.db")
+    storage = open_storage(url)
+    if not storage.get_all_studies():
+        raise RunError(f"{url} holds no study: start one with `mpsearch run STUDY --set storage={url}`")
+    return storage
+
+
+def _percent(record: TrialRecord) -> str:
+    return f"{100 * (record.accuracy or 0.0):.2f} %"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,98 @@
+"""Who may see a web application that asks nobody: a token, or this machine alone; and a small server for it."""
+
+from __future__ import annotations
+
+import hmac
+import socket
+from collections.abc import Callable, Iterable
+from http.cookies import SimpleCookie
+from socketserver import ThreadingMixIn
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+_COOKIE = "mpsearch_token"
+
+Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+class Gate:
+    """WSGI middleware in front of an application.
+
+    With a token: it is read from `Authorization: Bearer TOKEN`, from a cookie, or from `?token=TOKEN`, which sets the
+    cookie and leads on to the address without it. Whoever has another one, or none, gets 401.
+
+    Without a token: only requests that name this machine as their host, so that no page on the web can make a browser
+    talk to the application under a name of its own; others get 403.
+
+    Args:
+        application: what is behind the gate.
+        token: what a visitor has to give; None: the server listens to this machine alone.
+    """
+
+    def __init__(self, application: Application, token: str | None) -> None:
+        self._application = application
+        self._token = token
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer a request, or hand it on."""
+        if self._token is None:
+            if _host(environ) in ("127.0.0.1", "localhost", "::1"):
+                return self._application(environ, start_response)
+            return _answer(start_response, "403 Forbidden", "this address is for requests to 127.0.0.1 or localhost")
+        query = dict(parse_qsl(environ.get("QUERY_STRING", "")))
+        if self._fits(query.pop("token", "")):
+            rest = f"?{urlencode(query)}" if query else ""
+            cookie = f"{_COOKIE}={self._token.encode().hex()}; Path=/; HttpOnly; SameSite=Strict"
+            headers = [("Location", f"{environ.get('PATH_INFO', '/')}{rest}"), ("Set-Cookie", cookie)]
+            return _answer(start_response, "303 See Other", "", headers)
+        scheme, _, bearer = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        if (scheme.lower() == "bearer" and self._fits(bearer.strip())) or self._fits(_cookie(environ)):
+            return self._application(environ, start_response)
+        said = "a token is needed: open the address with ?token=TOKEN, or send Authorization: Bearer TOKEN"
+        return _answer(start_response, "401 Unauthorized", said, [("WWW-Authenticate", 'Bearer realm="mpsearch"')])
+
+    def _fits(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), (self._token or "").encode())
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Requests are not printed: with a token in the address they would be no secret."""
+
+
+def server(application: Application, host: str, port: int) -> _Server:
+    """A server with a thread a request, which listens already. Raises OSError if it cannot."""
+    kind = _Server6 if ":" in host else _Server
+    return make_server(host, port, application, server_class=kind, handler_class=_Quiet)
+
+
+def _host(environ: dict[str, Any]) -> str:
+    """The host that a request names, without its port."""
+    named = str(environ.get("HTTP_HOST", ""))
+    return named[1:].partition("]")[0] if named.startswith("[") else named.partition(":")[0]
+
+
+def _cookie(environ: dict[str, Any]) -> str:
+    found = SimpleCookie(environ.get("HTTP_COOKIE", "")).get(_COOKIE)
+    try:
+        return bytes.fromhex(found.value).decode() if found else ""
+    except ValueError:
+        return ""
+
+
+def _answer(
+    start_response: Callable[..., Any], status: str, text: str, headers: Iterable[tuple[str, str]] = ()
+) -> Iterable[bytes]:
+    body = f"{text}\n".encode()
+    about = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(body)))]
+    start_response(status, [*about, *headers])
+    return [body]

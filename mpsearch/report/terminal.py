@@ -1,0 +1,64 @@
+"""A run in the terminal: progress with a small sketch of the front below it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import log2
+from typing import Any
+
+from rich.console import RenderableType
+from rich.progress import Progress
+from rich.text import Text
+
+from mpsearch.record import TrialRecord
+from mpsearch.search.front import objectives, pareto_front
+
+WIDTH, HEIGHT = 56, 9
+
+
+class FrontProgress(Progress):
+    """rich's progress with `sketch` below its bars."""
+
+    def __init__(self, *columns: Any, **settings: Any) -> None:
+        self.sketch: Text | None = None
+        super().__init__(*columns, **settings)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bars, and the sketch once there is one."""
+        yield self.make_tasks_table(self.tasks)
+        if self.sketch is not None:
+            yield self.sketch
+
+
+def sketch(records: Sequence[TrialRecord], width: int = WIDTH, height: int = HEIGHT) -> Text | None:
+    """Accuracy (upwards) over log cost (to the right) in characters; None before two trials can be compared.
+
+    `●` is on the front, `■` a rung of the uniform ladder (`□`: dominated), `·` any other trial.
+    """
+    front = pareto_front(records)
+    points = [(objectives(r), _mark(r, front.trials)) for r in records if r.state == "complete"]
+    costs, accuracies = [log2(cost) for (_, cost), _ in points], [accuracy for (accuracy, _), _ in points]
+    if len(set(costs)) < 2 or len(set(accuracies)) < 2:
+        return None
+    cells = [[" "] * width for _ in range(height)]
+    for (accuracy, cost), mark in sorted(points, key=lambda point: "·□■●".index(point[1])):  # the front lies on top
+        column = round((log2(cost) - min(costs)) / (max(costs) - min(costs)) * (width - 1))
+        row = round((max(accuracies) - accuracy) / (max(accuracies) - min(accuracies)) * (height - 1))
+        cells[row][column] = mark
+    labels = {0: f"{100 * max(accuracies):.1f} %", height - 1: f"{100 * min(accuracies):.1f} %"}
+    lines = [f"{labels.get(index, ''):>8} │{''.join(row)}" for index, row in enumerate(cells)]
+    low, high = f"{2 ** min(costs):.3g}", f"{2 ** max(costs):.3g}"
+    lines.append(f"{'':>8} └{'─' * width}")
+    lines.append(f"{'':>10}{low}{'cost, log scale':^{width - len(low) - len(high)}}{high}")
+    text = Text("\n".join(lines) + "\n", style="dim", no_wrap=True)
+    text.highlight_regex("●", "bold green")
+    text.highlight_regex("■", "bold yellow")
+    text.highlight_regex("□", "yellow")
+    return text
+
+
+def _mark(record: TrialRecord, front: Sequence[TrialRecord]) -> str:
+    on_front = any(record is trial for trial in front)
+    if record.origin == "uniform":
+        return "■" if on_front else "□"
+    return "●" if on_front else "·"
