@@ -679,6 +679,7 @@ class _Display:
                 f"failed: {record.reason}"
                 if record.state == "failed"
                 else f"{_percent(record.accuracy)} at cost {record.cost:.4f}"
+                + (", stopped halfway" if record.state == "stopped" else "")
             )
             self.console.print(
                 f"[{done}/{total}] trial {record.number} ({record.origin}): {outcome}, {record.wall.total_s:.1f} s",
@@ -732,10 +733,11 @@ def _follow(search: Any, json_: bool) -> None:
         _print_json(_front_document(display.folder, records))
         return
     _print_front(records)
-    failed = sum(record.state == "failed" for record in records)
+    counts = {state: sum(record.state == state for record in records) for state in ("stopped", "failed")}
+    said = "".join(f", {count} {state}" for state, count in counts.items() if count)
     console = _console()
     console.print(
-        f"{len(records)} trials" + (f", {failed} failed" if failed else "") + f"; run folder {display.folder.path}",
+        f"{len(records)} trials{said}; run folder {display.folder.path}",
         highlight=False,
     )
     console.print(f"report: {report_path}", highlight=False, soft_wrap=True)

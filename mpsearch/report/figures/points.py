@@ -42,9 +42,17 @@ def front(trials: pd.DataFrame, finals: pd.DataFrame | None = None, most: int = 
     for origin in sorted(set(complete.origin), key=lambda name: (order.get(name, -1), name)):
         of_origin = shown[shown.origin == origin].sort_values("relative_cost")
         style = origin_style(origin)
-        _add_trials(
-            figure, of_origin, style["label"], style, mode="lines+markers" if origin == "uniform" else "markers"
-        )
+        if origin == "uniform":  # the control to beat: what no uniform config beats
+            controls = of_origin[of_origin.accuracy_percent > of_origin.accuracy_percent.cummax().shift(fill_value=-1)]
+            figure.add_scatter(
+                x=controls.relative_cost.tolist(),
+                y=controls.accuracy_percent.tolist(),
+                name="best uniform",
+                mode="lines",
+                line={"shape": "hv", "color": style["color"], "width": 1.5, "dash": "dot"},
+                hoverinfo="skip",
+            )
+        _add_trials(figure, of_origin, style["label"], style)
     if finals is not None and len(finals):
         _add_finals(figure, finals)
     knee = complete[complete.knee]
@@ -100,7 +108,7 @@ def proxy(finals: pd.DataFrame) -> go.Figure:
     return figure
 
 
-def _add_trials(figure: go.Figure, trials: pd.DataFrame, name: str, style: Any, mode: str = "markers") -> None:
+def _add_trials(figure: go.Figure, trials: pd.DataFrame, name: str, style: Any) -> None:
     if trials.empty:
         return
     texts = trials.config if "config" in trials else pd.Series("", index=trials.index)
@@ -110,8 +118,7 @@ def _add_trials(figure: go.Figure, trials: pd.DataFrame, name: str, style: Any, 
         y=trials.accuracy_percent.tolist(),
         customdata=[[int(number), round(w, 2), round(a, 2), text, origin] for number, w, a, text, origin in rows],
         name=escape(name),
-        mode=mode,
-        line={"color": style["color"], "width": 1.5, "dash": "dot"},
+        mode="markers",
         marker={
             "color": style["color"],
             "symbol": style["symbol"],
