@@ -122,7 +122,7 @@ class OptunaView:
         shares = {layer: round(100 * value / cost.total, 1) for layer, value in most[:SHOWN_LAYERS]}
         if rest := sum(value for _, value in most[SHOWN_LAYERS:]):
             shares[f"{len(most) - SHOWN_LAYERS} others"] = round(100 * rest / cost.total, 1)
-        return {"cost by layer (%)": shares, f"cost ({cost.unit})": cost.total}
+        return {"cost by layer (%)": shares, f"cost ({cost.unit})": float(f"{cost.total:.6g}")}
 
 
 def open_view(
@@ -197,11 +197,11 @@ def _attributes(record: TrialRecord) -> dict[str, Any]:
         "loss, start": record.start_loss,
         "loss, end": record.end_loss,
         "divergence (nats)": record.divergence,
-        "wall time (s)": record.wall.total_s,
-        "prepare (s)": record.wall.prepare_s,
-        "train (s)": record.wall.train_s,
-        "evaluate (s)": record.wall.evaluate_s,
-        "peak memory (MiB)": record.peak_memory_bytes / 2**20,
+        "wall time (s)": round(record.wall.total_s, 3),
+        "prepare (s)": round(record.wall.prepare_s, 3),
+        "train (s)": round(record.wall.train_s, 3),
+        "evaluate (s)": round(record.wall.evaluate_s, 3),
+        "peak memory (MiB)": round(record.peak_memory_bytes / 2**20),
     }
     return {name: value for name, value in attributes.items() if value is not None}
 

@@ -71,7 +71,7 @@ def network(config: pd.DataFrame) -> go.Figure:
     step = ceil(len(config) / MAX_NAMES)
     every = "" if step <= 1 else f"; the name of one in {step} layers"
     figure.update_xaxes(
-        title=f"layers in order, width: share of MACs{every}",
+        title={"text": f"layers in order, width: share of MACs{every}", "standoff": 12},
         tickvals=middle[::step].tolist(),
         ticktext=[shortened([name], 20) for name in config.layer[::step]],
         tickangle=-90 if len(config) > 4 else 0,

@@ -65,7 +65,9 @@ def front(trials: pd.DataFrame, finals: pd.DataFrame | None = None, most: int = 
         hoverinfo="skip",
     )
     left_out = "" if len(shown) == len(complete) else f"<br>{len(shown):,} of {len(complete):,} trials are drawn"
-    ticks = [digit * 10.0**power for power in range(-4, 3) for digit in (1, 2, 5)]
+    narrow = len(scored) > 0 and scored.relative_cost.max() < 20 * scored.relative_cost.min()
+    digits = (1, 1.5, 2, 3, 4, 5, 7) if narrow else (1, 2, 5)
+    ticks = [digit * 10.0**power for power in range(-4, 3) for digit in digits]
     figure.update_xaxes(
         type="log",
         title=f"relative cost, log scale (reference = 1){left_out}",
