@@ -13,7 +13,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 WIDTH, HEIGHT = 900, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 16, 40, 110
+_LEFT, _RIGHT, _TOP = 74, 16, 40
+_BELOW = {True: 136, False: 52}  # room for names below the lines: turned or not
 
 
 def svg(figure: go.Figure, title: str) -> str:
@@ -24,20 +25,21 @@ def svg(figure: go.Figure, title: str) -> str:
         title: written above it.
     """
     axes = figure.layout.xaxis, figure.layout.yaxis
+    turned = any(len(text) > 6 for text in axes[0].ticktext)
+    bottom = HEIGHT - _BELOW[turned]
     x = _scale(axes[0].range, _LEFT, WIDTH - _RIGHT)
-    y = _scale(axes[1].range, HEIGHT - _BOTTOM, _TOP)
+    y = _scale(axes[1].range, bottom, _TOP)
     drawn: list[str] = []
     for at, text in zip(axes[1].tickvals, axes[1].ticktext, strict=True):
         drawn.append(f'<path d="M{_LEFT} {y(at):.1f}H{WIDTH - _RIGHT}" stroke="#ddd"/>')
         drawn.append(f'<text x="{_LEFT - 8}" y="{y(at) + 4:.1f}" text-anchor="end">{text}</text>')
     for trace in figure.data:
         drawn += _bars(trace, x, y) if trace.type == "bar" else _line(trace, x, y)
-    turned = any(len(text) > 6 for text in axes[0].ticktext)
     for at, text in zip(axes[0].tickvals, axes[0].ticktext, strict=True):
-        place = f'transform="translate({x(at) + 4:.1f} {HEIGHT - _BOTTOM + 8}) rotate(-90)" text-anchor="end"'
-        straight = f'x="{x(at):.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle"'
+        place = f'transform="translate({x(at) + 4:.1f} {bottom + 8}) rotate(-90)" text-anchor="end"'
+        straight = f'x="{x(at):.1f}" y="{bottom + 18}" text-anchor="middle"'
         drawn.append(f"<text {place if turned else straight}>{text}</text>")
-    middle = (_TOP + HEIGHT - _BOTTOM) / 2
+    middle = (_TOP + bottom) / 2
     drawn.append(f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{_title(axes[1])}</text>')
     drawn.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 8}" text-anchor="middle">{_title(axes[0])}</text>')
     drawn += _legend((trace.name, trace.marker.color) for trace in figure.data if trace.x[0] is None)
@@ -63,7 +65,7 @@ def _bars(trace: Any, x: Any, y: Any) -> list[str]:
         left, right, top, bottom = x(at - width / 2), x(at + width / 2), y(max(height, 0)), y(min(height, 0))
         size = f'width="{right - left:.1f}" height="{bottom - top:.1f}"'
         drawn.append(f'<rect x="{left:.1f}" y="{top:.1f}" {size} fill="{colour}"/>')
-        if right - left > 9 * len(text) and bottom - top > 12:
+        if right - left > 7 * len(text) and bottom - top > 12:
             end = top + 12 if height > 0 else bottom - 4
             drawn.append(f'<text x="{x(at):.1f}" y="{end:.1f}" text-anchor="middle" font-size="11">{text}</text>')
     return drawn

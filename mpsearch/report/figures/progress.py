@@ -77,7 +77,7 @@ def training(curve: Sequence[tuple[int, float]]) -> go.Figure:
     figure.add_scatter(x=steps, y=accuracies, name="accuracy", mode="lines+markers", line=line)
     low, high = min(accuracies, default=0.0), max(accuracies, default=100.0)
     room = max(1.0, 0.1 * (high - low))
-    ticks = [round(low + share * (high - low), 2) for share in (0.0, 0.5, 1.0)]
+    ticks = [round(low + share * (high - low), 1) for share in (0.0, 0.5, 1.0)]
     figure.update_xaxes(
         title="step", range=[0, max(steps, default=1) or 1], tickvals=steps, ticktext=list(map(str, steps))
     )
