@@ -190,7 +190,7 @@ def dashboard_figures(run: RunData) -> dict[str, Any]:
             "yanchor": "top",
         }
         title["font"] = {"size": 15}
-        margin = {"l": 8, "r": 8, "t": 110 if item.figure == "front" else 70, "b": 8}  # a legend of three lines, or one
+        margin = {"l": 8, "r": 8, "t": 126 if item.figure == "front" else 70, "b": 8}  # a legend of four lines, or one
         drawn.update_layout(height=_HEIGHT, autosize=True, title=title, margin=margin, font={"color": _INK, "size": 12})
         figures[item.figure] = drawn
     return figures
