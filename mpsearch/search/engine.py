@@ -91,6 +91,8 @@ def run_trials(
             _run_on_ray(book, folder, make_runner, engine.address, concurrency)
     finally:
         folder.running = ()
+        if view is not None:
+            view.flush()
 
 
 def attempt(runner: Runner, proposal: Proposal) -> TrialRecord:

@@ -41,6 +41,8 @@ ARTIFACTS: Mapping[str, tuple[str, str]] = {
 """Kind -> file name and type of what the Optuna dashboard offers of a trial. Their content is made when it is asked for
 (`mpsearch.report.artifacts`); the study holds their names, because a trial that has ended takes no more of them."""
 
+MOST_WAITING = 16  # trials that are not shown because one before them has not ended
+
 _STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "stopped": TrialState.PRUNED}
 
 
@@ -48,7 +50,7 @@ class OptunaView:
     """An Optuna study that shows a run.
 
     Values are accuracy and log2 of relative cost; a failed or stopped trial has none. User attributes hold the rest of
-    the record, among it `number`, by which a trial is known here, because Optuna counts in the order of adding. The
+    the record, among it `number`, by which a trial is known here: Optuna counts in the order of adding. The
     budget is a constraint, in octaves (at most 0 is within), under Optuna's key and under the older one that
     optuna-dashboard reads.
     """
@@ -71,16 +73,34 @@ class OptunaView:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 self.study.set_metric_names(METRICS)
-        self.catch_up(records)
         self._lost = False
+        self._waiting: dict[int, TrialRecord] = {}  # by number: ended, but not one before them
+        self._next = 0
+        self.catch_up(records)
 
     def catch_up(self, records: Iterable[TrialRecord]) -> None:
         """Show those of the trials that are not shown yet."""
         shown = {trial.user_attrs.get("number") for trial in self.study.get_trials(deepcopy=False)}
-        self.study.add_trials(self._trial(record) for record in records if record.number not in shown)
+        missing = sorted((r for r in records if r.number not in shown), key=lambda record: record.number)
+        self.study.add_trials(map(self._trial, missing))
+        self._next = len(shown) + len(missing)
 
     def add(self, record: TrialRecord) -> None:
-        """Show a trial that has ended and is on the disk."""
+        """Show a trial that has ended and is on the disk, once those before it are shown, or many are waiting.
+
+        Optuna numbers trials as they are added; so its numbers are ours, unless a run was killed or a trial is slow.
+        """
+        self._waiting[record.number] = record
+        while self._waiting and (min(self._waiting) <= self._next or len(self._waiting) > MOST_WAITING):
+            self._show(self._waiting.pop(min(self._waiting)))
+
+    def flush(self) -> None:
+        """Show every trial that waits."""
+        for number in sorted(self._waiting):
+            self._show(self._waiting.pop(number))
+
+    def _show(self, record: TrialRecord) -> None:
+        self._next = max(self._next, record.number + 1)
         if self._lost:
             return
         try:

@@ -11,7 +11,7 @@ from drive import make_space, relative_cost, truth
 from mpsearch.errors import RunError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord, WallTime
-from mpsearch.search.view import open_view
+from mpsearch.search.view import MOST_WAITING, open_view
 
 SPACE = make_space(3)
 CONFIGS = SPACE.ladder()
@@ -55,11 +55,11 @@ def test_view_shows_what_is_recorded(folder, storage):
     for record in RECORDS:
         view.add(record)
     study = stored(folder, storage)
-    first, _, failed, stopped, foreign = study.trials
+    first, failed, _, stopped, foreign = study.trials
     assert study.metric_names == ["accuracy on val (share)", "cost (log2 of the reference's)"]
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
-    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "PRUNED", "COMPLETE"]
-    assert [t.user_attrs["number"] for t in study.trials] == [0, 2, 1, 3, 4]
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "PRUNED", "COMPLETE"]
+    assert [t.user_attrs["number"] for t in study.trials] == [0, 1, 2, 3, 4]
     assert first.values == [truth(CONFIGS[1]), math.log2(7 / 8)]
     assert first.params == SPACE.params_of(CONFIGS[1])
     assert first.user_attrs["config"] == CONFIGS[1].digest
@@ -126,3 +126,19 @@ def test_view_that_fails_in_the_middle_is_given_up_with_one_warning(folder, capl
     assert [r.getMessage().partition(";")[0] for r in caplog.records if r.name.startswith("mpsearch")] == [
         "the Optuna study is no longer updated (ConnectionError: gone)"
     ]
+
+
+def test_optuna_numbers_trials_as_we_do_whatever_the_order_in_which_they_end(folder):
+    view = open_view("sqlite", folder, "toy", SPACE)
+    for number in (1, 0, 3):
+        view.add(complete(number, CONFIGS[number]))
+    shown = [trial.user_attrs["number"] for trial in view.study.trials]
+    assert shown == [0, 1]  # 3 waits for 2
+    view.flush()
+    view.add(complete(2, CONFIGS[2]))  # slower than the run was willing to wait
+    assert [trial.user_attrs["number"] for trial in view.study.trials] == [0, 1, 3, 2]
+    for number in range(5, 5 + MOST_WAITING):
+        view.add(complete(number, CONFIGS[number % len(CONFIGS)]))
+    assert len(view.study.trials) == 4
+    view.add(complete(5 + MOST_WAITING, CONFIGS[0]))
+    assert len(view.study.trials) == 4 + MOST_WAITING + 1
