@@ -148,6 +148,8 @@ class Workbench:
         if not isinstance(self.task, Answering):
             return Score(self.task.evaluate(self.runs, split))
         answers = self.task.answers(self.runs, split)
+        if not math.isfinite(answers.accuracy):
+            return Score(answers.accuracy)
         if split not in self._float_answers:
             self._float_answers[split] = self.task.answers(self._float, split)
         divergence = float(jeffreys(answers.logits, self._float_answers[split].logits))
@@ -205,8 +207,16 @@ def run_trial(
     bench = bench or Workbench(task, settings, offers=config.offers)
     bench.reset(config, start_weights)
     prepared = time.perf_counter()
-    score = bench.score("val")
-    curve = [(0, score.accuracy)]
+    curve: list[tuple[int, float]] = []
+
+    def scored(step: int) -> Score:
+        score = bench.score("val")
+        if not math.isfinite(score.accuracy):
+            raise FloatingPointError(f"the task's metric on val is {score.accuracy} after {step} steps")
+        curve.append((step, score.accuracy))
+        return score
+
+    score = scored(0)
     scoring_s = time.perf_counter() - prepared
     half = (settings.steps + 1) // 2
 
@@ -216,7 +226,7 @@ def run_trial(
             on_step(step, loss)
         if step + 1 == half < settings.steps:
             began = time.perf_counter()
-            curve.append((half, bench.score("val").accuracy))
+            scored(half)
             scoring_s += time.perf_counter() - began
             if bar is not None and curve[-1][1] < bar:
                 raise Dominated
@@ -233,14 +243,11 @@ def run_trial(
     trained = time.perf_counter()
     if state == "complete" and settings.steps:
         bench.reestimate(settings.seed)
-        end = bench.score("val")
-        curve.append((settings.steps, end.accuracy))
+        end = scored(settings.steps)
         if end.accuracy < score.accuracy:
             bench.restore(start)
-        else:  # NaN too
+        else:
             score = end
-    if not math.isfinite(score.accuracy):
-        raise FloatingPointError(f"the task's metric on val is {score.accuracy}")
     done = time.perf_counter()
     return TrialRecord(
         config=config,

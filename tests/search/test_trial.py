@@ -134,8 +134,13 @@ def test_a_task_without_distillation_uses_its_own_loss(task: Task) -> None:
 def test_a_score_that_is_no_number_is_an_error(task: Task, bench: Workbench) -> None:
     broken = copy.copy(bench)
     broken.score = lambda split: Score(float("nan"))  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match="metric on val is nan"):
+    with pytest.raises(FloatingPointError, match="metric on val is nan after 0 steps"):
         run_trial(task, uniform(bench, "w8a8"), SETTINGS.model_copy(update={"steps": 0}), bench=broken)
+    halfway = copy.copy(bench)
+    scores = iter([Score(0.5), Score(float("nan"))])
+    halfway.score = lambda split: next(scores)  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match="metric on val is nan after 10 steps"):
+        run_trial(task, uniform(bench, "w8a8"), SETTINGS, bench=halfway)  # a record holds finite numbers
 
 
 @pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
