@@ -121,6 +121,10 @@ class SurrogateSampler(BaseSampler):
     """
 
     def __init__(self, space: SearchSpace, log2_cost: Callable[[Mapping[str, Any]], float], seed: int) -> None:
+        # Not at the top, because it takes a second; not later, because an import can swallow a Ctrl-C.
+        from sklearn.linear_model import BayesianRidge
+
+        self._regression = BayesianRidge
         self._children = Children(space, seed, MOVES)
         self._features = Features(space)
         self._log2_cost = log2_cost
@@ -164,11 +168,9 @@ class SurrogateSampler(BaseSampler):
 
     def _learn(self, trials: Sequence[FrozenTrial]) -> None:
         """Fit the model, unless it knows nearly all of the trials."""
-        from sklearn.linear_model import BayesianRidge  # here: it takes a second to import
-
         if self._model is None or len(trials) > 1.05 * self._learned:
             accuracy = np.array([trial.values[0] for trial in trials])
-            self._model = BayesianRidge().fit(self._rows([trial.params for trial in trials]), accuracy)
+            self._model = self._regression().fit(self._rows([trial.params for trial in trials]), accuracy)
             self._learned = len(trials)
 
     def _rows(self, params: Sequence[Mapping[str, Any]]) -> Floats:
