@@ -247,8 +247,8 @@ class SearchController:
             return None
         for _ in range(self._sampler.draws):
             trial = self._study.ask()
-            # What the sampler leaves out is a mutation, or all there is before it has learned anything.
-            params = self._space.params_of(self._space.sample(self._random)) | trial.relative_params
+            # A sampler answers with all parameters, or with none before it has learned anything.
+            params = trial.relative_params or self._space.params_of(self._space.sample(self._random))
             config = self._within_budget(params)
             if config.digest not in self._seen:
                 return self._propose(config, "sampler", trial)
