@@ -3,9 +3,10 @@
     python benchmarks/train_step.py [--threads 2] [--batch 128] [--rounds 5] [--model cifar_resnet20]
 
 Prints one table: images/s of the float step, of the quantized step and of the quantized step with the teacher's
-forward pass, all bfloat16, all compiled, with the same loop (`mpsearch.train.fit`) in the same run. Rounds of the three
-alternate, so that a machine whose speed drifts slows all of them alike. In a search the teacher is computed for the
-first trial of a worker only; here it is computed at every step.
+forward pass, all bfloat16 and channels last, with the same loop (`mpsearch.train.fit`) in the same run. The float step
+is compiled as a whole, the quantized one as trials are: its quantizers alone. Rounds of the three alternate, so that a
+machine whose speed drifts slows all of them alike. In a search the teacher is computed for the first trial of a worker
+only; here it is computed at every step.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from torch import Tensor, nn
 
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.quant.fused import fuse
 from mpsearch.quant.prepare import prepare
-from mpsearch.search.trial import Compiled
+from mpsearch.search.trial import channels_last
 from mpsearch.study import DataSpec, TaskSpec
 from mpsearch.task.models import build_model
 from mpsearch.train import FitSettings, Teacher, bf16_is_fast, compiler_missing, fit, jeffreys
@@ -46,7 +48,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     spec = TaskSpec(model=options.model, data=DataSpec(kind="digits"))
-    network = build_model(spec, num_classes=10)
+    network = channels_last(build_model(spec, num_classes=10))
     x = torch.randn(options.batch, 3, 32, 32)
     y = torch.randint(0, 10, (options.batch,))
     layers = inspect_model(network.eval(), x[:8]).layers
@@ -54,10 +56,11 @@ def main() -> None:
     quantized = prepare(network, config, x, layers)
     bf16 = bf16_is_fast()
 
-    def ready(model: nn.Module) -> nn.Module:
-        return model if options.eager or compiler_missing() else Compiled(model)
-
-    teachers = ready(copy.deepcopy(network))
+    eager = options.eager or compiler_missing()
+    baseline = copy.deepcopy(network)
+    baseline = baseline if eager else torch.compile(baseline, dynamic=False)
+    quantized = quantized if eager else fuse(quantized)
+    teachers = copy.deepcopy(network)
 
     def cross_entropy(step: int, x: Tensor, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output.float(), target)
@@ -67,9 +70,9 @@ def main() -> None:
         return jeffreys(output, teacher(0, step, x))
 
     cases: dict[str, tuple[nn.Module, Callable[[int, Tensor, Tensor, Tensor], Tensor]]] = {
-        "float": (ready(copy.deepcopy(network)), cross_entropy),
-        f"quantized {options.bits}": (ready(quantized), cross_entropy),
-        f"quantized {options.bits} + teacher": (ready(copy.deepcopy(quantized)), distilled),
+        "float": (baseline, cross_entropy),
+        f"quantized {options.bits}": (quantized, cross_entropy),
+        f"quantized {options.bits} + teacher": (copy.deepcopy(quantized), distilled),
     }
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:

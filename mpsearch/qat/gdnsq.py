@@ -149,10 +149,10 @@ def gdnsq(
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare"):
         model = learnable(task.float_model(), bench.layers, config, bench.ranges, method).to(bench.device)
-        runs = bench.compiled(model)
+        bench.quicken(model)
         torch.manual_seed(seed)
     with timed(seconds, "train"):
-        log, notes = _train(task, model, runs, config, bench, steps, seed, method, on_step)
+        log, notes = _train(task, model, config, bench, steps, seed, method, on_step)
     with timed(seconds, "finish"):
         if method.weight_grid == "symmetric":
             model = deployed(model, config, task.float_model(), bench.layers).to(bench.device)
@@ -167,7 +167,6 @@ def gdnsq(
 def _train(
     task: Task,
     model: nn.Module,
-    runs: nn.Module,
     config: PrecisionConfig,
     bench: Workbench,
     steps: int,
@@ -210,7 +209,7 @@ def _train(
         # On the way down bits can fall twice as fast as the ceiling.
         _set_lr(of_steps, method.range_lr * factor if converged is not None else max(method.range_lr, 2 * speed))
         with autocast(x, bench.bf16):
-            output = call(runs, x)
+            output = call(model, x)
         base = loss_of(step, x, output, y)
         loss = base + penalty(base, layers, START_BITS - speed * step if method.gradual else 0.0)
         for optimizer in optimizers:

@@ -34,6 +34,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mpsearch.quant.fused import Elementwise
 from mpsearch.quant.quantizer import MIN_STEP
 
 StepGradient = Literal["noise", "residual", "both"]
@@ -105,7 +106,16 @@ def noisy_round(
     return y
 
 
-class GdnsqQuantizer(nn.Module):
+def _clamp_and_round(
+    rules: tuple[StepGradient, RoundGradient], x: Tensor, s: Tensor, z: Tensor, low: Tensor | None, high: Tensor | None
+) -> Tensor:
+    c = x.to(torch.promote_types(x.dtype, torch.float32))
+    if low is not None and high is not None:
+        c = torch.maximum(torch.minimum(c, high), low)
+    return noisy_round(c, s, z, *rules).to(x.dtype)
+
+
+class GdnsqQuantizer(Elementwise):
     """One tensor's quantizer with a learnable bit-width.
 
     Args:
@@ -183,10 +193,9 @@ class GdnsqQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized tensor, of the type of `x`; computed in float32 at least."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        s, z, low, high = self.grid(wide)
-        c = wide if self.weight_grid == "min" else torch.maximum(torch.minimum(wide, torch.maximum(high, low)), low)
-        return noisy_round(c, s, z, self.step_gradient, self.round_gradient).to(x.dtype)
+        s, z, low, high = self.grid(x)
+        ends = (None, None) if self.weight_grid == "min" else (low, torch.maximum(high, low))
+        return self.run(_clamp_and_round, x, s, z, *ends, owner=(self.step_gradient, self.round_gradient))
 
     @torch.no_grad()
     def true_bits(self, x: Tensor | None = None) -> float:

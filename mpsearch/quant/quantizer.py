@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import FLOAT, Precision
+from mpsearch.quant.fused import Elementwise
 from mpsearch.quant.rounding import scale_gradient
 
 MIN_STEP = 2.0**-60
@@ -31,7 +32,7 @@ def not_offered(precision: Precision, offered: Iterable[str]) -> PrecisionError:
     )
 
 
-class Quantizer(nn.Module):
+class Quantizer(Elementwise):
     """One tensor's quantizer: learnable `step` (and `beta`), precision in buffers.
 
     Args:
@@ -112,20 +113,22 @@ class Quantizer(nn.Module):
 
     def current_range(self) -> tuple[Tensor, Tensor | None]:
         """The step s > 0 and the offset that hold now, with LSQ's gradient scale attached."""
-        step: Tensor = self.step
-        if torch.compiler.is_compiling():  # one graph for all precisions: what holds is read from buffers
-            step = torch.where(self.shared, step.mean(), step)
-        elif self.precision.granularity == "tensor" and self.channels > 1:
-            step = step.mean().expand_as(step)
-        step = scale_gradient(step, self.gradient_scale).abs().clamp_min(MIN_STEP)
-        return step, None if self.beta is None else scale_gradient(self.beta, self.gradient_scale)
+        return _range(self.step, self.beta, self.gradient_scale, self.shared)
+
+    def chosen(self) -> Quantizer:
+        """What brings the grid."""
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized tensor."""
-        compiling = torch.compiler.is_compiling()
-        if not compiling and self.precision.is_float:  # not read when compiling: it would guard the graph
+        compiling = (
+            torch.compiler.is_compiling()
+        )  # by somebody who compiles the whole model: one graph for all precisions
+        if not compiling and self.precision.is_float:
             return x
-        y = self.quantize(x, *self.current_range())
+        grid = self if compiling else self.chosen()
+        parts = (self.step, self.beta, self.gradient_scale, self.shared)
+        y = self.run(_quantize, x, *parts, owner=grid, axis=self.channel_axis)
         return torch.where(self.is_float, x, y) if compiling else y
 
     def extra_repr(self) -> str:
@@ -133,3 +136,16 @@ class Quantizer(nn.Module):
         return (
             f"{self.precision}, {'signed' if self.signed else 'unsigned'}{', offset' if self.beta is not None else ''}"
         )
+
+
+def _quantize(
+    grid: Quantizer, x: Tensor, step: Tensor, beta: Tensor | None, gradient_scale: Tensor, shared: Tensor
+) -> Tensor:
+    return grid.quantize(x, *_range(step, beta, gradient_scale, shared))
+
+
+def _range(step: Tensor, beta: Tensor | None, gradient_scale: Tensor, shared: Tensor) -> tuple[Tensor, Tensor | None]:
+    if step.dim():
+        step = torch.where(shared, step.mean(), step)  # data, like the bits: what holds is read from buffers
+    step = scale_gradient(step, gradient_scale).abs().clamp_min(MIN_STEP)
+    return step, None if beta is None else scale_gradient(beta, gradient_scale)

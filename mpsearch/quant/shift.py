@@ -162,7 +162,7 @@ def tanh_levels(v: Tensor, levels: Tensor, slope: Tensor) -> Tensor:
     """
     magnitude = torch.where(v < 0, -v, v)  # not abs(), whose derivative at 0 is 0
     magnitude = torch.minimum(magnitude, levels[-1])
-    j = torch.bucketize(magnitude.detach(), levels[1:]).clamp_max(len(levels) - 2)  # NaN is beyond
+    j = torch.bucketize(magnitude.detach().contiguous(), levels[1:]).clamp_max(len(levels) - 2)  # NaN is beyond
     low, high = levels[j], levels[j + 1]
     height = high - low
     phi = torch.tanh(slope / height * (magnitude - (high + low) / 2) / 2) / torch.tanh(slope / 4)

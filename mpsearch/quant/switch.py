@@ -51,8 +51,8 @@ def make_quantizer(
 class SwitchQuantizer(Quantizer):
     """A quantizer that is one of several: it takes over `step` and `beta`, and the kinds lend their grids.
 
-    Eagerly only the chosen kind runs; a compiled graph computes all kinds and selects one, as it does for float. A kind
-    that is not chosen has float precision.
+    Only the chosen kind runs, but where somebody compiles the whole model: such a graph computes all kinds and selects
+    one, as it does for float. A kind that is not chosen has float precision.
 
     Args:
         kinds: quantizers of the same tensor, by type.
@@ -85,7 +85,7 @@ class SwitchQuantizer(Quantizer):
     def quantize(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
         """What the chosen kind makes of `x`."""
         if not torch.compiler.is_compiling():
-            return self._chosen().quantize(x, step, beta)
+            return self.chosen().quantize(x, step, beta)
         first, *others = self._all()
         y = first.quantize(x, step, beta)
         for kind in others:
@@ -94,9 +94,10 @@ class SwitchQuantizer(Quantizer):
 
     def codes_of(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
         """The codes of the chosen kind."""
-        return self._chosen().codes_of(x, step, beta)
+        return self.chosen().codes_of(x, step, beta)
 
-    def _chosen(self) -> Quantizer:
+    def chosen(self) -> Quantizer:
+        """The kind that the precision names."""
         return next(kind for kind in self._all() if not kind.precision.is_float)
 
     def _all(self) -> list[Quantizer]:

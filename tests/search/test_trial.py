@@ -11,8 +11,9 @@ from torch import nn
 
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.quant.fused import Elementwise
 from mpsearch.search.compare import unpack
-from mpsearch.search.trial import Compiled, Score, Workbench, run_trial
+from mpsearch.search.trial import Score, Workbench, run_trial
 from mpsearch.space import build_space, load_space
 from mpsearch.study import TrialSpec, load_study
 from mpsearch.task.load import load_task
@@ -143,19 +144,12 @@ def test_a_score_that_is_no_number_is_an_error(task: Task, bench: Workbench) -> 
         run_trial(task, uniform(bench, "w8a8"), SETTINGS, bench=halfway)  # a record holds finite numbers
 
 
-@pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
-def test_compiled_runs_other_batch_sizes_eagerly() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
-    compiled = Compiled(model).eval()
-    frames: list[int] = []
-    compiled._compiled = lambda x: (frames.append(len(x)), model(x))[1]  # type: ignore[assignment, func-returns-value]
-    for size in (8, 8, 3, 8):
-        assert compiled(torch.randn(size, 4)).shape == (size, 4)
-    assert frames == [8, 8, 8]
+def fused(bench: Workbench) -> bool:
+    return any(module.fused for module in bench.model.modules() if isinstance(module, Elementwise))
 
 
 def test_compilation_is_not_asked_for_where_it_does_not_pay(bench: Workbench) -> None:
-    assert bench.runs is bench.model  # `auto`, and digits are small
+    assert not fused(bench)  # `auto`, and digits are small
 
 
 def test_a_missing_compiler_means_eager_trials_and_is_said(
@@ -163,7 +157,7 @@ def test_a_missing_compiler_means_eager_trials_and_is_said(
 ) -> None:
     monkeypatch.setattr("mpsearch.search.trial.compiler_missing", lambda: "no C++ compiler was found")
     bench = Workbench(task, SETTINGS.model_copy(update={"compile": True}))
-    assert bench.runs is bench.model
+    assert not fused(bench)
     assert "torch.compile is not used: no C++ compiler was found" in caplog.text
 
 
