@@ -86,6 +86,7 @@ def check(study: Study, set_: Set = None, json_: Json = False) -> None:
                 "free": len(problem.space.free),
                 "configs": problem.space.size,
                 "cost": {"cheapest": problem.cheapest, "dearest": problem.dearest, "unit": problem.cost.reference.unit},
+                "doubts": problem.doubts(),
                 "float_val": float_val,
                 "trial_s": trial_s,
                 "search_s": total_s,
@@ -95,6 +96,8 @@ def check(study: Study, set_: Set = None, json_: Json = False) -> None:
     console = _console()
     for line in problem.summary():
         console.print(line, soft_wrap=True)
+    for doubt in problem.doubts():
+        console.print(f"[yellow]Warning:[/] {doubt}", soft_wrap=True, highlight=False)
     console.print(
         f"Float model: {_percent(float_val)} on val ({getattr(problem.task, 'float_model_source', 'as given')})."
     )
@@ -640,6 +643,8 @@ class _Display:
         self.began = time.monotonic()
         for line in problem.summary():
             self.console.print(line, style="dim", soft_wrap=True, highlight=False)
+        for doubt in problem.doubts():
+            self.console.print(f"[yellow]Warning:[/] {doubt}", soft_wrap=True, highlight=False)
         self.task = self.progress.add_task(
             problem.spec.name, total=problem.spec.search.trials, completed=self.earlier, best="", eta=""
         )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
-from mpsearch.train import FitSettings, Teacher, fit, jeffreys, one_cycle, reestimate_batch_norm
+from mpsearch.train import FitSettings, Teacher, batch_norm_gap, fit, jeffreys, one_cycle, reestimate_batch_norm
 
 
 def batches(count: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -123,3 +123,16 @@ def test_teacher_keeps_no_more_than_its_limit() -> None:
     first, second = teacher(0, 0, x), teacher(0, 1, other)
     assert teacher(0, 0, other) is first
     assert teacher(0, 1, other) is not second
+
+
+def test_the_batch_norm_gap_is_small_on_batches_like_those_of_the_statistics_and_wide_on_others() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    for _ in range(200):
+        model.train()(torch.randn(64, 4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(256, 4)
+    assert batch_norm_gap(model, x, lambda output: output) < 0.01
+    assert batch_norm_gap(model, 3 * x + 2, lambda output: output) > 0.15
+    assert batch_norm_gap(nn.Linear(4, 3), x, lambda output: output) == 0
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

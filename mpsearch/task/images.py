@@ -74,24 +74,22 @@ def shuffled_batches(positions: Tensor, batch_size: int, steps: int, generator: 
 
 
 def random_crop_flip(pixels: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Shift every image by up to `padding` pixels, mirroring at the border, and flip half of them left to right.
+    """Shift every image by up to `padding` pixels, black where it was not, and flip half of them left to right.
 
-    One gather for the whole batch: `(n, c, h, w)` -> the same shape and type.
+    As torchvision's RandomCrop(size, padding), which nearly all checkpoints for small images were trained with. It
+    matters: BatchNorm's statistics are those of images with black margins. One gather for the whole batch:
+    `(n, c, h, w)` -> the same shape and type.
     """
     n, c, h, w = pixels.shape
     shift = torch.randint(-padding, padding + 1, (2, n, 1), generator=generator)
-    rows = _mirrored(torch.arange(h) + shift[0], h)
-    columns = _mirrored(torch.arange(w) + shift[1], w)
+    rows, columns = torch.arange(h) + shift[0], torch.arange(w) + shift[1]
     if flip:
         chosen = torch.rand(n, 1, generator=generator) < 0.5
         columns = torch.where(chosen, columns.flip(1), columns)
-    source = (rows[:, :, None] * w + columns[:, None, :]).view(n, 1, h * w).expand(n, c, h * w)
-    return pixels.reshape(n, c, h * w).gather(2, source).view(n, c, h, w)
-
-
-def _mirrored(index: Tensor, size: int) -> Tensor:
-    """Indices outside [0, size) reflected at the first and last pixel, as padding mode `reflect` does."""
-    return (size - 1) - ((size - 1) - index.abs()).abs()
+    inside = ((rows >= 0) & (rows < h))[:, :, None] & ((columns >= 0) & (columns < w))[:, None, :]
+    source = rows.clamp(0, h - 1)[:, :, None] * w + columns.clamp(0, w - 1)[:, None, :]
+    source = source.view(n, 1, h * w).expand(n, c, h * w)
+    return pixels.reshape(n, c, h * w).gather(2, source).view(n, c, h, w) * inside.view(n, 1, h, w)
 
 
 class StoredImages:
