@@ -5,9 +5,10 @@
         [--picture search_quality.html]
 
 Each arm is a run of the command line with a compiler cache of its own, so that its time holds everything: descent,
-sensitivities, compilation, trials. Then points of its front are trained for `--epochs` and scored on val and on test,
-which no arm has seen. Rows are kept as CSV (`RESULTS.csv`: a row a trained point; `RESULTS-time.csv`: the hypervolume
-over time); arms that are there are not run again. An arm that was interrupted starts anew.
+sensitivities, compilation, trials, in one process with all threads. Then points of its front are trained for `--epochs`
+and scored on val and on test, which no arm has seen: of the trials that cost no more than W4A4, W3A3 and W2A2, and than
+0.8 of each, the best on val. Rows are kept as CSV (`RESULTS.csv`: a row a trained point; `RESULTS-time.csv`: the
+hypervolume over time); arms that are there are not run again. An arm that was interrupted starts anew.
 
 Hypervolume and IGD+ are those of `mpsearch.search.front`'s unit square (error; log2 cost from the cheapest config to
 the reference). IGD+ is against the front of all arms' points together: 0 is best.
@@ -31,47 +32,60 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from mpsearch.record import RunFolder
+from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.finalize import finalize
-from mpsearch.search.front import hypervolume_over_time, share_dominated
-from mpsearch.search.run import open_problem, read_spec
+from mpsearch.search.front import hypervolume_over_time, pareto_front, share_dominated
+from mpsearch.search.run import Problem, open_problem, read_spec
 from mpsearch.study import load_study
 
 WARM = ["warm_start.method=gdnsq"]
 COLD = ["warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0"]
 
+UNIFORM = {"resnet20-cifar10-jpeg": "resnet_uniform", "mobilenetv2-cifar10-jpeg": "uniform", "digits_mixed": "digits"}
+"""The space without other quantizer types, by study."""
+
 ARMS: dict[str, list[str]] = {
-    "full": [*WARM],
+    "full": WARM,
     "no warm start": COLD,
     "no weight reuse": [*WARM, "warm_start.reuse_weights=false"],
     "no surrogate": [*WARM, "search.sampler=nsga2"],
     "no stopping": [*WARM, "search.stop_dominated=false"],
-    "all types": [*WARM, "space=MIXED"],
+    "no types": [*WARM, "space=UNIFORM"],
     "random": [*COLD, "search.sampler=random"],
     "tpe": [*COLD, "search.sampler=tpe"],
     "ilp ladder": [*COLD, "warm_start.ilp=true", "search.sampler=none"],
     # The fair control: every global combination, from the weights of a descent in which all tensors move alike.
     "uniform": [
         *WARM,
+        "space=UNIFORM",
         "warm_start.spread=0",
-        "warm_start.neighbours=1",
+        "warm_start.neighbours=0",
+        "warm_start.ilp=false",
         "warm_start.combinations=8",
+        "search.sampler=none",
+    ],
+    # As `uniform`, with global combinations of all types: shift:3 x uniform:4 everywhere, and so on.
+    "global types": [
+        *WARM,
+        "warm_start.spread=0",
+        "warm_start.neighbours=0",
+        "warm_start.ilp=false",
+        "warm_start.combinations=12",
         "search.sampler=none",
     ],
 }
 
 
-MIXED = {"digits": "digits_mixed"}  # the space with all quantizer types, by study; default: resnet_mixed
+SHARES = (1.0, 0.8)  # of a budget, at which points are trained
 
 
 def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> None:
     """Run one arm with one seed and append its rows."""
     folder = options.work / f"{study}-{options.minutes:g}min-{arm.replace(' ', '-')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    own = [override.replace("MIXED", MIXED.get(study, "resnet_mixed")) for override in ARMS[arm]]
+    own = [override.replace("UNIFORM", UNIFORM.get(study, "uniform")) for override in ARMS[arm]]
     overrides = [*own, f"search.seed={seed}", f"warm_start.seed={seed}", f"trial.seed={seed}", *options.set]
-    overrides += ["search.trials=100000", f"final.epochs={options.epochs:g}", f"final.pick={options.pick}"]
-    overrides += ["final.seeds=1"]
+    overrides += ["search.trials=100000", f"final.epochs={options.epochs:g}", "final.seeds=1", "engine.address=none"]
     command = [str(Path(sys.executable).parent / "mpsearch"), "run", study, "--out", str(folder / "run"), "--json"]
     command += ["--time-limit", f"{round(60 * options.minutes)}s"]
     command += [part for override in overrides for part in ("--set", override)]
@@ -85,10 +99,13 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
 
     run = RunFolder.open(folder / "run")
     problem = open_problem(read_spec(run))
-    rows = finalize(problem, run, controls=False)
     records = run.records()
+    rows = finalize(
+        problem, run, trials=best_within(records, [s * c for c in budgets(problem).values() for s in SHARES])
+    )
     finals = {final.number: final for final in run.finals()}
     key = {"study": study, "minutes": options.minutes, "epochs": options.epochs, "arm": arm, "seed": seed}
+    cheapest = open_problem(load_study(study)).cheapest  # one scale of cost for all arms, whatever their space
     points = [
         key
         | {
@@ -102,7 +119,7 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
             "search_s": searched_s,
             "trials": sum(r.state == "complete" for r in records),
             "stopped": sum(r.state == "stopped" for r in records),
-            "cheapest": problem.cheapest,
+            "cheapest": cheapest,
             "layers": json.dumps({name: str(p) for name, p in row.trial.config.items()}),
         }
         for row in rows
@@ -110,10 +127,23 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
     waited = min(r.started_s for r in records) - began
     steps = [
         key | {"elapsed_s": waited + step.elapsed_s, "hypervolume": step.hypervolume}
-        for step in hypervolume_over_time(records, problem.cheapest)
+        for step in hypervolume_over_time(records, cheapest)
     ]
     _append(_time_path(options.results), steps)
     _append(options.results.with_suffix(".csv"), points)  # last: with these rows the arm is done
+
+
+def budgets(problem: Problem) -> dict[int, float]:
+    """Relative cost of W4A4, W3A3 and W2A2, by bits."""
+    return {bits: problem.cost(problem.space.rung(bits)) for bits in (4, 3, 2)}
+
+
+def best_within(records: list[TrialRecord], costs: list[float]) -> list[TrialRecord]:
+    """The trial of highest accuracy on val within each cost, each once; none for a cost that no trial is within."""
+    front = pareto_front(records).trials
+    within = [[t for t in front if t.cost is not None and t.cost <= cost * (1 + 1e-9)] for cost in costs]
+    found = {trials[-1].number: trials[-1] for trials in within if trials}
+    return list(found.values())
 
 
 def _time_path(results: Path) -> Path:
@@ -157,7 +187,7 @@ def report(options: argparse.Namespace) -> None:
         return
     spec = load_study(options.study)
     problem = open_problem(spec)
-    rungs = {bits: problem.cost(problem.space.rung(bits)) for bits in (4, 3, 2)}
+    rungs = budgets(problem)
     found = quality(points)
     table = Table(
         title=f"{options.study}, {options.minutes:g} minutes a run, {options.epochs:g} epochs of final training"
@@ -251,7 +281,6 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--pick", type=int, default=6)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--work", type=Path, default=Path(".search_quality"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "search_quality")

@@ -301,6 +301,11 @@ class SearchSpace:
         return tuple(slot for slot in self.slots if len(slot.choices) > 1)
 
     @cached_property
+    def several_types(self) -> bool:
+        """Whether some slot leaves a choice between quantizer types."""
+        return any(len({c.quantizer for c in slot.choices if not c.is_float}) > 1 for slot in self.slots)
+
+    @cached_property
     def _parameters(self) -> frozenset[str]:
         return frozenset(slot.parameter for slot in self.free)
 

@@ -153,7 +153,7 @@ class WarmStartSpec(_Section):
     budgets: tuple[float, ...] = Field(
         default=(0.6, 0.4, 0.25, 0.15, 0.08), min_length=1, description="relative costs at which it is read off"
     )
-    neighbours: int = Field(default=3, gt=0, description="whole-bit configs of each of these")
+    neighbours: int = Field(default=3, ge=0, description="whole-bit configs of each of these; 0: its weights alone")
     spread: float = Field(
         default=0.01,
         ge=0,

@@ -20,7 +20,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import optuna
@@ -38,6 +38,8 @@ from mpsearch.space import SearchSpace
 from mpsearch.study import SearchSpec
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study and trial on stderr
+
+_T = TypeVar("_T")
 
 Cost = Callable[[PrecisionConfig], float]  # relative to the study's reference
 
@@ -155,9 +157,10 @@ class _Point:
 class SearchController:
     """Proposes configs until the study is over; every config at most once, whatever became of it.
 
-    The order is: the uniform ladder of the space (the control group), `anchors`, then the sampler. Rungs and anchors
-    above `budget` are left out and counted in `over_budget`. `records` are the trials that have ended before, when a
-    run is resumed; they count towards `search.trials`, while failures in a row and the time limit start anew.
+    The order is: the uniform ladder of the space (the control group) in turn with `anchors`, then the sampler. Rungs
+    and anchors above `budget` are left out and counted in `over_budget`. `records` are the trials that have ended
+    before, when a run is resumed; they count towards `search.trials`, while failures in a row and the time limit start
+    anew.
 
     The same arguments and the same order of asks and tells give the same proposals.
 
@@ -215,7 +218,10 @@ class SearchController:
             self._remember(record)
         ladder: list[tuple[Origin, PrecisionConfig]] = [("uniform", config) for config in space.ladder()]
         self._anchors: deque[tuple[Origin, PrecisionConfig]] = deque()
-        for origin, config in (*ladder, *anchors):
+        others = [
+            anchor for anchor in anchors if ("uniform", anchor[1]) not in ladder
+        ]  # a rung is a control, whoever asks
+        for origin, config in _alternate(ladder, others):
             if cost(config) <= self._budget:
                 self._anchors.append((origin, config))
             else:
@@ -399,6 +405,12 @@ class SearchController:
 
     def _choices(self) -> dict[str, list[int | str]]:
         return {slot.parameter: [slot.value(choice) for choice in slot.choices] for slot in self._space.free}
+
+
+def _alternate(*groups: Sequence[_T]) -> Iterator[_T]:
+    """One of each group in turn, so that a run that time ends early has some of all."""
+    for turn in itertools.zip_longest(*groups):
+        yield from (item for item in turn if item is not None)
 
 
 def budget_constraint(cost: float, budget: float) -> dict[str, float] | None:

@@ -86,7 +86,7 @@ def finalize(
     problem: Problem,
     folder: RunFolder,
     on_progress: Callable[[int, int, TrialRecord, int], None] = lambda done, total, trial, seed: None,
-    controls: bool = True,
+    trials: Sequence[TrialRecord] | None = None,
 ) -> list[FinalRow]:
     """Train and score the picked points and their controls; what was done before an interruption is not done again.
 
@@ -94,7 +94,7 @@ def finalize(
         problem: the study.
         folder: its run.
         on_progress: called before each training with (done, total, trial, seed).
-        controls: train the uniform controls of the picked points too.
+        trials: train these instead.
 
     Returns:
         a row per config by rising cost, controls included.
@@ -102,13 +102,10 @@ def finalize(
     Raises:
         RunError: the run has no front, or its folder cannot be written.
     """
-    plan = _plan(folder.records(), problem.spec.final.pick)
-    if not controls:
-        picked = picks(pareto_front(folder.records()), problem.spec.final.pick)
-        plan = {trial: control for trial, control in plan.items() if trial in picked}
+    final = problem.spec.final
+    plan = _plan(folder.records(), final.pick) if trials is None else dict.fromkeys(trials)
     if not plan:
         raise RunError(f"{folder.path} has no complete trial: nothing to finalize; see `mpsearch status {folder.path}`")
-    final = problem.spec.final
     steps = round(final.epochs * problem.task.steps_per_epoch(problem.spec.trial.batch_size))
     with folder.driving():
         done = {(f.number, f.seed): f for f in folder.finals() if f.steps == steps}
@@ -126,12 +123,15 @@ def finalize(
                 save_weights(bench.model, final_path(folder.checkpoints, trial.number))
             folder.append_final(record)
             done[trial.number, seed] = record
-    return final_rows(folder.records(), list(done.values()), final.pick)
+    return _rows(plan, list(done.values()))
 
 
 def final_rows(records: Sequence[TrialRecord], finals: Sequence[FinalRecord], count: int) -> list[FinalRow]:
     """A row for each of `count` picked points and their controls that has been trained, by rising cost."""
-    plan = _plan(records, count)
+    return _rows(_plan(records, count), finals)
+
+
+def _rows(plan: Mapping[TrialRecord, TrialRecord | None], finals: Sequence[FinalRecord]) -> list[FinalRow]:
     rows = [_row(trial, control, [f for f in finals if f.number == trial.number]) for trial, control in plan.items()]
     known = {row.trial.number: row for row in rows if row is not None}
     gained = [_gained(row, known.get(-1 if row.control is None else row.control)) for row in known.values()]

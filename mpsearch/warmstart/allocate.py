@@ -43,6 +43,9 @@ Tensors = Mapping[tuple[str, TensorName], float]
 Change = Callable[[float, float], float]
 """(marginal, change in bits) -> change of the loss."""
 
+Equivalent = Callable[[Slot, Precision], float]
+"""(slot, one of its choices) -> bits of a uniform quantizer; NaN: not known."""
+
 ROUNDING = 1e-9
 """A cost that differs by less, relative to itself, was added up in another order."""
 _INFEASIBLE = 2  # a status of scipy's milp
@@ -107,6 +110,7 @@ def round_bits(
     reach: float = 2.0,
     change: Change | None = None,
     distance: int = 1,
+    equivalent: Equivalent | None = None,
 ) -> list[Allocation]:
     """Whole bits for learned real ones: the configs of least modelled loss with relative cost <= budget, best first.
 
@@ -120,8 +124,8 @@ def round_bits(
     to others first.
 
     Only choices within `reach` bits of the learned ones count, and always the nearest; where they leave no config
-    within the budget, `reach` is doubled. Learned bits are those of uniform quantizers, so other types are left out
-    where a slot has uniform choices.
+    within the budget, `reach` is doubled. Learned bits are those of uniform quantizers. A choice of another type takes
+    part if `equivalent` knows how many bits it is worth, or if the slot has no uniform choices.
 
     Args:
         space: the configs that there are.
@@ -133,6 +137,7 @@ def round_bits(
         reach: how far, in bits, the local model is trusted.
         change: the model; default `noise_change`. `linear_change` is its first term.
         distance: in how many slots any two configs differ at least.
+        equivalent: (slot, choice) -> the bits of the uniform quantizer that does as much harm; NaN: not known.
 
     Raises:
         CostError: no config is within the budget, or the cost model is neither a sum nor a maximum over layers.
@@ -147,8 +152,8 @@ def round_bits(
     while True:
         values = [
             [
-                model(min(slope, weakest), choice.bits - b) if near else math.inf
-                for choice, near in _near(slot, b, reach)
+                model(min(slope, weakest), worth - b) if near else math.inf
+                for worth, near in _near(slot, b, reach, equivalent)
             ]
             for slot, b, slope in zip(space.slots, learned, slopes, strict=True)
         ]
@@ -376,12 +381,39 @@ def _numbers(of: Tensors, slot: Slot, what: str) -> list[float]:
     return numbers
 
 
-def _near(slot: Slot, bits: float, reach: float) -> list[tuple[Precision, bool]]:
-    """Each choice of a slot, and whether it stands for learned bits: near enough, and uniform if some choice is."""
-    types = {choice.quantizer for choice in slot.choices}
-    able = [choice for choice in slot.choices if choice.quantizer == "uniform" or "uniform" not in types]
-    least = min(abs(choice.bits - bits) for choice in able)
-    return [
-        (choice, choice in able and (abs(choice.bits - bits) < reach or abs(choice.bits - bits) == least))
+def equivalent_bits(table: SensitivityTable) -> Equivalent:
+    """What a choice of any type is worth in bits of the uniform quantizer, by what a table says of the slot's tensors.
+
+    Between whole numbers of bits the logarithm of the uniform quantizer's sensitivity is taken as a straight line;
+    beyond its ends, and where the table has no number, nothing is known.
+    """
+
+    def equivalent(slot: Slot, choice: Precision) -> float:
+        def harm(precision: Precision) -> float:
+            return sum(table.of(layer, slot.tensor, precision) for layer in slot.layers)
+
+        uniform = sorted((c for c in slot.choices if c.quantizer == "uniform"), key=lambda c: c.bits)
+        if len(uniform) < 2 or choice.is_float:
+            return math.nan
+        harms = np.maximum.accumulate([harm(c) for c in reversed(uniform)])  # more bits never count as doing more harm
+        wanted = harm(choice)
+        if not harms[0] <= wanted <= harms[-1] or not harms[0] > 0:
+            return math.nan
+        return float(np.interp(math.log(wanted), np.log(harms), [c.bits for c in reversed(uniform)]))
+
+    return equivalent
+
+
+def _near(slot: Slot, bits: float, reach: float, equivalent: Equivalent | None) -> list[tuple[float, bool]]:
+    """What each choice of a slot is worth in bits, and whether that is near enough to the learned ones."""
+    uniform = any(choice.quantizer == "uniform" for choice in slot.choices)
+    worth = [
+        float(choice.bits)
+        if choice.quantizer == "uniform" or not uniform
+        else math.nan
+        if equivalent is None
+        else equivalent(slot, choice)
         for choice in slot.choices
     ]
+    least = min(abs(w - bits) for w in worth if not math.isnan(w))
+    return [(w, abs(w - bits) < reach or abs(w - bits) == least) for w in worth]

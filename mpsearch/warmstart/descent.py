@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import SpaceError
 from mpsearch.precision import LayerPrecision, Precision
+from mpsearch.quant.fused import Elementwise
 from mpsearch.quant.gdnsq import grid_shift, noisy_round
 from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows
 from mpsearch.search.trial import Workbench
@@ -49,8 +50,11 @@ LARGEST_RATIO = 8.0
 
 CLIP_NORM = 5.0
 
+SHARE_OF_LR = 0.3
+"""Learning rate of the descent, as a share of the trials' peak: it has no phase in which a high rate dies away."""
 
-class BitQuantizer(nn.Module):
+
+class BitQuantizer(Elementwise):
     """One tensor's uniform quantizer at a real-valued bit-width.
 
     Args:
@@ -58,14 +62,15 @@ class BitQuantizer(nn.Module):
         betas: `(widths,)`, the lower end at each width of an activation that takes negative values; else None.
         first: the smallest number of bits.
         signed: symmetric signed codes (weights) instead of unsigned ones (activations).
+        axis: of the channels.
     """
 
     log_steps: Tensor
     betas: Tensor | None
 
-    def __init__(self, log_steps: Tensor, betas: Tensor | None, first: int, *, signed: bool) -> None:
+    def __init__(self, log_steps: Tensor, betas: Tensor | None, first: int, *, signed: bool, axis: int = 0) -> None:
         super().__init__()
-        self.first, self.signed = first, signed
+        self.first, self.signed, self.axis = first, signed, axis
         self.register_buffer("log_steps", log_steps, persistent=False)
         self.register_buffer("betas", betas, persistent=False)
         self.bits = nn.Parameter(torch.tensor(float(first + len(log_steps) - 1)))
@@ -89,9 +94,13 @@ class BitQuantizer(nn.Module):
             zero = torch.zeros_like(self.bits)
             o = zero if self.betas is None else torch.round(self.between(self.betas) / s).detach()
             low, high = o, levels - 1 + o
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        c = torch.maximum(torch.minimum(wide, s * high), s * low)
-        return noisy_round(c, s, (s * o).detach()).to(x.dtype)
+        return self.run(_clamp_and_round, x, s, o, low, high, axis=self.axis)
+
+
+def _clamp_and_round(_: Any, x: Tensor, s: Tensor, o: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    c = torch.maximum(torch.minimum(wide, s * high), s * low)
+    return noisy_round(c, s, (s * o).detach()).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -232,7 +241,7 @@ def descend(
     budgets: Sequence[float],
     steps: int,
     seed: int = 0,
-    lr: float = 0.01,
+    lr: float | None = None,
     spread: float = 0.01,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Descent:
@@ -245,7 +254,7 @@ def descend(
         budgets: relative costs at which a snapshot is wanted; those above the dearest config are left out.
         steps: batches.
         seed: of the batches.
-        lr: of the weights; rises in the first tenth of the steps, then stays.
+        lr: of the weights; rises in the first tenth of the steps, then stays. Default: SHARE_OF_LR of the trials' peak.
         spread: k of the module's top, bits a step for every octave between a marginal and the median; 0 gives a
             uniform descent, the control.
         on_step: called with (step, training loss).
@@ -258,7 +267,7 @@ def descend(
     price = BitCost(cost, space)
     task = bench.task
     model = with_bit_quantizers(task.float_model(), bench, space).to(bench.device)
-    runs = bench.compiled(model)
+    bench.quicken(model)
     by_slot = _quantizers_of(model, space)
     low, high = (torch.tensor([slot_bits(slot)[end] for slot in space.slots], dtype=torch.float64) for end in (0, -1))
     bits = high.clone()
@@ -272,6 +281,7 @@ def descend(
     quantizers = [q for group in by_slot for q in group]
     own = {id(p) for q in quantizers for p in q.parameters()}
     weights = [p for p in model.parameters() if id(p) not in own]
+    lr = SHARE_OF_LR * bench.settings.lr if lr is None else lr
     optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9, nesterov=True)
     loss_of = bench.loss(seed)
     slopes = torch.zeros(len(bits), dtype=torch.float64)
@@ -284,7 +294,7 @@ def descend(
         budget = top * (wanted[-1] / top) ** ((step + 1) / steps)
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / (0.1 * steps))
         with autocast(x, bench.bf16):
-            output = call(runs, x)
+            output = call(model, x)
         loss = loss_of(step, x, output, y)
         optimizer.zero_grad(set_to_none=True)
         for quantizer in quantizers:
@@ -340,7 +350,9 @@ def with_bit_quantizers(model: nn.Module, bench: Workbench, space: SearchSpace) 
             torch.log2(bench.ranges.weight(name, Precision("uniform", b, weight[0].granularity), rows)).reshape(shape)
             for b in slot_bits(slots["weight"])
         ]
-        layer.weight_quantizer = BitQuantizer(torch.stack(steps), None, weight[0].bits, signed=True)  # type: ignore[assignment]
+        layer.weight_quantizer = BitQuantizer(  # type: ignore[assignment]
+            torch.stack(steps), None, weight[0].bits, signed=True, axis=layer.channel_axis
+        )
         ranges = [
             bench.ranges.activation(name, Precision("uniform", b, activation[0].granularity))
             for b in slot_bits(slots["activation"])

@@ -20,19 +20,19 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.layers import ModelGraph
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import Origin
-from mpsearch.search.trial import Workbench
+from mpsearch.search.trial import Workbench, channels_last
 from mpsearch.space import SearchSpace
 from mpsearch.study import StudySpec
 from mpsearch.task.task import Task
-from mpsearch.warmstart.allocate import ilp_ladder, round_bits
-from mpsearch.warmstart.descent import Descent, Snapshot, descend
+from mpsearch.warmstart.allocate import Allocation, equivalent_bits, ilp_ladder, round_bits
+from mpsearch.warmstart.descent import Descent, descend
 from mpsearch.warmstart.sensitivity import SensitivityTable, measure
 
 logger = logging.getLogger(__name__)
 
 Anchor = tuple[Origin, PrecisionConfig]
 
-SENSITIVITY_SAMPLES = 512
+SENSITIVITY_SAMPLES = 256
 REACH = 1.0
 """Bits that rounding moves a tensor at most: to one of the two whole numbers beside what was learned."""
 DISTANCE = 2
@@ -65,17 +65,20 @@ def warm_start(
     """
     settings = spec.warm_start
     descended: list[list[PrecisionConfig]] = []
-    if settings.method == "gdnsq":
-        descent = _descent(spec, task, space, cost, folder, on_progress)
-        descended = [rounded(snapshot, space, cost, settings.neighbours) for snapshot in descent.snapshots]
     allocated: list[PrecisionConfig] = []
     combined: list[PrecisionConfig] = []
-    if settings.ilp or settings.combinations:
+    table: SensitivityTable | None = None
+    descends = settings.method == "gdnsq"
+    if settings.ilp or settings.combinations or (descends and space.several_types):
         on_progress("sensitivity", 0, 1)
         table = sensitivity_table("kl", task, graph, space, folder)
         on_progress("sensitivity", 1, 1)
         combined = global_combinations(space, cost, table, settings.combinations)
-    if settings.ilp:
+    if descends:
+        descent = _descent(spec, task, space, cost, folder, on_progress)
+        if count := settings.neighbours:
+            descended = [rounded(descent, s.budget, space, cost, count, table) for s in descent.snapshots]
+    if settings.ilp and table is not None:
         cheapest = min(map(cost, space.ladder()))
         allocated = [a.config for a in ilp_ladder(space, cost, table, [b for b in settings.budgets if b >= cheapest])]
     grid: list[Anchor] = [("uniform", config) for config in combined]
@@ -86,13 +89,31 @@ def warm_start(
     return [*first, *control, *grid, *others]
 
 
-def rounded(snapshot: Snapshot, space: SearchSpace, cost: RelativeCost, count: int) -> list[PrecisionConfig]:
-    """The `count` best whole-bit configs near a snapshot, exactly within its budget, best first."""
+def rounded(
+    descent: Descent,
+    budget: float,
+    space: SearchSpace,
+    cost: RelativeCost,
+    count: int,
+    table: SensitivityTable | None = None,
+) -> list[PrecisionConfig]:
+    """The `count` best configs within a budget, best first: near the snapshot from which least loss is foreseen.
+
+    With uniform quantizers alone that is the snapshot at this budget. What other types are worth is read from `table`;
+    being cheaper, they can bring a dearer snapshot's bits within the budget. Without a table they are left out.
+    """
     members = [(slot, name) for slot in space.slots for name in slot.layers]
-    bits = {(name, slot.tensor): snapshot.bits[slot.name] for slot, name in members}
-    marginals = {(name, slot.tensor): -snapshot.slopes[slot.name] / len(slot.layers) for slot, name in members}
-    found = round_bits(space, cost, bits, marginals, snapshot.budget, count, reach=REACH, distance=DISTANCE)
-    return [allocation.config for allocation in found]
+    equivalent = None if table is None else equivalent_bits(table)
+    foreseen: list[tuple[float, list[Allocation]]] = []
+    for snapshot in descent.snapshots:
+        if snapshot.budget < budget or (snapshot.budget > budget and not space.several_types):
+            continue
+        bits = {(name, slot.tensor): snapshot.bits[slot.name] for slot, name in members}
+        marginals = {(name, slot.tensor): -snapshot.slopes[slot.name] / len(slot.layers) for slot, name in members}
+        near = {"reach": REACH, "distance": DISTANCE, "equivalent": equivalent}
+        found = round_bits(space, cost, bits, marginals, budget, count, **near)  # type: ignore[arg-type]
+        foreseen.append((snapshot.loss + found[0].value, found))
+    return [allocation.config for allocation in min(foreseen, key=lambda item: item[0])[1]]
 
 
 def global_combinations(
@@ -177,7 +198,7 @@ def sensitivity_table(proxy: str, task: Task, graph: ModelGraph, space: SearchSp
     if path.exists():
         return SensitivityTable.load(path)
     x = task.calibration_input(SENSITIVITY_SAMPLES)
-    table = measure(proxy, task.float_model(), graph.layers, space, x, task.logits)
+    table = measure(proxy, channels_last(task.float_model()), graph.layers, space, x, task.logits)
     folder.mkdir(parents=True, exist_ok=True)
     table.save(path)
     logger.info("sensitivity (%s): %d entries in %.0f s", proxy, len(table), table.seconds)
