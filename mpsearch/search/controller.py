@@ -407,6 +407,20 @@ class SearchController:
         return {slot.parameter: [slot.value(choice) for choice in slot.choices] for slot in self._space.free}
 
 
+def ends_first(items: Sequence[_T]) -> list[_T]:
+    """First and last, then what is in the middle of the widest gap, and so on: wherever it ends, all is covered.
+
+    >>> ends_first([8, 7, 6, 5, 4, 3, 2])
+    [8, 2, 5, 7, 4, 6, 3]
+    """
+    order = [0, len(items) - 1][: len(items)]
+    while len(order) < len(items):
+        known = sorted(order)
+        low, high = max(itertools.pairwise(known), key=lambda gap: gap[1] - gap[0])
+        order.append((low + high) // 2)
+    return [items[i] for i in order]
+
+
 def _alternate(*groups: Sequence[_T]) -> Iterator[_T]:
     """One of each group in turn, so that a run that time ends early has some of all."""
     for turn in itertools.zip_longest(*groups):

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from safetensors.torch import load_file
 from scipy.stats import kendalltau
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from mpsearch.exporters.native import save_weights
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord
 from mpsearch.search.compare import Difference, paired
 from mpsearch.search.front import ParetoFront, pareto_front
-from mpsearch.search.run import Problem, final_path, start_weights
+from mpsearch.search.run import Problem, checkpoint_path, final_path, start_weights
 from mpsearch.search.trial import Workbench
 
 
@@ -111,14 +112,16 @@ def finalize(
         done = {(f.number, f.seed): f for f in folder.finals() if f.steps == steps}
         jobs = [(trial, seed) for trial in plan for seed in range(1, final.seeds + 1)]
         bench: Workbench | None = None
-        start = start_weights(problem.spec, folder.warmstart)
+        nearest = start_weights(problem.spec, folder.warmstart)
         for position, (trial, seed) in enumerate(jobs):
             if (trial.number, seed) in done:
                 continue
             on_progress(position, len(jobs), trial, seed)
             settings = problem.spec.trial.model_copy(update={"steps": steps})
             bench = bench or Workbench(problem.task, settings, offers=problem.space.offers)
-            record = _train(bench, trial, seed, steps, final.lr, start(trial.cost or 1.0))
+            kept = checkpoint_path(folder.checkpoints, trial.number)
+            start = load_file(kept) if kept.exists() else nearest(trial.cost or 1.0)
+            record = _train(bench, trial, seed, steps, final.lr, start)
             if record.val > max((f.val for f in done.values() if f.number == trial.number), default=-math.inf):
                 save_weights(bench.model, final_path(folder.checkpoints, trial.number))
             folder.append_final(record)
@@ -203,11 +206,18 @@ def _train(
     lr: float | None,
     start: Mapping[str, Tensor] | None,
 ) -> FinalRecord:
+    """Go on from what the trial ended with, where it was kept; the better of start and end on val counts."""
     bench.reset(trial.config, start)
+    if start is not None:
+        bench.restore(start)  # its ranges too, if it has any
+    before, state = bench.score("val").accuracy, bench.state()
     bench.fit(steps, seed, lr)
     bench.reestimate(seed)
+    after = bench.score("val").accuracy
+    if after < before:
+        bench.restore(state)
     test = bench.score("test")
-    return FinalRecord(trial.number, seed, steps, bench.score("val").accuracy, test.accuracy, test.correct)
+    return FinalRecord(trial.number, seed, steps, max(before, after), test.accuracy, test.correct)
 
 
 def _row(trial: TrialRecord, control: TrialRecord | None, finals: Sequence[FinalRecord]) -> FinalRow | None:

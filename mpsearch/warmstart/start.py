@@ -20,6 +20,7 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.layers import ModelGraph
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import Origin
+from mpsearch.search.controller import ends_first
 from mpsearch.search.trial import Workbench, channels_last
 from mpsearch.space import SearchSpace
 from mpsearch.study import StudySpec
@@ -82,7 +83,7 @@ def warm_start(
         cheapest = min(map(cost, space.ladder()))
         allocated = [a.config for a in ilp_ladder(space, cost, table, [b for b in settings.budgets if b >= cheapest])]
     grid: list[Anchor] = [("uniform", config) for config in combined]
-    first: list[Anchor] = [("descent", configs[0]) for configs in descended]
+    first: list[Anchor] = [("descent", configs[0]) for configs in ends_first(descended)]
     control: list[Anchor] = [("ilp", config) for config in allocated]
     by_rank = zip_longest(*(configs[1:] for configs in descended))
     others: list[Anchor] = [("descent", config) for rank in by_rank for config in rank if config is not None]

@@ -13,7 +13,7 @@ from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise
 from mpsearch.search.compare import unpack
-from mpsearch.search.trial import Score, Workbench, run_trial
+from mpsearch.search.trial import SETTLED, Score, Workbench, run_trial
 from mpsearch.space import build_space, load_space
 from mpsearch.study import TrialSpec, load_study
 from mpsearch.task.load import load_task
@@ -185,7 +185,7 @@ def test_a_trial_is_scored_before_halfway_and_at_its_end(task: Task, bench: Work
 
 
 def test_a_fine_tune_that_does_harm_is_taken_back(task: Task, bench: Workbench) -> None:
-    config = uniform(bench, "w8a8")
+    config = uniform(bench, "w4a4")
     untrained = run_trial(task, config, SETTINGS.model_copy(update={"steps": 0}), bench=bench)
     harmed = copy.copy(bench)
 
@@ -199,6 +199,17 @@ def test_a_fine_tune_that_does_harm_is_taken_back(task: Task, bench: Workbench) 
     assert record.curve[-1][1] < record.curve[0][1] - 0.1
     assert record.accuracy == untrained.accuracy == bench.score("val").accuracy
     assert record.correct == untrained.correct
+
+
+def test_a_config_that_answers_as_the_float_network_does_is_not_trained(task: Task, bench: Workbench) -> None:
+    record = run_trial(task, uniform(bench, "w8a8"), SETTINGS, bench=bench)
+    assert record.divergence is not None
+    assert record.divergence < SETTLED
+    assert record.curve == ((0, record.accuracy),)
+    assert record.state == "complete"
+    assert record.end_loss is None
+    lower = run_trial(task, uniform(bench, "w3a3"), SETTINGS, bench=bench)
+    assert lower.end_loss is not None
 
 
 def test_a_trial_below_its_bar_stops_halfway_with_what_it_had(task: Task, bench: Workbench) -> None:
