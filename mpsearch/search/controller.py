@@ -157,10 +157,10 @@ class _Point:
 class SearchController:
     """Proposes configs until the study is over; every config at most once, whatever became of it.
 
-    The order is: the uniform ladder of the space (the control group) in turn with `anchors`, then the sampler. Rungs
-    and anchors above `budget` are left out and counted in `over_budget`. `records` are the trials that have ended
-    before, when a run is resumed; they count towards `search.trials`, while failures in a row and the time limit start
-    anew.
+    The order is: the uniform ladder of the space (the control group), ends first, in turn with `anchors`, then the
+    sampler. Rungs and anchors above `budget` are left out and counted in `over_budget`. `records` are the trials that
+    have ended before, when a run is resumed; they count towards `search.trials`, while failures in a row and the time
+    limit start anew.
 
     The same arguments and the same order of asks and tells give the same proposals.
 
@@ -218,10 +218,9 @@ class SearchController:
             self._remember(record)
         ladder: list[tuple[Origin, PrecisionConfig]] = [("uniform", config) for config in space.ladder()]
         self._anchors: deque[tuple[Origin, PrecisionConfig]] = deque()
-        others = [
-            anchor for anchor in anchors if ("uniform", anchor[1]) not in ladder
-        ]  # a rung is a control, whoever asks
-        for origin, config in _alternate(ladder, others):
+        rungs = {config for _, config in ladder}  # controls, whoever else asks for them
+        others = [anchor for anchor in anchors if anchor[1] not in rungs]
+        for origin, config in _alternate(ends_first(ladder), others):
             if cost(config) <= self._budget:
                 self._anchors.append((origin, config))
             else:
