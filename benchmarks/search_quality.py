@@ -61,7 +61,7 @@ ARMS: dict[str, list[str]] = {
         "warm_start.spread=0",
         "warm_start.neighbours=0",
         "warm_start.ilp=false",
-        "warm_start.combinations=8",
+        "warm_start.combinations=4",
         "search.sampler=none",
     ],
     # As `uniform`, with global combinations of all types: shift:3 x uniform:4 everywhere, and so on.

@@ -82,7 +82,7 @@ def warm_start(
     if settings.ilp and table is not None:
         cheapest = min(map(cost, space.ladder()))
         allocated = [a.config for a in ilp_ladder(space, cost, table, [b for b in settings.budgets if b >= cheapest])]
-    grid: list[Anchor] = [("uniform", config) for config in combined]
+    grid: list[Anchor] = [("uniform", config) for config in ends_first(combined)]
     first: list[Anchor] = [("descent", configs[0]) for configs in ends_first(descended)]
     control: list[Anchor] = [("ilp", config) for config in allocated]
     by_rank = zip_longest(*(configs[1:] for configs in descended))
