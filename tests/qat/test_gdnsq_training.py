@@ -109,7 +109,7 @@ def test_a_training_ends_at_its_target_as_uniform_quantizers_that_score(
 ) -> None:
     config = everywhere(problem, "w4a4")
     trained = gdnsq(problem.task, config, bench, STEPS, method=method)
-    assert trained.log[0]["weight_bits"] == pytest.approx(10 if method.gradual else 4, abs=0.1)
+    assert trained.log[0]["weight_bits"] == pytest.approx(10 if method.gradual else 4, abs=0.3)
     assert trained.log[-1]["excess"] <= 0
     assert not trained.notes
     layers = quant_layers(trained.model)

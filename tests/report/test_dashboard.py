@@ -141,7 +141,12 @@ def test_study_has_named_objectives_a_note_and_our_figures(address: str, folder:
 def test_trials_have_attributes_notes_and_artifacts(address: str, folder: RunFolder, tmp_path: Path) -> None:
     trials = study_of(address)["trials"]
     assert len(trials) == 10
-    record = folder.records()[0]
+    untrained, record = (
+        next(r for r in folder.records() if r.origin == "uniform" and (len(r.curve) > 1) == trained)
+        for trained in (False, True)
+    )
+    (other,) = [t for t in trials if {"key": "number", "value": str(untrained.number)} in t["user_attrs"]]
+    assert {artifact["filename"] for artifact in other["artifacts"]} == {"config.json", "bits.svg"}
     (trial,) = [t for t in trials if {"key": "number", "value": str(record.number)} in t["user_attrs"]]
     attributes = {item["key"]: item["value"] for item in trial["user_attrs"]}
     assert attributes["origin"] == "uniform"
