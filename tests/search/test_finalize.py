@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from drive import make_space
 
-from mpsearch.record import FinalRecord, Origin, TrialRecord
+import mpsearch
+from mpsearch.record import FinalRecord, Origin, RunFolder, TrialRecord
 from mpsearch.search.compare import pack
-from mpsearch.search.finalize import final_rows, final_table, proxies
+from mpsearch.search.finalize import final_rows, final_table, finalize, proxies
+from mpsearch.search.front import pareto_front
+from mpsearch.search.run import open_problem
 
+COLD = ("warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0")
 SPACE = make_space()
 CONFIGS = [*SPACE.ladder(), *SPACE.neighbours(SPACE.rung(4))]
 RANDOM = np.random.default_rng(0)
@@ -68,3 +73,21 @@ def test_proxies_have_their_tau_and_misranked_pairs_are_named() -> None:
 
 def test_two_rows_have_no_order_to_speak_of() -> None:
     assert proxies(final_rows(TRIALS, [final(0, 1, 0.9), final(1, 1, 0.8)], 6)).lines() == []
+
+
+def test_final_training_goes_on_from_the_trial_and_is_never_worse_on_val(tmp_path: Path) -> None:
+    overrides = ["task.float_epochs=5", "engine.address=none", "trial.steps=30", "search.trials=5", "final.seeds=1"]
+    spec = mpsearch.load_study("digits", [*overrides, *COLD, "final.epochs=0.1", "final.lr=1e-12"])
+    mpsearch.run_study(spec, tmp_path / "run")
+    folder = RunFolder.open(tmp_path / "run")
+    problem = open_problem(spec)
+    trained = [r for r in pareto_front(folder.records()) if len(r.curve) == 3][:2]
+    assert trained
+    finalize(problem, folder, trials=trained)
+    assert [f.number for f in folder.finals()] == [r.number for r in trained]
+    for record, done in zip(trained, folder.finals(), strict=True):
+        assert record.accuracy is not None
+        assert done.val >= record.accuracy  # a training that moves nothing ends where the trial did
+    harmful = open_problem(spec.model_copy(update={"final": spec.final.model_copy(update={"lr": 50.0, "epochs": 0.2})}))
+    finalize(harmful, folder, trials=trained[:1])
+    assert folder.finals()[-1].val >= trained[0].accuracy  # type: ignore[operator]

@@ -15,7 +15,7 @@ from mpsearch.errors import CostError, PrecisionError, SpaceError
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import PrecisionConfig
 from mpsearch.space import SearchSpace, build_space, parse_space
-from mpsearch.warmstart.allocate import allocate, ilp_ladder, linear_change, noise_change, round_bits
+from mpsearch.warmstart.allocate import allocate, equivalent_bits, ilp_ladder, linear_change, noise_change, round_bits
 from mpsearch.warmstart.sensitivity import SensitivityTable
 from mpsearch.warmstart.start import global_combinations
 
@@ -275,6 +275,51 @@ def test_rounding_stays_with_uniform_and_needs_every_number() -> None:
             with pytest.raises(PrecisionError, match=f"the {what} of layer 'l1', weight"):
                 round_bits(space, RelativeCost(layers), bits, marginals, 0.5)
         numbers["l1", "weight"] = kept
+
+
+def table_of(space: SearchSpace, worth: dict[str, float]) -> SensitivityTable:
+    """A table in which a uniform choice of b bits does 4^-b harm, and another one what `worth` says in bits."""
+    entries = {
+        (name, slot.tensor, choice): 4.0 ** -(choice.bits if choice.quantizer == "uniform" else worth[str(choice)])
+        for slot in space.slots
+        for name in slot.layers
+        for choice in slot.choices
+    }
+    return SensitivityTable("kl", entries, 1, 0.0)
+
+
+def test_a_choice_is_worth_the_bits_at_which_the_uniform_quantizer_does_as_much_harm() -> None:
+    layers = [layer(i, 10_000) for i in range(3)]
+    rule = {"match": "*", "weight": ["uniform:2-5", "shift:3", "apot:4", "apot:2"], "activation": ["uniform:2-5"]}
+    space = build_space(parse_space({"name": "t", "rules": [rule], "first": "search", "last": "search"}), layers)
+    table = table_of(space, {"shift:3/channel": 2.5, "apot:4/channel": 4.8, "apot:2/channel": 1.2})
+    slot = next(slot for slot in space.slots if slot.tensor == "weight")
+    worth = {str(choice): equivalent_bits(table)(slot, choice) for choice in slot.choices}
+    assert worth["shift:3/channel"] == pytest.approx(2.5)
+    assert worth["apot:4/channel"] == pytest.approx(4.8)
+    assert math.isnan(worth["apot:2/channel"])  # less than any uniform choice
+    noisy = dict(table.entries)
+    for name in slot.layers:  # five bits measured as doing more harm than four: taken as doing as much
+        noisy[name, "weight", next(c for c in slot.choices if str(c) == "uniform:5/channel")] = 4.0**-3.9
+    again = equivalent_bits(dataclasses.replace(table, entries=noisy))
+    assert again(slot, next(c for c in slot.choices if str(c) == "shift:3/channel")) == pytest.approx(2.5)
+
+
+def test_rounding_takes_a_cheaper_type_that_is_worth_as_many_bits() -> None:
+    layers = [layer(i, 10_000) for i in range(3)]
+    rule = {"match": "*", "weight": ["uniform:2-5", "shift:3"], "activation": ["uniform:2-5"]}
+    space = build_space(parse_space({"name": "t", "rules": [rule], "first": "search", "last": "search"}), layers)
+    cost = RelativeCost(layers, "shift_energy")
+    tensors = [(name, tensor) for name in space.layers for tensor in ("weight", "activation")]
+    bits, marginals = dict.fromkeys(tensors, 3.0), dict.fromkeys(tensors, -1.0)
+    types: dict[float, set[str]] = {}
+    for worth in (2.9, 2.1):
+        equivalent = equivalent_bits(table_of(space, {"shift:3/channel": worth}))
+        (found,) = round_bits(space, cost, bits, marginals, cost(space.rung(3)), equivalent=equivalent)
+        types[worth] = {pair.weight.quantizer for pair in found.config.values()}
+        assert found.cost <= cost(space.rung(3))
+    assert "shift" in types[2.9]
+    assert types[2.1] == {"uniform"}
 
 
 def test_two_hundred_layers_are_allocated_quickly() -> None:
