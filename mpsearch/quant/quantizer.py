@@ -121,9 +121,7 @@ class Quantizer(Elementwise):
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized tensor."""
-        compiling = (
-            torch.compiler.is_compiling()
-        )  # by somebody who compiles the whole model: one graph for all precisions
+        compiling = torch.compiler.is_compiling()  # somebody compiles the whole model: one graph for all precisions
         if not compiling and self.precision.is_float:
             return x
         grid = self if compiling else self.chosen()
