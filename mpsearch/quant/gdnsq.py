@@ -106,9 +106,10 @@ def noisy_round(
     return y
 
 
-def _clamp_and_round(
+def clamp_and_round(
     rules: tuple[StepGradient, RoundGradient], x: Tensor, s: Tensor, z: Tensor, low: Tensor | None, high: Tensor | None
 ) -> Tensor:
+    """`noisy_round` of `x` clamped to [low, high] (None: not clamped), in float32 at least, of the type of `x`."""
     c = x.to(torch.promote_types(x.dtype, torch.float32))
     if low is not None and high is not None:
         c = torch.maximum(torch.minimum(c, high), low)
@@ -195,7 +196,7 @@ class GdnsqQuantizer(Elementwise):
         """The quantized tensor, of the type of `x`; computed in float32 at least."""
         s, z, low, high = self.grid(x)
         ends = (None, None) if self.weight_grid == "min" else (low, torch.maximum(high, low))
-        return self.run(_clamp_and_round, x, s, z, *ends, owner=(self.step_gradient, self.round_gradient))
+        return self.run(clamp_and_round, x, s, z, *ends, owner=(self.step_gradient, self.round_gradient))
 
     @torch.no_grad()
     def true_bits(self, x: Tensor | None = None) -> float:

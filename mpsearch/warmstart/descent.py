@@ -36,7 +36,7 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import SpaceError
 from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.quant.fused import Elementwise
-from mpsearch.quant.gdnsq import grid_shift, noisy_round
+from mpsearch.quant.gdnsq import clamp_and_round, grid_shift
 from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows
 from mpsearch.search.trial import Workbench
 from mpsearch.space import SearchSpace, Slot
@@ -94,13 +94,8 @@ class BitQuantizer(Elementwise):
             zero = torch.zeros_like(self.bits)
             o = zero if self.betas is None else torch.round(self.between(self.betas) / s).detach()
             low, high = o, levels - 1 + o
-        return self.run(_clamp_and_round, x, s, o, low, high, axis=self.axis)
-
-
-def _clamp_and_round(_: Any, x: Tensor, s: Tensor, o: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    c = torch.maximum(torch.minimum(wide, s * high), s * low)
-    return noisy_round(c, s, (s * o).detach()).to(x.dtype)
+        parts = (s, (s * o).detach(), s * low, s * high)
+        return self.run(clamp_and_round, x, *parts, owner=("residual", "ste"), axis=self.axis)
 
 
 @dataclass(frozen=True)
