@@ -1,0 +1,63 @@
+"""How the commands print: consoles, tables, JSON, shares and durations."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def make_console(stderr: bool = False) -> Console:
+    """A console as wide as the terminal; in a file or a pipe nothing is cut."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 140
+    return console
+
+
+def make_table(*columns: str) -> Table:
+    """A table without a frame; a column whose name starts with > is aligned right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return table
+
+
+def print_made(seconds: Mapping[str, float], notes: Sequence[str], out: Path | None) -> None:
+    """How long each stage of making a network took, what was left out, and where the network is."""
+    console = make_console()
+    stages = ", ".join(f"{stage} {duration(spent)}" for stage, spent in seconds.items())
+    console.print(stages, highlight=False, soft_wrap=True)
+    for note in notes:
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"written to {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    """JSON as its standard has it: ValueError for a NaN or an infinity."""
+    print(json.dumps(document, indent=1, allow_nan=False))
+
+
+def percent(share: float | None) -> str:
+    """`87.32 %` of 0.8732; a dash of None."""
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say it: `7.5 s`, `42 s`, `12 min`, `1.6 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
