@@ -78,7 +78,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
     os.close(handle)
     try:
-        save_file(tensors, scratch)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, scratch)  # channels_last is refused
         Path(scratch).replace(path)
     finally:
         Path(scratch).unlink(missing_ok=True)

@@ -90,3 +90,9 @@ def test_of_processes_that_start_at_once_one_makes_the_entry(cache: Path, tmp_pa
 def test_the_content_key_depends_on_every_fact_and_not_on_key_order():
     assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
     assert len({content_key(1, 2), content_key(2, 1), content_key([1, 2]), content_key(1)}) == 4
+
+
+def test_weights_that_lie_channels_last_are_kept(cache: Path):
+    weight = torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    tensors, _ = cached_tensors("entry", lambda: {"weight": weight})
+    assert torch.equal(tensors["weight"], weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,14 @@ def test_a_task_that_lacks_methods_is_told_which():
 def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
     for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         assert torch.equal(x, y), name
+
+
+def test_a_float_network_of_large_images_is_trained_and_kept(make_folder: Callable[..., Path], cache: Path):
+    """It is trained with images that lie channels last, a layout in which safetensors keeps nothing."""
+    data = DataSpec(kind="imagefolder", root=str(make_folder(size=(20, 20))))
+    spec = TaskSpec(model="cifar_resnet20", data=data, float_epochs=1)
+    trained = load_task(spec).float_model().state_dict()
+    (kept,) = cache.glob("float-*.safetensors")
+    again = load_task(spec)
+    assert all(torch.equal(value, trained[name]) for name, value in again.float_model().state_dict().items())
+    assert again.float_model_source == f"trained here before: {kept}"
