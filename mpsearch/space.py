@@ -15,7 +15,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property, reduce
 from pathlib import Path
@@ -28,6 +28,7 @@ from mpsearch.errors import PrecisionError, SpaceError, nearest
 from mpsearch.graph.groups import connected
 from mpsearch.graph.layers import KINDS, LayerInfo
 from mpsearch.precision import Granularity, LayerPrecision, Offer, Precision, PrecisionConfig
+from mpsearch.quant.levels import apot_terms
 from mpsearch.shipped import shipped, shipped_names
 
 if TYPE_CHECKING:
@@ -532,7 +533,7 @@ def _choices(spec: SpaceSpec, layers: Sequence[LayerInfo]) -> _ChoicesOf:
 
 
 def _slots(tensor: TensorName, spec: SpaceSpec, layers: Sequence[LayerInfo], choices: _ChoicesOf) -> Iterator[Slot]:
-    """One slot for each set of layers that must agree, with the choices that all of them have."""
+    """One slot for each set of layers that must agree, with the choices that all of them have, each quantizer once."""
     shared = [
         [
             ("group", layer.weight_group if tensor == "weight" else layer.input_group),
@@ -541,6 +542,7 @@ def _slots(tensor: TensorName, spec: SpaceSpec, layers: Sequence[LayerInfo], cho
         for layer in layers
     ]
     why = "the same weight" if tensor == "weight" else "the same input tensor"
+    by_name = {layer.name: layer for layer in layers}
     members: dict[int, list[str]] = {}
     for layer, first in zip(layers, connected(shared), strict=True):
         members.setdefault(first, []).append(layer.name)
@@ -552,7 +554,19 @@ def _slots(tensor: TensorName, spec: SpaceSpec, layers: Sequence[LayerInfo], cho
                 f"these layers must share one {tensor} precision in space '{spec.name}' (they are tied, or have {why}) "
                 f"and have none in common: {offers}; give them a common choice"
             )
-        yield Slot(tensor, tuple(names), tuple(sorted(common, key=_order)))
+        signed = {tensor == "weight" or by_name[name].signed_input for name in names}
+        doubled = {c for c in common if all(_as_shift(c, s) in common for s in signed)}
+        yield Slot(tensor, tuple(names), tuple(sorted(common - doubled, key=_order)))
+
+
+def _as_shift(choice: Precision, signed: bool) -> Precision | None:
+    """The shift precision with the same levels as an APoT precision of one term; None for any other precision.
+
+    They are one quantizer at one cost: a search that has both would try everything twice.
+    """
+    if choice.quantizer != "apot" or len(apot_terms(choice.bits, signed)) > 1:
+        return None
+    return replace(choice, quantizer="shift")
 
 
 def _take(slot: Slot, wanted: Precision | None) -> Precision:

@@ -13,9 +13,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import PrecisionError, SpaceError
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
+from mpsearch.quant.levels import apot_magnitudes, shift_magnitudes
 from mpsearch.space import SearchSpace, Slot, build_space, load_space, parse_choices, parse_space, space_names
 
 
@@ -501,3 +503,30 @@ def test_neighbours_differ_in_one_slot_by_one_step():
 def test_a_group_moves_together():
     moved = [config for config in MIXED.neighbours(MIXED.rung(2)) if config[A.name].activation.bits == 3]
     assert [config[C.name].activation for config in moved] == [Precision("uniform", 3, "tensor")]
+
+
+def test_a_quantizer_under_two_names_is_offered_once():
+    """APoT of one term has the levels of a shift quantizer: 2 and 3 bits with a sign, 2 bits without one."""
+    rule = {"match": "*", "weight": ["shift:2-4", "apot:2-5"], "activation": ["shift:2-4", "apot:2-5"]}
+    built = space(rules=[rule], first="search", last="search")
+    for slot in built.slots:
+        offered = [f"{c.quantizer}:{c.bits}" for c in slot.choices]
+        signed = slot.tensor == "weight" or any(layer.signed_input for layer in LAYERS if layer.name in slot.layers)
+        doubled = {"apot:2", "apot:3"} if signed else {"apot:2"}
+        everything = {f"shift:{b}" for b in (2, 3, 4)} | {f"apot:{b}" for b in (2, 3, 4, 5)}
+        assert set(offered) == everything - doubled
+    alone = space(rules=[rule | {"weight": ["uniform:4", "apot:2-4"]}], first="search", last="search")
+    weight = next(slot for slot in alone.slots if slot.tensor == "weight")
+    expected = ["apot:2", "apot:3", "apot:4", "uniform:4"]
+    assert [str(c).removesuffix("/channel") for c in weight.choices] == expected
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(2, True), (3, True), (2, False)])
+def test_what_is_left_out_has_the_levels_of_what_is_kept(bits: int, signed: bool):
+    apot, shift = apot_magnitudes(bits, signed), shift_magnitudes(bits, signed)
+    assert [level / apot[-1] for level in apot] == list(shift)
+    layer = LayerPrecision.parse(f"apot:{bits}", "uniform:4")
+    twin = LayerPrecision.parse(f"shift:{bits}", "uniform:4")
+    if signed:
+        prices = [RelativeCost(LAYERS, "shift_energy", "w8a8").addend("conv1", each) for each in (layer, twin)]
+        assert prices[0] == prices[1]
