@@ -71,6 +71,7 @@ class TrialRecord:
     seed: int = 0
     start_loss: float | None = None  # training loss over the first and the last steps of the fine-tune
     end_loss: float | None = None
+    start_divergence: float | None = None  # from the float network on a sample of val before the fine-tune, nats
     curve: tuple[tuple[int, float], ...] = ()  # (step, accuracy), from before the fine-tune to its end
     divergence: float | None = None  # mean Jeffreys divergence from the float network on val, nats
     correct: str | None = None  # which val samples were right: `compare.pack`

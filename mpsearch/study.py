@@ -190,7 +190,7 @@ class SearchSpec(_Section):
     seed: int = Field(default=0, ge=0)
     time_limit_s: float | None = Field(default=None, gt=0, description="no new trial starts after this many seconds")
     stop_dominated: bool = Field(
-        default=True, description="stop a trial halfway once its optimistic accuracy is dominated; controls never stop"
+        default=True, description="stop a trial that is dominated at its start or halfway; controls never stop"
     )
     max_failures_in_row: int = Field(default=5, gt=0, description="failed trials in a row that stop the search")
 

@@ -135,14 +135,14 @@ def debug(
     from mpsearch.ptq.debug import advise, diagnose, document
     from mpsearch.report.debug_page import STAGE_COLUMNS, stage_rows, summary, write_debug_page
     from mpsearch.study import load_study
-    from mpsearch.task.classification import ClassificationTask
     from mpsearch.task.load import load_task
+    from mpsearch.task.task import Sampling
 
     if not out.parent.is_dir() or out.is_dir():
         raise RunError(f"--out got '{out}': give the page as a file in a folder that exists")
     precisions = read_precisions(config)
     task = load_task(load_study(study, set_ or ()).task)
-    if isinstance(task, ClassificationTask):  # another task scores all of its validation split
+    if isinstance(task, Sampling):  # another task scores all of its validation split
         task = task.sampled(samples)
     progress = make_console(stderr=True)
     found = diagnose(task, precisions, lambda stage: progress.print(stage, style="dim", highlight=False))

@@ -90,7 +90,7 @@ class RunProgress:
                 f"failed: {record.reason}"
                 if record.state == "failed"
                 else f"{percent(record.accuracy)} at cost {record.cost:.4f}"
-                + (", stopped halfway" if record.state == "stopped" else "")
+                + (", stopped" if record.state == "stopped" else "")
             )
             self.console.print(
                 f"[{done}/{total}] trial {record.number} ({record.origin}): {outcome}, {record.wall.total_s:.1f} s",

@@ -32,7 +32,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from mpsearch.errors import CostError
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import Origin, TrialRecord
-from mpsearch.search.stopping import CONTROLS, Gains
+from mpsearch.search.stopping import CONTROLS, NO_BARS, Bars, Stopping
 from mpsearch.search.surrogate import Children, SurrogateSampler
 from mpsearch.space import SearchSpace
 from mpsearch.study import SearchSpec
@@ -137,7 +137,7 @@ class Proposal:
     config: PrecisionConfig
     origin: Origin
     cost: float
-    bar: float | None = None  # halfway accuracy below which the trial may stop
+    bars: Bars = NO_BARS  # what its trial must pass to go on
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class SearchController:
         self._numbers: set[int] = set()
         self._next = 0
         self._front: list[_Point] = []
-        self._gains = Gains()
+        self._stopping = Stopping()
         self._latest: deque[_Point] = deque(maxlen=self._sampler.memory)
         self._ended = 0
         self._asked: dict[int, optuna.Trial | None] = {}  # proposals without a record, by number
@@ -309,29 +309,31 @@ class SearchController:
         self._seen.add(config.digest)
         self._asked[self._next] = trial
         cost = self._cost(config)
-        return Proposal(self._next, config, origin, cost, self._bar(origin, cost))
+        return Proposal(self._next, config, origin, cost, self._bars(origin, cost))
 
-    def _bar(self, origin: Origin, cost: float) -> float | None:
+    def _bars(self, origin: Origin, cost: float) -> Bars:
         if not self._search.stop_dominated or origin in CONTROLS:
-            return None
-        return self._gains.bar(cost, max((p.accuracy for p in self._front if p.cost <= cost), default=None))
+            return NO_BARS
+        return self._stopping.bars(cost, max((p.accuracy for p in self._front if p.cost <= cost), default=None))
 
     def _remember(self, record: TrialRecord) -> _Point | None:
         self._ended += 1
-        if record.accuracy is None or record.cost is None or not self._space.contains(record.config):
+        self._stopping.learn(record)
+        accuracy = self._stopping.foreseen(record)
+        if accuracy is None or record.cost is None or not self._space.contains(record.config):
             return None
-        self._gains.learn(record)
         trial = create_trial(
-            values=[record.accuracy, math.log2(record.cost)],
+            values=[accuracy, math.log2(record.cost)],
             params=dict(self._space.params_of(record.config)),
             distributions=self._distributions,
             system_attrs=dict(_GENERATION),
             constraints=budget_constraint(record.cost, self._budget),
         )
         trial.__class__ = _Learned
-        point = _Point(record.config, record.accuracy, record.cost, trial)
+        point = _Point(record.config, accuracy, record.cost, trial)
         self._latest.append(point)
-        if point.cost <= self._budget and not any(other.covers(point) for other in self._front):
+        reached = record.state == "complete" and point.cost <= self._budget
+        if reached and not any(other.covers(point) for other in self._front):
             self._front = [other for other in self._front if not point.covers(other)] + [point]
         return point
 

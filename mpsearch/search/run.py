@@ -236,7 +236,7 @@ def trial_runner(spec: StudySpec, checkpoints: str, warmstart: str) -> Callable[
     start = start_weights(spec, Path(warmstart))
 
     def run(proposal: Proposal) -> TrialRecord:
-        record = run_trial(task, proposal.config, spec.trial, start(proposal.cost), bench=bench, bar=proposal.bar)
+        record = run_trial(task, proposal.config, spec.trial, start(proposal.cost), bench=bench, bars=proposal.bars)
         if record.state == "complete":
             save_weights(bench.model, checkpoint_path(Path(checkpoints), proposal.number))
         return record

@@ -29,8 +29,9 @@ from mpsearch.quant.prepare import RangeSetter, insert_quantizers, set_precision
 from mpsearch.quant.shift import DEFAULT_SLOPE, SlopeSchedule
 from mpsearch.record import TrialRecord, TrialState, WallTime
 from mpsearch.search.compare import pack
+from mpsearch.search.stopping import NO_BARS, Bars
 from mpsearch.study import TrialSpec
-from mpsearch.task.task import Answering, Answers, Split, Task
+from mpsearch.task.task import Answering, Answers, Sampling, Split, Task
 from mpsearch.train import (
     FitResult,
     FitSettings,
@@ -53,6 +54,12 @@ SETTLED = 0.01
 
 A ResNet-20 at W8A8 and W7A7 starts at 0.002 and 0.006; 100 steps of distillation take W8A8 to 0.02.
 """
+
+NEAR = 0.1
+"""Nats from the float network's answers below which BatchNorm's own statistics are better than estimates of them."""
+
+GLANCE = 1000
+"""Samples of val on which a trial is scored at the start and halfway, where the task can be sampled."""
 
 
 class Workbench:
@@ -86,7 +93,8 @@ class Workbench:
         self.model = insert_quantizers(float_model, self.layers, offers).to(self.device)
         self._start = {name: value.detach().clone() for name, value in float_model.state_dict().items()}
         self._float = float_model
-        self._float_answers: dict[Split, Answers] = {}
+        self._glance = task.sampled(GLANCE) if isinstance(task, Sampling) else task
+        self._float_answers: dict[tuple[str, Split], Answers] = {}
         self.quicken(self.model)
         self.teacher = Teacher(float_model.to(self.device), task.logits, bf16=self.bf16)
 
@@ -152,14 +160,22 @@ class Workbench:
 
     def score(self, split: Split) -> Score:
         """How the hard-quantized model fares on a split, in float32; its mode stays as it was."""
-        if not isinstance(self.task, Answering):
-            return Score(self.task.evaluate(self.model, split))
-        answers = self.task.answers(self.model, split)
+        return self._score(self.task, split)
+
+    def glance(self) -> Score:
+        """How it fares on `GLANCE` samples of val; on all where the task takes no samples."""
+        return self._score(self._glance, "val")
+
+    def _score(self, task: Task, split: Split) -> Score:
+        if not isinstance(task, Answering):
+            return Score(task.evaluate(self.model, split))
+        answers = task.answers(self.model, split)
         if not math.isfinite(answers.accuracy):
             return Score(answers.accuracy)
-        if split not in self._float_answers:
-            self._float_answers[split] = self.task.answers(self._float, split)
-        divergence = float(jeffreys(answers.logits, self._float_answers[split].logits))
+        key = ("glance" if task is self._glance else "all", split)
+        if key not in self._float_answers:
+            self._float_answers[key] = task.answers(self._float, split)
+        divergence = float(jeffreys(answers.logits, self._float_answers[key].logits))
         return Score(answers.accuracy, divergence, pack(answers.correct.numpy()))
 
 
@@ -185,12 +201,13 @@ def run_trial(
     bench: Workbench | None = None,
     cost: Callable[[PrecisionConfig], float] | None = None,
     on_step: Callable[[int, float], None] | None = None,
-    bar: float | None = None,
+    bars: Bars = NO_BARS,
 ) -> TrialRecord:
-    """Fine-tune `config` briefly and score it on the validation split: before, halfway and at the end.
+    """Fine-tune `config` briefly and score it on the validation split, and on a sample of it at the start and halfway.
 
-    The better of start and end is what counts and what the bench's model is left at: at many bits a brief fine-tune
-    can do harm. A config that answers as the float network does (`SETTLED`) is not trained at all.
+    At the start BatchNorm's statistics are estimated anew, unless the network is `NEAR` the float one. The better of
+    start and end is what counts and what the bench's model is left at: at many bits a brief fine-tune can do harm. A
+    config that answers as the float network does (`SETTLED`) is not trained at all.
 
     Args:
         task: what is compressed.
@@ -200,7 +217,7 @@ def run_trial(
         bench: the worker's workbench; default: a fresh one.
         cost: relative cost of a config; default: the record has none.
         on_step: called with (step, training loss).
-        bar: halfway accuracy below which the trial stops.
+        bars: what the trial must pass at the start and halfway; else it stops.
 
     Returns:
         A complete or stopped record. Its accuracy is that of the hard-quantized network.
@@ -216,14 +233,19 @@ def run_trial(
     prepared = time.perf_counter()
     curve: list[tuple[int, float]] = []
 
-    def scored(step: int) -> Score:
-        score = bench.score("val")
+    def scored(step: int, score: Score) -> Score:
         if not math.isfinite(score.accuracy):
             raise FloatingPointError(f"the task's metric on val is {score.accuracy} after {step} steps")
         curve.append((step, score.accuracy))
         return score
 
-    score = scored(0)
+    score = bench.glance()
+    if settings.steps > 0 and score.divergence is not None and score.divergence >= NEAR:
+        bench.reestimate(settings.seed)
+        score = bench.glance()
+    start_divergence = score.divergence
+    trains = settings.steps > 0 and not (start_divergence is not None and start_divergence < SETTLED)
+    score = scored(0, score if trains else bench.score("val"))
     scoring_s = time.perf_counter() - prepared
     half = (settings.steps + 1) // 2
 
@@ -233,29 +255,28 @@ def run_trial(
             on_step(step, loss)
         if step + 1 == half < settings.steps:
             began = time.perf_counter()
-            scored(half)
+            scored(half, bench.glance())
             scoring_s += time.perf_counter() - began
-            if bar is not None and curve[-1][1] < bar:
-                raise Dominated
+            if bars.halfway is not None and curve[-1][1] < bars.halfway:
+                raise Dominated(f"{curve[-1][1]:.4f} after {half} steps, below the bar of {bars.halfway:.4f}")
 
     start_loss = end_loss = reason = None
     state: TrialState = "complete"
-    trains = settings.steps > 0 and not (score.divergence is not None and score.divergence < SETTLED)
     if trains:
         start = bench.state()
         try:
+            if bars.start is not None and start_divergence is not None and start_divergence > bars.start:
+                raise Dominated(f"{start_divergence:.3f} nats from float at the start, the bar is {bars.start:.3f}")
             result = bench.fit(settings.steps, settings.seed, on_step=watch)
             start_loss, end_loss = result.start_loss, result.end_loss
-        except Dominated:
-            state, reason = "stopped", f"dominated: {curve[-1][1]:.4f} after {half} steps, below the bar of {bar:.4f}"
+        except Dominated as why:
+            state, reason = "stopped", f"dominated: {why}"
     trained = time.perf_counter()
     if state == "complete" and trains:
         bench.reestimate(settings.seed)
-        end = scored(settings.steps)
-        if end.accuracy < score.accuracy:
-            bench.restore(start)
-        else:
-            score = end
+        glanced, score = score, scored(settings.steps, bench.score("val"))
+        if score.accuracy < glanced.accuracy:
+            score = _better(bench, start, score)
     done = time.perf_counter()
     return TrialRecord(
         config=config,
@@ -266,6 +287,7 @@ def run_trial(
         seed=settings.seed,
         start_loss=start_loss,
         end_loss=end_loss,
+        start_divergence=start_divergence,
         curve=tuple(curve),
         divergence=score.divergence if state == "complete" else None,
         correct=score.correct if state == "complete" else None,
@@ -277,6 +299,17 @@ def run_trial(
         started_s=started,
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def _better(bench: Workbench, start: Mapping[str, Tensor], end: Score) -> Score:
+    """Leave the model at its start where that scores better than the end; the score of what it is left at."""
+    trained = bench.state()
+    bench.restore(start)
+    score = bench.score("val")
+    if score.accuracy < end.accuracy:
+        bench.restore(trained)
+        return end
+    return score
 
 
 def channels_last(model: nn.Module) -> nn.Module:

@@ -40,6 +40,15 @@ class Answering(Protocol):
 
 
 @runtime_checkable
+class Sampling(Protocol):
+    """A task that can be scored on fewer samples of val, where an estimate will do."""
+
+    def sampled(self, samples: int) -> Task:
+        """This task with at most `samples` samples of val."""
+        ...
+
+
+@runtime_checkable
 class Task(Protocol):
     """A trained network with its data and metric.
 

@@ -25,8 +25,8 @@ _LEAST = 3  # trials in a stratum that has a tau
 def trials_frame(records: Sequence[TrialRecord], tables: Sequence[SensitivityTable] = ()) -> pd.DataFrame:
     """A row per complete trial: `cost`, `accuracy`, and what might have foretold it.
 
-    Columns beside these: `before` and `halfway`, the accuracies before and in the middle of the fine-tune;
-    `divergence`, from the float network after it; and, for each table, the sum of the sensitivities, by proxy.
+    Columns beside these: `before` and `halfway`, the accuracies before and in the middle of the fine-tune; `start` and
+    `divergence`, from the float network before and after it; for each table, the sum of the sensitivities, by proxy.
     """
     rows = []
     for record in records:
@@ -34,6 +34,7 @@ def trials_frame(records: Sequence[TrialRecord], tables: Sequence[SensitivityTab
             continue
         curve = dict(zip(("before", "halfway"), (accuracy for _, accuracy in record.curve[:-1]), strict=False))
         row = {"cost": record.cost, "accuracy": record.accuracy, "before": nan, "halfway": nan} | curve
+        row["start"] = nan if record.start_divergence is None else record.start_divergence
         row["divergence"] = nan if record.divergence is None else record.divergence
         for table in tables:
             try:
@@ -41,7 +42,7 @@ def trials_frame(records: Sequence[TrialRecord], tables: Sequence[SensitivityTab
             except PrecisionError:  # a config from elsewhere, with precisions that the space does not have
                 row[table.proxy] = nan
         rows.append(row)
-    columns = ["cost", "accuracy", "before", "halfway", "divergence", *(table.proxy for table in tables)]
+    columns = ["cost", "accuracy", "before", "halfway", "start", "divergence", *(table.proxy for table in tables)]
     return pd.DataFrame(rows, columns=columns).astype(float)
 
 

@@ -13,6 +13,7 @@ from mpsearch.errors import CostError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import TrialRecord
 from mpsearch.search.controller import SAMPLERS, Proposal, SearchController, ends_first
+from mpsearch.search.stopping import NO_BARS, SLACK
 from mpsearch.study import SearchSpec
 
 LADDER = 8  # rungs of the toy's ladder, from 8 bits to 1
@@ -332,17 +333,30 @@ def test_without_a_sampler_the_controls_and_anchors_are_all():
     assert "no sampler" in search.stop_reason
 
 
-def test_a_trial_is_told_the_halfway_accuracy_below_which_it_may_stop_and_a_control_is_not():
+def test_a_trial_is_told_the_bars_it_must_pass_and_a_control_is_not():
     search = controller(trials=LADDER + 2)
     while (proposal := search.ask()).origin == "uniform":
-        assert proposal.bar is None
+        assert proposal.bars == NO_BARS
         end = truth(proposal.config)
-        curve = ((0, 0.1), (75, end - 0.125), (150, end))
-        search.tell(proposal, TrialRecord(proposal.config, "complete", accuracy=end, curve=curve))
+        ended = TrialRecord(proposal.config, "complete", accuracy=end, start_divergence=1 - end)
+        search.tell(proposal, replace(ended, curve=((0, 0.1), (75, end - 0.125), (150, end))))
     best = max(truth(rung) for rung in make_space().ladder() if relative_cost(rung) <= proposal.cost)
-    assert proposal.bar == pytest.approx(best - 0.125)
+    assert proposal.bars.halfway == pytest.approx(best - 0.125)
+    assert proposal.bars.start == pytest.approx(SLACK * (1 - best))
     off = controller(trials=LADDER + 2, stop_dominated=False, records=[answer_of(search, proposal)])
-    assert all(p.bar is None for p in iter(off.ask, None))
+    assert all(p.bars == NO_BARS for p in iter(off.ask, None))
+
+
+def test_a_stopped_trial_is_never_on_the_front_that_bars_are_made_from():
+    search = controller(trials=LADDER + 3)
+    for _ in range(LADDER):
+        rung = search.ask()
+        curve = ((0, 0.1), (75, 0.2), (150, 0.5))
+        search.tell(rung, TrialRecord(rung.config, "complete", accuracy=0.5, curve=curve))
+    stopped = search.ask()
+    search.tell(stopped, TrialRecord(stopped.config, "stopped", accuracy=0.45, curve=((0, 0.45),)))
+    assert max(point.accuracy for point in search._front) == 0.5  # not the 0.85 that it is foreseen to reach
+    assert search._latest[-1].accuracy == pytest.approx(0.85)
 
 
 def answer_of(search: SearchController, proposal: Proposal) -> TrialRecord:

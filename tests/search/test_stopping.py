@@ -1,4 +1,4 @@
-"""Stopping: bars from gains, what a trial does with its bar, and the replay of a study."""
+"""Stopping: bars from starts and gains, and the replay of a study."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from drive import make_space
 
 from mpsearch.record import TrialRecord, WallTime
-from mpsearch.search.stopping import LEAST, NEAREST, Gains, accuracy_halfway, replay
+from mpsearch.search.stopping import LEAST, NEAREST, SLACK, Stopping, accuracy_halfway, replay
 
 CONFIGS = make_space().neighbours(make_space().ladder()[3])
 
@@ -27,32 +27,32 @@ def ended(number: int, cost: float, halfway: float, accuracy: float, **changes: 
     return replace(record, **changes)  # type: ignore[arg-type]
 
 
-def learned(*records: TrialRecord) -> Gains:
-    gains = Gains()
+def learned(*records: TrialRecord) -> Stopping:
+    stopping = Stopping()
     for record in records:
-        gains.learn(record)
-    return gains
+        stopping.learn(record)
+    return stopping
 
 
 def test_no_bar_before_enough_is_known() -> None:
     few = [ended(i, 0.5, 0.6, 0.7) for i in range(LEAST - 1)]
-    assert learned(*few).bar(0.5, 0.8) is None
-    assert learned(*few, ended(9, 0.5, 0.6, 0.7)).bar(0.5, None) is None
-    assert learned(*few, ended(9, 0.5, 0.6, 0.7)).bar(0.5, 0.8) == pytest.approx(0.7)
+    assert learned(*few).bars(0.5, 0.8).halfway is None
+    assert learned(*few, ended(9, 0.5, 0.6, 0.7)).bars(0.5, None).halfway is None
+    assert learned(*few, ended(9, 0.5, 0.6, 0.7)).bars(0.5, 0.8).halfway == pytest.approx(0.7)
 
 
 def test_bar_is_the_best_accuracy_less_the_largest_gain_of_the_nearest_in_cost() -> None:
     near = [ended(i, 0.5, 0.6, 0.6 + 0.01 * i) for i in range(NEAREST)]
     far = ended(20, 0.05, 0.2, 0.9)
-    assert learned(*near, far).bar(0.5, 0.8) == pytest.approx(0.8 - 0.01 * (NEAREST - 1))
-    assert learned(*near, far).bar(0.05, 0.8) == pytest.approx(0.8 - 0.7)
+    assert learned(*near, far).bars(0.5, 0.8).halfway == pytest.approx(0.8 - 0.01 * (NEAREST - 1))
+    assert learned(*near, far).bars(0.05, 0.8).halfway == pytest.approx(0.8 - 0.7)
 
 
 def test_losses_are_no_optimism_and_stopped_trials_teach_nothing() -> None:
     falling = [ended(i, 0.5, 0.9, 0.8) for i in range(LEAST)]
-    assert learned(*falling).bar(0.5, 0.85) == pytest.approx(0.85)
+    assert learned(*falling).bars(0.5, 0.85).halfway == pytest.approx(0.85)
     stopped = [ended(i, 0.5, 0.1, 0.1, state="stopped", curve=((0, 0.1), (75, 0.1))) for i in range(LEAST)]
-    assert learned(*stopped).bar(0.5, 0.85) is None
+    assert learned(*stopped).bars(0.5, 0.85).halfway is None
     assert accuracy_halfway(stopped[0]) is None
 
 
@@ -70,3 +70,31 @@ def test_replay_admits_a_front_point_that_stopping_would_have_lost() -> None:
     good = [ended(i, 0.5, 0.80, 0.85) for i in range(6)]
     late = ended(6, 0.6, 0.60, 0.95)
     assert replay([*good, late]).lost == (6,)
+
+
+def test_a_start_is_held_against_the_nearest_to_float_at_no_higher_cost() -> None:
+    dear, cheap = ended(0, 0.5, 0.8, 0.9, start_divergence=0.1), ended(1, 0.3, 0.7, 0.8, start_divergence=0.4)
+    worse = ended(2, 0.4, 0.7, 0.8, start_divergence=0.6)
+    known = learned(dear, cheap, worse)
+    assert known.bars(0.2, None).start is None
+    assert known.bars(0.3, None).start == known.bars(0.49, None).start == pytest.approx(SLACK * 0.4)
+    assert known.bars(0.6, None).start == pytest.approx(SLACK * 0.1)
+
+
+def test_a_stopped_trial_is_foreseen_to_gain_what_others_of_its_cost_did() -> None:
+    finished = [ended(i, 0.5, 0.6, 0.6 + 0.01 * i) for i in range(5)]  # from 0.1 at the start
+    known = learned(*finished)
+    at_start = ended(9, 0.5, 0.0, 0.3, state="stopped", curve=((0, 0.3),))
+    halfway = ended(9, 0.5, 0.0, 0.3, state="stopped", curve=((0, 0.1), (75, 0.3)))
+    assert known.foreseen(at_start) == pytest.approx(0.3 + 0.52)
+    assert known.foreseen(halfway) == pytest.approx(0.3 + 0.02)
+    assert known.foreseen(finished[0]) == 0.6
+    assert Stopping().foreseen(at_start) == 0.3
+
+
+def test_replay_saves_the_whole_training_of_what_starts_too_far_from_float() -> None:
+    near = ended(0, 0.5, 0.8, 0.9, start_divergence=0.2)
+    far = ended(1, 0.6, 0.8, 0.85, start_divergence=0.3)
+    control = ended(2, 0.6, 0.8, 0.85, start_divergence=0.3, origin="uniform")
+    found = replay([near, far, control])
+    assert (found.stopped, found.lost, found.saved_s) == ((1,), (), 8.0)

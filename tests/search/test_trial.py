@@ -13,7 +13,8 @@ from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise
 from mpsearch.search.compare import unpack
-from mpsearch.search.trial import SETTLED, Score, Workbench, run_trial
+from mpsearch.search.stopping import Bars
+from mpsearch.search.trial import NEAR, SETTLED, Score, Workbench, run_trial
 from mpsearch.space import build_space, load_space
 from mpsearch.study import TrialSpec, load_study
 from mpsearch.task.load import load_task
@@ -139,9 +140,9 @@ def test_a_score_that_is_no_number_is_an_error(task: Task, bench: Workbench) -> 
         run_trial(task, uniform(bench, "w8a8"), SETTINGS.model_copy(update={"steps": 0}), bench=broken)
     halfway = copy.copy(bench)
     scores = iter([Score(0.5), Score(float("nan"))])
-    halfway.score = lambda split: next(scores)  # type: ignore[method-assign]
+    halfway.glance = lambda: next(scores)  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match="metric on val is nan after 10 steps"):
-        run_trial(task, uniform(bench, "w8a8"), SETTINGS, bench=halfway)  # a record holds finite numbers
+        run_trial(task, uniform(bench, "w2a2"), SETTINGS, bench=halfway)  # a record holds finite numbers
 
 
 def fused(bench: Workbench) -> bool:
@@ -197,8 +198,9 @@ def test_a_fine_tune_that_does_harm_is_taken_back(task: Task, bench: Workbench) 
     harmed.fit = ruin  # type: ignore[method-assign]
     record = run_trial(task, config, SETTINGS, bench=harmed)
     assert record.curve[-1][1] < record.curve[0][1] - 0.1
-    assert record.accuracy == untrained.accuracy == bench.score("val").accuracy
-    assert record.correct == untrained.correct
+    # w4a4 starts far from float, so its start has BatchNorm statistics of its own and not the float network's
+    assert record.accuracy == record.curve[0][1] == bench.score("val").accuracy > untrained.accuracy
+    assert record.correct == bench.score("val").correct
 
 
 def test_a_config_that_answers_as_the_float_network_does_is_not_trained(task: Task, bench: Workbench) -> None:
@@ -215,12 +217,59 @@ def test_a_config_that_answers_as_the_float_network_does_is_not_trained(task: Ta
 def test_a_trial_below_its_bar_stops_halfway_with_what_it_had(task: Task, bench: Workbench) -> None:
     steps: list[int] = []
     record = run_trial(
-        task, uniform(bench, "w2a2"), SETTINGS, bench=bench, bar=1.01, on_step=lambda step, _: steps.append(step)
+        task,
+        uniform(bench, "w2a2"),
+        SETTINGS,
+        bench=bench,
+        bars=Bars(halfway=1.01),
+        on_step=lambda step, _: steps.append(step),
     )
     assert record.state == "stopped"
     assert steps == list(range(10))
     assert record.reason is not None
     assert "after 10 steps" in record.reason
     assert record.curve[-1] == (10, record.accuracy)
-    above = run_trial(task, uniform(bench, "w2a2"), SETTINGS, bench=bench, bar=0.0)
+    above = run_trial(task, uniform(bench, "w2a2"), SETTINGS, bench=bench, bars=Bars(halfway=0.0))
     assert above.state == "complete"
+
+
+def test_a_trial_that_starts_too_far_from_float_is_not_trained(task: Task, bench: Workbench) -> None:
+    config = uniform(bench, "w2a2")
+    record = run_trial(task, config, SETTINGS, bench=bench, bars=Bars(start=0.0))
+    assert record.state == "stopped"
+    assert record.reason is not None
+    assert "at the start" in record.reason
+    assert record.start_divergence is not None
+    assert record.curve == ((0, record.accuracy),)
+    assert record.end_loss is None
+    passed = run_trial(task, config, SETTINGS, bench=bench, bars=Bars(start=record.start_divergence))
+    assert passed.state == "complete"
+    assert passed.start_divergence == record.start_divergence  # the same, whatever was trained in between
+
+
+def test_a_start_far_from_float_has_its_batch_norm_statistics_estimated_anew(task: Task, bench: Workbench) -> None:
+    config = uniform(bench, "w2a2")
+    bench.reset(config)
+    raw = bench.glance().divergence
+    bench.reestimate(SETTINGS.seed)
+    record = run_trial(task, config, SETTINGS, bench=bench)
+    assert record.start_divergence == pytest.approx(bench_after(bench, config), rel=1e-5)
+    assert raw is not None
+    assert raw > NEAR
+    assert record.start_divergence != raw
+
+
+def bench_after(bench: Workbench, config: PrecisionConfig) -> float | None:
+    bench.reset(config)
+    bench.reestimate(SETTINGS.seed)
+    return bench.glance().divergence
+
+
+def test_before_and_halfway_a_sample_is_scored_and_at_the_end_everything(task: Task, bench: Workbench) -> None:
+    sampled = copy.copy(bench)
+    sampled._glance = task.sampled(20)  # type: ignore[attr-defined]
+    sampled._float_answers = {}
+    record = run_trial(task, uniform(bench, "w2a2"), SETTINGS, bench=sampled)
+    before, halfway, end = (accuracy for _, accuracy in record.curve)
+    assert {before, halfway} <= {i / 20 for i in range(21)}
+    assert end == record.accuracy == bench.score("val").accuracy

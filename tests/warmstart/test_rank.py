@@ -95,12 +95,13 @@ def test_what_a_study_knows_of_its_trials_is_ranked() -> None:
     entries = {("fc", "weight", layer.weight): 0.25, ("fc", "activation", layer.activation): 0.5}
     table = SensitivityTable("kl", entries, 1, 0.0)
     known = TrialRecord(config, "complete", 0.9, 0.3, curve=((0, 0.5), (75, 0.8), (150, 0.9)), divergence=0.1)
+    known = replace(known, start_divergence=0.4)
     brief = TrialRecord(config, "complete", 0.6, 0.3, curve=((0, 0.6),))
     foreign = replace(known, config=PrecisionConfig({"fc": LayerPrecision.shorthand("w5a4")}))
     stopped = replace(known, state="stopped")
     frame = trials_frame([known, brief, foreign, stopped], [table])
     assert frame.iloc[0].to_dict() == {
-        "cost": 0.3, "accuracy": 0.9, "before": 0.5, "halfway": 0.8, "divergence": 0.1, "kl": 0.75
+        "cost": 0.3, "accuracy": 0.9, "before": 0.5, "halfway": 0.8, "start": 0.4, "divergence": 0.1, "kl": 0.75
     }  # fmt: skip
     assert len(frame) == 3
     assert frame.halfway.isna().tolist() == [False, True, False]
