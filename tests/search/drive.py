@@ -101,4 +101,5 @@ def drive(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts tests in the background has it ignored
     drive(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), on_event=lambda e: print(e, flush=True))

@@ -179,16 +179,16 @@ def test_every_storage_gives_the_same_trials(tmp_path, storage):
 def test_driver_ended_at_any_time_is_resumed_with_nothing_lost(tmp_path, how):
     path = tmp_path / "run"
     for count in (3, 9):  # in the ladder, and while the sampler proposes
-        driver = start(path, "none", trials=24, sleep_s=0.3)  # a busy machine has seconds to notice
+        driver = start(path, "none", trials=14, sleep_s=0.2)
         wait_for_records(path, count, driver)
         os.kill(driver.pid, how)
         _, errors = driver.communicate()
         assert driver.returncode == -how
         assert ("KeyboardInterrupt" in errors) == (how == signal.SIGINT)
-        assert count <= recorded(path) < 24
+        assert count <= recorded(path) < 14
         assert RunFolder.open(path).running == []
-    drive.drive(path, trials=24)
-    assert_whole(path, 24)
+    drive.drive(path, trials=14)
+    assert_whole(path, 14)
 
 
 def test_second_driver_is_refused_and_disturbs_nothing(tmp_path):
