@@ -94,7 +94,7 @@ def test_a_stopped_trial_is_foreseen_to_gain_what_others_of_its_cost_did() -> No
 
 def test_replay_saves_the_whole_training_of_what_starts_too_far_from_float() -> None:
     near = ended(0, 0.5, 0.8, 0.9, start_divergence=0.2)
-    far = ended(1, 0.6, 0.8, 0.85, start_divergence=0.3)
-    control = ended(2, 0.6, 0.8, 0.85, start_divergence=0.3, origin="uniform")
+    far = ended(1, 0.6, 0.8, 0.85, start_divergence=0.5)
+    control = ended(2, 0.6, 0.8, 0.85, start_divergence=0.5, origin="uniform")
     found = replay([near, far, control])
     assert (found.stopped, found.lost, found.saved_s) == ((1,), (), 8.0)
