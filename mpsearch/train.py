@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -214,20 +212,6 @@ def bf16_is_fast() -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
-
-
-@functools.cache
-def compiler_missing() -> str | None:
-    """Why torch.compile cannot work here; None: it can."""
-    if torch.cuda.is_available():
-        return None
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        compiler = get_cpp_compiler()
-    except Exception as error:  # torch raises various types where there is none
-        return f"no C++ compiler was found ({type(error).__name__})"
-    return None if shutil.which(compiler) else f"the C++ compiler {compiler} was not found"
 
 
 def _device(x: Any) -> torch.device:

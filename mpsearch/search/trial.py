@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpsearch.compiler import compiler_missing
 from mpsearch.exporters.native import load_tensors
 from mpsearch.graph.layers import LayerInfo, ModelGraph, inspect_model
 from mpsearch.precision import Offer, PrecisionConfig
@@ -37,7 +38,6 @@ from mpsearch.train import (
     FitSettings,
     Teacher,
     bf16_is_fast,
-    compiler_missing,
     fit,
     jeffreys,
     reestimate_batch_norm,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mpsearch.compiler import compiler_missing
 from mpsearch.cost.energy import mac_pj
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import BITS, FLOAT, LayerPrecision, Precision
@@ -18,7 +19,6 @@ from mpsearch.quant.quantizer import Quantizer
 from mpsearch.quant.ranges import activation_range, weight_step
 from mpsearch.quant.shift import ShiftGradient, ShiftQuantizer
 from mpsearch.quant.switch import QUANTIZERS, make_quantizer
-from mpsearch.train import compiler_missing
 
 KINDS = ("uniform", "shift", "apot")
 CASES = [(kind, bits) for kind in KINDS for bits in BITS[kind]]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mpsearch.compiler import compiler_missing
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise, as_rows, fuse
 from mpsearch.quant.gdnsq import GdnsqQuantizer
 from mpsearch.quant.prepare import prepare
-from mpsearch.train import compiler_missing
 
 needs_compiler = pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from mpsearch.compiler import compiler_missing
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise
@@ -19,7 +20,7 @@ from mpsearch.space import build_space, load_space
 from mpsearch.study import TrialSpec, load_study
 from mpsearch.task.load import load_task
 from mpsearch.task.task import Answering, Task
-from mpsearch.train import FitResult, compiler_missing
+from mpsearch.train import FitResult
 
 SETTINGS = TrialSpec(steps=20, batch_size=32, bn_batches=4, precision="fp32", calibration_samples=64)
 
