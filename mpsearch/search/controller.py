@@ -39,6 +39,7 @@ from mpsearch.study import SearchSpec
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study and trial on stderr
 
+ANCHORS_A_RUNG = 3  # what a warm start has paid for comes before most of the control group
 _T = TypeVar("_T")
 
 Cost = Callable[[PrecisionConfig], float]  # relative to the study's reference
@@ -157,10 +158,10 @@ class _Point:
 class SearchController:
     """Proposes configs until the study is over; every config at most once, whatever became of it.
 
-    The order is: the uniform ladder of the space (the control group), ends first, in turn with `anchors`, then the
-    sampler. Rungs and anchors above `budget` are left out and counted in `over_budget`. `records` are the trials that
-    have ended before, when a run is resumed; they count towards `search.trials`, while failures in a row and the time
-    limit start anew.
+    The order is: the uniform ladder of the space (the control group), ends first, each rung followed by three
+    `anchors`, then the sampler. Rungs and anchors above `budget` are left out and counted in `over_budget`. `records`
+    are the trials that have ended before, when a run is resumed; they count towards `search.trials`, while failures in
+    a row and the time limit start anew.
 
     The same arguments and the same order of asks and tells give the same proposals.
 
@@ -220,7 +221,8 @@ class SearchController:
         self._anchors: deque[tuple[Origin, PrecisionConfig]] = deque()
         rungs = {config for _, config in ladder}  # controls, whoever else asks for them
         others = [anchor for anchor in anchors if anchor[1] not in rungs]
-        for origin, config in _alternate(ends_first(ladder), others):
+        in_turn = [others[i::ANCHORS_A_RUNG] for i in range(ANCHORS_A_RUNG)]
+        for origin, config in _alternate(ends_first(ladder), *in_turn):
             if cost(config) <= self._budget:
                 self._anchors.append((origin, config))
             else:

@@ -15,7 +15,8 @@ their marginal, the loss that a bit saves per unit of cost, which at an optimum 
     m_i = -E[dL/db_i] / (dC/db_i),      b_i <- b_i + k log2(m_i / median m) + l,      l so that C(b) is the budget now
 
 E: exponential mean over steps; C: the study's own cost model, linear between whole numbers of bits. The budget falls
-geometrically; at every requested one the descent leaves a snapshot of bits, marginals and weights.
+geometrically, fast to the dearest requested one, where little is decided, then slowly; at every requested one the
+descent leaves a snapshot of bits, marginals and weights.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ LARGEST_RATIO = 8.0
 """Marginals are taken as at most this factor away from the median: one batch must not throw a tensor to the ends."""
 
 CLIP_NORM = 5.0
+
+APPROACH = 0.25
+"""Share of the steps in which the budget falls from the dearest config to the dearest requested budget."""
 
 SHARE_OF_LR = 0.3
 """Learning rate of the descent, as a share of the trials' peak: it has no phase in which a high rate dies away."""
@@ -286,7 +290,7 @@ def descend(
     model.train()
     batches = task.train_batches(bench.settings.batch_size, steps, seed)
     for step, (x, y) in enumerate(to_device(batches, bench.device)):
-        budget = top * (wanted[-1] / top) ** ((step + 1) / steps)
+        budget = budget_at((step + 1) / steps, top, wanted[0], wanted[-1])
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / (0.1 * steps))
         with autocast(x, bench.bf16):
             output = call(model, x)
@@ -331,6 +335,18 @@ def descend(
         if on_step is not None:
             on_step(step, value)
     return Descent(tuple(snapshots), tuple(log), time.perf_counter() - began)
+
+
+def budget_at(progress: float, top: float, dearest: float, cheapest: float) -> float:
+    """The budget when a share of the steps is done: geometrically from `top` to `dearest`, then on to `cheapest`.
+
+    >>> [budget_at(progress / 4, top=1.0, dearest=0.5, cheapest=0.0625) for progress in range(5)]
+    [1.0, 0.5, 0.25, 0.125, 0.0625]
+    """
+    approach = APPROACH if dearest > cheapest else 1.0
+    if progress < approach:
+        return top * math.pow(dearest / top, progress / approach)
+    return dearest * math.pow(cheapest / dearest, (progress - approach) / max(1 - approach, 1e-9))
 
 
 def with_bit_quantizers(model: nn.Module, bench: Workbench, space: SearchSpace) -> nn.Module:

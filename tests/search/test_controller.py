@@ -13,7 +13,7 @@ from mpsearch.errors import CostError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import TrialRecord
 from mpsearch.search.controller import SAMPLERS, Proposal, SearchController, ends_first
-from mpsearch.search.stopping import NO_BARS, SLACK
+from mpsearch.search.stopping import NO_BARS, OPTIMISM, SLACK
 from mpsearch.study import SearchSpec
 
 LADDER = 8  # rungs of the toy's ladder, from 8 bits to 1
@@ -55,6 +55,14 @@ def test_ladder_and_anchors_take_turns_then_the_sampler_proposes():
     assert [r.origin for r in records] == ["uniform", "manual"] + ["uniform"] * (LADDER - 1) + ["sampler"] * 3
     assert records[1].config == anchor
     assert [r.number for r in records] == list(range(12))
+
+
+def test_each_rung_of_the_ladder_is_followed_by_three_anchors():
+    space, random = make_space(), np.random.default_rng(1)
+    anchors = [("descent", space.sample(random)) for _ in range(5)]
+    records = run(controller(space, trials=9, anchors=anchors))
+    assert [r.origin for r in records] == ["uniform", *["descent"] * 3, "uniform", *["descent"] * 2, *["uniform"] * 2]
+    assert [r.config for r in records if r.origin == "descent"] == [config for _, config in anchors]
 
 
 def test_tell_fills_in_what_the_controller_knows():
@@ -341,7 +349,7 @@ def test_a_trial_is_told_the_bars_it_must_pass_and_a_control_is_not():
         ended = TrialRecord(proposal.config, "complete", accuracy=end, start_divergence=1 - end)
         search.tell(proposal, replace(ended, curve=((0, 0.1), (75, end - 0.125), (150, end))))
     best = max(truth(rung) for rung in make_space().ladder() if relative_cost(rung) <= proposal.cost)
-    assert proposal.bars.halfway == pytest.approx(best - 0.125)
+    assert proposal.bars.halfway == pytest.approx(best - OPTIMISM * 0.125)
     assert proposal.bars.start == pytest.approx(SLACK * (1 - best))
     off = controller(trials=LADDER + 2, stop_dominated=False, records=[answer_of(search, proposal)])
     assert all(p.bars == NO_BARS for p in iter(off.ask, None))
