@@ -1,7 +1,8 @@
 """When a trial may stop, because whatever it can still reach is dominated.
 
     at the start    D > SLACK * least D of the trials that cost no more
-    halfway         accuracy < best accuracy at no higher cost - largest gain of the finished trials nearest in cost
+    halfway         accuracy < best accuracy at no higher cost - OPTIMISM * largest gain of the finished trials nearest
+                               in cost
 
 D: divergence from the float network before any training, with BatchNorm re-estimated, from the weights that the warm
 start has for this cost. It is the same in every run and costs a sixth of a trial, where the accuracy after a brief
@@ -21,10 +22,11 @@ from dataclasses import dataclass
 
 from mpsearch.record import TrialRecord
 
-SLACK = 2.0
-"""Replayed on 70 trials of the digits study, 2 and more lose no point of the front that the bar halfway does not lose
-anyway, 1.1 to 1.75 lose one. On a ResNet-20 configs of one cost that began 1.15 to 1.8 times as far from float as the
-nearest ended at 0.166 to 0.253 nats, that one at 0.155 +- 0.009.
+SLACK = 3.0
+OPTIMISM = 2.0
+"""Replayed on 70 trials of the digits study, no point of the front is lost with these two. A slack of 2 to 2.5 loses
+one, 1.5 three; an optimism of 1 loses three, of 1.5 one. On a ResNet-20 configs of one cost that began 1.15 to 1.8
+times as far from float as the nearest ended at 0.166 to 0.253 nats, that one at 0.155 +- 0.009.
 """
 NEAREST = 8  # finished trials whose largest gain is the optimism
 LEAST = 4  # of these before any trial is stopped halfway
@@ -72,7 +74,7 @@ class Stopping:
         nearest = self._nearest(cost)
         return Bars(
             None if start is None else SLACK * start,
-            None if best is None or len(nearest) < LEAST else best - max(gain for _, gain in nearest),
+            None if best is None or len(nearest) < LEAST else best - OPTIMISM * max(gain for _, gain in nearest),
         )
 
     def foreseen(self, record: TrialRecord) -> float | None:
