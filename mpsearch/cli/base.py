@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -33,6 +34,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON for programs inst
 
 def main() -> None:
     """The `mpsearch` command."""
+    _print_progress()
     try:
         app(standalone_mode=True)
     except MpsearchError as error:
@@ -48,6 +50,15 @@ def main() -> None:
         traceback.print_exc()
         print("mpsearch: this is our fault, not yours: please report it with the lines above", file=sys.stderr)
         sys.exit(1)
+
+
+def _print_progress() -> None:
+    """Print what is waited for while a study is opened, on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("mpsearch: %(message)s"))
+    logger = logging.getLogger("mpsearch.progress")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 def open_study(study: str, set_: Sequence[str] | None) -> tuple[StudySpec, Problem]:

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -24,12 +24,15 @@ from mpsearch.task.task import Answers, Batch, Split
 from mpsearch.train import FitSettings, fit
 
 logger = logging.getLogger(__name__)
+progress = logging.getLogger("mpsearch.progress")
+"""What a person waits for, before there is a run to show it: the command line prints it."""
 
 EVAL_BATCH = 250
 EVAL_PIXELS = EVAL_BATCH * 64 * 64  # larger images come in smaller batches, so that memory stays bounded
 
 # How a float model is trained where no checkpoint is given.
 FLOAT_RECIPE = 2  # raise when `fit` or a forward of ours changes: cached models are trained again
+SAY_EVERY_S = 30.0  # how a long float training goes on
 FLOAT_BATCH = 64
 FLOAT_LR = 0.1
 FLOAT_WEIGHT_DECAY = 5e-4
@@ -165,7 +168,7 @@ class ClassificationTask:
 
         def train() -> dict[str, Tensor]:
             began = time.perf_counter()
-            logger.info("no checkpoint is given: training %s for %d epochs", self.name, self._spec.float_epochs)
+            progress.info("no checkpoint is given: training %s for %d epochs", self.name, self._spec.float_epochs)
             state = self._train_float_model()
             seconds.append(time.perf_counter() - began)
             return state
@@ -191,6 +194,7 @@ class ClassificationTask:
                     batches,
                     lambda _step, _x, output, labels: self.loss(output, labels),
                     FitSettings(steps, FLOAT_LR, FLOAT_WEIGHT_DECAY),
+                    _progress(steps),
                 )
             except FloatingPointError as error:
                 raise TaskError(
@@ -198,6 +202,21 @@ class ClassificationTask:
                     "or give a task.checkpoint"
                 ) from None
         return {name: value.cpu().clone() for name, value in model.state_dict().items()}
+
+
+def _progress(steps: int) -> Callable[[int, float], None]:
+    """Says every `SAY_EVERY_S` how far a training is."""
+    began = said = time.monotonic()
+
+    def on_step(step: int, loss: float) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= SAY_EVERY_S:
+            said = now
+            left_s = (now - began) / (step + 1) * (steps - step - 1)
+            progress.info("step %d of %d, loss %.3f, %.0f s left", step + 1, steps, loss, left_s)
+
+    return on_step
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
 from mpsearch.study import DataSpec, TaskSpec
-from mpsearch.task import ClassificationTask, Task, load_task
+from mpsearch.task import ClassificationTask, Task, classification, load_task
 from mpsearch.task.images import Normalization, StoredImages
 
 DIGITS = DataSpec(kind="digits", val_fraction=0.2, test_fraction=0.2)
@@ -109,6 +110,20 @@ def test_the_digits_task_is_a_task_and_loading_it_trains_nothing(cache: Path):
     assert task.steps_per_epoch(64) == math.ceil(1079 / 64)
     assert task.calibration_input(10).shape == (10, 1, 8, 8)
     assert not list(cache.glob("float-*"))
+
+
+def test_a_long_training_says_how_far_it_is(
+    cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    caplog.set_level(logging.INFO, "mpsearch.progress")
+    digits_task(float_epochs=1).float_model()
+    assert [record.message for record in caplog.records] == [
+        "no checkpoint is given: training digits_cnn/digits for 1 epochs"
+    ]
+    monkeypatch.setattr(classification, "SAY_EVERY_S", 0.0)
+    digits_task(float_epochs=2).float_model()
+    *_, last = caplog.records
+    assert re.fullmatch(r"step 34 of 34, loss \d+\.\d{3}, 0 s left", last.message)
 
 
 def test_the_float_model_is_trained_once_kept_and_reported(cache: Path, caplog: pytest.LogCaptureFixture):
