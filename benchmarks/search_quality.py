@@ -76,6 +76,7 @@ ARMS: dict[str, list[str]] = {
 }
 
 
+ONE_COST = 0.03  # difference of log cost below which points are compared
 SHARES = (1.0, 0.8)  # of a budget, at which points are trained
 
 
@@ -172,8 +173,9 @@ def quality(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def accuracy_at(points: pd.DataFrame, cost: float) -> float:
-    """The test accuracy that an arm has at a cost: the best of its points that cost no more; NaN without any."""
-    return float(points[points.cost <= cost * (1 + 1e-9)].test.max())
+    """The test accuracy that an arm has at a cost: of its best point on val that costs no more; NaN without any."""
+    within = points[points.cost <= cost * (1 + 1e-9)]
+    return math.nan if within.empty else float(within.test[within.val.idxmax()])
 
 
 def report(options: argparse.Namespace) -> None:
@@ -198,7 +200,7 @@ def report(options: argparse.Namespace) -> None:
         "hypervolume, val",
         "test",
         "IGD+",
-        *(f"test at W{b}A{b} cost" for b in rungs),
+        *(f"test within {share:g}x W{b}A{b}" for b in rungs for share in SHARES),
         "trials",
     ):
         table.add_column(column, justify="left" if column == "arm" else "right")
@@ -207,7 +209,8 @@ def report(options: argparse.Namespace) -> None:
         if rows.empty:
             continue
         own = points[points.arm == arm]
-        at = [[accuracy_at(group, cost) for _, group in own.groupby("seed")] for cost in rungs.values()]
+        costs = [share * cost for cost in rungs.values() for share in SHARES]
+        at = [[accuracy_at(group, cost) for _, group in own.groupby("seed")] for cost in costs]
         table.add_row(
             arm,
             str(len(rows)),
@@ -217,10 +220,11 @@ def report(options: argparse.Namespace) -> None:
             *(_spread(100 * pd.Series(values), 2) for values in at),
             f"{rows.trials.mean():.0f}",
         )
-    Console(width=150).print(table)
+    Console(width=200).print(table)
     timeline = pd.read_csv(_time_path(options.results))
     timeline = timeline[(timeline.study == options.study) & (timeline.minutes == options.minutes)]
     _print_speed(timeline)
+    _print_proxies(points)
     if options.picture is not None:
         picture(points, timeline, options.picture)
     print("command: python " + " ".join(sys.argv))
@@ -264,6 +268,21 @@ def _print_speed(timeline: pd.DataFrame) -> None:
     for arm, group in timeline.groupby("arm", sort=False):
         times = [rows[rows.hypervolume >= goal].elapsed_s.min() for _, rows in group.groupby("seed")]
         print(f"  {arm}: " + ", ".join("not reached" if math.isnan(t) else f"{t:.0f} s" for t in times))
+
+
+def _print_proxies(points: pd.DataFrame) -> None:
+    """How well what a trial measured foretells the test accuracy: Kendall's tau among points of one cost."""
+    first, second = (index.ravel() for index in np.triu_indices(len(points), 1))
+    apart = np.abs(np.log(points.cost.to_numpy()[first] / points.cost.to_numpy()[second]))
+    first, second = first[apart <= ONE_COST], second[apart <= ONE_COST]
+
+    def signs(values: pd.Series) -> np.ndarray:
+        return np.sign(values.to_numpy()[first] - values.to_numpy()[second])
+
+    order = signs(points.test)
+    print(f"what foretells the test accuracy, among {len(order)} pairs of points within {ONE_COST:.0%} of cost:")
+    for name, values in (("accuracy on val", points.proxy_val), ("divergence", -points.divergence)):
+        print(f"  {name} of the trial: tau {float((signs(values) * order).mean()):+.2f}")
 
 
 def _spread(values: pd.Series, digits: int) -> str:

@@ -267,10 +267,10 @@ def run_trial(
     start_loss = end_loss = reason = None
     state: TrialState = "complete"
     if trains:
-        start = bench.state()
         try:
             if bars.start is not None and start_divergence is not None and start_divergence > bars.start:
                 raise Dominated(f"{start_divergence:.3f} nats from float at the start, the bar is {bars.start:.3f}")
+            start = bench.state()
             result = bench.fit(settings.steps, settings.seed, on_step=watch)
             start_loss, end_loss = result.start_loss, result.end_loss
         except Dominated as why:

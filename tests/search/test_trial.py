@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, cast
 
 import pytest
@@ -13,6 +14,7 @@ from mpsearch.compiler import compiler_missing
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise
+from mpsearch.search import trial
 from mpsearch.search.compare import unpack
 from mpsearch.search.stopping import Bars
 from mpsearch.search.trial import NEAR, SETTLED, Score, Workbench, run_trial
@@ -152,6 +154,17 @@ def fused(bench: Workbench) -> bool:
 
 def test_compilation_is_not_asked_for_where_it_does_not_pay(bench: Workbench) -> None:
     assert not fused(bench)  # `auto`, and digits are small
+
+
+@pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
+def test_compilation_is_asked_for_where_quantizers_have_enough_to_do(
+    task: Task, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_sample = sum(layer.calls * math.prod(layer.input_shape) for layer in bench.layers)
+    monkeypatch.setattr(trial, "WORTH_COMPILING", SETTINGS.steps * SETTINGS.batch_size * a_sample)
+    assert fused(Workbench(task, SETTINGS))
+    monkeypatch.setattr(trial, "WORTH_COMPILING", SETTINGS.steps * SETTINGS.batch_size * a_sample + 1)
+    assert not fused(Workbench(task, SETTINGS))
 
 
 def test_a_missing_compiler_means_eager_trials_and_is_said(
