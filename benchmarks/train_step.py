@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from mpsearch.compiler import compiler_missing
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import fuse
@@ -31,7 +32,7 @@ from mpsearch.quant.prepare import prepare
 from mpsearch.search.trial import channels_last
 from mpsearch.study import DataSpec, TaskSpec
 from mpsearch.task.models import build_model
-from mpsearch.train import FitSettings, Teacher, bf16_is_fast, compiler_missing, fit, jeffreys
+from mpsearch.train import FitSettings, Teacher, bf16_is_fast, fit, jeffreys
 
 
 def main() -> None:

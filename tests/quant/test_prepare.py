@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpsearch.compiler import compiler_missing
 from mpsearch.errors import PrecisionError
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import FLOAT, LayerPrecision, Offer, PrecisionConfig
@@ -22,7 +23,6 @@ from mpsearch.quant.prepare import (
     quant_layers,
     set_precision,
 )
-from mpsearch.train import compiler_missing
 
 W4A4 = LayerPrecision.shorthand("w4a4")
 EVERYTHING = Offer(frozenset({"uniform", "shift", "apot"}), frozenset({"uniform", "shift", "apot"}))

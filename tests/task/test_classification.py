@@ -116,14 +116,15 @@ def test_a_long_training_says_how_far_it_is(
     cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     caplog.set_level(logging.INFO, "mpsearch.progress")
+
+    def said() -> list[str]:
+        return [record.message for record in caplog.records if record.name == "mpsearch.progress"]
+
     digits_task(float_epochs=1).float_model()
-    assert [record.message for record in caplog.records] == [
-        "no checkpoint is given: training digits_cnn/digits for 1 epochs"
-    ]
+    assert said() == ["no checkpoint is given: training digits_cnn/digits for 1 epochs"]
     monkeypatch.setattr(classification, "SAY_EVERY_S", 0.0)
     digits_task(float_epochs=2).float_model()
-    *_, last = caplog.records
-    assert re.fullmatch(r"step 34 of 34, loss \d+\.\d{3}, 0 s left", last.message)
+    assert re.fullmatch(r"step 34 of 34, loss \d+\.\d{3}, 0 s left", said()[-1])
 
 
 def test_the_float_model_is_trained_once_kept_and_reported(cache: Path, caplog: pytest.LogCaptureFixture):
