@@ -31,13 +31,17 @@ def trust_vector_units() -> None:
     Otherwise every process builds a program for each set of them and loads it with a torch of its own: 10 of the 24
     seconds until a ResNet-20 had first been scored. `TORCHINDUCTOR_VEC_ISA_OK` in the environment wins.
     """
-    from torch._inductor import config
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.cpu_vec_isa import supported_vec_isa_list, x86_isa_checker
-
+    if compiler_missing() or torch.cuda.is_available():
+        return
+    try:
+        from torch._inductor import config
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.cpu_vec_isa import supported_vec_isa_list, x86_isa_checker
+    except ImportError:  # not public: another torch may have them elsewhere, and does its trials then
+        return
     has = x86_isa_checker()
     sets = [isa for isa in supported_vec_isa_list if all(unit in has for unit in str(isa).split())]
-    if config.cpp.vec_isa_ok is not None or not sets or compiler_missing() or torch.cuda.is_available():
+    if config.cpp.vec_isa_ok is not None or not sets:
         return
     flags = sorted({flag for isa in sets for flag in isa.build_arch_flags().split()})
     asked = subprocess.run(

@@ -344,9 +344,9 @@ def budget_at(progress: float, top: float, dearest: float, cheapest: float) -> f
     [1.0, 0.5, 0.25, 0.125, 0.0625]
     """
     approach = APPROACH if dearest > cheapest else 1.0
-    if progress < approach:
+    if progress <= approach:
         return top * math.pow(dearest / top, progress / approach)
-    return dearest * math.pow(cheapest / dearest, (progress - approach) / max(1 - approach, 1e-9))
+    return dearest * math.pow(cheapest / dearest, (progress - approach) / (1 - approach))
 
 
 def with_bit_quantizers(model: nn.Module, bench: Workbench, space: SearchSpace) -> nn.Module:
