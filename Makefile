@@ -10,10 +10,10 @@ demo: setup  ## run the digits study end to end; prints the front and where the 
 	$(BIN)/mpsearch run digits --out runs/digits-$$(date +%Y%m%d-%H%M%S)
 
 test: setup  ## the default tests, a few minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 test-all: $(VENV)/.targets  ## the slow tests too, and those of the export targets' libraries, which it installs
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "slow or not slow"
 
 lint: setup
 	$(BIN)/ruff check .

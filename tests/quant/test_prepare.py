@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -204,15 +206,29 @@ def test_every_parameter_to_train_gets_a_gradient(model: nn.Module, batch: Tenso
     assert not quant_layers(trained)["fc"].input_quantizer.step.requires_grad
 
 
-def test_trains_under_ddp(model: nn.Module, batch: Tensor, tmp_path: Path) -> None:
-    config = config_for(model, batch, LayerPrecision.parse("shift:3", "float"))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        replica = nn.parallel.DistributedDataParallel(prepare_for_training(model, config, batch))
-        for _ in range(3):  # the second step is the one that complains of parameters without a gradient
-            replica(batch).square().sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
+DDP = """
+import os, sys, torch
+from mpsearch.graph.layers import inspect_model
+from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.quant.prepare import prepare_for_training
+from mpsearch.task.models import DigitsCNN
+
+model, batch = DigitsCNN().eval(), torch.randn(16, 1, 8, 8)
+layers = [layer.name for layer in inspect_model(model, batch).quantizable]
+config = PrecisionConfig.uniform(layers, LayerPrecision.parse("shift:3", "float"))
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+replica = torch.nn.parallel.DistributedDataParallel(prepare_for_training(model, config, batch))
+for _ in range(3):  # the second step is the one that complains of parameters without a gradient
+    replica(batch).square().sum().backward()
+print("trained", flush=True)
+os._exit(0)  # gloo's group waits for its threads in its destructor, which holds the GIL that they may need
+"""
+
+
+def test_trains_under_ddp(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DDP, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "trained\n", done.stderr
 
 
 def test_float_checkpoint_loads_under_the_original_names(model: nn.Module, batch: Tensor) -> None:

@@ -78,7 +78,7 @@ def _slow_entry(folder: str, counter: Path) -> None:
 
 def test_of_processes_that_start_at_once_one_makes_the_entry(cache: Path, tmp_path: Path):
     fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=_slow_entry, args=(str(cache), tmp_path / "made")) for _ in range(3)]
+    workers = [fork.Process(target=_slow_entry, args=(str(cache), tmp_path / "made"), daemon=True) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
