@@ -1,14 +1,15 @@
 """What each part of the search is worth: arms of equal wall time, finally trained the same way, scored on test.
 
     python benchmarks/search_quality.py [--study resnet20-cifar10-jpeg] [--arms full,cold,...] [--seeds 0,1,2]
-        [--minutes 8] [--epochs 1] [--work .search_quality] [--results benchmarks/results/search_quality] [--print]
-        [--picture search_quality.html]
+        [--minutes 8] [--epochs 1] [--final-seeds 1] [--bits 4,3,2] [--work .search_quality]
+        [--results benchmarks/results/search_quality] [--print] [--picture search_quality.html]
 
 Each arm is a run of the command line with a compiler cache of its own, so that its time holds everything: descent,
 sensitivities, compilation, trials, in one process with all threads. Then points of its front are trained for `--epochs`
-and scored on val and on test, which no arm has seen: of the trials that cost no more than W4A4, W3A3 and W2A2, and than
-0.8 of each, the best on val. Rows are kept as CSV (`RESULTS.csv`: a row a trained point; `RESULTS-time.csv`: the
-hypervolume over time); arms that are there are not run again. An arm that was interrupted starts anew.
+and scored on val and on test, which no arm has seen: of the trials that cost no more than WxAx, for each of `--bits`,
+and than 0.8 of it, the best on val. Rows are kept as CSV (`RESULTS.csv`: a row a trained point; `RESULTS-time.csv`: the
+hypervolume over time); arms that are there are not run again. A search that was interrupted starts anew; one that ended
+is in `--work` and is not repeated for another `--epochs`.
 
 Hypervolume and IGD+ are those of `mpsearch.search.front`'s unit square (error; log2 cost from the cheapest config to
 the reference). IGD+ is against the front of all arms' points together: 0 is best.
@@ -24,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import moocore
@@ -80,13 +82,15 @@ ONE_COST = 0.03  # difference of log cost below which points are compared
 SHARES = (1.0, 0.8)  # of a budget, at which points are trained
 
 
-def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> None:
-    """Run one arm with one seed and append its rows."""
-    folder = options.work / f"{study}-{options.minutes:g}min-{arm.replace(' ', '-')}-{seed}"
+def search(study: str, arm: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Run the search of one arm with one seed. Returns when it began and how many seconds it took."""
+    ended = folder / "searched.json"
+    if ended.exists():
+        return json.loads(ended.read_text())
     shutil.rmtree(folder, ignore_errors=True)
     own = [override.replace("UNIFORM", UNIFORM.get(study, "uniform")) for override in ARMS[arm]]
     overrides = [*own, f"search.seed={seed}", f"warm_start.seed={seed}", f"trial.seed={seed}", *options.set]
-    overrides += ["search.trials=100000", f"final.epochs={options.epochs:g}", "final.seeds=1", "engine.address=none"]
+    overrides += ["search.trials=100000", "engine.address=none"]
     command = [str(Path(sys.executable).parent / "mpsearch"), "run", study, "--out", str(folder / "run"), "--json"]
     command += ["--time-limit", f"{round(60 * options.minutes)}s"]
     command += [part for override in overrides for part in ("--set", override)]
@@ -95,16 +99,23 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
     began = time.time()
     with (folder / "log.txt").open("w") as log:
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    searched_s = time.time() - began
+    searched = {"began": began, "searched_s": time.time() - began}
     shutil.rmtree(folder / "compiled", ignore_errors=True)
+    ended.write_text(json.dumps(searched))
+    return searched
 
+
+def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> None:
+    """Search with one arm and seed, train what it found, and append its rows."""
+    folder = options.work / f"{study}-{options.minutes:g}min-{arm.replace(' ', '-')}-{seed}"
+    searched = search(study, arm, seed, folder, options)
     run = RunFolder.open(folder / "run")
-    problem = open_problem(read_spec(run))
+    spec = read_spec(run)
+    final = spec.final.model_copy(update={"epochs": options.epochs, "seeds": options.final_seeds})
+    problem = open_problem(spec.model_copy(update={"final": final}))
     records = run.records()
-    rows = finalize(
-        problem, run, trials=best_within(records, [s * c for c in budgets(problem).values() for s in SHARES])
-    )
-    finals = {final.number: final for final in run.finals()}
+    costs = [share * cost for cost in budgets(problem, options.bits).values() for share in SHARES]
+    rows = finalize(problem, run, trials=best_within(records, costs))
     key = {"study": study, "minutes": options.minutes, "epochs": options.epochs, "arm": arm, "seed": seed}
     cheapest = open_problem(load_study(study)).cheapest  # one scale of cost for all arms, whatever their space
     points = [
@@ -115,9 +126,9 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
             "cost": row.trial.cost,
             "proxy_val": row.trial.accuracy,
             "divergence": row.trial.divergence,
-            "val": finals[row.trial.number].val,
-            "test": finals[row.trial.number].test,
-            "search_s": searched_s,
+            "val": row.val_mean,
+            "test": row.test_mean,
+            "search_s": searched["searched_s"],
             "trials": sum(r.state == "complete" for r in records),
             "stopped": sum(r.state == "stopped" for r in records),
             "cheapest": cheapest,
@@ -125,7 +136,7 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
         }
         for row in rows
     ]
-    waited = min(r.started_s for r in records) - began
+    waited = min(r.started_s for r in records) - searched["began"]
     steps = [
         key | {"elapsed_s": waited + step.elapsed_s, "hypervolume": step.hypervolume}
         for step in hypervolume_over_time(records, cheapest)
@@ -134,9 +145,9 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
     _append(options.results.with_suffix(".csv"), points)  # last: with these rows the arm is done
 
 
-def budgets(problem: Problem) -> dict[int, float]:
-    """Relative cost of W4A4, W3A3 and W2A2, by bits."""
-    return {bits: problem.cost(problem.space.rung(bits)) for bits in (4, 3, 2)}
+def budgets(problem: Problem, bits: Sequence[int]) -> dict[int, float]:
+    """Relative cost of the uniform configs WxAx, by bits."""
+    return {b: problem.cost(problem.space.rung(b)) for b in bits}
 
 
 def best_within(records: list[TrialRecord], costs: list[float]) -> list[TrialRecord]:
@@ -184,12 +195,13 @@ def report(options: argparse.Namespace) -> None:
     if not path.exists():
         return
     points = pd.read_csv(path)
-    points = points[(points.study == options.study) & (points.minutes == options.minutes)]
+    same = (points.study == options.study) & (points.minutes == options.minutes) & (points.epochs == options.epochs)
+    points = points[same]
     if points.empty:
         return
     spec = load_study(options.study)
     problem = open_problem(spec)
-    rungs = budgets(problem)
+    rungs = budgets(problem, options.bits)
     found = quality(points)
     table = Table(
         title=f"{options.study}, {options.minutes:g} minutes a run, {options.epochs:g} epochs of final training"
@@ -223,6 +235,7 @@ def report(options: argparse.Namespace) -> None:
     Console(width=200).print(table)
     timeline = pd.read_csv(_time_path(options.results))
     timeline = timeline[(timeline.study == options.study) & (timeline.minutes == options.minutes)]
+    timeline = timeline.drop_duplicates(["arm", "seed", "elapsed_s"])  # other epochs of final training: the same search
     _print_speed(timeline)
     _print_proxies(points)
     if options.picture is not None:
@@ -259,7 +272,9 @@ def picture(points: pd.DataFrame, timeline: pd.DataFrame, path: Path) -> None:
 
 
 def _print_speed(timeline: pd.DataFrame) -> None:
-    """How long each arm takes to the final hypervolume of the cold search, warm start included."""
+    """Hypervolume of all trials at the end, and how long each arm takes to that of the cold search, all included."""
+    ends = timeline.groupby(["arm", "seed"], sort=False).hypervolume.max().groupby("arm", sort=False)
+    print("hypervolume of the trials on val: " + ", ".join(f"{arm} {_spread(values, 4)}" for arm, values in ends))
     cold = timeline[timeline.arm == "no warm start"].groupby("seed").hypervolume.max()
     if cold.empty:
         return
@@ -300,6 +315,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--final-seeds", type=int, default=1, help="final trainings of a point; their mean counts")
+    parser.add_argument("--bits", type=lambda text: [int(b) for b in text.split(",")], default=[4, 3, 2])
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--work", type=Path, default=Path(".search_quality"))
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "search_quality")
