@@ -83,7 +83,8 @@ class Stopping:
         if record.accuracy is None or not nearest:
             return record.accuracy
         at_start = len(record.curve) == 1
-        return record.accuracy + statistics.median(whole if at_start else half for whole, half in nearest)
+        gain = statistics.median(whole if at_start else half for whole, half in nearest)
+        return min(1.0, record.accuracy + gain)
 
     def _nearest(self, cost: float) -> list[tuple[float, float]]:
         by_distance = sorted(self._gains, key=lambda item: abs(item[0] - math.log2(cost)))

@@ -90,6 +90,7 @@ def test_a_stopped_trial_is_foreseen_to_gain_what_others_of_its_cost_did() -> No
     assert known.foreseen(halfway) == pytest.approx(0.3 + 0.02)
     assert known.foreseen(finished[0]) == 0.6
     assert Stopping().foreseen(at_start) == 0.3
+    assert known.foreseen(replace(at_start, accuracy=0.7)) == 1.0
 
 
 def test_replay_saves_the_whole_training_of_what_starts_too_far_from_float() -> None:
