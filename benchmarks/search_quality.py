@@ -251,12 +251,10 @@ def picture(points: pd.DataFrame, timeline: pd.DataFrame, path: Path) -> None:
 
     titles = ("after final training, test", "during the search, val")
     figure = make_subplots(rows=1, cols=2, subplot_titles=titles)
-    arms = [arm for arm in ARMS if arm in set(points.arm)]
-    for arm, colour in zip(arms, plotly.colors.qualitative.Safe, strict=False):
+    for arm, colour in zip(ARMS, [*plotly.colors.qualitative.D3, "black"], strict=True):  # the same in every picture
         style = {"legendgroup": arm, "name": arm, "line": {"color": colour, "width": 1.5}}
         for index, (_, group) in enumerate(points[points.arm == arm].groupby("seed")):
             front = group.sort_values("cost")
-            front = front[front.test >= front.test.cummax()]
             line = go.Scatter(x=front.cost, y=100 * front.test, mode="lines+markers", showlegend=not index, **style)
             figure.add_trace(line, row=1, col=1)
         for _, group in timeline[timeline.arm == arm].groupby("seed"):
@@ -265,7 +263,8 @@ def picture(points: pd.DataFrame, timeline: pd.DataFrame, path: Path) -> None:
     figure.update_xaxes(title="cost, relative to W8A8", type="log", row=1, col=1)
     figure.update_yaxes(title="accuracy, %", row=1, col=1)
     figure.update_xaxes(title="seconds, warm start included", row=1, col=2)
-    figure.update_yaxes(title="hypervolume", row=1, col=2)
+    most = timeline.hypervolume.max()
+    figure.update_yaxes(title="hypervolume", range=[0.75 * most, 1.01 * most], row=1, col=2)
     figure.update_layout(template="plotly_white", width=1200, height=480, legend={"orientation": "h", "y": -0.2})
     figure.write_html(path, include_plotlyjs=True)
     print(f"picture: {path}")
