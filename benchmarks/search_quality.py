@@ -7,12 +7,13 @@
 Each arm is a run of the command line with a compiler cache of its own, so that its time holds everything: descent,
 sensitivities, compilation, trials, in one process with all threads. Then points of its front are trained for `--epochs`
 and scored on val and on test, which no arm has seen: of the trials that cost no more than WxAx, for each of `--bits`,
-and than 0.8 of it, the best on val. Rows are kept as CSV (`RESULTS.csv`: a row a trained point; `RESULTS-time.csv`: the
-hypervolume over time); arms that are there are not run again. A search that was interrupted starts anew; one that ended
-is in `--work` and is not repeated for another `--epochs`.
+and than 0.8 of it, the best on val; and the cheapest of the front. Rows are kept as CSV (`RESULTS.csv`: a row a trained
+point; `RESULTS-time.csv`: the hypervolume over time); arms that are there are not run again. A search that was
+interrupted starts anew; one that ended is in `--work` and is not repeated for another `--epochs`.
 
-Hypervolume and IGD+ are those of `mpsearch.search.front`'s unit square (error; log2 cost from the cheapest config to
-the reference). IGD+ is against the front of all arms' points together: 0 is best.
+Hypervolume and IGD+ are those of `mpsearch.search.front`'s unit square (error; log2 cost from W2A2, or whatever is the
+least of `--bits`, to the reference, W8A8): what is cheaper counts as if it cost that, or one trial at the very cheapest
+config would outweigh all others. IGD+ is against the front of all arms' points together: 0 is best.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from mpsearch.study import load_study
 WARM = ["warm_start.method=gdnsq"]
 COLD = ["warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0"]
 
-UNIFORM = {"resnet20-cifar10-jpeg": "resnet_uniform", "mobilenetv2-cifar10-jpeg": "uniform", "digits_mixed": "digits"}
+UNIFORM = {"resnet20-cifar10-jpeg": "resnet_uniform", "mobilenetv2-cifar10-jpeg": "uniform"}
 """The space without other quantizer types, by study."""
 
 ARMS: dict[str, list[str]] = {
@@ -117,7 +118,7 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
     costs = [share * cost for cost in budgets(problem, options.bits).values() for share in SHARES]
     rows = finalize(problem, run, trials=best_within(records, costs))
     key = {"study": study, "minutes": options.minutes, "epochs": options.epochs, "arm": arm, "seed": seed}
-    cheapest = open_problem(load_study(study)).cheapest  # one scale of cost for all arms, whatever their space
+    lowest = min(budgets(problem, options.bits).values())
     points = [
         key
         | {
@@ -131,7 +132,7 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
             "search_s": searched["searched_s"],
             "trials": sum(r.state == "complete" for r in records),
             "stopped": sum(r.state == "stopped" for r in records),
-            "cheapest": cheapest,
+            "lowest": lowest,
             "layers": json.dumps({name: str(p) for name, p in row.trial.config.items()}),
         }
         for row in rows
@@ -139,7 +140,7 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
     waited = min(r.started_s for r in records) - searched["began"]
     steps = [
         key | {"elapsed_s": waited + step.elapsed_s, "hypervolume": step.hypervolume}
-        for step in hypervolume_over_time(records, cheapest)
+        for step in hypervolume_over_time(records, lowest)
     ]
     _append(_time_path(options.results), steps)
     _append(options.results.with_suffix(".csv"), points)  # last: with these rows the arm is done
@@ -151,10 +152,10 @@ def budgets(problem: Problem, bits: Sequence[int]) -> dict[int, float]:
 
 
 def best_within(records: list[TrialRecord], costs: list[float]) -> list[TrialRecord]:
-    """The trial of highest accuracy on val within each cost, each once; none for a cost that no trial is within."""
+    """The trial of highest accuracy on val within each cost, and the cheapest of the front, each once."""
     front = pareto_front(records).trials
     within = [[t for t in front if t.cost is not None and t.cost <= cost * (1 + 1e-9)] for cost in costs]
-    found = {trials[-1].number: trials[-1] for trials in within if trials}
+    found = {trials[-1].number: trials[-1] for trials in (*within, front[:1]) if trials}
     return list(found.values())
 
 
@@ -169,15 +170,15 @@ def _append(path: Path, rows: list[dict[str, object]]) -> None:
 
 def quality(points: pd.DataFrame) -> pd.DataFrame:
     """A row per arm and seed: hypervolume on val and test, IGD+ on test."""
-    cheapest = float(points.cheapest.iloc[0])
+    lowest = float(points.lowest.iloc[0])
 
     def unit(frame: pd.DataFrame) -> np.ndarray:
-        return np.column_stack([1 - frame.test, 1 - np.log2(frame.cost) / math.log2(cheapest)])
+        return np.column_stack([1 - frame.test, np.maximum(0, 1 - np.log2(frame.cost) / math.log2(lowest))])
 
     reference = moocore.filter_dominated(unit(points))
     rows = []
     for (arm, seed), group in points.groupby(["arm", "seed"], sort=False):
-        volumes = {s: share_dominated(list(zip(group[s], group.cost, strict=True)), cheapest) for s in ("val", "test")}
+        volumes = {s: share_dominated(list(zip(group[s], group.cost, strict=True)), lowest) for s in ("val", "test")}
         igd = float(moocore.igd_plus(unit(group), ref=reference))
         rows.append({"arm": arm, "seed": seed, **volumes, "igd_plus": igd, "trials": group.trials.iloc[0]})
     return pd.DataFrame(rows)

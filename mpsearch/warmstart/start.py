@@ -86,10 +86,12 @@ def warm_start(
     grid: list[Anchor] = [("uniform", config) for config in ends_first(combined)]
     known: list[list[PrecisionConfig] | None] = [None, *descended]  # the dear end is a rung, which is tried before
     first: list[Anchor] = [("descent", configs[0]) for configs in ends_first(known) if configs]
+    # With several types the cheap end is no rung of the ladder.
+    cheap_end: list[Anchor] = [("uniform", cheapest_combination(space, cost, table))] if first else []
     control: list[Anchor] = [("ilp", config) for config in allocated]
     by_rank = zip_longest(*(configs[1:] for configs in descended))
     others: list[Anchor] = [("descent", config) for rank in by_rank for config in rank if config is not None]
-    return [*first, *control, *grid, *others]
+    return [*first, *cheap_end, *control, *grid, *others]
 
 
 def rounded(
@@ -117,6 +119,11 @@ def rounded(
         found = round_bits(space, cost, bits, marginals, budget, count, **near)  # type: ignore[arg-type]
         foreseen.append((snapshot.loss + found[0].value, found))
     return [allocation.config for allocation in min(foreseen, key=lambda item: item[0])[1]]
+
+
+def cheapest_combination(space: SearchSpace, cost: RelativeCost, table: SensitivityTable | None) -> PrecisionConfig:
+    """The global combination that costs least; of those that cost the same, the least sensitive one."""
+    return min(space.combinations(), key=lambda c: (cost(c), 0.0 if table is None else _known(table.total(c))))
 
 
 def global_combinations(

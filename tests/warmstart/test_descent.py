@@ -183,13 +183,26 @@ def test_a_warm_start_is_paid_for_once(problem: Problem, tmp_path: Path, monkeyp
         return [*warm_start(spec, problem.task, problem.graph, problem.space, problem.cost, tmp_path / "warmstart")]
 
     anchors = once()
-    assert [origin for origin, _ in anchors] == ["descent", "descent", "ilp", "ilp", *["descent"] * 4]
+    first = ["descent", "descent", "uniform", "ilp", "ilp"]
+    assert [origin for origin, _ in anchors] == [*first, *["descent"] * 4]
+    assert anchors[2][1] == problem.space.ladder()[-1]
     monkeypatch.setattr(start, "descend", None)
     monkeypatch.setattr(start, "measure", None)
     assert once() == anchors
     settings = spec.warm_start.model_copy(update={"combinations": 2})
     spec = spec.model_copy(update={"warm_start": settings})
-    assert [origin for origin, _ in once()] == ["descent", "descent", "ilp", "ilp", *["uniform"] * 2, *["descent"] * 4]
+    assert [origin for origin, _ in once()] == [*first, *["uniform"] * 2, *["descent"] * 4]
+
+
+def test_the_cheap_end_of_several_types_is_tried_after_the_snapshots(tmp_path: Path) -> None:
+    overrides = ["task.float_epochs=5", "warm_start.steps=4", "warm_start.budgets=[0.4]", *WITHOUT_CONTROLS]
+    problem = open_problem(mpsearch.load_study("digits", ["space=digits_mixed", *overrides]))
+    folder = tmp_path / "warmstart"
+    anchors = warm_start(problem.spec, problem.task, problem.graph, problem.space, problem.cost, folder)
+    assert [origin for origin, _ in anchors[:2]] == ["descent", "uniform"]
+    cheapest = anchors[1][1]
+    assert problem.cost(cheapest) == pytest.approx(problem.cheapest)
+    assert problem.cost(cheapest) < min(map(problem.cost, problem.space.ladder()))
 
 
 def test_a_study_tries_what_was_learned_and_resumes_without_a_second_descent(
