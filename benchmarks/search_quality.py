@@ -11,9 +11,9 @@ and than 0.8 of it, the best on val; and the cheapest of the front. Rows are kep
 point; `RESULTS-time.csv`: the hypervolume over time); arms that are there are not run again. A search that was
 interrupted starts anew; one that ended is in `--work` and is not repeated for another `--epochs`.
 
-Hypervolume and IGD+ are those of `mpsearch.search.front`'s unit square (error; log2 cost from W2A2, or whatever is the
-least of `--bits`, to the reference, W8A8): what is cheaper counts as if it cost that, or one trial at the very cheapest
-config would outweigh all others. IGD+ is against the front of all arms' points together: 0 is best.
+Hypervolume and IGD+ are those of `mpsearch.search.front`'s unit square (error; log2 cost from W2A2 to the reference,
+W8A8): what is cheaper counts as if it cost that, or one trial at the very cheapest config would outweigh all others.
+IGD+ is against the front of all arms' points together: 0 is best.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import moocore
 import numpy as np
@@ -83,24 +84,24 @@ ONE_COST = 0.03  # difference of log cost below which points are compared
 SHARES = (1.0, 0.8)  # of a budget, at which points are trained
 
 
-def search(study: str, arm: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Run the search of one arm with one seed. Returns when it began and how many seconds it took."""
-    ended = folder / "searched.json"
-    if ended.exists():
-        return json.loads(ended.read_text())
-    shutil.rmtree(folder, ignore_errors=True)
+def search(study: str, arm: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Run the search of one arm with one seed, if it has not ended yet. Returns its command, begin and seconds."""
     own = [override.replace("UNIFORM", UNIFORM.get(study, "uniform")) for override in ARMS[arm]]
     overrides = [*own, f"search.seed={seed}", f"warm_start.seed={seed}", f"trial.seed={seed}", *options.set]
     overrides += ["search.trials=100000", "engine.address=none"]
     command = [str(Path(sys.executable).parent / "mpsearch"), "run", study, "--out", str(folder / "run"), "--json"]
     command += ["--time-limit", f"{round(60 * options.minutes)}s"]
     command += [part for override in overrides for part in ("--set", override)]
+    ended = folder / "searched.json"
+    if ended.exists() and (searched := json.loads(ended.read_text()))["command"] == command:
+        return searched
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
     began = time.time()
     with (folder / "log.txt").open("w") as log:
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    searched = {"began": began, "searched_s": time.time() - began}
+    searched = {"command": command, "began": began, "searched_s": time.time() - began}
     shutil.rmtree(folder / "compiled", ignore_errors=True)
     ended.write_text(json.dumps(searched))
     return searched
@@ -118,7 +119,6 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
     costs = [share * cost for cost in budgets(problem, options.bits).values() for share in SHARES]
     rows = finalize(problem, run, trials=best_within(records, costs))
     key = {"study": study, "minutes": options.minutes, "epochs": options.epochs, "arm": arm, "seed": seed}
-    lowest = min(budgets(problem, options.bits).values())
     points = [
         key
         | {
@@ -132,7 +132,6 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
             "search_s": searched["searched_s"],
             "trials": sum(r.state == "complete" for r in records),
             "stopped": sum(r.state == "stopped" for r in records),
-            "lowest": lowest,
             "layers": json.dumps({name: str(p) for name, p in row.trial.config.items()}),
         }
         for row in rows
@@ -140,7 +139,7 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
     waited = min(r.started_s for r in records) - searched["began"]
     steps = [
         key | {"elapsed_s": waited + step.elapsed_s, "hypervolume": step.hypervolume}
-        for step in hypervolume_over_time(records, lowest)
+        for step in hypervolume_over_time(records, lowest(problem))
     ]
     _append(_time_path(options.results), steps)
     _append(options.results.with_suffix(".csv"), points)  # last: with these rows the arm is done
@@ -149,6 +148,11 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
 def budgets(problem: Problem, bits: Sequence[int]) -> dict[int, float]:
     """Relative cost of the uniform configs WxAx, by bits."""
     return {b: problem.cost(problem.space.rung(b)) for b in bits}
+
+
+def lowest(problem: Problem) -> float:
+    """Where the hypervolume's range of costs ends: at W2A2, whatever is trained."""
+    return budgets(problem, [2])[2]
 
 
 def best_within(records: list[TrialRecord], costs: list[float]) -> list[TrialRecord]:
@@ -168,9 +172,8 @@ def _append(path: Path, rows: list[dict[str, object]]) -> None:
     pd.DataFrame(rows).to_csv(path, mode="a", header=not path.exists(), index=False)
 
 
-def quality(points: pd.DataFrame) -> pd.DataFrame:
-    """A row per arm and seed: hypervolume on val and test, IGD+ on test."""
-    lowest = float(points.lowest.iloc[0])
+def quality(points: pd.DataFrame, lowest: float) -> pd.DataFrame:
+    """A row per arm and seed: hypervolume on val and test, IGD+ on test, in the range of costs from `lowest` to 1."""
 
     def unit(frame: pd.DataFrame) -> np.ndarray:
         return np.column_stack([1 - frame.test, np.maximum(0, 1 - np.log2(frame.cost) / math.log2(lowest))])
@@ -203,7 +206,7 @@ def report(options: argparse.Namespace) -> None:
     spec = load_study(options.study)
     problem = open_problem(spec)
     rungs = budgets(problem, options.bits)
-    found = quality(points)
+    found = quality(points, lowest(problem))
     table = Table(
         title=f"{options.study}, {options.minutes:g} minutes a run, {options.epochs:g} epochs of final training"
     )
