@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 from torch._inductor import config
-from torch._inductor.cpu_vec_isa import x86_isa_checker
+from torch._inductor.cpu_vec_isa import VecISA, supported_vec_isa_list, valid_vec_isa_list, x86_isa_checker
 
 from mpsearch.compiler import compiler_missing, trust_vector_units
 
@@ -17,33 +18,59 @@ pytestmark = [
 ]
 
 
+def forget() -> None:
+    trust_vector_units.cache_clear()
+    valid_vec_isa_list.cache_clear()
+    for kind in {kind for isa in supported_vec_isa_list for kind in type(isa).__mro__}:
+        for answer in vars(kind).values():
+            if hasattr(answer, "cache_clear"):
+                answer.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_known_yet() -> Iterator[None]:
-    trust_vector_units.cache_clear()
+    forget()
     with config.patch({"cpp.vec_isa_ok": None}):
         yield
-    trust_vector_units.cache_clear()
+    forget()
 
 
-def test_vector_instructions_that_the_compiler_knows_are_not_tried_out() -> None:
+def test_vector_instructions_that_the_compiler_knows_are_not_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+    monkeypatch.setattr(VecISA, "check_build", lambda isa, _: tried.append(isa))
+    tries = VecISA.check_build
     trust_vector_units()
-    assert config.cpp.vec_isa_ok is True
+    assert valid_vec_isa_list()
+    assert not tried
+    assert VecISA.check_build is tries  # what was replaced is back
 
 
-def test_a_compiler_that_does_not_know_them_leaves_the_trial_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
-
+def test_those_that_the_compiler_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
-        asked.append(command)
-        return subprocess.CompletedProcess(command, 1)
+        return subprocess.CompletedProcess(command, int(any(flag.startswith("-mavx512") for flag in command)))
 
     monkeypatch.setattr(subprocess, "run", refuse)
     trust_vector_units()
-    assert config.cpp.vec_isa_ok is None
-    assert any(flag.startswith("-mavx") for flag in asked[0])
+    assert [str(isa) for isa in valid_vec_isa_list()] == ["avx2"] * ("avx2" in x86_isa_checker())
 
 
-def test_what_the_user_has_set_stays() -> None:
+def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     config.cpp.vec_isa_ok = False
     trust_vector_units()
-    assert config.cpp.vec_isa_ok is False
+    assert valid_vec_isa_list() == []
+
+
+@pytest.mark.slow
+def test_it_comes_to_what_torch_finds_by_trying() -> None:
+    ask = "[(str(isa), isa.build_arch_flags()) for isa in cpu_vec_isa.valid_vec_isa_list()]"
+    lines = ["from mpsearch.compiler import trust_vector_units", "from torch._inductor import cpu_vec_isa"]
+    prepared, tried = (
+        subprocess.run(
+            [sys.executable, "-c", "; ".join([*lines, *first, f"print({ask})"])],
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout
+        for first in (["trust_vector_units()"], [])
+    )
+    assert prepared == tried

@@ -26,7 +26,7 @@ from mpsearch.space import SearchSpace
 from mpsearch.study import StudySpec
 from mpsearch.task.task import Task
 from mpsearch.warmstart.allocate import Allocation, equivalent_bits, ilp_ladder, round_bits
-from mpsearch.warmstart.descent import Descent, descend
+from mpsearch.warmstart.descent import Descent, Snapshot, descend
 from mpsearch.warmstart.sensitivity import SensitivityTable, measure
 
 logger = logging.getLogger(__name__)
@@ -109,16 +109,17 @@ def rounded(
     """
     members = [(slot, name) for slot in space.slots for name in slot.layers]
     equivalent = None if table is None else equivalent_bits(table)
-    foreseen: list[tuple[float, list[Allocation]]] = []
-    for snapshot in descent.snapshots:
-        if snapshot.budget < budget or (snapshot.budget > budget and not space.several_types):
-            continue
+
+    def near(snapshot: Snapshot, wanted: int) -> list[Allocation]:
         bits = {(name, slot.tensor): snapshot.bits[slot.name] for slot, name in members}
         marginals = {(name, slot.tensor): -snapshot.slopes[slot.name] / len(slot.layers) for slot, name in members}
-        near = {"reach": REACH, "distance": DISTANCE, "equivalent": equivalent}
-        found = round_bits(space, cost, bits, marginals, budget, count, **near)  # type: ignore[arg-type]
-        foreseen.append((snapshot.loss + found[0].value, found))
-    return [allocation.config for allocation in min(foreseen, key=lambda item: item[0])[1]]
+        return round_bits(
+            space, cost, bits, marginals, budget, wanted, reach=REACH, distance=DISTANCE, equivalent=equivalent
+        )
+
+    snapshots = [s for s in descent.snapshots if s.budget == budget or (s.budget > budget and space.several_types)]
+    best = min(snapshots, key=lambda snapshot: snapshot.loss + near(snapshot, 1)[0].value)
+    return [allocation.config for allocation in near(best, count)]
 
 
 def cheapest_combination(space: SearchSpace, cost: RelativeCost, table: SensitivityTable | None) -> PrecisionConfig:
