@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def trust_vector_units() -> None:
     loads each with a torch of its own: 8 of the 27 seconds until a ResNet-20's descent had made its first steps.
     `TORCHINDUCTOR_VEC_ISA_OK` in the environment wins.
     """
-    if compiler_missing() or torch.cuda.is_available():
+    if compiler_missing() or torch.cuda.is_available() or sys.platform != "linux":  # elsewhere flags are others
         return
     try:
         from torch._inductor import config
