@@ -14,11 +14,15 @@ interrupted starts anew; one that ended is in `--work` and is not repeated for a
 Hypervolume and IGD+ are those of `mpsearch.search.front`'s unit square (error; log2 cost from W2A2 to the reference,
 W8A8): what is cheaper counts as if it cost that, or one trial at the very cheapest config would outweigh all others.
 IGD+ is against the front of all arms' points together: 0 is best.
+
+A final training that another run in `--work` did already, of the same config from the same bytes of weights, is not
+done twice: arms that share the ladder and a seed share its rungs.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -27,6 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +41,10 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.record import FinalRecord, RunFolder, TrialRecord
 from mpsearch.search.finalize import finalize
 from mpsearch.search.front import hypervolume_over_time, pareto_front, share_dominated
-from mpsearch.search.run import Problem, open_problem, read_spec
+from mpsearch.search.run import Problem, checkpoint_path, open_problem, read_spec
 from mpsearch.study import load_study
 
 WARM = ["warm_start.method=gdnsq"]
@@ -117,7 +122,10 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
     problem = open_problem(spec.model_copy(update={"final": final}))
     records = run.records()
     costs = [share * cost for cost in budgets(problem, options.bits).values() for share in SHARES]
-    rows = finalize(problem, run, trials=best_within(records, costs))
+    chosen = best_within(records, costs)
+    ended = [path.parent for path in sorted(options.work.glob(f"{study}-*/searched.json"))]
+    share_finals(run, chosen, [RunFolder.open(other / "run") for other in ended if other != folder])
+    rows = finalize(problem, run, trials=chosen)
     key = {"study": study, "minutes": options.minutes, "epochs": options.epochs, "arm": arm, "seed": seed}
     points = [
         key
@@ -161,6 +169,34 @@ def best_within(records: list[TrialRecord], costs: list[float]) -> list[TrialRec
     within = [[t for t in front if t.cost is not None and t.cost <= cost * (1 + 1e-9)] for cost in costs]
     found = {trials[-1].number: trials[-1] for trials in (*within, front[:1]) if trials}
     return list(found.values())
+
+
+def share_finals(run: RunFolder, chosen: list[TrialRecord], others: list[RunFolder]) -> None:
+    """Take over the final trainings of `others` that began where those of `chosen` will: they would end the same."""
+    known = {began: finals for other in others for began, finals in _finals_by_begin(other).items()}
+    with run.driving():
+        done = {(final.number, final.seed, final.steps) for final in run.finals()}
+        for trial in chosen:
+            for final in known.get(_begin(run, trial), ()):
+                if (trial.number, final.seed, final.steps) not in done:
+                    run.append_final(replace(final, number=trial.number))
+
+
+def _finals_by_begin(run: RunFolder) -> dict[str, list[FinalRecord]]:
+    finals = run.finals()
+    by_trial = {trial: [f for f in finals if f.number == trial.number] for trial in run.records()}
+    return {_begin(run, trial): own for trial, own in by_trial.items() if own}
+
+
+def _begin(run: RunFolder, trial: TrialRecord) -> str:
+    """Digest of what decides how a final training ends, but its seed and steps: the study, the config, the weights."""
+    spec = read_spec(run)
+    trial_settings = spec.trial.model_dump(mode="json", exclude={"seed", "steps"})
+    settings = [spec.task.model_dump(mode="json"), spec.space, trial_settings, spec.final.lr]
+    config = sorted((name, str(precision)) for name, precision in trial.config.items())
+    kept = checkpoint_path(run.checkpoints, trial.number)
+    weights = kept.read_bytes() if kept.exists() else f"{run.id} {trial.number}".encode()  # not kept: like no other
+    return hashlib.sha256(json.dumps([settings, config]).encode() + weights).hexdigest()
 
 
 def _time_path(results: Path) -> Path:
