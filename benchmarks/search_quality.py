@@ -192,7 +192,7 @@ def _begin(run: RunFolder, trial: TrialRecord) -> str:
     """Digest of what decides how a final training ends, but its seed and steps: the study, the config, the weights."""
     spec = read_spec(run)
     trial_settings = spec.trial.model_dump(mode="json", exclude={"seed", "steps"})
-    settings = [spec.task.model_dump(mode="json"), spec.space, trial_settings, spec.final.lr]
+    settings = [spec.task.model_dump(mode="json"), run.space_yaml.read_text(), trial_settings, spec.final.lr]
     config = sorted((name, str(precision)) for name, precision in trial.config.items())
     kept = checkpoint_path(run.checkpoints, trial.number)
     weights = kept.read_bytes() if kept.exists() else f"{run.id} {trial.number}".encode()  # not kept: like no other
