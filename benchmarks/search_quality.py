@@ -326,6 +326,7 @@ def _print_speed(timeline: pd.DataFrame) -> None:
 
 def _print_proxies(points: pd.DataFrame) -> None:
     """How well what a trial measured foretells the test accuracy: Kendall's tau among points of one cost."""
+    points = points.drop_duplicates(["layers", "divergence", "test"])  # what arms of one ladder and seed share, once
     first, second = (index.ravel() for index in np.triu_indices(len(points), 1))
     apart = np.abs(np.log(points.cost.to_numpy()[first] / points.cost.to_numpy()[second]))
     first, second = first[apart <= ONE_COST], second[apart <= ONE_COST]
