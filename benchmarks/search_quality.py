@@ -22,7 +22,6 @@ done twice: arms that share the ladder and a seed share its rungs.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -46,6 +45,8 @@ from mpsearch.search.finalize import finalize
 from mpsearch.search.front import hypervolume_over_time, pareto_front, share_dominated
 from mpsearch.search.run import Problem, checkpoint_path, open_problem, read_spec
 from mpsearch.study import load_study
+from mpsearch.task.cache import content_key
+from mpsearch.task.checkpoint import file_sha256
 
 WARM = ["warm_start.method=gdnsq"]
 COLD = ["warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0"]
@@ -191,12 +192,11 @@ def _finals_by_begin(run: RunFolder) -> dict[str, list[FinalRecord]]:
 def _begin(run: RunFolder, trial: TrialRecord) -> str:
     """Digest of what decides how a final training ends, but its seed and steps: the study, the config, the weights."""
     spec = read_spec(run)
-    trial_settings = spec.trial.model_dump(mode="json", exclude={"seed", "steps"})
-    settings = [spec.task.model_dump(mode="json"), run.space_yaml.read_text(), trial_settings, spec.final.lr]
-    config = sorted((name, str(precision)) for name, precision in trial.config.items())
+    settings = spec.trial.model_dump(mode="json", exclude={"seed", "steps"}) | {"final.lr": spec.final.lr}
+    study = [spec.task.model_dump(mode="json"), run.space_yaml.read_text(), settings]
     kept = checkpoint_path(run.checkpoints, trial.number)
-    weights = kept.read_bytes() if kept.exists() else f"{run.id} {trial.number}".encode()  # not kept: like no other
-    return hashlib.sha256(json.dumps([settings, config]).encode() + weights).hexdigest()
+    weights = file_sha256(kept) if kept.exists() else [run.id, trial.number]  # not kept: like no other
+    return content_key(study, trial.config.digest, weights)
 
 
 def _time_path(results: Path) -> Path:
