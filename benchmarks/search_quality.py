@@ -86,6 +86,7 @@ ARMS: dict[str, list[str]] = {
 }
 
 
+BOOTSTRAPS = 4000
 ONE_COST = 0.03  # difference of log cost below which points are compared
 SHARES = (1.0, 0.8)  # of a budget, at which points are trained
 
@@ -325,19 +326,33 @@ def _print_speed(timeline: pd.DataFrame) -> None:
 
 
 def _print_proxies(points: pd.DataFrame) -> None:
-    """How well what a trial measured foretells the test accuracy: Kendall's tau among points of one cost."""
+    """How well what a trial measured foretells the test accuracy: Kendall's tau among points of one cost.
+
+    The points of a run stand or fall together, so the interval of the difference is a bootstrap over runs.
+    """
     points = points.drop_duplicates(["layers", "divergence", "test"])  # what arms of one ladder and seed share, once
     first, second = (index.ravel() for index in np.triu_indices(len(points), 1))
     apart = np.abs(np.log(points.cost.to_numpy()[first] / points.cost.to_numpy()[second]))
     first, second = first[apart <= ONE_COST], second[apart <= ONE_COST]
+    if not len(first):
+        return
 
     def signs(values: pd.Series) -> np.ndarray:
         return np.sign(values.to_numpy()[first] - values.to_numpy()[second])
 
     order = signs(points.test)
+    accuracy, divergence = signs(points.proxy_val) * order, signs(-points.divergence) * order
     print(f"what foretells the test accuracy, among {len(order)} pairs of points within {ONE_COST:.0%} of cost:")
-    for name, values in (("accuracy on val", points.proxy_val), ("divergence", -points.divergence)):
-        print(f"  {name} of the trial: tau {float((signs(values) * order).mean()):+.2f}")
+    print(f"  accuracy on val of the trial: tau {accuracy.mean():+.2f}")
+    print(f"  divergence of the trial: tau {divergence.mean():+.2f}")
+
+    run = points.groupby(["arm", "seed"]).ngroup().to_numpy()
+    runs = run.max() + 1
+    drawn = np.random.default_rng(0).multinomial(runs, np.full(runs, 1 / runs), size=BOOTSTRAPS)
+    weights = drawn[:, run[first]] * drawn[:, run[second]]
+    weights = weights[weights.any(axis=1)]
+    low, high = np.percentile(weights @ (divergence - accuracy) / weights.sum(axis=1), [2.5, 97.5])
+    print(f"  divergence minus accuracy (95 %, over {runs} runs): {low:+.2f} to {high:+.2f}")
 
 
 def _spread(values: pd.Series, digits: int) -> str:
