@@ -315,6 +315,10 @@ def _print_speed(timeline: pd.DataFrame) -> None:
     """Hypervolume of all trials at the end, and how long each arm takes to that of the cold search, all included."""
     ends = timeline.groupby(["arm", "seed"], sort=False).hypervolume.max().groupby("arm", sort=False)
     print("hypervolume of the trials on val: " + ", ".join(f"{arm} {_spread(values, 4)}" for arm, values in ends))
+    print("seconds from trial to trial, median of a run (arms of one speed of machine can be compared):")
+    for arm, group in timeline.groupby("arm", sort=False):
+        gaps = group.groupby("seed").elapsed_s.apply(lambda times: times.diff().median())
+        print(f"  {arm}: " + ", ".join(f"{gap:.0f}" for gap in gaps))
     cold = timeline[timeline.arm == "no warm start"].groupby("seed").hypervolume.max()
     if cold.empty:
         return
