@@ -31,7 +31,8 @@ from mpsearch.precision import PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.front import pareto_front
-from mpsearch.space import SearchSpace, Slot, parse_choices
+from mpsearch.space.choices import parse_choices
+from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.study import SearchSpec
 
 

@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
+from mpsearch.problem import Problem, open_problem
 from mpsearch.record import RunFolder
-from mpsearch.search.run import Problem, open_problem, read_spec
-from mpsearch.search.trial import Workbench
-from mpsearch.study import load_study
+from mpsearch.study import load_study, read_spec
 from mpsearch.warmstart.descent import Descent, descend
+from mpsearch.workbench import Workbench
 
 
 def main() -> None:

@@ -26,15 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.problem import Problem, open_problem
 from mpsearch.ptq.pipeline import PtqMethod, ptq
 from mpsearch.qat.gdnsq import GdnsqMethod, gdnsq
 from mpsearch.qat.pipeline import qat
 from mpsearch.qat.trained import Trained
 from mpsearch.quant.shift import SlopeSchedule
-from mpsearch.search.run import Problem, open_problem
-from mpsearch.search.trial import Workbench
 from mpsearch.study import load_study
 from mpsearch.train import Teacher
+from mpsearch.workbench import Workbench
 
 
 @dataclass(frozen=True)

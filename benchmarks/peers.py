@@ -22,7 +22,7 @@ from rich.table import Table
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.precision import LayerPrecision, PrecisionConfig
-from mpsearch.search.run import open_problem
+from mpsearch.problem import open_problem
 from mpsearch.study import load_study
 
 RESULTS = Path(__file__).parent / "results"

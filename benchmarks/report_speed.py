@@ -29,7 +29,8 @@ def measure(trials: int, layers: int) -> list[str]:
     from mpsearch.report.data import RunData
     from mpsearch.report.page import write_report
     from mpsearch.report.tables import descent_table
-    from mpsearch.space import Slot, parse_choices
+    from mpsearch.space.choices import parse_choices
+    from mpsearch.space.space import Slot
 
     random = np.random.default_rng(0)
     names = [f"stage{i // 25}.block{i // 3 % 8}.conv{i % 3}.{i}" for i in range(layers)]

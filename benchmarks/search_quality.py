@@ -40,11 +40,11 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from mpsearch.record import FinalRecord, RunFolder, TrialRecord
+from mpsearch.problem import Problem, open_problem
+from mpsearch.record import FinalRecord, RunFolder, TrialRecord, checkpoint_path
 from mpsearch.search.finalize import finalize
 from mpsearch.search.front import hypervolume_over_time, pareto_front, share_dominated
-from mpsearch.search.run import Problem, checkpoint_path, open_problem, read_spec
-from mpsearch.study import load_study
+from mpsearch.study import load_study, read_spec
 from mpsearch.task.cache import content_key
 from mpsearch.task.checkpoint import file_sha256
 

@@ -21,10 +21,12 @@ from rich.table import Table
 
 from mpsearch.graph.layers import inspect_model
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, weight_rows
-from mpsearch.space import build_space, parse_space
+from mpsearch.space.build import build_space
+from mpsearch.space.spec import parse_space
 from mpsearch.study import DataSpec, TaskSpec
 from mpsearch.task.models import build_model
-from mpsearch.warmstart.sensitivity import SensitivityTable, divergences, fit, sqnr
+from mpsearch.warmstart.sensitivity import divergences, fit, sqnr
+from mpsearch.warmstart.table import SensitivityTable
 
 
 def main() -> None:

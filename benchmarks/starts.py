@@ -21,11 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mpsearch.precision import PrecisionConfig
+from mpsearch.problem import Problem, open_problem
 from mpsearch.record import RunFolder
-from mpsearch.search.run import Problem, open_problem, read_spec
-from mpsearch.search.trial import Workbench, run_trial
+from mpsearch.search.trial import run_trial
+from mpsearch.study import read_spec
 from mpsearch.warmstart.descent import Descent
 from mpsearch.warmstart.start import StartWeights, rounded, sensitivity_table
+from mpsearch.workbench import Workbench
 
 SHOWN = {
     "cost": "cost",

@@ -29,10 +29,10 @@ from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import fuse
 from mpsearch.quant.prepare import prepare
-from mpsearch.search.trial import channels_last
 from mpsearch.study import DataSpec, TaskSpec
 from mpsearch.task.models import build_model
 from mpsearch.train import FitSettings, Teacher, bf16_is_fast, fit, jeffreys
+from mpsearch.workbench import channels_last
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mpsearch.problem import open_problem
 from mpsearch.record import RunFolder
-from mpsearch.search.run import estimate_trial_s, open_problem, run_study
+from mpsearch.search.run import estimate_trial_s, run_study
 from mpsearch.study import load_study
 
 

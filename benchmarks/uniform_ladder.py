@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
-from mpsearch.search.run import Problem, open_problem
-from mpsearch.search.trial import Workbench, run_trial
-from mpsearch.space import Slot
+from mpsearch.problem import Problem, open_problem
+from mpsearch.search.trial import run_trial
+from mpsearch.space.space import Slot
 from mpsearch.study import load_study
+from mpsearch.workbench import Workbench
 
 
 def config_of(problem: Problem, text: str) -> PrecisionConfig:

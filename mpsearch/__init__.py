@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpsearch.cost.model import cost_of as cost_of
     from mpsearch.errors import MpsearchError as MpsearchError
-    from mpsearch.exporters import export as export
+    from mpsearch.exporters.export import export as export
     from mpsearch.exporters.native import load as load
-    from mpsearch.exporters.network import QuantizedNetwork as QuantizedNetwork
     from mpsearch.exporters.read import read_config as read_config
     from mpsearch.graph.attention import open_attention as open_attention
     from mpsearch.graph.layers import inspect_model as inspect_model
     from mpsearch.precision import LayerPrecision as LayerPrecision
     from mpsearch.precision import Precision as Precision
     from mpsearch.precision import PrecisionConfig as PrecisionConfig
+    from mpsearch.quant.network import QuantizedNetwork as QuantizedNetwork
     from mpsearch.quant.prepare import prepare as prepare
     from mpsearch.quant.prepare import prepare_for_training as prepare_for_training
     from mpsearch.search.run import run_study as run_study
@@ -35,9 +35,9 @@ _PUBLIC = {
     "MpsearchError": "mpsearch.errors",
     "Precision": "mpsearch.precision",
     "PrecisionConfig": "mpsearch.precision",
-    "QuantizedNetwork": "mpsearch.exporters.network",
+    "QuantizedNetwork": "mpsearch.quant.network",
     "cost_of": "mpsearch.cost.model",
-    "export": "mpsearch.exporters",
+    "export": "mpsearch.exporters.export",
     "inspect_model": "mpsearch.graph.layers",
     "load": "mpsearch.exporters.native",
     "load_study": "mpsearch.study",

@@ -10,6 +10,7 @@ One process at a time drives a run (`RunFolder.driving`); any number may read it
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -25,7 +26,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import filelock
+import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 from mpsearch.errors import PrecisionError, RunError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
@@ -449,3 +452,25 @@ def _replace(path: Path, text: str, sync: bool = True) -> None:
         file.flush()
         if sync:
             os.fsync(file.fileno())
+
+
+def pack(correct: NDArray[np.bool_]) -> str:
+    """`(n,)` booleans as a text of about n / 6 characters: `N:base64 of the bits`."""
+    return f"{len(correct)}:{base64.b64encode(np.packbits(correct).tobytes()).decode()}"
+
+
+def unpack(text: str) -> NDArray[np.bool_]:
+    """The inverse of `pack`."""
+    count, _, code = text.partition(":")
+    bits = np.frombuffer(base64.b64decode(code), dtype=np.uint8)
+    return np.unpackbits(bits, count=int(count)).astype(bool)
+
+
+def checkpoint_path(folder: Path, number: int) -> Path:
+    """Where the weights and scales of a trial are, as long as it is on the front."""
+    return folder / f"trial-{number}.safetensors"
+
+
+def final_path(folder: Path, number: int) -> Path:
+    """Where the finally trained weights and scales of a trial are: those of the seed that is best on val."""
+    return folder / f"final-{number}.safetensors"

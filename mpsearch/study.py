@@ -15,7 +15,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mpsearch.errors import StudyError, nearest
+from mpsearch.errors import PrecisionError, RunError, StudyError, nearest
+from mpsearch.precision import LayerPrecision
+from mpsearch.record import RunFolder
 from mpsearch.shipped import shipped, shipped_names
 
 CostModelName = Literal[
@@ -133,9 +135,6 @@ class CostSpec(_Section):
     @field_validator("reference")
     @classmethod
     def _reference(cls, value: str) -> str:
-        from mpsearch.errors import PrecisionError
-        from mpsearch.precision import LayerPrecision
-
         try:
             LayerPrecision.shorthand(value)
         except PrecisionError as error:
@@ -391,3 +390,18 @@ def _clip(value: Any) -> str:
 def study_names() -> list[str]:
     """The studies that ship with mpsearch."""
     return shipped_names("studies")
+
+
+def read_spec(folder: RunFolder) -> StudySpec:
+    """The resolved study of a run, with its own copy of the search space.
+
+    Raises:
+        RunError: it cannot be read.
+        StudyError: it is no study.
+    """
+    try:
+        document = yaml.safe_load(folder.study_yaml.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"cannot read {folder.study_yaml}: {error}") from None
+    spec = parse_study(document, source=str(folder.study_yaml))
+    return spec.model_copy(update={"space": str(folder.space_yaml)}) if folder.space_yaml.exists() else spec

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,3 +231,11 @@ def _move(x: Any, device: torch.device) -> Any:
     if isinstance(x, tuple | list):
         return type(x)(_move(value, device) for value in x)
     return x
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note the time spent inside as that of a stage."""
+    began = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - began

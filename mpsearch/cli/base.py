@@ -15,7 +15,7 @@ import typer
 from mpsearch.errors import MpsearchError
 
 if TYPE_CHECKING:
-    from mpsearch.search.run import Problem
+    from mpsearch.problem import Problem
     from mpsearch.study import StudySpec
 
 app = typer.Typer(
@@ -63,7 +63,7 @@ def _print_progress() -> None:
 
 def open_study(study: str, set_: Sequence[str] | None) -> tuple[StudySpec, Problem]:
     """The study of that name or path, with its overrides, and the problem that it states."""
-    from mpsearch.search.run import open_problem
+    from mpsearch.problem import open_problem
     from mpsearch.study import load_study
 
     spec = load_study(study, set_ or ())

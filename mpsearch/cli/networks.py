@@ -33,8 +33,9 @@ def ptq(
     """Quantize without training (the white paper's PTQ pipeline) and score val and test."""
     from typing import cast
 
+    from mpsearch.exporters import native
     from mpsearch.precision import LayerPrecision
-    from mpsearch.ptq.pipeline import BiasCorrection, PtqMethod, Rounding, save_result
+    from mpsearch.ptq.pipeline import BiasCorrection, PtqMethod, Rounding
     from mpsearch.ptq.pipeline import ptq as quantize
     from mpsearch.study import load_study
     from mpsearch.task.load import load_task
@@ -54,9 +55,8 @@ def ptq(
     }
     if out is not None:
         accuracy = {split: document[split] for split in ("val", "test")}
-        save_result(
-            result, out, name=spec.task.model or task.name, task=task.name, metric=task.metric, accuracy=accuracy
-        )
+        name = spec.task.model or task.name
+        native.save(result.network(name=name, task=task.name, metric=task.metric, accuracy=accuracy), out)
     if json_:
         in_percent = {key: 100 * value for key, value in document.items()}
         print_json({**in_percent, "seconds": result.seconds, "method": asdict(result.method), "notes": result.notes})
@@ -83,6 +83,8 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train one config, the study's fixed layers aside, and score val and test: no search."""
+    from mpsearch.exporters import native
+    from mpsearch.exporters.read import read_precisions
     from mpsearch.qat.train import METHODS, train_one
 
     if method not in METHODS:
@@ -91,15 +93,14 @@ def train(
         raise MpsearchError(f"{out} exists already: give --out a folder that does not")
     _, problem = open_study(study, set_)
     with training_progress(f"{method} {target}") as on_step:
-        result = train_one(problem, target, method, epochs, seed, on_step)
+        result = train_one(problem, read_precisions(target), method, epochs, seed, on_step)
     trained, task = result.trained, problem.task
     document = {f"float_{split}": result.float_accuracy[split] for split in ("val", "test")} | {
         split: result.accuracy[split] for split in ("val", "test")
     }
     if out is not None:
-        trained.save(
-            out, name=problem.spec.task.model or task.name, task=task.name, metric=task.metric, accuracy=result.accuracy
-        )
+        name = problem.spec.task.model or task.name
+        native.save(trained.network(name=name, task=task.name, metric=task.metric, accuracy=result.accuracy), out)
     if json_:
         in_percent = {key: 100 * value for key, value in document.items()}
         print_json(
@@ -111,9 +112,10 @@ def train(
     table.add_row("float", percent(document["float_val"]), percent(document["float_test"]), "")
     table.add_row(f"{method} {target}", percent(document["val"]), percent(document["test"]), f"{result.cost:.4f}")
     console.print(table)
-    held = result.held
-    if held:
-        console.print(f"as the space fixes them: {', '.join(held)}", highlight=False, markup=False, soft_wrap=True)
+    if result.fixed:
+        console.print(
+            f"as the space fixes them: {', '.join(result.fixed)}", highlight=False, markup=False, soft_wrap=True
+        )
     print_made(trained.seconds, trained.notes, out)
 
 
@@ -129,10 +131,11 @@ def debug(
     """Find where a config loses accuracy (the white paper's debugging flow) and what to try; scores val only.
 
     Weights or activations, which layers, what their values look like, and which remedies help. JSON: accuracies in
-    percent, points lost as `drop`; mpsearch.ptq.debug.document lists the keys.
+    percent, points lost as `drop`; mpsearch.debug.measure.document lists the keys.
     """
+    from mpsearch.debug.advice import advise, document
+    from mpsearch.debug.measure import diagnose
     from mpsearch.exporters.read import read_precisions
-    from mpsearch.ptq.debug import advise, diagnose, document
     from mpsearch.report.debug_page import STAGE_COLUMNS, stage_rows, summary, write_debug_page
     from mpsearch.study import load_study
     from mpsearch.task.load import load_task

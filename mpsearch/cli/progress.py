@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from mpsearch.cli.printing import duration, make_console, percent
 
 if TYPE_CHECKING:
+    from mpsearch.problem import Problem
     from mpsearch.record import RunFolder, TrialRecord
     from mpsearch.search.engine import Event
-    from mpsearch.search.run import Problem
 
 
 class RunProgress:

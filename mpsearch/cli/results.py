@@ -61,7 +61,7 @@ def export(
     ] = False,
 ) -> None:
     """Export a config with its weights and scales."""
-    from mpsearch.exporters import export_run
+    from mpsearch.exporters.run import export_run
 
     exported, record, measured = export_run(run, pick, to, out, allow_lossy=allow_lossy)
     accuracies = ", ".join(f"{split} {percent(accuracy)}" for split, accuracy in measured.items())
@@ -79,9 +79,11 @@ def import_(
 ) -> None:
     """Read a config that was made elsewhere, and score it as a trial: it joins the front if it belongs there."""
     from mpsearch.exporters.read import complete, read_config
+    from mpsearch.problem import open_problem
     from mpsearch.record import RunFolder
     from mpsearch.search.front import pareto_front
-    from mpsearch.search.run import open_problem, read_spec, score_config
+    from mpsearch.search.run import score_config
+    from mpsearch.study import read_spec
 
     folder = RunFolder.open(run)
     problem = open_problem(read_spec(folder))

@@ -63,7 +63,7 @@ def status(run: Run, json_: Json = False) -> None:
     """Say how far a run is; works while it runs."""
     from mpsearch.record import RunFolder
     from mpsearch.search.front import pareto_front
-    from mpsearch.search.run import read_spec
+    from mpsearch.study import read_spec
 
     folder = RunFolder.open(run)
     spec, records, running = read_spec(folder), folder.records(), folder.running
@@ -131,11 +131,12 @@ def rank(
     json_: Json = False,
 ) -> None:
     """Say how well each proxy ranks the trials that were fine-tuned: Kendall's tau, by stratum of cost."""
+    from mpsearch.problem import open_problem
     from mpsearch.record import RunFolder
-    from mpsearch.search.run import open_problem, read_spec
+    from mpsearch.study import read_spec
     from mpsearch.warmstart.rank import ACCURACIES, proxy_tau, trials_frame
-    from mpsearch.warmstart.sensitivity import check_proxy
     from mpsearch.warmstart.start import sensitivity_table
+    from mpsearch.warmstart.table import check_proxy
 
     names = [name.strip() for name in proxies.split(",") if name.strip()]
     for name in names:
@@ -172,11 +173,12 @@ def finalize(
     json_: Json = False,
 ) -> None:
     """Train the picked front longer over several seeds, beside its uniform control, and score the test split."""
+    from mpsearch.problem import open_problem
     from mpsearch.record import RunFolder
     from mpsearch.report.write import report_of
     from mpsearch.search.finalize import final_table, proxies
     from mpsearch.search.finalize import finalize as train_finally
-    from mpsearch.search.run import open_problem, read_spec
+    from mpsearch.study import read_spec
 
     folder = RunFolder.open(run)
     problem = open_problem(read_spec(folder))

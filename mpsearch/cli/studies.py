@@ -133,9 +133,10 @@ def inspect(
 def _inspect_sensitivity(study: str, proxy: str, samples: int, set_: Sequence[str] | None, json_: bool) -> None:
     """Print a sensitivity table, and the ILP ladder that it gives at the costs of the uniform ladder."""
     from mpsearch.report.tables import MARKS_EXPLAINED, mark, mean_bits
-    from mpsearch.space import TENSORS
+    from mpsearch.space.choices import TENSORS
     from mpsearch.warmstart.allocate import ilp_ladder
-    from mpsearch.warmstart.sensitivity import check_proxy, measure
+    from mpsearch.warmstart.sensitivity import measure
+    from mpsearch.warmstart.table import check_proxy
 
     check_proxy(proxy)  # before anything is loaded
     spec, problem = open_study(study, set_)

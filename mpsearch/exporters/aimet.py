@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import UniformGrid, uniform_grid
 from mpsearch.exporters.native import network_parts, plain_state
-from mpsearch.exporters.network import QuantizedNetwork
+from mpsearch.exporters.packages import need
+from mpsearch.exporters.reload import TENSORS_FILE, float_network
+from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
 
 ENCODINGS_FILE = "aimet.encodings"
@@ -34,8 +36,6 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     Raises:
         ExportError: the range of an input lies above zero.
     """
-    from mpsearch.exporters.reload import TENSORS_FILE
-
     parameters, activations = {}, {}
     for name, layer in quant_layers(network.model).items():
         weight, activation = layer.precision.weight, layer.precision.activation
@@ -71,10 +71,8 @@ def load(model: nn.Module, folder: str | Path, dummy_input: Any) -> Any:
     Raises:
         ExportError: AIMET is not installed, or the folder holds no such export or one of another network.
     """
-    from mpsearch.exporters.reload import float_network
-    from mpsearch.exporters.targets import find_target
 
-    find_target("aimet")
+    need("aimet")
     from aimet_torch import QuantizationSimModel
     from aimet_torch.quantization.affine import QuantizeDequantize
 

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps
-from mpsearch.exporters.native import load_tensors, network_parts, restored, state
-from mpsearch.exporters.network import QuantizedNetwork
+from mpsearch.exporters.manifest import read_manifest
+from mpsearch.exporters.native import network_parts, restored
+from mpsearch.exporters.packages import need
 from mpsearch.exporters.plain import PLAIN, per_channel, plain_layer, with_layers
 from mpsearch.quant.modules import QuantLayer
+from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
+from mpsearch.state_dict import load_tensors, state
 
 TENSORS_FILE = "model.safetensors"
 
@@ -35,9 +38,8 @@ def to_brevitas(model: nn.Module) -> nn.Module:
     Raises:
         ExportError: brevitas is not installed, or the offset of an input is positive.
     """
-    from mpsearch.exporters.targets import find_target
 
-    find_target("brevitas")
+    need("brevitas")
     return with_layers(model, _brevitas_layer).eval()
 
 
@@ -53,8 +55,6 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         ExportError: the folder holds no such export, a damaged one, or one of another network.
     """
-    from mpsearch.exporters.read import read_manifest
-
     folder = Path(folder)
     document = read_manifest(folder, target="brevitas")
     quantized, config = restored(model, document, folder)

@@ -17,10 +17,10 @@ from torch import nn
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import integer_levels, steps, uniform_grid
-from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.precision import FLOAT, Precision
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.nearest import magnitudes
+from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers, weight_rows
 from mpsearch.quant.quantizer import Quantizer
 from mpsearch.quant.ranges import weight_step

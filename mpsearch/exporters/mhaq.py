@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.native import plain_state
-from mpsearch.exporters.network import QuantizedNetwork
+from mpsearch.quant.network import QuantizedNetwork
 
 CONFIG_FILE = "mhaq.yaml"
 ADAPTER_FILE = "mhaq_adapter.py"

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import uniform_grid
 from mpsearch.exporters.native import network_parts, plain_state
-from mpsearch.exporters.network import QuantizedNetwork
+from mpsearch.exporters.packages import need
 from mpsearch.exporters.plain import per_channel
+from mpsearch.exporters.reload import TENSORS_FILE, float_network
 from mpsearch.quant.modules import QuantLayer
+from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
 
 CONFIG_FILE = "quant_cfg.json"
@@ -36,8 +38,6 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     Raises:
         ExportError: the input of a layer takes negative values in one bit.
     """
-    from mpsearch.exporters.reload import TENSORS_FILE
-
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     ranges: dict[str, Tensor] = {}
     for name, layer in quant_layers(network.model).items():
@@ -57,10 +57,8 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         ExportError: ModelOpt is not installed, or the folder holds no such export or one of another network.
     """
-    from mpsearch.exporters.reload import float_network
-    from mpsearch.exporters.targets import find_target
 
-    find_target("modelopt")
+    need("modelopt")
     import modelopt.torch.quantization as mtq
 
     folder = Path(folder)

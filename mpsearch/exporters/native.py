@@ -8,25 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError, PrecisionError, nearest
-from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.exporters.plain import plain_layer, with_layers, without_quantizers
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import PrecisionConfig
+from mpsearch.ptq.fold import restructure
 from mpsearch.quant.modules import QUANT_LAYERS
+from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import insert_quantizers, quant_layers
+from mpsearch.state_dict import load_tensors, state
 
 SCHEMA = "mpsearch/precision-config/1"
 CONFIG_FILE = "precision.json"
@@ -139,8 +139,6 @@ def _restructured(model: nn.Module, document: Mapping[str, Any], folder: Path) -
     """The network with the structure that the export has: BatchNorms folded by PTQ, say."""
     if "structure" not in document:
         return model
-    from mpsearch.ptq.fold import restructure
-
     try:
         return restructure(model, **document["structure"])
     except (AttributeError, AssertionError, TypeError, RuntimeError) as error:
@@ -161,29 +159,6 @@ def _info(name: str, modules: Mapping[str, nn.Module], document: Mapping[str, An
     weight = module.weight
     assert isinstance(weight, Tensor)
     return LayerInfo(name, "", tuple(weight.shape), shape, (), 0, 0, 0, signed_input=signed)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, each tensor with memory of its own (safetensors refuses shared memory)."""
-    return {
-        name.removeprefix("_orig_mod."): value.detach().cpu().clone().contiguous()
-        for name, value in model.state_dict().items()
-    }
-
-
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> list[str]:
-    """Load a state dict that was in a file: it has lost its version numbers, by which some modules convert old ones.
-
-    Returns:
-        the names that the model does not have: none if `strict`.
-
-    Raises:
-        RuntimeError: the tensors are not those of the model.
-    """
-    current = model.state_dict()
-    given = OrderedDict(tensors)
-    given._metadata = getattr(current, "_metadata", {})  # type: ignore[attr-defined]
-    return list(model.load_state_dict(given, strict=strict).unexpected_keys)
 
 
 def _read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -210,11 +185,3 @@ def _sha256(path: Path) -> str:
 def _first_lines(error: Exception, count: int = 3) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:count])[:400]
-
-
-@torch.no_grad()
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a state dict to one safetensors file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(state(model), temporary)
-    temporary.replace(path)

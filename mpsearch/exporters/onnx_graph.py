@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps, weight_codes
-from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.exporters.packed import pack_bits, terms_of, unsigned_codes
 from mpsearch.quant.modules import QuantLayer
+from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
 
 if TYPE_CHECKING:

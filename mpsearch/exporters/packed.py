@@ -35,15 +35,18 @@ from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps, weight_codes
-from mpsearch.exporters.native import load_tensors, network_parts, restored
-from mpsearch.exporters.network import QuantizedNetwork
+from mpsearch.exporters.manifest import read_manifest
+from mpsearch.exporters.native import network_parts, restored
 from mpsearch.exporters.plain import per_channel
 from mpsearch.precision import FLOAT, Precision
+from mpsearch.ptq.fold import affine, foldable
 from mpsearch.quant.levels import apot_terms, shift_exponents
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.nearest import magnitudes
+from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
 from mpsearch.quant.uniform import code_range, grid_shift
+from mpsearch.state_dict import load_tensors
 
 TENSORS_FILE = "model.safetensors"
 
@@ -106,8 +109,6 @@ def terms_of(weight: Precision) -> tuple[tuple[int, ...], ...]:
 @torch.no_grad()
 def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     """Write `model.safetensors`; returns the manifest's part."""
-    from mpsearch.ptq.fold import foldable
-
     layers = quant_layers(network.model)
     modules = dict(network.model.named_modules())
     folded = {
@@ -148,8 +149,6 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         ExportError: the folder holds no packed export, a damaged one, or one of another network.
     """
-    from mpsearch.exporters.read import read_manifest
-
     folder = Path(folder)
     document = read_manifest(folder, target="packed")
     quantized, config = restored(model, document, folder)
@@ -190,8 +189,6 @@ class _Writer:
 
     def layer(self, layer: QuantLayer, norm: nn.BatchNorm2d | None) -> dict[str, Any]:
         """Take one layer in; returns its entry of the manifest."""
-        from mpsearch.ptq.fold import affine
-
         precision = layer.precision
         weight = cast(Tensor, layer.weight).detach()
         bias = None if layer.bias is None else cast(Tensor, layer.bias).detach()

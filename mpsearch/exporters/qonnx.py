@@ -17,10 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from mpsearch.exporters.grids import uniform_grid
-from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.exporters.onnx_graph import replace_markers, trace, write
 from mpsearch.exporters.plain import per_channel
 from mpsearch.quant.modules import QuantLayer
+from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
 
 if TYPE_CHECKING:

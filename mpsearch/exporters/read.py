@@ -10,35 +10,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpsearch.errors import ExportError, PrecisionError
-from mpsearch.exporters import MANIFEST, SCHEMA
+from mpsearch.errors import ExportError, PrecisionError, nearest
+from mpsearch.exporters.manifest import MANIFEST
 from mpsearch.exporters.native import CONFIG_FILE
 from mpsearch.precision import FLOAT, FLOAT_BITS, LayerPrecision, Precision, PrecisionConfig
-
-
-def read_manifest(folder: str | Path, target: str) -> dict[str, Any]:
-    """The manifest of an export, its schema and target checked.
-
-    Raises:
-        ExportError: there is none, it cannot be read, its schema is foreign, or it is of another target.
-    """
-    path = Path(folder) / MANIFEST
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(f"{folder} holds no export (no {MANIFEST}): give the folder that export wrote") from None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"cannot read {path}: {error}") from None
-    found = (document.get("schema"), document.get("target")) if isinstance(document, dict) else (None, None)
-    if found != (SCHEMA, target):
-        raise ExportError(f"{path} is of {found[0]!r}, target {found[1]!r}: expected {SCHEMA!r}, target {target!r}")
-    assert isinstance(document, dict)
-    return document
 
 
 def read_precisions(text: str) -> PrecisionConfig | LayerPrecision:
@@ -150,8 +129,6 @@ def complete(config: PrecisionConfig, layers: list[str]) -> PrecisionConfig:
     Raises:
         ExportError: it names a layer that is none of these.
     """
-    from mpsearch.errors import nearest
-
     for name in config:
         if name not in layers:
             raise ExportError(f"the config names '{name}', which is no quantizable layer here: {nearest(name, layers)}")

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mpsearch.errors import ExportError
-from mpsearch.exporters.native import load_tensors, restored
+from mpsearch.exporters.manifest import read_manifest
+from mpsearch.exporters.native import restored
 from mpsearch.exporters.plain import with_layers, without_quantizers
-from mpsearch.exporters.read import read_manifest
+from mpsearch.state_dict import load_tensors
 
 TENSORS_FILE = "model.safetensors"
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mpsearch.errors import ExportError, nearest
 from mpsearch.exporters import aimet, brevitas, mhaq, modelopt, native, onnx_qdq, packed, qonnx, torchao
 from mpsearch.exporters.fit import Holds
-from mpsearch.exporters.network import QuantizedNetwork
+from mpsearch.exporters.packages import need
 from mpsearch.graph.layers import KINDS
 from mpsearch.precision import BITS
+from mpsearch.quant.network import QuantizedNetwork
 
 ALL_KINDS = frozenset(KINDS.values())
 UNIFORM = {"uniform": BITS["uniform"]}
@@ -31,23 +31,21 @@ class Target:
 
     save: Callable[[QuantizedNetwork, Path], Mapping[str, Any]]
     holds: Holds
-    packages: tuple[str, ...] = ()  # importable names of what it needs beside mpsearch
-    extra: str = ""  # mpsearch[extra] installs them
 
 
 TARGETS: dict[str, Target] = {
     "native": Target(native.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS)),
     "packed": Target(packed.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS)),
     # Shift and APoT weights are constants on their grid.
-    "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS), ("onnx", "onnxscript"), "qonnx"),
-    "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS), ("onnx", "onnxscript"), "onnx"),
+    "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS)),
+    "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS)),
     # Bits alone: MHAQ learns its own scales. It has Conv2d and Linear.
     "mhaq": Target(mhaq.save, Holds(UNIFORM, UNIFORM, frozenset({"conv2d", "linear"}))),
-    "brevitas": Target(brevitas.save, Holds(UNIFORM, UNIFORM, ALL_KINDS), ("brevitas",), "brevitas"),
+    "brevitas": Target(brevitas.save, Holds(UNIFORM, UNIFORM, ALL_KINDS)),
     # Weights alone: its static activations are symmetric int8. It has no 1-bit grid without zero.
-    "torchao": Target(torchao.save, Holds(TWO_UP, {}, frozenset({"linear"})), ("torchao",), "torchao"),
-    "modelopt": Target(modelopt.save, Holds(TWO_UP, UNIFORM, ALL_KINDS), ("modelopt",), "modelopt"),
-    "aimet": Target(aimet.save, Holds(TWO_UP, UNIFORM, ALL_KINDS), ("aimet_torch",), "aimet"),
+    "torchao": Target(torchao.save, Holds(TWO_UP, {}, frozenset({"linear"}))),
+    "modelopt": Target(modelopt.save, Holds(TWO_UP, UNIFORM, ALL_KINDS)),
+    "aimet": Target(aimet.save, Holds(TWO_UP, UNIFORM, ALL_KINDS)),
 }
 """Name of a format -> what it is."""
 
@@ -60,17 +58,5 @@ def find_target(name: str) -> Target:
     """
     if name not in TARGETS:
         raise ExportError(f"unknown export format '{name}': {nearest(name, TARGETS)}")
-    target = TARGETS[name]
-    need(name, target.packages, target.extra)
-    return target
-
-
-def need(what: str, packages: tuple[str, ...], extra: str) -> None:
-    """Refuse what needs packages that are not installed, and name the extra that brings them.
-
-    Raises:
-        ExportError: a package is missing.
-    """
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise ExportError(f"{what} needs the package {missing[0]}: pip install 'mpsearch[{extra}]'")
+    need(name)
+    return TARGETS[name]

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps
 from mpsearch.exporters.native import network_parts, plain_state
-from mpsearch.exporters.network import QuantizedNetwork
+from mpsearch.exporters.packages import need
+from mpsearch.exporters.reload import TENSORS_FILE, float_network
 from mpsearch.quant.modules import QuantLayer
+from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
 
 CONFIG_FILE = "torchao.json"
@@ -34,8 +36,6 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     from torchao.core.config import config_to_dict
     from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerAxis
-
-    from mpsearch.exporters.reload import TENSORS_FILE
 
     quantized = {
         name: layer for name, layer in quant_layers(network.model).items() if not layer.precision.weight.is_float
@@ -67,10 +67,8 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         ExportError: torchao is not installed, or the folder holds no such export or one of another network.
     """
-    from mpsearch.exporters.reload import float_network
-    from mpsearch.exporters.targets import find_target
 
-    find_target("torchao")
+    need("torchao")
     from torchao.core.config import config_from_dict
 
     folder = Path(folder)

@@ -10,19 +10,14 @@ that torch.fx can trace.
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from mpsearch.errors import PrecisionError, TaskError, nearest
-from mpsearch.exporters.native import save
-from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.layers import LayerInfo, inspect_model
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
@@ -32,8 +27,10 @@ from mpsearch.ptq.equalize import equalize
 from mpsearch.ptq.flow import Normal, trace
 from mpsearch.ptq.fold import FloatNet, fold_batch_norms, structure_of
 from mpsearch.ptq.ranges import cross_entropy_range, min_max_step, normal_range, range_to_grid
+from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import check_names, insert_quantizers, quant_layers, sample_inputs, weight_rows
 from mpsearch.quant.ranges import activation_range, weight_step
+from mpsearch.train import timed
 
 Rounding = Literal["adaround", "nearest"]
 BiasCorrection = Literal["none", "analytic", "empirical"]
@@ -112,6 +109,11 @@ class PtqResult:
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     notes: tuple[str, ...] = ()  # what was left out and why, in words
 
+    def network(self, *, name: str, task: str, metric: str, accuracy: Mapping[str, float | None]) -> QuantizedNetwork:
+        """What `mpsearch.export` takes."""
+        structure = structure_of(self.net, self.model)
+        return QuantizedNetwork(self.model, self.layers, name, task, metric, accuracy, structure=structure)
+
 
 def ptq(
     model: nn.Module,
@@ -168,16 +170,6 @@ def ptq(
             last = [layer.name for layer in layers if layer.reason is None][-1]
             set_logits_range(quantized, last, config[last].activation, calibration_input)
     return PtqResult(quantized.eval(), layers, config, method, net, seconds, tuple(notes))
-
-
-def save_result(
-    result: PtqResult, folder: str | Path, *, name: str, task: str, metric: str, accuracy: Mapping[str, float | None]
-) -> Path:
-    """Write a native export; `mpsearch.load` gives the model back from the original float network."""
-    structure = structure_of(result.net, result.model)
-    network = QuantizedNetwork(result.model, result.layers, name, task, metric, accuracy, structure=structure)
-    save(network, Path(folder))
-    return Path(folder)
 
 
 @torch.no_grad()
@@ -277,11 +269,3 @@ def _config(config: PrecisionConfig | LayerPrecision, quantized: nn.Module) -> P
             if kind not in ("uniform", "float"):
                 raise PrecisionError(f"layer '{name}' is to be {kind}: PTQ has the uniform quantizer only")
     return config
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note the time spent inside as that of a stage."""
-    began = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - began

@@ -32,15 +32,14 @@ from torch import Tensor, nn
 from mpsearch.errors import PrecisionError, nearest
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import Precision, PrecisionConfig
-from mpsearch.ptq.pipeline import timed
 from mpsearch.qat.trained import Trained
 from mpsearch.quant.gdnsq import GdnsqQuantizer, RoundGradient, StepGradient, WeightGrid
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, sample_inputs, weight_rows
 from mpsearch.quant.ranges import activation_range, weight_step
-from mpsearch.search.trial import Workbench
 from mpsearch.task.task import Task
-from mpsearch.train import autocast, call, reestimate_batch_norm, to_device
+from mpsearch.train import autocast, call, reestimate_batch_norm, timed, to_device
+from mpsearch.workbench import Workbench
 
 logger = logging.getLogger(__name__)
 

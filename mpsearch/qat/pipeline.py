@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from mpsearch.precision import PrecisionConfig
 from mpsearch.ptq.equalize import equalize
 from mpsearch.ptq.fold import FloatNet, fold_batch_norms, structure_of
-from mpsearch.ptq.pipeline import timed
 from mpsearch.qat.trained import Trained
 from mpsearch.quant.prepare import quant_layers
 from mpsearch.quant.shift import DEFAULT_SLOPE, ShiftGradient, ShiftQuantizer, SlopeSchedule, soft_phase
-from mpsearch.search.trial import Workbench
 from mpsearch.study import TrialSpec
 from mpsearch.task.task import Task
+from mpsearch.train import timed
+from mpsearch.workbench import Workbench
 
 LOG_LINES = 20
 

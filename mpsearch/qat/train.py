@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mpsearch.exporters.read import read_precisions
-from mpsearch.precision import PrecisionConfig
+from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.problem import Problem
 from mpsearch.qat.gdnsq import gdnsq
 from mpsearch.qat.pipeline import qat
 from mpsearch.qat.trained import Trained
 from mpsearch.quant.prepare import check_names
-from mpsearch.search.run import Problem
-from mpsearch.search.trial import Workbench
-from mpsearch.space import SearchSpace
+from mpsearch.space.space import SearchSpace
 from mpsearch.study import TrialSpec
+from mpsearch.workbench import Workbench
 
 OnStep = Callable[[int, int, float], None]
 """(step, steps, training loss) -> None."""
@@ -35,28 +34,33 @@ class Scored:
     float_accuracy: Mapping[str, float]  # by split
     accuracy: Mapping[str, float]
     cost: float
-    held: tuple[str, ...]  # the layers that the space fixes, with the precisions that they keep
+    fixed: tuple[str, ...]  # the layers that the space fixes, with the precisions that they keep
 
 
 def train_one(
-    problem: Problem, target: str, method: str, epochs: float, seed: int, on_step: OnStep = lambda _i, _n, _loss: None
+    problem: Problem,
+    target: PrecisionConfig | LayerPrecision,
+    method: str,
+    epochs: float,
+    seed: int,
+    on_step: OnStep = lambda _i, _n, _loss: None,
 ) -> Scored:
     """Train the network of a study at one target and score val and test.
 
     Args:
         problem: the study.
-        target: as `target_config` reads it.
+        target: a config, or one precision for every layer that the space does not fix.
         method: one of METHODS.
         epochs: passes over the training data.
         seed: of the batches and of whatever is random.
         on_step: called after every step.
 
     Raises:
-        PrecisionError: the target cannot be read, does not fit the network or the method.
+        PrecisionError: the target does not fit the network or the method.
         FloatingPointError: the loss became NaN or infinite.
     """
     task = problem.task
-    config, held = target_config(problem.space, target)
+    config, fixed = target_config(problem.space, target)
     steps = max(1, round(epochs * task.steps_per_epoch(problem.spec.trial.batch_size)))
     settings = problem.spec.trial.model_copy(update={"steps": steps, "seed": seed})
     trained = METHODS[method](problem, config, settings, lambda step, loss: on_step(step, steps, loss))
@@ -66,24 +70,23 @@ def train_one(
         {split: task.evaluate(float_model, split) for split in ("val", "test")},
         {split: task.evaluate(trained.model, split) for split in ("val", "test")},
         problem.cost(config),
-        held,
+        fixed,
     )
 
 
-def target_config(space: SearchSpace, target: str) -> tuple[PrecisionConfig, tuple[str, ...]]:
-    """The config that a text asks for, and the layers that stay as the space fixes them.
+def target_config(
+    space: SearchSpace, target: PrecisionConfig | LayerPrecision
+) -> tuple[PrecisionConfig, tuple[str, ...]]:
+    """The config to train, and the layers that stay as the space fixes them.
 
-    `w4a4` and `shift:4 x float` (weight x input) are for every layer that the space does not fix; the file of a
-    precision config (or the folder of an export) is taken as it is.
+    One precision is for every layer that the space does not fix; a config is taken as it is.
 
     Raises:
-        PrecisionError: the text has another form.
-        ExportError: the file is no precision config.
+        PrecisionError: the config does not fit the network.
     """
-    wanted = read_precisions(target)
-    if isinstance(wanted, PrecisionConfig):
-        check_names(wanted, dict.fromkeys(space.layers))
-        return PrecisionConfig((name, wanted[name]) for name in space.layers), ()
-    config = space.everywhere(wanted)
-    held = tuple(f"{name} {precision}" for name, precision in config.items() if precision != wanted)
-    return config, held
+    if isinstance(target, PrecisionConfig):
+        check_names(target, dict.fromkeys(space.layers))
+        return PrecisionConfig((name, target[name]) for name in space.layers), ()
+    config = space.everywhere(target)
+    fixed = tuple(f"{name} {precision}" for name, precision in config.items() if precision != target)
+    return config, fixed

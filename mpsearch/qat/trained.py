@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from mpsearch.exporters.native import save
-from mpsearch.exporters.network import QuantizedNetwork
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import PrecisionConfig
+from mpsearch.quant.network import QuantizedNetwork
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,6 @@ class Trained:
     notes: tuple[str, ...] = ()  # what was left out and why, in words
     structure: Mapping[str, Any] | None = None  # how the network was changed before it was quantized
 
-    def save(
-        self, folder: str | Path, *, name: str, task: str, metric: str, accuracy: Mapping[str, float | None]
-    ) -> Path:
-        """Write a native export; `mpsearch.load` gives the model back from the original float network."""
-        network = QuantizedNetwork(self.model, self.layers, name, task, metric, accuracy, structure=self.structure)
-        save(network, Path(folder))
-        return Path(folder)
+    def network(self, *, name: str, task: str, metric: str, accuracy: Mapping[str, float | None]) -> QuantizedNetwork:
+        """What `mpsearch.export` takes."""
+        return QuantizedNetwork(self.model, self.layers, name, task, metric, accuracy, structure=self.structure)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import PrecisionError, nearest
 from mpsearch.graph.attention import open_attention
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.layers import LayerInfo, inspect_model
 from mpsearch.precision import Offer, Precision, PrecisionConfig
 from mpsearch.quant.modules import UNIFORM, QuantLayer, quantized
 from mpsearch.quant.ranges import activation_range, weight_step
@@ -157,8 +157,6 @@ def prepare(
         TaskError: the model cannot be inspected.
     """
     if layers is None:
-        from mpsearch.graph.layers import inspect_model
-
         layers = inspect_model(model, calibration_input).layers
     prepared = insert_quantizers(model, layers, config.offers)
     set_precision(prepared, config, RangeSetter(model, layers, calibration_input))

@@ -11,11 +11,11 @@ from typing import BinaryIO
 
 from optuna.artifacts.exceptions import ArtifactNotFound
 
+from mpsearch.problem import Problem
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.report import figures
 from mpsearch.report.svg import svg
 from mpsearch.report.tables import config_table, layers_table
-from mpsearch.search.run import Problem
 from mpsearch.search.view import ARTIFACTS
 
 

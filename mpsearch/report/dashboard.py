@@ -22,6 +22,7 @@ import optuna
 from optuna.storages import BaseStorage
 
 from mpsearch.errors import RunError
+from mpsearch.problem import Problem, open_problem
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.report.artifacts import RunArtifacts
 from mpsearch.report.data import RunData, read_run
@@ -29,8 +30,8 @@ from mpsearch.report.gallery import shown, words
 from mpsearch.report.gate import Gate, server
 from mpsearch.report.tables import mean_bits
 from mpsearch.report.write import sizes
-from mpsearch.search.run import Problem, open_problem, read_spec
 from mpsearch.search.view import OptunaView, open_storage, open_view
+from mpsearch.study import read_spec
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from mpsearch.report.tables import (
 from mpsearch.search.front import ParetoFront, pareto_front
 
 if TYPE_CHECKING:
-    from mpsearch.search.run import Problem
+    from mpsearch.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def read_run(run: str | Path | RunFolder, problem: Problem | None = None) -> Run
     Raises:
         MpsearchError: there is no run, or its study cannot be opened.
     """
-    from mpsearch.search.run import open_problem, read_spec
+    from mpsearch.problem import open_problem
+    from mpsearch.study import read_spec
 
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
     problem = problem or open_problem(read_spec(folder))
@@ -147,8 +148,8 @@ def _values(
     folder: RunFolder, problem: Problem, records: Sequence[TrialRecord]
 ) -> tuple[pd.DataFrame, pd.DataFrame] | tuple[None, None]:
     """Ranges and histograms of the knee: of its final training if there is one; None where no weights were kept."""
+    from mpsearch.record import checkpoint_path, final_path
     from mpsearch.report import weights
-    from mpsearch.search.run import checkpoint_path, final_path
 
     front = pareto_front(records)
     if not front.trials:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from mpsearch.ptq.debug import BADLY_SCALED, SIDES, TOLERANCE, Advice, Diagnosis, TensorFacts, advise
+from mpsearch.debug.advice import BADLY_SCALED, Advice, advise
+from mpsearch.debug.diagnosis import SIDES, TOLERANCE, Diagnosis, TensorFacts
 from mpsearch.report import figures
 from mpsearch.report.parts import figure, note, section, table, write_page
 

@@ -15,7 +15,7 @@ from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
 from mpsearch.record import FinalRecord, TrialRecord
 from mpsearch.search.front import hypervolume_over_time, objectives, pareto_front
-from mpsearch.space import Slot
+from mpsearch.space.space import Slot
 
 _MARKS = {"uniform": "", "shift": "s", "apot": "p"}
 MARKS_EXPLAINED = "4: uniform, 4 bits · 4s: shift (power of two) · 4p: APoT (sum of powers of two) · f: float"

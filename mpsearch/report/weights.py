@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mpsearch.exporters.native import load_tensors
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import PrecisionConfig
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.prepare import insert_quantizers, quant_layers
 from mpsearch.quant.quantizer import Quantizer
 from mpsearch.report.tables import mark
+from mpsearch.state_dict import load_tensors
 
 BINS = 61
 HISTOGRAMS = 12  # layers, those with the most weights

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from mpsearch.problem import Problem, open_problem
 from mpsearch.record import RunFolder
 from mpsearch.report.data import read_run
 from mpsearch.report.page import write_report
 from mpsearch.search.finalize import final_rows, final_table, proxies
-from mpsearch.search.run import Problem, open_problem, read_spec
+from mpsearch.study import read_spec
 
 
 def report_of(folder: RunFolder, problem: Problem | None = None, refresh_s: int | None = None) -> Path:

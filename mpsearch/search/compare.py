@@ -12,13 +12,13 @@ training seed would change is seen in the spread over seeds alone.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
+
+from mpsearch.record import unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +51,3 @@ def paired(a: Sequence[str], b: Sequence[str], confidence: float = 0.95) -> Diff
     mean = float(difference.mean())
     reach = float(NormalDist().inv_cdf((1 + confidence) / 2) * difference.std() / np.sqrt(difference.size))
     return Difference(mean, mean - reach, mean + reach)
-
-
-def pack(correct: NDArray[np.bool_]) -> str:
-    """`(n,)` booleans as a text of about n / 6 characters: `N:base64 of the bits`."""
-    return f"{len(correct)}:{base64.b64encode(np.packbits(correct).tobytes()).decode()}"
-
-
-def unpack(text: str) -> NDArray[np.bool_]:
-    """The inverse of `pack`."""
-    count, _, code = text.partition(":")
-    bits = np.frombuffer(base64.b64decode(code), dtype=np.uint8)
-    return np.unpackbits(bits, count=int(count)).astype(bool)

@@ -34,7 +34,8 @@ from mpsearch.precision import PrecisionConfig
 from mpsearch.record import Origin, TrialRecord
 from mpsearch.search.stopping import CONTROLS, NO_BARS, Bars, Stopping
 from mpsearch.search.surrogate import Children, SurrogateSampler
-from mpsearch.space import SearchSpace
+from mpsearch.space.order import ends_first
+from mpsearch.space.space import SearchSpace
 from mpsearch.study import SearchSpec
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study and trial on stderr
@@ -408,23 +409,6 @@ class SearchController:
 
     def _choices(self) -> dict[str, list[int | str]]:
         return {slot.parameter: [slot.value(choice) for choice in slot.choices] for slot in self._space.free}
-
-
-def ends_first(items: Sequence[_T]) -> list[_T]:
-    """First and last, then what is in the middle of the widest gap, and so on: wherever it ends, all is covered.
-
-    Of two gaps as wide, and of two in the middle, the latter comes first: towards the cheap end, where `items` go from
-    dear to cheap, as accuracy changes most there.
-
-    >>> ends_first([8, 7, 6, 5, 4, 3, 2])
-    [8, 2, 5, 3, 6, 4, 7]
-    """
-    order = [0, len(items) - 1][: len(items)]
-    while len(order) < len(items):
-        known = sorted(order)
-        low, high = max(itertools.pairwise(known), key=lambda gap: (gap[1] - gap[0], gap[1]))
-        order.append((low + high + 1) // 2)
-    return [items[i] for i in order]
 
 
 def _alternate(*groups: Sequence[_T]) -> Iterator[_T]:

@@ -18,12 +18,13 @@ from scipy.stats import kendalltau
 from torch import Tensor
 
 from mpsearch.errors import RunError
-from mpsearch.exporters.native import save_weights
-from mpsearch.record import FinalRecord, RunFolder, TrialRecord
+from mpsearch.problem import Problem
+from mpsearch.record import FinalRecord, RunFolder, TrialRecord, checkpoint_path, final_path
 from mpsearch.search.compare import Difference, paired
 from mpsearch.search.front import ParetoFront, pareto_front
-from mpsearch.search.run import Problem, checkpoint_path, final_path, start_weights
-from mpsearch.search.trial import Workbench
+from mpsearch.state_dict import save_weights
+from mpsearch.warmstart.start import start_weights
+from mpsearch.workbench import Workbench
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,121 +4,33 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from torch import Tensor, nn
-
-from mpsearch.cost.model import RelativeCost
-from mpsearch.errors import CostError, RunError, SpaceError
-from mpsearch.exporters.native import load_tensors, save_weights
-from mpsearch.graph.layers import ModelGraph, inspect_model
+from mpsearch.errors import RunError, SpaceError
 from mpsearch.precision import PrecisionConfig
-from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.problem import Problem, open_problem
+from mpsearch.record import RunFolder, TrialRecord, checkpoint_path
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.engine import Event, Finished, run_trials
 from mpsearch.search.front import ParetoFront, pareto_front
-from mpsearch.search.trial import Workbench, run_trial
+from mpsearch.search.kept import FrontWeights
+from mpsearch.search.trial import run_trial
 from mpsearch.search.view import open_view
 from mpsearch.shipped import shipped
-from mpsearch.space import SearchSpace, build_space, load_space
-from mpsearch.study import StudySpec, parse_study
-from mpsearch.task.load import load_task
-from mpsearch.task.task import Task
-from mpsearch.train import batch_norm_gap
-from mpsearch.warmstart.start import StartWeights, warm_start
+from mpsearch.state_dict import save_weights
+from mpsearch.study import StudySpec, read_spec
+from mpsearch.warmstart.start import start_weights, warm_start
+from mpsearch.workbench import Workbench
 
 logger = logging.getLogger(__name__)
 
-WIDE_GAP = 0.15
-"""Nats of `batch_norm_gap` from which it is worth a warning.
-
-A ResNet-20: 0.02 with the black margins of its training, 0.45 with mirrored ones, which cost its W8A8 3.9 points.
-"""
 
 OnProgress = Callable[[str, int, int], None]
 """(stage, done, total) -> None."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A study made concrete: its task, the layers of its network, the configs there are, and what they cost."""
-
-    spec: StudySpec
-    task: Task
-    graph: ModelGraph
-    space: SearchSpace
-    cost: RelativeCost
-    cheapest: float  # relative cost of the cheapest config
-    dearest: float
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The quantizable layers in execution order."""
-        return self.space.layers
-
-    def summary(self) -> list[str]:
-        """What is optimised, in words and units."""
-        spec, costs = self.spec, self.cost
-        quantizable, unhandled = self.graph.quantizable, self.graph.unhandled
-        macs = self.graph.macs
-        lines = [
-            f"Maximize {spec.task.metric} on the validation split and minimize {spec.cost.model} of {self.task.name}.",
-            f"Cost 1 is {costs.reference.total:.4g} {costs.reference.unit} a sample: the network at "
-            f"{spec.cost.reference} everywhere. Configs of the space '{self.space.name}' cost {self.cheapest:.3g} to "
-            f"{self.dearest:.3g}"
-            + (f"; only those up to {spec.cost.budget:g} are tried." if spec.cost.budget else "."),
-            f"{len(quantizable)} layers, {macs / 1e6:.3g} million MACs a sample; {len(self.space.free)} free choices, "
-            f"{scientific(self.space.size)} configs; the uniform ladder of {len(self.space.ladder())} is the control.",
-        ]
-        if unhandled:
-            names = ", ".join(layer.name for layer in unhandled[:5]) + (", ..." if len(unhandled) > 5 else "")
-            lines.append(
-                f"{len(unhandled)} layers stay float and are priced as float: {names} (see `mpsearch inspect`)."
-            )
-        if other := sum(self.graph.other_macs.values()):
-            lines.append(f"{other / macs:.1%} of the MACs are outside layers (attention products, say) and not priced.")
-        return lines
-
-    def doubts(self) -> list[str]:
-        """What about the task looks wrong, in words: a forward pass or two."""
-        x, _ = next(iter(self.task.train_batches(256, 1, seed=0)))
-        gap = batch_norm_gap(self.task.float_model(), x, self.task.logits)
-        if gap < WIDE_GAP:
-            return []
-        return [
-            "with the BatchNorm statistics of a training batch the float network answers otherwise than with its own "
-            f"({gap:.2f} nats; a few hundredths are usual): it was trained on batches made in another way "
-            "(normalization, order of colours, margins), and trials will do harm before they do good; see task.data"
-        ]
-
-
-def open_problem(spec: StudySpec) -> Problem:
-    """Load the task, inspect its network, build the space and the cost model; nothing is written.
-
-    Raises:
-        MpsearchError: whatever in the study cannot be used.
-    """
-    task = load_task(spec.task)
-    graph = inspect_model(task.float_model(), task.calibration_input(min(32, spec.trial.calibration_samples)))
-    space = build_space(load_space(spec.space), graph.layers)
-    cost = RelativeCost(graph.layers, spec.cost.model, spec.cost.reference)
-    choices: dict[str, dict[str, Sequence[Any]]] = {name: {} for name in space.layers}
-    for slot in space.slots:
-        for name in slot.layers:
-            choices[name][slot.tensor] = slot.choices
-    cheapest, dearest = cost.bounds({name: (c["weight"], c["activation"]) for name, c in choices.items()})
-    if spec.cost.budget is not None and spec.cost.budget < cheapest:
-        raise CostError(
-            f"cost.budget is {spec.cost.budget:g}, but the cheapest config of space '{space.name}' costs "
-            f"{cheapest:.4g} of {spec.cost.reference}: raise the budget, or allow lower precisions in the space"
-        )
-    return Problem(spec, task, graph, space, cost, cheapest, dearest)
 
 
 def run_study(
@@ -165,21 +77,6 @@ def resume_study(
     return _search(open_problem(spec), folder, on_event, on_ready, on_progress)
 
 
-def read_spec(folder: RunFolder) -> StudySpec:
-    """The resolved study of a run, with its own copy of the search space.
-
-    Raises:
-        RunError: it cannot be read.
-        StudyError: it is no study.
-    """
-    try:
-        document = yaml.safe_load(folder.study_yaml.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunError(f"cannot read {folder.study_yaml}: {error}") from None
-    spec = parse_study(document, source=str(folder.study_yaml))
-    return spec.model_copy(update={"space": str(folder.space_yaml)}) if folder.space_yaml.exists() else spec
-
-
 def _search(
     problem: Problem,
     folder: RunFolder,
@@ -206,7 +103,7 @@ def _search(
             records,
             started=began,
         )
-        weights = _FrontWeights(folder, records)
+        weights = FrontWeights(folder, records)
 
         def ended(event: Event) -> None:
             if isinstance(event, Finished):
@@ -244,13 +141,6 @@ def trial_runner(spec: StudySpec, checkpoints: str, warmstart: str) -> Callable[
     return run
 
 
-def start_weights(spec: StudySpec, warmstart: Path) -> Callable[[float], Mapping[str, Tensor] | None]:
-    """Relative cost -> the weights that a trial of this study starts from; None: the float model's."""
-    if not spec.warm_start.reuse_weights:
-        return lambda cost: None
-    return StartWeights(warmstart).at
-
-
 def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -> TrialRecord:
     """Run a config that nobody proposed as a trial of a run, and put it on the record; known configs are not run again.
 
@@ -266,38 +156,13 @@ def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -
         record = run_trial(problem.task, config, problem.spec.trial, start, bench=bench, cost=problem.cost)
         record = replace(record, number=max((r.number for r in records), default=-1) + 1)
         folder.checkpoints.mkdir(exist_ok=True)
-        weights = _FrontWeights(folder, records)
+        weights = FrontWeights(folder, records)
         save_weights(bench.model, checkpoint_path(folder.checkpoints, record.number))
         folder.append(record)
         weights.keep(record)
         write_front(problem, folder, weights.front)
         folder.write_parquet()
     return record
-
-
-def checkpoint_path(folder: Path, number: int) -> Path:
-    """Where the weights and scales of a trial are, as long as it is on the front."""
-    return folder / f"trial-{number}.safetensors"
-
-
-def final_path(folder: Path, number: int) -> Path:
-    """Where the finally trained weights and scales of a trial are: those of the seed that is best on val."""
-    return folder / f"final-{number}.safetensors"
-
-
-class _FrontWeights:
-    """Keeps the weights of front trials and of the uniform ladder, and deletes those of dominated trials."""
-
-    def __init__(self, folder: RunFolder, records: Sequence[TrialRecord]) -> None:
-        self._folder = folder.checkpoints
-        self.front = pareto_front(records)
-
-    def keep(self, record: TrialRecord) -> None:
-        """Take a record in; whatever is now dominated loses its weights."""
-        known = {trial.number: trial for trial in (*self.front.trials, *self.front.ladder, record)}
-        self.front = pareto_front(list(known.values()))
-        for number in known.keys() - {trial.number for trial in (*self.front.trials, *self.front.ladder)}:
-            checkpoint_path(self._folder, number).unlink(missing_ok=True)
 
 
 def front_rows(front: ParetoFront) -> list[dict[str, Any]]:
@@ -329,32 +194,6 @@ def write_front(problem: Problem, folder: RunFolder, front: ParetoFront) -> None
     )
 
 
-def trained_model(
-    problem: Problem, folder: RunFolder, record: TrialRecord
-) -> tuple[nn.Module, dict[str, float | None]]:
-    """The quantized model of a finished trial, in eval mode, and what was measured of it by split.
-
-    Weights are those of its final training, else of the trial; where these were not kept, the trial is run again.
-    """
-    from safetensors.torch import load_file
-
-    bench = Workbench(problem.task, problem.spec.trial, offers=record.config.offers)
-    finals = [f for f in folder.finals() if f.number == record.number]
-    final, brief = final_path(folder.checkpoints, record.number), checkpoint_path(folder.checkpoints, record.number)
-    measured: dict[str, float | None] = {"val": record.accuracy}
-    if finals and final.exists():
-        best = max(finals, key=lambda f: f.val)
-        brief, measured = final, {"val": best.val, "test": best.test}
-    if brief.exists():
-        bench.reset(record.config)
-        load_tensors(bench.model, load_file(brief))
-        return bench.model.eval(), measured
-    logger.warning("the weights of trial %d were not kept (it is not on the front): it is trained again", record.number)
-    start = start_weights(problem.spec, folder.warmstart)(record.cost or 1.0)
-    again = run_trial(problem.task, record.config, problem.spec.trial, start, bench=bench)
-    return bench.model.eval(), {"val": again.accuracy}
-
-
 def estimate_trial_s(problem: Problem, steps: int = 4) -> float:
     """Seconds that one trial should take in a process of its own: measured on a few eager steps, scoring included."""
     settings = problem.spec.trial.model_copy(update={"compile": False, "bn_batches": 0})
@@ -368,12 +207,3 @@ def estimate_trial_s(problem: Problem, steps: int = 4) -> float:
     problem.task.evaluate(bench.model, "val")
     evaluate_s = time.perf_counter() - clock
     return step_s * (problem.spec.trial.steps + problem.spec.trial.bn_batches / 3) + 3 * evaluate_s
-
-
-def scientific(count: int) -> str:
-    """A count that may be astronomical, for people: 1,234 or about 10^57.
-
-    >>> scientific(7**20)
-    'about 10^16.9'
-    """
-    return f"{count:,}" if count < 10**7 else f"about 10^{math.log10(count):.1f}"

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpsearch.record import TrialRecord
+from mpsearch.search.front import pareto_front
 
 SLACK = 3.0
 OPTIMISM = 2.0
@@ -114,8 +115,6 @@ class Replay:
 
 def replay(records: Sequence[TrialRecord]) -> Replay:
     """Go through the trials of a study that ran without stopping, in the order of their numbers."""
-    from mpsearch.search.front import pareto_front
-
     known, finished = Stopping(), list[TrialRecord]()
     stopped: list[TrialRecord] = []
     saved_s = 0.0

@@ -25,7 +25,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import norm
 
-from mpsearch.space import SearchSpace
+from mpsearch.space.space import SearchSpace
 
 Floats = NDArray[np.float64]
 

@@ -26,7 +26,7 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import RunError
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.controller import DIRECTIONS, budget_constraint
-from mpsearch.space import SearchSpace
+from mpsearch.space.space import SearchSpace
 
 logger = logging.getLogger(__name__)
 

@@ -34,8 +34,9 @@ from scipy.sparse import csr_array, lil_array
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import CostError, PrecisionError, SpaceError
 from mpsearch.precision import FLOAT_BITS, LayerPrecision, Precision, PrecisionConfig
-from mpsearch.space import SearchSpace, Slot, TensorName
-from mpsearch.warmstart.sensitivity import SensitivityTable
+from mpsearch.space.choices import TensorName
+from mpsearch.space.space import SearchSpace, Slot
+from mpsearch.warmstart.table import SensitivityTable
 
 Floats = NDArray[np.float64]
 Tensors = Mapping[tuple[str, TensorName], float]

@@ -39,9 +39,9 @@ from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.quant.fused import Elementwise
 from mpsearch.quant.gdnsq import clamp_and_round, grid_shift
 from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows
-from mpsearch.search.trial import Workbench
-from mpsearch.space import SearchSpace, Slot
+from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.train import autocast, call, to_device
+from mpsearch.workbench import Workbench
 
 MEMORY = 0.97
 """Weight of the past in the exponential mean of dL/db."""

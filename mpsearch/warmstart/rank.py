@@ -15,7 +15,7 @@ from scipy.stats import kendalltau
 
 from mpsearch.errors import PrecisionError, RunError, nearest
 from mpsearch.record import TrialRecord
-from mpsearch.warmstart.sensitivity import SensitivityTable
+from mpsearch.warmstart.table import SensitivityTable
 
 ALL = "all"
 ACCURACIES = ("before", "halfway")  # proxies of which more is better

@@ -20,14 +20,15 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.layers import ModelGraph
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import Origin
-from mpsearch.search.controller import ends_first
-from mpsearch.search.trial import Workbench, channels_last
-from mpsearch.space import SearchSpace
+from mpsearch.space.order import ends_first
+from mpsearch.space.space import SearchSpace
 from mpsearch.study import StudySpec
 from mpsearch.task.task import Task
 from mpsearch.warmstart.allocate import Allocation, equivalent_bits, ilp_ladder, round_bits
 from mpsearch.warmstart.descent import Descent, Snapshot, descend
-from mpsearch.warmstart.sensitivity import SensitivityTable, measure
+from mpsearch.warmstart.sensitivity import measure
+from mpsearch.warmstart.table import SensitivityTable
+from mpsearch.workbench import Workbench, channels_last
 
 logger = logging.getLogger(__name__)
 
@@ -214,3 +215,10 @@ def sensitivity_table(proxy: str, task: Task, graph: ModelGraph, space: SearchSp
     table.save(path)
     logger.info("sensitivity (%s): %d entries in %.0f s", proxy, len(table), table.seconds)
     return table
+
+
+def start_weights(spec: StudySpec, warmstart: Path) -> Callable[[float], Mapping[str, Tensor] | None]:
+    """Relative cost -> the weights that a trial of this study starts from; None: the float model's."""
+    if not spec.warm_start.reuse_weights:
+        return lambda cost: None
+    return StartWeights(warmstart).at

@@ -11,8 +11,9 @@ from torch import nn
 import mpsearch
 from mpsearch.errors import ExportError
 from mpsearch.exporters.fit import Holds, fit
+from mpsearch.exporters.packages import PACKAGES, need
 from mpsearch.exporters.plain import plain_copy
-from mpsearch.exporters.targets import ALL_KINDS, TARGETS, need
+from mpsearch.exporters.targets import ALL_KINDS, TARGETS
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import BITS, LayerPrecision, PrecisionConfig
 from mpsearch.quant.prepare import quant_layers
@@ -108,9 +109,10 @@ def test_network_that_is_given_stays_as_it_is() -> None:
     assert torch.equal(given.model(X), before)
 
 
-def test_missing_package_is_named_with_its_extra() -> None:
+def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PACKAGES, "brevitas", ("no_such_thing",))
     with pytest.raises(ExportError, match=r"the package no_such_thing: pip install 'mpsearch\[brevitas\]'"):
-        need("brevitas", ("no_such_thing",), "brevitas")
+        need("brevitas")
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -18,9 +18,9 @@ from mpsearch.exporters import packed
 from mpsearch.graph.attention import OpenAttention, open_attention
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.prepare import quant_layers
-from mpsearch.search.trial import Workbench
 from mpsearch.study import DataSpec, TaskSpec, TrialSpec
 from mpsearch.task import load_task
+from mpsearch.workbench import Workbench
 
 N, L, S, E, HEADS = 3, 5, 7, 8, 2
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")

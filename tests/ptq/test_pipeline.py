@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import mpsearch
 from mpsearch.errors import PrecisionError, TaskError
+from mpsearch.exporters import native
 from mpsearch.precision import LayerPrecision
-from mpsearch.ptq.pipeline import PtqMethod, ptq, save_result
+from mpsearch.ptq.pipeline import PtqMethod, ptq
 from mpsearch.train import FitSettings, fit
 
 PER_TENSOR = LayerPrecision.parse("uniform:8/tensor", "uniform:8")
@@ -106,14 +107,14 @@ def test_every_stage_that_ran_is_timed_in_order(trained, digits) -> None:
 @pytest.mark.parametrize("data_free", [False, True])
 def test_an_export_gives_the_model_back(trained, digits, tmp_path: Path, data_free: bool) -> None:
     result = ptq(trained, PER_TENSOR, None if data_free else digits[0][:64], PtqMethod(rounding="nearest"))
-    save_result(result, tmp_path / "out", name="net", task="digits", metric="top1", accuracy={"val": 0.5})
+    native.save(result.network(name="net", task="digits", metric="top1", accuracy={"val": 0.5}), tmp_path / "out")
     loaded = mpsearch.load(MobileNet().eval(), tmp_path / "out")
     assert torch.equal(loaded(digits[2]), result.model(digits[2]))
 
 
 def test_an_export_of_another_network_is_refused_by_name(trained, digits, tmp_path: Path) -> None:
     result = ptq(trained, PER_TENSOR)
-    save_result(result, tmp_path / "out", name="net", task="digits", metric="top1", accuracy={})
+    native.save(result.network(name="net", task="digits", metric="top1", accuracy={}), tmp_path / "out")
     with pytest.raises(mpsearch.MpsearchError, match="structure"):
         mpsearch.load(nn.Sequential(nn.Linear(2, 2)), tmp_path / "out")
 

@@ -11,6 +11,7 @@ from torch import nn
 import mpsearch
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.problem import Problem, open_problem
 from mpsearch.qat.gdnsq import (
     GdnsqMethod,
     Penalty,
@@ -25,8 +26,7 @@ from mpsearch.qat.gdnsq import (
 from mpsearch.quant.gdnsq import GdnsqQuantizer
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers
 from mpsearch.quant.uniform import UniformQuantizer
-from mpsearch.search.run import Problem, open_problem
-from mpsearch.search.trial import Workbench
+from mpsearch.workbench import Workbench
 
 STEPS = 100
 

@@ -10,12 +10,14 @@ from torch import nn
 
 import mpsearch
 from mpsearch.errors import ExportError, PrecisionError
+from mpsearch.exporters import native
+from mpsearch.exporters.read import read_precisions
 from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.problem import Problem, open_problem
 from mpsearch.qat.pipeline import qat
 from mpsearch.qat.train import target_config, train_one
 from mpsearch.quant.prepare import prepare
 from mpsearch.quant.shift import SlopeSchedule
-from mpsearch.search.run import Problem, open_problem
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def test_weights_with_one_range_train_with_folded_norms(problem: Problem, tmp_pa
     trained = qat(task, config, problem.spec.trial)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in trained.model.modules())
     assert task.evaluate(trained.model, "val") > task.evaluate(task.float_model(), "val") - 0.1
-    trained.save(tmp_path / "out", name="m", task=task.name, metric=task.metric, accuracy={})
+    native.save(trained.network(name="m", task=task.name, metric=task.metric, accuracy={}), tmp_path / "out")
     x = task.calibration_input(16)
     again = mpsearch.load(task.float_model(), tmp_path / "out")
     assert torch.equal(again(x), trained.model(x))
@@ -74,7 +76,9 @@ def test_shift_trains_with_the_other_gradients_too(problem: Problem, gradient: s
 @pytest.mark.parametrize("method", ["qat", "gdnsq"])
 def test_train_one_scores_both_splits_and_prices_the_config(problem: Problem, method: str) -> None:
     seen: list[tuple[int, int]] = []
-    scored = train_one(problem, "w8a8", method, 0.5, 0, lambda step, steps, _loss: seen.append((step, steps)))
+    scored = train_one(
+        problem, LayerPrecision.shorthand("w8a8"), method, 0.5, 0, lambda step, steps, _loss: seen.append((step, steps))
+    )
     assert seen[-1][0] + 1 == seen[-1][1] == len(seen)
     assert scored.cost == pytest.approx(1.0)
     for split in ("val", "test"):
@@ -85,10 +89,10 @@ def test_train_one_scores_both_splits_and_prices_the_config(problem: Problem, me
 def test_a_target_is_for_every_layer_that_the_space_does_not_fix() -> None:
     study = mpsearch.load_study("digits", ["task.float_epochs=1", "space=digits_mixed"])
     space = open_problem(study).space
-    config, held = target_config(space, "w1a1")
+    config, fixed = target_config(space, read_precisions("w1a1"))
     assert set(config.values()) == {LayerPrecision.shorthand("w1a1")}
-    assert held == ()
-    config, _ = target_config(space, "shift:4 x float")
+    assert fixed == ()
+    config, _ = target_config(space, read_precisions("shift:4 x float"))
     assert {str(p) for p in config.values()} == {"shift:4/channel x float"}
 
 
@@ -99,23 +103,23 @@ def test_layers_that_the_space_fixes_are_named(problem: Problem, tmp_path: Path)
         "first: {weight: ['uniform:8'], activation: ['uniform:8']}\n"
     )
     space = open_problem(mpsearch.load_study("digits", ["task.float_epochs=3", f"space={path}"])).space
-    config, held = target_config(space, "w1a1")
-    assert f"{space.layers[0]} uniform:8/channel x uniform:8/tensor" in held
+    config, fixed = target_config(space, read_precisions("w1a1"))
+    assert f"{space.layers[0]} uniform:8/channel x uniform:8/tensor" in fixed
     assert str(config[space.layers[1]]) == "uniform:1/channel x uniform:1/tensor"
 
 
 def test_a_config_file_is_a_target(problem: Problem, tmp_path: Path) -> None:
     task = problem.task
     trained = qat(task, everywhere(problem, "apot:4", "uniform:5"), problem.spec.trial.model_copy(update={"steps": 1}))
-    trained.save(tmp_path / "out", name="m", task=task.name, metric=task.metric, accuracy={})
+    native.save(trained.network(name="m", task=task.name, metric=task.metric, accuracy={}), tmp_path / "out")
     for path in (tmp_path / "out", tmp_path / "out" / "precision.json"):
-        assert target_config(problem.space, str(path)) == (trained.config, ())
+        assert target_config(problem.space, read_precisions(str(path))) == (trained.config, ())
 
 
 def test_targets_that_cannot_be_read_are_refused(problem: Problem, tmp_path: Path) -> None:
     for text in ("four", "w4", "shift:9 x float", "uniform:4 x uniform:4/channel"):
         with pytest.raises(PrecisionError):
-            target_config(problem.space, text)
+            target_config(problem.space, read_precisions(text))
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ExportError):
-        target_config(problem.space, str(tmp_path / "x.json"))
+        target_config(problem.space, read_precisions(str(tmp_path / "x.json")))

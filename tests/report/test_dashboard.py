@@ -20,14 +20,15 @@ from typer.testing import CliRunner
 from mpsearch.cli import app
 from mpsearch.errors import RunError
 from mpsearch.exporters.read import read_config
+from mpsearch.problem import Problem, open_problem
 from mpsearch.record import RunFolder
 from mpsearch.report import dashboard
 from mpsearch.report.dashboard import Prepared, is_loopback, serving
 from mpsearch.report.gate import Gate
 from mpsearch.report.write import watch
-from mpsearch.search.run import Problem, open_problem, read_spec, run_study
+from mpsearch.search.run import run_study
 from mpsearch.search.view import open_view
-from mpsearch.study import parse_study
+from mpsearch.study import parse_study, read_spec
 
 STUDY = {
     "name": "quick",

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from plotly.offline import get_plotlyjs
 
+from mpsearch.debug.diagnosis import Attempt, Diagnosis, Histogram, LayerFacts, Score, TensorFacts
 from mpsearch.errors import RunError
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
-from mpsearch.ptq.debug import Attempt, Diagnosis, Histogram, LayerFacts, Score, TensorFacts
 from mpsearch.report import figures
 from mpsearch.report.debug_page import stage_rows, sweep_table, write_debug_page
 

@@ -27,7 +27,8 @@ from mpsearch.report.tables import (
     trials_table,
 )
 from mpsearch.search.front import pareto_front
-from mpsearch.space import Slot, parse_choices
+from mpsearch.space.choices import parse_choices
+from mpsearch.space.space import Slot
 
 
 def series(figure: object) -> dict[str, list[tuple[float, float]]]:

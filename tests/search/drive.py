@@ -18,7 +18,8 @@ from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.engine import Event, run_trials
 from mpsearch.search.view import open_view
-from mpsearch.space import SearchSpace, Slot, parse_choices
+from mpsearch.space.choices import parse_choices
+from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.study import EngineSpec, SearchSpec
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from mpsearch.search.compare import pack, paired, unpack
+from mpsearch.record import pack, unpack
+from mpsearch.search.compare import paired
 
 RANDOM = np.random.default_rng(0)
 A = RANDOM.random(1003) < 0.87

@@ -12,8 +12,9 @@ from drive import make_space, relative_cost, truth
 from mpsearch.errors import CostError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import TrialRecord
-from mpsearch.search.controller import SAMPLERS, Proposal, SearchController, ends_first
+from mpsearch.search.controller import SAMPLERS, Proposal, SearchController
 from mpsearch.search.stopping import NO_BARS, OPTIMISM, SLACK
+from mpsearch.space.order import ends_first
 from mpsearch.study import SearchSpec
 
 LADDER = 8  # rungs of the toy's ladder, from 8 bits to 1

@@ -10,11 +10,10 @@ import pytest
 from drive import make_space
 
 import mpsearch
-from mpsearch.record import FinalRecord, Origin, RunFolder, TrialRecord
-from mpsearch.search.compare import pack
+from mpsearch.problem import open_problem
+from mpsearch.record import FinalRecord, Origin, RunFolder, TrialRecord, pack
 from mpsearch.search.finalize import final_rows, final_table, finalize, proxies
 from mpsearch.search.front import pareto_front
-from mpsearch.search.run import open_problem
 
 COLD = ("warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0")
 SPACE = make_space()

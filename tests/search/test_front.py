@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from mpsearch.errors import CostError, RunError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
-from mpsearch.record import Origin, TrialRecord, TrialState, WallTime
-from mpsearch.search.compare import pack, paired
+from mpsearch.record import Origin, TrialRecord, TrialState, WallTime, pack
+from mpsearch.search.compare import paired
 from mpsearch.search.front import (
     Progress,
     gains_over_controls,

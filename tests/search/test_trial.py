@@ -10,19 +10,21 @@ import pytest
 import torch
 from torch import nn
 
+from mpsearch import workbench
 from mpsearch.compiler import compiler_missing
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise
-from mpsearch.search import trial
-from mpsearch.search.compare import unpack
+from mpsearch.record import unpack
 from mpsearch.search.stopping import Bars
-from mpsearch.search.trial import NEAR, SETTLED, Score, Workbench, run_trial
-from mpsearch.space import build_space, load_space
+from mpsearch.search.trial import NEAR, SETTLED, run_trial
+from mpsearch.space.build import build_space
+from mpsearch.space.spec import load_space
 from mpsearch.study import TrialSpec, load_study
 from mpsearch.task.load import load_task
 from mpsearch.task.task import Answering, Task
 from mpsearch.train import FitResult
+from mpsearch.workbench import Score, Workbench
 
 SETTINGS = TrialSpec(steps=20, batch_size=32, bn_batches=4, precision="fp32", calibration_samples=64)
 
@@ -161,16 +163,16 @@ def test_compilation_is_asked_for_where_quantizers_have_enough_to_do(
     task: Task, bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a_sample = sum(layer.calls * math.prod(layer.input_shape) for layer in bench.layers)
-    monkeypatch.setattr(trial, "WORTH_COMPILING", SETTINGS.steps * SETTINGS.batch_size * a_sample)
+    monkeypatch.setattr(workbench, "WORTH_COMPILING", SETTINGS.steps * SETTINGS.batch_size * a_sample)
     assert fused(Workbench(task, SETTINGS))
-    monkeypatch.setattr(trial, "WORTH_COMPILING", SETTINGS.steps * SETTINGS.batch_size * a_sample + 1)
+    monkeypatch.setattr(workbench, "WORTH_COMPILING", SETTINGS.steps * SETTINGS.batch_size * a_sample + 1)
     assert not fused(Workbench(task, SETTINGS))
 
 
 def test_a_missing_compiler_means_eager_trials_and_is_said(
     task: Task, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("mpsearch.search.trial.compiler_missing", lambda: "no C++ compiler was found")
+    monkeypatch.setattr("mpsearch.workbench.compiler_missing", lambda: "no C++ compiler was found")
     bench = Workbench(task, SETTINGS.model_copy(update={"compile": True}))
     assert not fused(bench)
     assert "torch.compile is not used: no C++ compiler was found" in caplog.text

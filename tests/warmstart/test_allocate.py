@@ -14,10 +14,12 @@ from mpsearch.cost.model import COST_MODELS, RelativeCost
 from mpsearch.errors import CostError, PrecisionError, SpaceError
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import PrecisionConfig
-from mpsearch.space import SearchSpace, build_space, parse_space
+from mpsearch.space.build import build_space
+from mpsearch.space.space import SearchSpace
+from mpsearch.space.spec import parse_space
 from mpsearch.warmstart.allocate import allocate, equivalent_bits, ilp_ladder, linear_change, noise_change, round_bits
-from mpsearch.warmstart.sensitivity import SensitivityTable
 from mpsearch.warmstart.start import global_combinations
+from mpsearch.warmstart.table import SensitivityTable
 
 
 def layer(i: int, macs: int, **more) -> LayerInfo:

@@ -13,13 +13,14 @@ import mpsearch
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import SpaceError, StudyError
 from mpsearch.precision import Precision, PrecisionConfig
+from mpsearch.problem import Problem, open_problem
 from mpsearch.quant.uniform import UniformQuantizer
 from mpsearch.record import RunFolder
-from mpsearch.search.run import Problem, open_problem, resume_study
-from mpsearch.search.trial import Workbench
+from mpsearch.search.run import resume_study
 from mpsearch.warmstart import start
 from mpsearch.warmstart.descent import BitCost, BitQuantizer, Descent, descend, on_budget
 from mpsearch.warmstart.start import StartWeights, rounded, warm_start
+from mpsearch.workbench import Workbench
 
 BUDGETS = (0.5, 0.25)
 STEPS = 80

@@ -13,7 +13,7 @@ from mpsearch.errors import RunError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import TrialRecord
 from mpsearch.warmstart.rank import proxy_tau, trials_frame
-from mpsearch.warmstart.sensitivity import SensitivityTable
+from mpsearch.warmstart.table import SensitivityTable
 
 
 def trials(count: int = 40, seed: int = 0) -> pd.DataFrame:

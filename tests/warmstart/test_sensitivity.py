@@ -17,7 +17,8 @@ from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, set_precision, weight_rows
 from mpsearch.quant.ranges import activation_range, weight_step
 from mpsearch.task.networks import DigitsCNN
-from mpsearch.warmstart.sensitivity import SensitivityTable, divergences, fit, measure, sqnr
+from mpsearch.warmstart.sensitivity import divergences, fit, measure, sqnr
+from mpsearch.warmstart.table import SensitivityTable
 
 
 @torch.no_grad()

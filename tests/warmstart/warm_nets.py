@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.graph.layers import LayerInfo, inspect_model
-from mpsearch.space import SearchSpace, build_space, parse_space
+from mpsearch.space.build import build_space
+from mpsearch.space.space import SearchSpace
+from mpsearch.space.spec import parse_space
 
 
 class Residual(nn.Module):

@@ -11,20 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mpsearch.debug.advice import Advice, advise, document
+from mpsearch.debug.diagnosis import Attempt, Diagnosis, LayerFacts, Score, TensorFacts
+from mpsearch.debug.measure import channel_ratio, diagnose
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
-from mpsearch.ptq.debug import (
-    Advice,
-    Attempt,
-    Diagnosis,
-    LayerFacts,
-    Score,
-    TensorFacts,
-    advise,
-    channel_ratio,
-    diagnose,
-    document,
-)
 from mpsearch.quant.prepare import prepare
 from mpsearch.study import DataSpec, TaskSpec
 from mpsearch.task import ClassificationTask, load_task

@@ -18,7 +18,10 @@ from mpsearch.errors import PrecisionError, SpaceError
 from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.quant.levels import apot_magnitudes, shift_magnitudes
-from mpsearch.space import SearchSpace, Slot, build_space, load_space, parse_choices, parse_space, space_names
+from mpsearch.space.build import build_space
+from mpsearch.space.choices import parse_choices
+from mpsearch.space.space import SearchSpace, Slot
+from mpsearch.space.spec import load_space, parse_space, space_names
 
 
 def layer(name: str, **facts: Any) -> LayerInfo:

@@ -1,0 +1,147 @@
+"""What a diagnosis measured: values, and the questions that they answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mpsearch.precision import BITS, FLOAT, LayerPrecision, Precision, PrecisionConfig
+
+Side = Literal["weight", "activation"]
+Part = Literal["weights", "activations", "all"]
+Action = Literal["harness", "none", "cle", "per_channel", "adaround", "bias_correction", "min_max", "more_bits", "qat"]
+SIDES: Mapping[Side, Part] = {"weight": "weights", "activation": "activations"}
+
+TOLERANCE = 0.01
+"""The share of the float score that may be lost: a part that loses more is a problem."""
+
+SANE = 1e-4
+"""Nats that folding and rounding in float32 may move the logits."""
+
+WORST = 3
+"""Layers of a side that are looked at closely."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How a network does beside the float one, on the same samples."""
+
+    accuracy: float  # the task's metric
+    divergence: float  # of its logits from the float model's, nats
+    changed: float  # share of samples with another first answer
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """One layer's weight or input, quantized alone in a network that is float otherwise."""
+
+    precision: Precision
+    sqnr_db: float  # 10 log10(E[x^2] / E[(x - q(x))^2]); of an input over all its values on val
+    alone: Score
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """One layer; what the config leaves float is None."""
+
+    name: str
+    kind: str
+    channel_ratio: float  # max|w| of the largest output channel over that of the median one
+    weight: TensorFacts | None
+    activation: TensorFacts | None
+
+    def side(self, side: Side) -> TensorFacts | None:
+        """The weight's or the activation's facts."""
+        return self.weight if side == "weight" else self.activation
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Values of one tensor, counted in the same bins before and after quantization."""
+
+    layer: str
+    side: Side
+    precision: Precision
+    edges: tuple[float, ...]  # (bins + 1,)
+    before: tuple[int, ...]  # (bins,)
+    after: tuple[int, ...]  # (bins,)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A remedy, tried alone with only one side quantized."""
+
+    action: Action
+    side: Side
+    layers: tuple[str, ...]  # that it was tried on; empty: all
+    score: Score
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that was measured. Where the sanity check failed, nothing behind it was."""
+
+    config: PrecisionConfig
+    metric: str  # what an accuracy is
+    samples: int  # of the validation split
+    float_accuracy: float
+    sanity: Score  # quantizers inserted, everything at float precision
+    parts: Mapping[Part, Score]
+    layers: tuple[LayerFacts, ...]
+    histograms: tuple[Histogram, ...]  # of the worst layers
+    attempts: tuple[Attempt, ...]
+    notes: tuple[str, ...]  # what was left out and why
+    seconds: float
+
+    @property
+    def sane(self) -> bool:
+        """Whether inserting quantizers alone leaves the network as it was."""
+        return self.sanity.divergence <= SANE
+
+    def drop(self, score: Score) -> float:
+        """The accuracy lost against the float model."""
+        return self.float_accuracy - score.accuracy
+
+    def drop_error(self, score: Score) -> float:
+        """A bound on the standard error of `drop`, which only samples with another answer contribute to."""
+        return math.sqrt(score.changed / self.samples)
+
+    def harmful(self, part: Part) -> bool:
+        """Whether a part loses more than the tolerance; NaN does."""
+        return not self.drop(self.parts[part]) <= TOLERANCE * self.float_accuracy
+
+    def ranked(self, side: Side) -> list[tuple[LayerFacts, TensorFacts]]:
+        """The layers quantized on this side, the one that moves the logits most first."""
+        found = [(layer, facts) for layer in self.layers if (facts := layer.side(side)) is not None]
+        return sorted(found, key=lambda pair: worst_first(pair[1].alone.divergence))
+
+    def worst(self, side: Side) -> tuple[str, ...]:
+        """The first layers of `ranked`, until they have half of the sum of all divergences, `WORST` at most."""
+        ranked = self.ranked(side)
+        half = sum(facts.alone.divergence for _, facts in ranked) / 2
+        chosen: list[str] = []
+        for layer, facts in ranked[:WORST]:
+            chosen.append(layer.name)
+            half -= facts.alone.divergence
+            if half <= 0:
+                break
+        return tuple(chosen)
+
+
+def widened(config: PrecisionConfig, names: Sequence[str]) -> PrecisionConfig:
+    """The config with twice the bits for the layers named, or the most that their quantizer has, or else float."""
+
+    def wider(precision: Precision) -> Precision:
+        bits = min(2 * precision.bits, max(BITS[precision.quantizer]))
+        return FLOAT if bits == precision.bits else replace(precision, bits=bits)
+
+    return config.replace(
+        **{name: LayerPrecision(wider(config[name].weight), wider(config[name].activation)) for name in names}
+    )
+
+
+def worst_first(divergence: float) -> float:
+    """Key to sort divergences by: the largest first, NaN before all."""
+    return -math.inf if math.isnan(divergence) else -divergence

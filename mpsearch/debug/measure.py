@@ -1,0 +1,317 @@
+"""Where a quantized network loses its accuracy, and what to try: the white paper's debugging flow (arXiv 2106.08295).
+
+    32-bit sanity -> weights alone, activations alone -> each layer alone -> its values -> remedies, each tried alone
+
+`diagnose` measures, `advise` is the decision tree over what was measured. Scores are of the validation split only;
+ranges are of least squared error, on training data. BatchNorm is folded first, because a folded weight is what a scale
+has to cover. The accuracy that one layer costs is often within the noise of the sample, so layers are ranked by how far
+they move the logits: the Jeffreys divergence from the float model's, in nats.
+
+We differ from the paper in trying the remedies that take seconds (one scale per channel, equalization, bias
+correction, min-max ranges, more bits for the worst layers) instead of advising them by rule.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.debug.diagnosis import (
+    SIDES,
+    Attempt,
+    Diagnosis,
+    Histogram,
+    LayerFacts,
+    Score,
+    Side,
+    TensorFacts,
+    widened,
+)
+from mpsearch.errors import PrecisionError, TaskError
+from mpsearch.graph.layers import LayerInfo, inspect_model
+from mpsearch.precision import FLOAT, LayerPrecision, PrecisionConfig
+from mpsearch.ptq.bias import correct_bias_empirically
+from mpsearch.ptq.equalize import equalize
+from mpsearch.ptq.flow import trace
+from mpsearch.ptq.fold import FloatNet, fold_batch_norms
+from mpsearch.ptq.pipeline import set_activation_ranges
+from mpsearch.quant.prepare import (
+    RangeSetter,
+    check_names,
+    insert_quantizers,
+    quant_layers,
+    set_precision,
+    weight_rows,
+)
+from mpsearch.task.task import Task
+from mpsearch.train import jeffreys
+
+CALIBRATION_SAMPLES = 512
+BINS = 80
+HISTOGRAM_SAMPLES = 4096  # activations kept of each layer and batch
+
+
+def diagnose(
+    task: Task, config: PrecisionConfig | LayerPrecision, on_stage: Callable[[str], None] = lambda stage: None
+) -> Diagnosis:
+    """Measure where `config` costs the task's network its accuracy.
+
+    Args:
+        task: its val split is scored some (2 x layers + 10) times: give a sampled one.
+        config: a precision for each quantizable layer, or one for all of them.
+        on_stage: told what is measured next.
+
+    Raises:
+        PrecisionError: the config does not fit the network.
+        TaskError: the network cannot be inspected.
+    """
+    began = time.perf_counter()
+    on_stage("float model, and quantizers at 32 bits")
+    model, calibration_input = task.float_model(), task.calibration_input(CALIBRATION_SAMPLES)
+    layers = inspect_model(model, calibration_input).layers
+    config = _config(config, layers)
+    net = fold_batch_norms(model, layers)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = _Scorer(task, model.to(device))
+    bench = _Bench(net, layers, config, calibration_input, scorer, device)
+    sanity = bench.score(_keep(config, None))
+    found = Diagnosis(
+        config, task.metric, scorer.samples, scorer.float_accuracy, sanity, {}, (), (), (), net.notes, 0.0
+    )
+    if found.sane:
+        on_stage("weights, activations, all")
+        found = replace(
+            found,
+            parts={
+                "weights": bench.score(_keep(config, "weight")),
+                "activations": bench.score(_keep(config, "activation")),
+                "all": bench.score(config),
+            },
+        )
+        on_stage(f"{len(config)} layers one by one")
+        found = replace(found, layers=tuple(bench.facts(layer) for layer in layers if layer.name in config))
+        on_stage("remedies")
+        untraced = () if trace(net.model) else ("no cross-layer equalization: torch.fx cannot trace the model",)
+        found = replace(
+            found,
+            notes=net.notes + untraced,
+            histograms=tuple(bench.histogram(name, side) for side in SIDES for name in found.worst(side)),
+            attempts=tuple(_attempts(found, bench)),
+        )
+    return replace(found, seconds=time.perf_counter() - began)
+
+
+class _Scorer:
+    """Scores networks beside the float one."""
+
+    def __init__(self, task: Task, float_model: nn.Module) -> None:
+        self.task = task
+        self.float_accuracy, self._logits = self._run(float_model)
+        self.samples = len(self._logits)
+
+    def __call__(self, model: nn.Module) -> Score:
+        accuracy, logits = self._run(model)
+        changed = logits.argmax(dim=1) != self._logits.argmax(dim=1)
+        return Score(accuracy, float(jeffreys(logits, self._logits)), float(changed.float().mean()))
+
+    def _run(self, model: nn.Module) -> tuple[float, Tensor]:
+        """The accuracy on val, and the logits `(n, classes)` that it came from."""
+        kept: list[Tensor] = []
+
+        def keep(_model: nn.Module, _args: Any, output: Any) -> None:
+            kept.append(self.task.logits(output).detach().float().cpu())
+
+        handle = model.register_forward_hook(keep)
+        try:
+            accuracy = self.task.evaluate(model, "val")
+        finally:
+            handle.remove()
+        if not kept:
+            raise TaskError(f"evaluate of task '{self.task.name}' did not call the model that it was given")
+        return accuracy, torch.cat(kept)
+
+
+class _Bench:
+    """One float network, prepared once: every config is a matter of buffers."""
+
+    def __init__(
+        self,
+        net: FloatNet,
+        layers: Sequence[LayerInfo],
+        config: PrecisionConfig,
+        calibration_input: Any,
+        scorer: _Scorer,
+        device: torch.device,
+    ) -> None:
+        self.net, self.layers, self.config, self.calibration_input = net, layers, config, calibration_input
+        self._scorer, self._device = scorer, device
+        self._ranges = RangeSetter(net.model, layers, calibration_input)
+        self._quantized = insert_quantizers(net.model, layers, config.offers).to(device)
+        self._inputs: dict[str, tuple[float, Tensor]] = {}
+
+    def score(self, config: PrecisionConfig) -> Score:
+        return self._scorer(self.under(config))
+
+    def score_model(self, model: nn.Module) -> Score:
+        return self._scorer(model.to(self._device))
+
+    def under(self, config: PrecisionConfig) -> nn.Module:
+        set_precision(self._quantized, config, self._ranges)
+        return self._quantized
+
+    def equalized(self) -> _Bench | None:
+        """The same after cross-layer equalization; None where there is nothing to equalize."""
+        flow = trace(self.net.model)
+        if flow is None or not flow.chains():
+            return None
+        net = equalize(self.net)
+        return _Bench(net, self.layers, self.config, self.calibration_input, self._scorer, self._device)
+
+    def facts(self, layer: LayerInfo) -> LayerFacts:
+        """One layer's two tensors, each quantized alone."""
+        precision = self.config[layer.name]
+
+        def alone(side: Side) -> Score:
+            return self.score(_only(self.config, layer.name, side))
+
+        weight = activation = None
+        if not precision.weight.is_float:
+            weight = TensorFacts(precision.weight, _sqnr_db(*self._weights(layer.name)), alone("weight"))
+        if not precision.activation.is_float:
+            activation = TensorFacts(precision.activation, self._input(layer.name)[0], alone("activation"))
+        kind = "depthwise" if layer.depthwise else layer.kind
+        ratio = channel_ratio(weight_rows(quant_layers(self._quantized)[layer.name]))
+        return LayerFacts(layer.name, kind, ratio, weight, activation)
+
+    @torch.no_grad()
+    def histogram(self, name: str, side: Side) -> Histogram:
+        """A layer's weight, or a sample of its input on val, before and after quantization."""
+        if side == "weight":
+            before, after = self._weights(name)
+            precision = self.config[name].weight
+        else:
+            before, precision = self._input(name)[1], self.config[name].activation
+            self.under(self.config)
+            after = quant_layers(self._quantized)[name].input_quantizer(before)
+        values = torch.stack([before.flatten(), after.flatten()]).float().cpu()
+        edges = torch.histogram(values.flatten(), BINS).bin_edges
+        before_counts, after_counts = (tuple(torch.histogram(row, edges).hist.int().tolist()) for row in values)
+        return Histogram(name, side, precision, tuple(edges.tolist()), before_counts, after_counts)
+
+    @torch.no_grad()
+    def _weights(self, name: str) -> tuple[Tensor, Tensor]:
+        layer = quant_layers(self.under(self.config))[name]
+        assert isinstance(layer.weight, Tensor)
+        return layer.weight.detach(), layer.quantized_weight()
+
+    def _input(self, name: str) -> tuple[float, Tensor]:
+        """SQNR of a layer's input on val, over all values, and a sample of these; one pass serves all layers."""
+        if not self._inputs:
+            self._inputs = self._listen()
+        return self._inputs[name]
+
+    @torch.no_grad()
+    def _listen(self) -> dict[str, tuple[float, Tensor]]:
+        layers = quant_layers(self.under(self.config))
+        power = dict.fromkeys(layers, 0.0)
+        noise = dict.fromkeys(layers, 0.0)
+        samples: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+        def listen(name: str) -> Any:
+            def hook(_layer: nn.Module, args: tuple[Any, ...]) -> None:
+                x: Tensor = args[0].float()
+                power[name] += float(x.square().sum())
+                noise[name] += float((x - layers[name].input_quantizer(x)).square().sum())
+                flat = x.flatten()
+                # An odd stride walks through all channels and positions, whatever the shape.
+                samples[name].append(flat[:: max(1, flat.numel() // HISTOGRAM_SAMPLES) | 1])
+
+            return hook
+
+        model = copy.deepcopy(self.net.model).to(self._device)
+        for name in layers:
+            model.get_submodule(name).register_forward_pre_hook(listen(name))
+        self._scorer.task.evaluate(model, "val")
+        return {name: (_decibel(power[name], noise[name]), torch.cat(samples[name])) for name in layers}
+
+
+def _attempts(found: Diagnosis, bench: _Bench) -> Iterator[Attempt]:
+    """The remedies of each side that is a problem, in the order of the flow."""
+    sides = [side for side in SIDES if found.harmful(SIDES[side])]
+    equalized = bench.equalized() if sides else None
+    for side in sides:
+        config = _keep(bench.config, side)
+        if equalized is not None:
+            yield Attempt("cle", side, (), equalized.score(config))
+        if side == "weight":
+            yield from _weight_attempts(bench, config)
+        elif all(layer.activation.quantizer in ("uniform", "float") for layer in config.values()):
+            model = copy.deepcopy(bench.under(_keep(config, None))).cpu()
+            set_activation_ranges(model, config, bench.calibration_input, "min_max")
+            yield Attempt("min_max", side, (), bench.score_model(model))
+        worst = found.worst(side)
+        yield Attempt("more_bits", side, worst, bench.score(widened(config, worst)))
+
+
+def _weight_attempts(bench: _Bench, config: PrecisionConfig) -> Iterator[Attempt]:
+    shared = tuple(
+        n for n, layer in config.items() if not layer.weight.is_float and layer.weight.granularity == "tensor"
+    )
+    if shared:
+        per_channel = config.replace(
+            **{n: LayerPrecision(replace(config[n].weight, granularity="channel"), FLOAT) for n in shared}
+        )
+        yield Attempt("per_channel", "weight", shared, bench.score(per_channel))
+    model = copy.deepcopy(bench.under(config)).cpu()
+    correct_bias_empirically(model, bench.net.model, bench.calibration_input)
+    yield Attempt("bias_correction", "weight", (), bench.score_model(model))
+
+
+def channel_ratio(rows: Tensor) -> float:
+    """max|w| of the largest channel of `rows` (channels, n) over that of the median one; dead channels do not count."""
+    largest = rows.abs().amax(dim=1)
+    largest = largest[largest > 0]
+    return float(largest.max() / largest.median()) if len(largest) else 1.0
+
+
+def _sqnr_db(x: Tensor, q: Tensor) -> float:
+    return _decibel(float(x.square().mean()), float((x - q).square().mean()))
+
+
+def _decibel(power: float, noise: float) -> float:
+    return math.nan if not power > 0 else math.inf if noise == 0 else 10 * math.log10(power / noise)
+
+
+def _config(config: PrecisionConfig | LayerPrecision, layers: Sequence[LayerInfo]) -> PrecisionConfig:
+    names = {layer.name: layer for layer in layers if layer.reason is None}
+    if not names:
+        raise PrecisionError("the network has no layer that can be quantized: see `mpsearch inspect` for the reasons")
+    if isinstance(config, LayerPrecision):
+        return PrecisionConfig.uniform(names, config)
+    check_names(config, names)
+    return config
+
+
+def _keep(config: PrecisionConfig, side: Side | None) -> PrecisionConfig:
+    """The config with everything float but the weights, or but the activations; None: everything."""
+    return PrecisionConfig(
+        (
+            name,
+            LayerPrecision(
+                layer.weight if side == "weight" else FLOAT, layer.activation if side == "activation" else FLOAT
+            ),
+        )
+        for name, layer in config.items()
+    )
+
+
+def _only(config: PrecisionConfig, name: str, side: Side) -> PrecisionConfig:
+    """The config with everything float but one tensor of one layer."""
+    return _keep(config, None).replace(**{name: _keep(config, side)[name]})

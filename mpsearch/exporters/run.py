@@ -1,0 +1,45 @@
+"""Export a trial of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mpsearch.exporters.export import Exported, export
+from mpsearch.exporters.targets import find_target
+from mpsearch.problem import open_problem
+from mpsearch.quant.network import QuantizedNetwork
+from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.search.front import pick as pick_trial
+from mpsearch.search.kept import trained_model
+from mpsearch.study import read_spec
+
+
+def export_run(
+    run: str | Path, pick: str, to: str, path: str | Path, *, allow_lossy: bool = False
+) -> tuple[Exported, TrialRecord, Mapping[str, float | None]]:
+    """Export the trial of a run that `pick` names, with its finally trained weights if it was finalized.
+
+    Returns:
+        where it is and what was converted, the trial, and the accuracies by split of the weights that were exported.
+
+    Raises:
+        MpsearchError: no such run, trial or format, or the export cannot be written.
+    """
+    find_target(to)  # before anything is trained again
+    folder = RunFolder.open(run)
+    record = pick_trial(folder.records(), pick)
+    problem = open_problem(read_spec(folder))
+    model, measured = trained_model(problem, folder, record)
+    spec = problem.spec
+    network = QuantizedNetwork(
+        model,
+        problem.graph.layers,
+        name=spec.task.model or spec.task.factory or problem.task.name,
+        task=problem.task.name,
+        metric=problem.task.metric,
+        accuracy=measured,
+        cost={"model": spec.cost.model, "reference": spec.cost.reference, "relative": problem.cost(record.config)},
+        example_input=problem.task.calibration_input(2),
+    )
+    return export(network, to, path, allow_lossy=allow_lossy), record, measured

@@ -1,0 +1,124 @@
+"""From a search space as it is written to the slots of one network:
+
+rules (later ones override) -> first and last layer -> fixed -> groups (same tensor, same weight, tied) -> slots
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import reduce
+
+from mpsearch.errors import SpaceError
+from mpsearch.graph.groups import connected
+from mpsearch.graph.layers import LayerInfo
+from mpsearch.precision import Precision
+from mpsearch.quant.levels import apot_terms
+from mpsearch.space.choices import TENSORS, TensorName, listing, near, precision_order
+from mpsearch.space.space import SearchSpace, Slot
+from mpsearch.space.spec import SpaceSpec
+
+
+def build_space(spec: SpaceSpec, layers: Iterable[LayerInfo]) -> SearchSpace:
+    """Apply a search space to the layers of one network; layers with a `reason` take no part.
+
+    Raises:
+        SpaceError: a pattern matches no layer, a layer has no choices, or layers that must agree have none in common.
+    """
+    layers = tuple(layers)
+    free = tuple(layer for layer in layers if layer.reason is None)
+    if not free:
+        raise SpaceError(f"space '{spec.name}' has no layer to work on: the network has none that can be quantized")
+    patterns = [rule.match for rule in spec.rules] + [*spec.fixed] + [p for tie in spec.tied for p in tie]
+    for pattern in patterns:
+        _check_pattern(pattern, layers, spec.name)
+    choices = _choices(spec, free)
+    slots = [slot for tensor in TENSORS for slot in _slots(tensor, spec, free, choices)]
+    position = {layer.name: index for index, layer in enumerate(free)}
+    slots.sort(key=lambda slot: (position[slot.layers[0]], TENSORS.index(slot.tensor)))
+    return SearchSpace(spec.name, tuple(position), tuple(slots))
+
+
+def _check_pattern(pattern: str, layers: Sequence[LayerInfo], space: str) -> None:
+    found = [layer for layer in layers if fnmatchcase(layer.name, pattern)]
+    if not found:
+        raise SpaceError(
+            f"pattern '{pattern}' in space '{space}' matches none of the {len(layers)} layers: "
+            + near(pattern, [layer.name for layer in layers])
+        )
+    if all(layer.reason is not None for layer in found):
+        raise SpaceError(
+            f"pattern '{pattern}' in space '{space}' matches only layers that cannot be quantized: "
+            f"'{found[0].name}', because {found[0].reason}; take it out"
+        )
+
+
+_ChoicesOf = dict[tuple[str, TensorName], tuple[Precision, ...]]
+
+
+def _choices(spec: SpaceSpec, layers: Sequence[LayerInfo]) -> _ChoicesOf:
+    """The choices of every tensor of every layer, before layers have to agree."""
+    choices: _ChoicesOf = {}
+    for rule in spec.rules:
+        for layer in filter(rule.applies, layers):
+            choices |= {(layer.name, tensor): given for tensor, given in rule.given()}
+    ends = [("first", spec.first, layers[0]), ("last", spec.last, layers[-1])]
+    for key, end, layer in ends:
+        if end is None:
+            continue
+        if any(rule.match == layer.name for rule in spec.rules):
+            raise SpaceError(
+                f"a rule names '{layer.name}', the {key} layer, for which `{key}` holds (8 bits unless it is given): "
+                f"say what it may take under `{key}`, or write `{key}: search` to let the rule hold"
+            )
+        choices |= {(layer.name, tensor): given for tensor, given in end.given()}
+    for pattern, fixed in spec.fixed.items():
+        for layer in layers:
+            if fnmatchcase(layer.name, pattern):
+                choices |= {(layer.name, tensor): given for tensor, given in fixed.given()}
+    for tensor in TENSORS:
+        missing = [layer.name for layer in layers if (layer.name, tensor) not in choices]
+        if missing:
+            raise SpaceError(
+                f"space '{spec.name}' has no {tensor} rule for {len(missing)} of {len(layers)} layers: "
+                f'{listing(missing)}; add a rule that matches them, or `match: "*"` as the first one'
+            )
+    return choices
+
+
+def _slots(tensor: TensorName, spec: SpaceSpec, layers: Sequence[LayerInfo], choices: _ChoicesOf) -> Iterator[Slot]:
+    """One slot for each set of layers that must agree, with the choices that all of them have, each quantizer once."""
+    shared = [
+        [
+            ("group", layer.weight_group if tensor == "weight" else layer.input_group),
+            *(("tied", i) for i, tie in enumerate(spec.tied) if any(fnmatchcase(layer.name, p) for p in tie)),
+        ]
+        for layer in layers
+    ]
+    why = "the same weight" if tensor == "weight" else "the same input tensor"
+    by_name = {layer.name: layer for layer in layers}
+    members: dict[int, list[str]] = {}
+    for layer, first in zip(layers, connected(shared), strict=True):
+        members.setdefault(first, []).append(layer.name)
+    for names in members.values():
+        common = reduce(set.intersection, (set(choices[name, tensor]) for name in names))
+        if not common:
+            offers = "; ".join(f"'{name}': {listing(choices[name, tensor])}" for name in names[:6])
+            raise SpaceError(
+                f"these layers must share one {tensor} precision in space '{spec.name}' (they are tied, or have {why}) "
+                f"and have none in common: {offers}; give them a common choice"
+            )
+        signed = {tensor == "weight" or by_name[name].signed_input for name in names}
+        doubled = {c for c in common if all(_as_shift(c, s) in common for s in signed)}
+        yield Slot(tensor, tuple(names), tuple(sorted(common - doubled, key=precision_order)))
+
+
+def _as_shift(choice: Precision, signed: bool) -> Precision | None:
+    """The shift precision with the same levels as an APoT precision of one term; None for any other precision.
+
+    They are one quantizer at one cost: a search that has both would try everything twice.
+    """
+    if choice.quantizer != "apot" or len(apot_terms(choice.bits, signed)) > 1:
+        return None
+    return replace(choice, quantizer="shift")

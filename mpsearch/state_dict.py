@@ -1,0 +1,42 @@
+"""State dicts of quantized networks: what they hold, and how they are loaded and saved."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, each tensor with memory of its own (safetensors refuses shared memory)."""
+    return {
+        name.removeprefix("_orig_mod."): value.detach().cpu().clone().contiguous()
+        for name, value in model.state_dict().items()
+    }
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> list[str]:
+    """Load a state dict that was in a file: it has lost its version numbers, by which some modules convert old ones.
+
+    Returns:
+        the names that the model does not have: none if `strict`.
+
+    Raises:
+        RuntimeError: the tensors are not those of the model.
+    """
+    current = model.state_dict()
+    given = OrderedDict(tensors)
+    given._metadata = getattr(current, "_metadata", {})  # type: ignore[attr-defined]
+    return list(model.load_state_dict(given, strict=strict).unexpected_keys)
+
+
+@torch.no_grad()
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write a state dict to one safetensors file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(state(model), temporary)
+    temporary.replace(path)
