@@ -88,9 +88,9 @@ def descended(problem: Problem, seed: int, options: argparse.Namespace) -> Desce
     if not (folder / "descent.json").exists():
         print(f"seed {seed}, {time.strftime('%H:%M:%S')}", file=sys.stderr, flush=True)
         torch.manual_seed(seed)
-        bench = Workbench(problem.task, problem.spec.trial.model_copy(update={"steps": options.steps}))
+        workbench = Workbench(problem.task, problem.spec.trial.model_copy(update={"steps": options.steps}))
         budgets = [float(budget) for budget in options.budgets.split(",")]
-        made = descend(bench, problem.space, problem.cost, budgets, options.steps, seed, spread=options.spread)
+        made = descend(workbench, problem.space, problem.cost, budgets, options.steps, seed, spread=options.spread)
         made.save(folder)
     return Descent.load(folder)
 

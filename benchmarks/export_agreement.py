@@ -132,7 +132,7 @@ class Bench:
     def __init__(self, study: str) -> None:
         self.study = study
 
-    @cache  # noqa: B019 - there is one bench
+    @cache  # noqa: B019 - there is one workbench
     def network(self, name: str) -> tuple[nn.Module, Tensor, Tensor, ModelGraph]:
         """The float network, images to set ranges on, images to compare on, and the layers."""
         task = load_task(load_study("digits" if name == "digits" else self.study).task)
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=results)
     parser.add_argument("--print", action="store_true", dest="only_print")
     options = parser.parse_args()
-    bench = Bench(options.study)
+    workbench = Bench(options.study)
     for name in [] if options.only_print else options.networks:
         for target in options.only:
             for config in (config for config in NETWORKS[name] if config in TARGETS[target][2]):
@@ -214,7 +214,7 @@ def main() -> None:
                 if any(all(row[k] == v for k, v in key.items()) for row in read(options.results)):
                     continue
                 try:
-                    row = key | bench.row(target, name, config)
+                    row = key | workbench.row(target, name, config)
                 except Exception as error:  # one row's failure is said, the others are made
                     print(f"{target}, {name}, {config}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                     continue

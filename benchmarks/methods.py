@@ -135,17 +135,17 @@ class Runner:
         distill = options.pop("distill", True)
         settings = spec.model_copy(update={"steps": steps, "seed": seed, "distill": distill})
         if row.method == "gdnsq":
-            return gdnsq(self.task, config, self._bench(settings, None), steps, seed, GdnsqMethod(**options), _say)
+            return gdnsq(self.task, config, self._workbench(settings, None), steps, seed, GdnsqMethod(**options), _say)
         if "slope" in options:
             options["slope"] = SlopeSchedule(*options["slope"])
-        return qat(self.task, config, settings, _say, self._bench(settings, config), **options)
+        return qat(self.task, config, settings, _say, self._workbench(settings, config), **options)
 
-    def _bench(self, settings: Any, config: PrecisionConfig | None) -> Workbench:
-        bench = Workbench(self.task, settings, offers={} if config is None else config.offers)
+    def _workbench(self, settings: Any, config: PrecisionConfig | None) -> Workbench:
+        workbench = Workbench(self.task, settings, offers={} if config is None else config.offers)
         if self.teacher is None:
-            self.teacher = bench.teacher
-        bench.teacher = self.teacher
-        return bench
+            self.teacher = workbench.teacher
+        workbench.teacher = self.teacher
+        return workbench
 
 
 def _say(step: int, loss: float) -> None:

@@ -64,7 +64,7 @@ ARMS: dict[str, list[str]] = {
     "random": [*COLD, "search.sampler=random"],
     "tpe": [*COLD, "search.sampler=tpe"],
     "ilp ladder": [*COLD, "warm_start.ilp=true", "search.sampler=none"],
-    # The fair control: every global combination, from the weights of a descent in which all tensors move alike.
+    # The fair baseline: every global combination, from the weights of a descent in which all tensors move alike.
     "uniform": [
         *WARM,
         "space=UNIFORM",

@@ -45,7 +45,7 @@ def main() -> None:
     layers = inspect_model(model, x[:8]).layers
     rule = {"match": "*", "weight": [f"uniform:{options.widths}"], "activation": [f"uniform:{options.widths}"]}
     end = {"weight": ["float"], "activation": ["float"]}
-    space = build_space(parse_space({"name": "bench", "rules": [rule], "first": end, "last": end}), layers)
+    space = build_space(parse_space({"name": "workbench", "rules": [rule], "first": end, "last": end}), layers)
     ranges = RangeSetter(model, layers, x)
 
     def set_ranges() -> None:

@@ -52,11 +52,11 @@ def main() -> None:
     near = rounded(Descent.load(folder.warmstart), options.budget, problem.space, problem.cost, 4, table)
     configs = moved(problem, near, options.budget, options.configs)
     weights = StartWeights(folder.warmstart).at(options.budget)
-    bench = Workbench(problem.task, problem.spec.trial, offers=problem.space.offers)
+    workbench = Workbench(problem.task, problem.spec.trial, offers=problem.space.offers)
     rows = []
     for config in [*configs[:1] * (options.repeats - 1), *configs]:
         began = time.perf_counter()
-        record = run_trial(problem.task, config, problem.spec.trial, weights, bench=bench)
+        record = run_trial(problem.task, config, problem.spec.trial, weights, workbench=workbench)
         rows.append(
             {
                 "config": configs.index(config),

@@ -1,4 +1,4 @@
-"""Uniform configs after a short fine-tune: the control that every search is measured against.
+"""Uniform configs after a short fine-tune: the baseline that every search is measured against.
 
     python benchmarks/uniform_ladder.py [--study resnet20-cifar10-jpeg] [--set KEY=VALUE ...]
         [--configs w8a8:0,w4a8,w4a4,w3a3,w2a2] [--steps 200] [--seeds 0] [--threads 2]
@@ -50,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     problem = open_problem(load_study(options.study, [*options.overrides, f"trial.steps={options.steps}"]))
     float_val = problem.task.evaluate(problem.task.float_model(), "val")
-    bench = Workbench(problem.task, problem.spec.trial)
+    workbench = Workbench(problem.task, problem.spec.trial)
     table = Table(title=f"{problem.task.name}, float {100 * float_val:.2f} % on val, {options.threads} threads")
     for column in ("config", "steps", "relative cost", "val %", "minus float", "train s", "evaluate s", "peak MiB"):
         table.add_column(column, justify="right")
@@ -63,7 +63,7 @@ def main() -> None:
                 problem.task,
                 config,
                 problem.spec.trial.model_copy(update={"steps": steps, "seed": int(seed)}),
-                bench=bench,
+                workbench=workbench,
             )
             for seed in options.seeds.split(",")
         ]

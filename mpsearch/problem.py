@@ -54,7 +54,7 @@ class Problem:
             f"{self.dearest:.3g}"
             + (f"; only those up to {spec.cost.budget:g} are tried." if spec.cost.budget else "."),
             f"{len(quantizable)} layers, {macs / 1e6:.3g} million MACs a sample; {len(self.space.free)} free choices, "
-            f"{scientific(self.space.size)} configs; the uniform ladder of {len(self.space.ladder())} is the control.",
+            f"{scientific(self.space.size)} configs; the uniform ladder of {len(self.space.ladder())} is the baseline.",
         ]
         if unhandled:
             names = ", ".join(layer.name for layer in unhandled[:5]) + (", ..." if len(unhandled) > 5 else "")
@@ -65,7 +65,7 @@ class Problem:
             lines.append(f"{other / macs:.1%} of the MACs are outside layers (attention products, say) and not priced.")
         return lines
 
-    def doubts(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """What about the task looks wrong, in words: a forward pass or two."""
         x, _ = next(iter(self.task.train_batches(256, 1, seed=0)))
         gap = batch_norm_gap(self.task.float_model(), x, self.task.logits)

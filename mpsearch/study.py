@@ -156,10 +156,10 @@ class WarmStartSpec(_Section):
     spread: float = Field(
         default=0.01,
         ge=0,
-        description="bits that a tensor moves a step for each octave of its marginal; 0: all alike, as a control",
+        description="bits that a tensor moves a step for each octave of its marginal; 0: all alike, as a baseline",
     )
     reuse_weights: bool = Field(default=True, description="trials start from its weights at the nearest cost")
-    ilp: bool = Field(default=False, description="try sensitivity + ILP at these budgets too, as a second control")
+    ilp: bool = Field(default=False, description="try sensitivity + ILP at these budgets too, as a second baseline")
     combinations: int = Field(
         default=0, ge=0, description="so many global combinations (w3a4, shift:4 x uniform:5, ...) join the ladder"
     )
@@ -189,7 +189,7 @@ class SearchSpec(_Section):
     seed: int = Field(default=0, ge=0)
     time_limit_s: float | None = Field(default=None, gt=0, description="no new trial starts after this many seconds")
     stop_dominated: bool = Field(
-        default=True, description="stop a trial that is dominated at its start or halfway; controls never stop"
+        default=True, description="stop a trial that is dominated at its start or halfway; baselines never stop"
     )
     max_failures_in_row: int = Field(default=5, gt=0, description="failed trials in a row that stop the search")
 

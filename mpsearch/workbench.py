@@ -33,7 +33,7 @@ A ResNet-20 and a small MobileNetV2 with an eighth of its MACs both have 2.4e9: 
 trial, the other twelve.
 """
 
-GLANCE = 1000
+QUICK_SCORE_SAMPLES = 1000
 """Samples of val on which a trial is scored at the start and halfway, where the task can be sampled."""
 
 
@@ -68,12 +68,12 @@ class Workbench:
         self.model = insert_quantizers(float_model, self.layers, offers).to(self.device)
         self._start = {name: value.detach().clone() for name, value in float_model.state_dict().items()}
         self._float = float_model
-        self._glance = task.sampled(GLANCE) if isinstance(task, Sampling) else task
+        self._quick_task = task.sampled(QUICK_SCORE_SAMPLES) if isinstance(task, Sampling) else task
         self._float_answers: dict[tuple[str, Split], Answers] = {}
-        self.quicken(self.model)
+        self.compile_quantizers(self.model)
         self.teacher = Teacher(float_model.to(self.device), task.logits, bf16=self.bf16)
 
-    def quicken(self, model: nn.Module) -> nn.Module:
+    def compile_quantizers(self, model: nn.Module) -> nn.Module:
         """Have a model's quantizers compiled, in place, where the study says so, or where it pays and can be done."""
         samples = self.settings.steps * self.settings.batch_size
         elements = samples * sum(layer.calls * math.prod(layer.input_shape) for layer in self.layers)
@@ -138,9 +138,9 @@ class Workbench:
         """How the hard-quantized model fares on a split, in float32; its mode stays as it was."""
         return self._score(self.task, split)
 
-    def glance(self) -> Score:
-        """How it fares on `GLANCE` samples of val; on all where the task takes no samples."""
-        return self._score(self._glance, "val")
+    def quick_score(self) -> Score:
+        """How it fares on `QUICK_SCORE_SAMPLES` samples of val; on all where the task takes no samples."""
+        return self._score(self._quick_task, "val")
 
     def _score(self, task: Task, split: Split) -> Score:
         if not isinstance(task, Answering):
@@ -148,7 +148,7 @@ class Workbench:
         answers = task.answers(self.model, split)
         if not math.isfinite(answers.accuracy):
             return Score(answers.accuracy)
-        key = ("glance" if task is self._glance else "all", split)
+        key = ("quick_score" if task is self._quick_task else "all", split)
         if key not in self._float_answers:
             self._float_answers[key] = task.answers(self._float, split)
         divergence = float(jeffreys(answers.logits, self._float_answers[key].logits))

@@ -73,7 +73,8 @@ def ptq(
 def train(
     study: Study,
     target: Annotated[
-        str, typer.Option("--target", help="w4a4, 'apot:4 x uniform:4' (weight x input), or a precision config's file")
+        str,
+        typer.Option("--target", help="w4a4, 'apot:4 x uniform:4' (weight x activation), or a precision config's file"),
     ],
     method: Annotated[str, typer.Option("--method", help="qat, or gdnsq (learned bit-widths, uniform only)")] = "qat",
     epochs: Annotated[float, typer.Option("--epochs", min=0.01)] = 5.0,

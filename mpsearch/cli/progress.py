@@ -49,8 +49,8 @@ class RunProgress:
         self.began = time.monotonic()
         for line in problem.summary():
             self.console.print(line, style="dim", soft_wrap=True, highlight=False)
-        for doubt in problem.doubts():
-            self.console.print(f"[yellow]Warning:[/] {doubt}", soft_wrap=True, highlight=False)
+        for warning in problem.warnings():
+            self.console.print(f"[yellow]Warning:[/] {warning}", soft_wrap=True, highlight=False)
         self.task = self.progress.add_task(
             problem.spec.name, total=problem.spec.search.trials, completed=self.earlier, best="", eta=""
         )

@@ -91,7 +91,7 @@ def import_(
     left = [name for name, layer in imported.items() if layer.weight.is_float or layer.activation.is_float]
     print(f"{len(imported)} layers, cost {problem.cost(imported):.4f} of {problem.spec.cost.reference}")
     if left:
-        print(f"weight or input left float: {', '.join(left[:10])}{', ...' if len(left) > 10 else ''}")
+        print(f"weight or activation left float: {', '.join(left[:10])}{', ...' if len(left) > 10 else ''}")
     if out is not None:
         out.write_text(json.dumps({"layers": imported.to_json()}, indent=1) + "\n", encoding="utf-8")
         print(f"written to {out}")

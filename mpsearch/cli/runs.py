@@ -172,7 +172,7 @@ def finalize(
     run: Run,
     json_: Json = False,
 ) -> None:
-    """Train the picked front longer over several seeds, beside its uniform control, and score the test split."""
+    """Train the picked front longer over several seeds, beside its uniform baseline, and score the test split."""
     from mpsearch.problem import open_problem
     from mpsearch.record import RunFolder
     from mpsearch.report.write import report_of
@@ -205,7 +205,7 @@ def finalize(
         )
         return
     texts = final_table(rows)
-    table = make_table(*[name if name in ("origin", "control") else f">{name}" for name in texts[0]])
+    table = make_table(*[name if name in ("origin", "baseline") else f">{name}" for name in texts[0]])
     for text in texts:
         table.add_row(*text.values())
     out = make_console()
@@ -277,15 +277,22 @@ def _hypervolume(folder: RunFolder) -> float | None:
 
 def _print_front(records: Sequence[TrialRecord]) -> None:
     from mpsearch.report.tables import trials_table
-    from mpsearch.search.front import gains_over_controls
+    from mpsearch.search.front import gains_over_baselines
 
     trials = trials_table(records)
     trials = trials[trials.on_front | ((trials.origin == "uniform") & (trials.state == "complete"))]
     if not trials.on_front.any():
         raise RunError("no trial is complete: there is no front yet; see why with `mpsearch status RUN`")
-    gains = gains_over_controls(records)
+    gains = gains_over_baselines(records)
     table = make_table(
-        ">trial", "origin", ">accuracy, val", ">cost", ">weight bits", ">input bits", "", "over uniform, points (95 %)"
+        ">trial",
+        "origin",
+        ">accuracy, val",
+        ">cost",
+        ">weight bits",
+        ">activation bits",
+        "",
+        "over uniform, points (95 %)",
     )
     for row in trials.sort_values("relative_cost").itertuples():
         table.add_row(

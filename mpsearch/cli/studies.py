@@ -39,7 +39,7 @@ def check(study: Study, set_: Set = None, json_: Json = False) -> None:
                 "free": len(problem.space.free),
                 "configs": problem.space.size,
                 "cost": {"cheapest": problem.cheapest, "dearest": problem.dearest, "unit": problem.cost.reference.unit},
-                "doubts": problem.doubts(),
+                "warnings": problem.warnings(),
                 "float_val": float_val,
                 "trial_s": trial_s,
                 "search_s": total_s,
@@ -49,8 +49,8 @@ def check(study: Study, set_: Set = None, json_: Json = False) -> None:
     console = make_console()
     for line in problem.summary():
         console.print(line, soft_wrap=True)
-    for doubt in problem.doubts():
-        console.print(f"[yellow]Warning:[/] {doubt}", soft_wrap=True, highlight=False)
+    for warning in problem.warnings():
+        console.print(f"[yellow]Warning:[/] {warning}", soft_wrap=True, highlight=False)
     console.print(
         f"Float model: {percent(float_val)} on val ({getattr(problem.task, 'float_model_source', 'as given')})."
     )
@@ -108,7 +108,7 @@ def inspect(
     if json_:
         print_json({"layers": rows, "other_macs": dict(problem.graph.other_macs), "macs": problem.graph.macs})
         return
-    table = make_table("layer", "kind", "weight", ">MACs", "input", "weight as", "input as")
+    table = make_table("layer", "kind", "weight", ">MACs", "input", "weight precision", "activation precision")
     for layer in problem.graph.layers:
         shape = "x".join(map(str, layer.weight_shape))
         if layer.reason is not None:
@@ -180,7 +180,7 @@ def _inspect_sensitivity(study: str, proxy: str, samples: int, set_: Sequence[st
         console.print(values)
     console.print(f"{MARKS_EXPLAINED}; --json gives every width", highlight=False)
     ladder_table = make_table(
-        "budget of", ">cost", f">{proxy}, ILP", f">{proxy}, uniform", ">weight bits", ">input bits"
+        "budget of", ">cost", f">{proxy}, ILP", f">{proxy}, uniform", ">weight bits", ">activation bits"
     )
     for rung, step in zip(rungs, steps, strict=True):
         (uniform_w, uniform_a), (bits_w, bits_a) = mean_bits(rung), mean_bits(step.config)

@@ -122,7 +122,7 @@ def excess_bits(layers: Mapping[str, QuantLayer], targets: Mapping[str, tuple[fl
 def gdnsq(
     task: Task,
     config: PrecisionConfig,
-    bench: Workbench,
+    workbench: Workbench,
     steps: int,
     seed: int = 0,
     method: GdnsqMethod | None = None,
@@ -133,7 +133,7 @@ def gdnsq(
     Args:
         task: what is compressed.
         config: the target of each layer: uniform weights per channel, uniform activations, or float.
-        bench: the float network's workbench, for layers, ranges, the teacher and how to train.
+        workbench: the float network's workbench, for layers, ranges, the teacher and how to train.
         steps: batches.
         seed: of the batches.
         method: what GDNSQ does.
@@ -147,27 +147,27 @@ def gdnsq(
     _check(config)
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare"):
-        model = learnable(task.float_model(), bench.layers, config, bench.ranges, method).to(bench.device)
-        bench.quicken(model)
+        model = learnable(task.float_model(), workbench.layers, config, workbench.ranges, method).to(workbench.device)
+        workbench.compile_quantizers(model)
         torch.manual_seed(seed)
     with timed(seconds, "train"):
-        log, notes = _train(task, model, config, bench, steps, seed, method, on_step)
+        log, notes = _train(task, model, config, workbench, steps, seed, method, on_step)
     with timed(seconds, "finish"):
         if method.weight_grid == "symmetric":
-            model = deployed(model, config, task.float_model(), bench.layers).to(bench.device)
+            model = deployed(model, config, task.float_model(), workbench.layers).to(workbench.device)
         else:
             notes = (*notes, "the weight grid starts at the smallest weight: no other format of ours can hold it")
-        if bench.settings.bn_batches:
-            batches = task.train_batches(bench.settings.batch_size, bench.settings.bn_batches, seed + 1)
+        if workbench.settings.bn_batches:
+            batches = task.train_batches(workbench.settings.batch_size, workbench.settings.bn_batches, seed + 1)
             reestimate_batch_norm(model, batches)
-    return Trained(model.eval(), bench.layers, config, seconds, tuple(log), notes)
+    return Trained(model.eval(), workbench.layers, config, seconds, tuple(log), notes)
 
 
 def _train(
     task: Task,
     model: nn.Module,
     config: PrecisionConfig,
-    bench: Workbench,
+    workbench: Workbench,
     steps: int,
     seed: int,
     method: GdnsqMethod,
@@ -194,11 +194,11 @@ def _train(
     )
     optimizers = (of_steps, of_ends, of_weights)
     speed = (START_BITS - 1) / max(1.0, method.descent * steps) if method.gradual else 0.0
-    loss_of = bench.loss(seed)
+    loss_of = workbench.loss(seed)
     log: list[dict[str, float]] = []
     converged: int | None = None
     model.train()
-    batches = to_device(task.train_batches(bench.settings.batch_size, steps, seed), bench.device)
+    batches = to_device(task.train_batches(workbench.settings.batch_size, steps, seed), workbench.device)
     for step, (x, y) in enumerate(batches):
         factor = min(1.0, (step + 1) / max(1.0, method.descent * steps))
         if method.anneal and converged is not None:
@@ -207,7 +207,7 @@ def _train(
         _set_lr(of_ends, method.range_lr * factor)
         # On the way down bits can fall twice as fast as the ceiling.
         _set_lr(of_steps, method.range_lr * factor if converged is not None else max(method.range_lr, 2 * speed))
-        with autocast(x, bench.bf16):
+        with autocast(x, workbench.bf16):
             output = call(model, x)
         base = loss_of(step, x, output, y)
         loss = base + penalty(base, layers, START_BITS - speed * step if method.gradual else 0.0)
@@ -228,7 +228,7 @@ def _train(
                 if method.weight_grid == "symmetric":
                     hold(layers, targets)
                     if method.gradual:
-                        set_ranges(model, config, task.calibration_input(bench.settings.calibration_samples))
+                        set_ranges(model, config, task.calibration_input(workbench.settings.calibration_samples))
                 logger.info("all layers are at their targets after %d of %d steps", step, steps)
             weight_bits, activation_bits = mean_bits(layers)
             log.append(

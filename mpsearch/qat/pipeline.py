@@ -34,7 +34,7 @@ def qat(
     config: PrecisionConfig,
     settings: TrialSpec,
     on_step: Callable[[int, float], None] | None = None,
-    bench: Workbench | None = None,
+    workbench: Workbench | None = None,
     shift_gradient: ShiftGradient = "sigmoid",
     slope: SlopeSchedule = DEFAULT_SLOPE,
 ) -> Trained:
@@ -45,7 +45,7 @@ def qat(
         config: a precision for each quantizable layer, of any quantizer.
         settings: steps, batch size, learning rate, ...
         on_step: called with (step, training loss).
-        bench: a workbench of this task whose network has not been folded, to use again; default: a fresh one.
+        workbench: a workbench of this task whose network has not been folded, to use again; default: a fresh one.
         shift_gradient: what shift quantizers differentiate.
         slope: of their soft phase, over the training.
 
@@ -55,15 +55,15 @@ def qat(
     """
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare"):
-        bench = bench or Workbench(task, settings, offers=config.offers)
+        workbench = workbench or Workbench(task, settings, offers=config.offers)
         net: FloatNet | None = None
         if folds(config):
-            net = fold_batch_norms(task.float_model(), bench.layers)
-            if any(layer.depthwise for layer in bench.layers):
+            net = fold_batch_norms(task.float_model(), workbench.layers)
+            if any(layer.depthwise for layer in workbench.layers):
                 net = equalize(net)
-            bench = Workbench(task, settings, offers=config.offers, float_model=net.model)
-        bench.reset(config)
-    soft = _soft_weights(bench.model, shift_gradient)
+            workbench = Workbench(task, settings, offers=config.offers, float_model=net.model)
+        workbench.reset(config)
+    soft = _soft_weights(workbench.model, shift_gradient)
     log: list[dict[str, float]] = []
 
     def note(step: int, loss: float) -> None:
@@ -74,13 +74,13 @@ def qat(
 
     with timed(seconds, "train"):
         if settings.steps:
-            bench.fit(settings.steps, settings.seed, on_step=note, slope=slope)
+            workbench.fit(settings.steps, settings.seed, on_step=note, slope=slope)
     with timed(seconds, "finish"):
         if settings.steps:
-            bench.reestimate(settings.seed)
-    structure = None if net is None else structure_of(net, bench.model)
+            workbench.reestimate(settings.seed)
+    structure = None if net is None else structure_of(net, workbench.model)
     notes = () if net is None else net.notes
-    return Trained(bench.model.eval(), bench.layers, config, seconds, tuple(log), notes, structure)
+    return Trained(workbench.model.eval(), workbench.layers, config, seconds, tuple(log), notes, structure)
 
 
 def folds(config: PrecisionConfig) -> bool:

@@ -221,7 +221,7 @@ def study_note(run: RunData, problem: Problem, folder: RunFolder) -> str:
     lines += [f"**Trials**: {ended or 'none has ended yet'}, of {spec.search.trials} wanted.", ""]
     if run.front.trials:
         lines += [
-            "| trial | origin | accuracy, val | cost | weight bits | input bits | |",
+            "| trial | origin | accuracy, val | cost | weight bits | activation bits | |",
             "|--:|--|--:|--:|--:|--:|--|",
         ]
         for trial in run.front.trials:

@@ -36,7 +36,7 @@ def write_report(
         path: the HTML file; replaced whole if it exists.
         run: what is shown.
         summary: what was asked, a paragraph each.
-        finalized: a row per finalized config, column -> value; a row more of the same columns may be the control.
+        finalized: a row per finalized config, column -> value; a row more of the same columns may be the baseline.
         remarks: what follows from them, a paragraph each.
         commands: how to reproduce the run, a line each.
         refresh_s: the page loads itself again after so many seconds; None: never.
@@ -83,8 +83,8 @@ def _outcome(run: RunData) -> str:
             ("front", str(len(front)), f"of {len(run.records):,} trials"),
             ("hypervolume", f"{front.hypervolume(run.cheapest):.4f}", "1 cannot be reached"),
         ]
-        if (control := front.nearest_uniform(objectives(knee)[1])) is not None:
-            lines.append(f"Uniform control nearest to the knee's cost: {_point(control)}.")
+        if (baseline := front.nearest_uniform(objectives(knee)[1])) is not None:
+            lines.append(f"Uniform baseline nearest to the knee's cost: {_point(baseline)}.")
     reasons = Counter(trial.reason for trial in run.records if trial.state == "failed" and trial.reason)
     lines += [f"Failed {count}×: {reason}" for reason, count in reasons.most_common(5)]
     drawn = "".join(
@@ -163,7 +163,7 @@ def _finalized(finalized: Sequence[Mapping[str, object]], remarks: Sequence[str]
         return ""
     columns = list(dict.fromkeys(column for row in finalized for column in row))
     rows = [[_shown(row.get(column)) for column in columns] for row in finalized]
-    texts = {index for index, column in enumerate(columns) if column in ("origin", "control", "pick", "note")}
+    texts = {index for index, column in enumerate(columns) if column in ("origin", "baseline", "pick", "note")}
     about = note("Trained longer over several seeds and scored on the test split.")
     return about + table([column.replace("_", " ") for column in columns], rows, texts) + paragraphs(remarks)
 

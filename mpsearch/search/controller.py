@@ -32,7 +32,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from mpsearch.errors import CostError
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import Origin, TrialRecord
-from mpsearch.search.stopping import CONTROLS, NO_BARS, Bars, Stopping
+from mpsearch.search.stopping import BASELINES, NO_THRESHOLDS, Stopping, Thresholds
 from mpsearch.search.surrogate import Children, SurrogateSampler
 from mpsearch.space.order import ends_first
 from mpsearch.space.space import SearchSpace
@@ -40,7 +40,7 @@ from mpsearch.study import SearchSpec
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study and trial on stderr
 
-ANCHORS_A_RUNG = 3  # what a warm start has paid for comes before most of the control group
+INITIAL_CONFIGS_PER_RUNG = 3  # what a warm start has paid for comes before most of the baseline
 _T = TypeVar("_T")
 
 Cost = Callable[[PrecisionConfig], float]  # relative to the study's reference
@@ -139,7 +139,7 @@ class Proposal:
     config: PrecisionConfig
     origin: Origin
     cost: float
-    bars: Bars = NO_BARS  # what its trial must pass to go on
+    thresholds: Thresholds = NO_THRESHOLDS  # what its trial must pass to go on
 
 
 @dataclass(frozen=True)
@@ -159,10 +159,10 @@ class _Point:
 class SearchController:
     """Proposes configs until the study is over; every config at most once, whatever became of it.
 
-    The order is: the uniform ladder of the space (the control group), ends first, each rung followed by three
-    `anchors`, then the sampler. Rungs and anchors above `budget` are left out and counted in `over_budget`. `records`
-    are the trials that have ended before, when a run is resumed; they count towards `search.trials`, while failures in
-    a row and the time limit start anew.
+    The order is: the uniform ladder of the space (the baseline), ends first, each rung followed by three
+    `initial_configs`, then the sampler. Rungs and initial configs above `budget` are left out and counted in
+    `over_budget`. `records` are the trials that have ended before, when a run is resumed; they count towards
+    `search.trials`, while failures in a row and the time limit start anew.
 
     The same arguments and the same order of asks and tells give the same proposals.
 
@@ -171,7 +171,7 @@ class SearchController:
         cost: relative cost of a config, more than 0.
         search: sampler, trials, seed and limits.
         budget: the largest relative cost that is acceptable; None: any.
-        anchors: configs to try after the ladder, each with who proposed it.
+        initial_configs: configs to try after the ladder, each with who proposed it.
         records: what is known already.
         clock: seconds, monotonic.
         started: when the time limit began to run, by the clock; default: now.
@@ -181,7 +181,7 @@ class SearchController:
     """
 
     stop_reason: str | None = None  # set once `ask` has returned None
-    over_budget: int = 0  # rungs and anchors that were left out
+    over_budget: int = 0  # rungs and initial configs that were left out
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class SearchController:
         cost: Cost,
         search: SearchSpec,
         budget: float | None = None,
-        anchors: Sequence[tuple[Origin, PrecisionConfig]] = (),
+        initial_configs: Sequence[tuple[Origin, PrecisionConfig]] = (),
         records: Iterable[TrialRecord] = (),
         clock: Callable[[], float] = time.monotonic,
         started: float | None = None,
@@ -219,13 +219,13 @@ class SearchController:
             self._numbers.add(record.number)
             self._remember(record)
         ladder: list[tuple[Origin, PrecisionConfig]] = [("uniform", config) for config in space.ladder()]
-        self._anchors: deque[tuple[Origin, PrecisionConfig]] = deque()
-        rungs = {config for _, config in ladder}  # controls, whoever else asks for them
-        others = [anchor for anchor in anchors if anchor[1] not in rungs]
-        in_turn = [others[i::ANCHORS_A_RUNG] for i in range(ANCHORS_A_RUNG)]
+        self._initial_configs: deque[tuple[Origin, PrecisionConfig]] = deque()
+        rungs = {config for _, config in ladder}  # baselines, whoever else asks for them
+        others = [initial for initial in initial_configs if initial[1] not in rungs]
+        in_turn = [others[i::INITIAL_CONFIGS_PER_RUNG] for i in range(INITIAL_CONFIGS_PER_RUNG)]
         for origin, config in _alternate(ends_first(ladder), *in_turn):
             if cost(config) <= self._budget:
-                self._anchors.append((origin, config))
+                self._initial_configs.append((origin, config))
             else:
                 self.over_budget += 1
         self._cheapest = self._find_cheapest()
@@ -246,12 +246,12 @@ class SearchController:
         self.stop_reason = self.stop_reason or self._limit()
         if self.stop_reason:
             return None
-        while self._anchors:
-            origin, config = self._anchors.popleft()
+        while self._initial_configs:
+            origin, config = self._initial_configs.popleft()
             if config.digest not in self._seen:
                 return self._propose(config, origin, None)
         if self._search.sampler == "none":
-            self.stop_reason = "all controls and anchors have been tried, and there is no sampler"
+            self.stop_reason = "all baselines and initial configs have been tried, and there is no sampler"
             return None
         for _ in range(self._sampler.draws):
             trial = self._study.ask()
@@ -312,12 +312,12 @@ class SearchController:
         self._seen.add(config.digest)
         self._asked[self._next] = trial
         cost = self._cost(config)
-        return Proposal(self._next, config, origin, cost, self._bars(origin, cost))
+        return Proposal(self._next, config, origin, cost, self._thresholds(origin, cost))
 
-    def _bars(self, origin: Origin, cost: float) -> Bars:
-        if not self._search.stop_dominated or origin in CONTROLS:
-            return NO_BARS
-        return self._stopping.bars(cost, max((p.accuracy for p in self._front if p.cost <= cost), default=None))
+    def _thresholds(self, origin: Origin, cost: float) -> Thresholds:
+        if not self._search.stop_dominated or origin in BASELINES:
+            return NO_THRESHOLDS
+        return self._stopping.thresholds(cost, max((p.accuracy for p in self._front if p.cost <= cost), default=None))
 
     def _remember(self, record: TrialRecord) -> _Point | None:
         self._ended += 1

@@ -1,7 +1,7 @@
 """Finalize: train the picked front longer, over several seeds, and score it on the test split.
 
 This is the only stage that sees test data. Beside every picked point stands the uniform config nearest in cost, trained
-the same way: a mixed config that does not beat its control is then seen not to. The order of the final accuracies says
+the same way: a mixed config that does not beat its baseline is then seen not to. The order of the final accuracies says
 how far the brief trials could be trusted (`proxies`).
 """
 
@@ -32,14 +32,14 @@ class FinalRow:
     """One config after its final training: mean and standard deviation over seeds, shares in [0, 1]."""
 
     trial: TrialRecord
-    control: int | None  # number of the uniform trial nearest in cost; None: it is a uniform one itself
+    baseline: int | None  # number of the uniform trial nearest in cost; None: it is a uniform one itself
     val_mean: float
     val_std: float | None  # None: a single seed
     test_mean: float
     test_std: float | None
     seeds: int
     correct: tuple[str, ...] = ()  # on test, packed, by seed
-    gain: Difference | None = None  # over the control, paired by test sample
+    gain: Difference | None = None  # over the baseline, paired by test sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def finalize(
     on_progress: Callable[[int, int, TrialRecord, int], None] = lambda done, total, trial, seed: None,
     trials: Sequence[TrialRecord] | None = None,
 ) -> list[FinalRow]:
-    """Train and score the picked points and their controls; what was done before an interruption is not done again.
+    """Train and score the picked points and their baselines; what was done before an interruption is not done again.
 
     Args:
         problem: the study.
@@ -99,7 +99,7 @@ def finalize(
         trials: train these instead.
 
     Returns:
-        a row per config by rising cost, controls included.
+        a row per config by rising cost, baselines included.
 
     Raises:
         RunError: the run has no front, or its folder cannot be written.
@@ -112,33 +112,33 @@ def finalize(
     with folder.driving():
         done = {(f.number, f.seed): f for f in folder.finals() if f.steps == steps}
         jobs = [(trial, seed) for trial in plan for seed in range(1, final.seeds + 1)]
-        bench: Workbench | None = None
+        workbench: Workbench | None = None
         nearest = start_weights(problem.spec, folder.warmstart)
         for position, (trial, seed) in enumerate(jobs):
             if (trial.number, seed) in done:
                 continue
             on_progress(position, len(jobs), trial, seed)
             settings = problem.spec.trial.model_copy(update={"steps": steps})
-            bench = bench or Workbench(problem.task, settings, offers=problem.space.offers)
+            workbench = workbench or Workbench(problem.task, settings, offers=problem.space.offers)
             kept = checkpoint_path(folder.checkpoints, trial.number)
             start = load_file(kept) if kept.exists() else nearest(trial.cost or 1.0)
-            record = _train(bench, trial, seed, steps, final.lr, start)
+            record = _train(workbench, trial, seed, steps, final.lr, start)
             if record.val > max((f.val for f in done.values() if f.number == trial.number), default=-math.inf):
-                save_weights(bench.model, final_path(folder.checkpoints, trial.number))
+                save_weights(workbench.model, final_path(folder.checkpoints, trial.number))
             folder.append_final(record)
             done[trial.number, seed] = record
     return _rows(plan, list(done.values()))
 
 
 def final_rows(records: Sequence[TrialRecord], finals: Sequence[FinalRecord], count: int) -> list[FinalRow]:
-    """A row for each of `count` picked points and their controls that has been trained, by rising cost."""
+    """A row for each of `count` picked points and their baselines that has been trained, by rising cost."""
     return _rows(_plan(records, count), finals)
 
 
 def _rows(plan: Mapping[TrialRecord, TrialRecord | None], finals: Sequence[FinalRecord]) -> list[FinalRow]:
-    rows = [_row(trial, control, [f for f in finals if f.number == trial.number]) for trial, control in plan.items()]
+    rows = [_row(trial, baseline, [f for f in finals if f.number == trial.number]) for trial, baseline in plan.items()]
     known = {row.trial.number: row for row in rows if row is not None}
-    gained = [_gained(row, known.get(-1 if row.control is None else row.control)) for row in known.values()]
+    gained = [_gained(row, known.get(-1 if row.baseline is None else row.baseline)) for row in known.values()]
     return sorted(gained, key=lambda row: row.trial.cost or 0.0)
 
 
@@ -150,8 +150,8 @@ def final_table(rows: Sequence[FinalRow]) -> list[dict[str, str]]:
     by_number = {row.trial.number: row for row in rows}
     table = []
     for row in rows:
-        control = by_number.get(-1 if row.control is None else row.control)
-        gain = "" if control is None else f"{100 * (row.test_mean - control.test_mean):+.2f}"
+        baseline = by_number.get(-1 if row.baseline is None else row.baseline)
+        gain = "" if baseline is None else f"{100 * (row.test_mean - baseline.test_mean):+.2f}"
         table.append(
             {
                 "trial": str(row.trial.number),
@@ -161,28 +161,28 @@ def final_table(rows: Sequence[FinalRow]) -> list[dict[str, str]]:
                 "val": _spread(row.val_mean, row.val_std),
                 "test": _spread(row.test_mean, row.test_std),
                 "seeds": str(row.seeds),
-                "test minus control": str(row.gain) if row.gain else gain,
-                "control": f"trial {control.trial.number}, cost {control.trial.cost:.4f}" if control else "",
+                "test minus baseline": str(row.gain) if row.gain else gain,
+                "baseline": f"trial {baseline.trial.number}, cost {baseline.trial.cost:.4f}" if baseline else "",
             }
         )
     return table
 
 
 def _plan(records: Sequence[TrialRecord], count: int) -> dict[TrialRecord, TrialRecord | None]:
-    """The trials to train: each picked point with its control, then the controls (their own control is None)."""
+    """The trials to train: each picked point with its baseline, then the baselines (their own baseline is None)."""
     front = pareto_front(records)
     plan: dict[int, tuple[TrialRecord, TrialRecord | None]] = {}
     for trial in picks(front, count) if front.trials else ():
-        control = front.nearest_uniform(trial.cost or 1.0)
-        plan[trial.number] = (trial, None if control is trial else control)
-    for _, control in list(plan.values()):
-        if control is not None:
-            plan.setdefault(control.number, (control, None))
+        baseline = front.nearest_uniform(trial.cost or 1.0)
+        plan[trial.number] = (trial, None if baseline is trial else baseline)
+    for _, baseline in list(plan.values()):
+        if baseline is not None:
+            plan.setdefault(baseline.number, (baseline, None))
     return dict(plan.values())
 
 
 def proxies(rows: Sequence[FinalRow]) -> Proxies:
-    """Compare the order of the trials with that of their final trainings, controls included."""
+    """Compare the order of the trials with that of their final trainings, baselines included."""
     tau: dict[str, float] = {}
     test = [row.test_mean for row in rows]
     for name, sign in (("accuracy", 1), ("divergence", -1)):
@@ -200,7 +200,7 @@ def proxies(rows: Sequence[FinalRow]) -> Proxies:
 
 
 def _train(
-    bench: Workbench,
+    workbench: Workbench,
     trial: TrialRecord,
     seed: int,
     steps: int,
@@ -208,26 +208,26 @@ def _train(
     start: Mapping[str, Tensor] | None,
 ) -> FinalRecord:
     """Go on from what the trial ended with, where it was kept; the better of start and end on val counts."""
-    bench.reset(trial.config, start)
+    workbench.reset(trial.config, start)
     if start is not None:
-        bench.restore(start)  # its ranges too, if it has any
-    before, state = bench.score("val").accuracy, bench.state()
-    bench.fit(steps, seed, lr)
-    bench.reestimate(seed)
-    after = bench.score("val").accuracy
+        workbench.restore(start)  # its ranges too, if it has any
+    before, state = workbench.score("val").accuracy, workbench.state()
+    workbench.fit(steps, seed, lr)
+    workbench.reestimate(seed)
+    after = workbench.score("val").accuracy
     if after < before:
-        bench.restore(state)
-    test = bench.score("test")
+        workbench.restore(state)
+    test = workbench.score("test")
     return FinalRecord(trial.number, seed, steps, max(before, after), test.accuracy, test.correct)
 
 
-def _row(trial: TrialRecord, control: TrialRecord | None, finals: Sequence[FinalRecord]) -> FinalRow | None:
+def _row(trial: TrialRecord, baseline: TrialRecord | None, finals: Sequence[FinalRecord]) -> FinalRow | None:
     if not finals:
         return None
     val, test = [f.val for f in finals], [f.test for f in finals]
     return FinalRow(
         trial=trial,
-        control=None if control is None else control.number,
+        baseline=None if baseline is None else baseline.number,
         val_mean=statistics.fmean(val),
         val_std=statistics.stdev(val) if len(val) > 1 else None,
         test_mean=statistics.fmean(test),
@@ -237,10 +237,10 @@ def _row(trial: TrialRecord, control: TrialRecord | None, finals: Sequence[Final
     )
 
 
-def _gained(row: FinalRow, control: FinalRow | None) -> FinalRow:
-    if control is None or not row.correct or not control.correct:
+def _gained(row: FinalRow, baseline: FinalRow | None) -> FinalRow:
+    if baseline is None or not row.correct or not baseline.correct:
         return row
-    return replace(row, gain=paired(row.correct, control.correct))
+    return replace(row, gain=paired(row.correct, baseline.correct))
 
 
 def _spread(mean: float, std: float | None) -> str:

@@ -82,12 +82,12 @@ class ParetoFront:
         return accurate[0]
 
     def nearest_uniform(self, cost: float) -> TrialRecord | None:
-        """The best uniform control at about this cost; None without any.
+        """The best uniform baseline at about this cost; None without any.
 
         Of the uniform trials that no other uniform one beats, the nearest in log cost, the cheaper of two.
         """
-        controls = _non_dominated(self.ladder)
-        return min(controls, key=lambda trial: abs(log2(objectives(trial)[1] / cost)), default=None)
+        baselines = _non_dominated(self.ladder)
+        return min(baselines, key=lambda trial: abs(log2(objectives(trial)[1] / cost)), default=None)
 
     def hypervolume(self, cheapest: float) -> float:
         """The share of the unit square that the front dominates: see the module's convention.
@@ -128,20 +128,22 @@ def pareto_front(records: Sequence[TrialRecord]) -> ParetoFront:
     return ParetoFront(_non_dominated(complete), tuple(trial for trial in complete if trial.origin == "uniform"))
 
 
-def gains_over_controls(records: Sequence[TrialRecord]) -> dict[int, str]:
-    """Front trial -> its gain over the uniform control nearest in cost, on the same samples, and at which cost ratio.
+def gains_over_baselines(records: Sequence[TrialRecord]) -> dict[int, str]:
+    """Front trial -> its gain over the uniform baseline nearest in cost, on the same samples, and at which cost ratio.
 
-    Trials that are controls themselves, and those of runs that kept no correctness, are left out.
+    Trials that are baselines themselves, and those of runs that kept no correctness, are left out.
     """
     front = pareto_front(records)
     gains = {}
     for trial in front:
         _, cost = objectives(trial)
-        control = front.nearest_uniform(cost)
-        if control is None or control is trial or control.correct is None or trial.correct is None:
+        baseline = front.nearest_uniform(cost)
+        if baseline is None or baseline is trial or baseline.correct is None or trial.correct is None:
             continue
-        ratio = cost / objectives(control)[1]
-        gains[trial.number] = f"{paired([trial.correct], [control.correct])} at {ratio:.2f}x of trial {control.number}"
+        ratio = cost / objectives(baseline)[1]
+        gains[trial.number] = (
+            f"{paired([trial.correct], [baseline.correct])} at {ratio:.2f}x of trial {baseline.number}"
+        )
     return gains
 
 

@@ -41,7 +41,7 @@ def trained_model(
 
     Weights are those of its final training, else of the trial; where these were not kept, the trial is run again.
     """
-    bench = Workbench(problem.task, problem.spec.trial, offers=record.config.offers)
+    workbench = Workbench(problem.task, problem.spec.trial, offers=record.config.offers)
     finals = [f for f in folder.finals() if f.number == record.number]
     final, brief = final_path(folder.checkpoints, record.number), checkpoint_path(folder.checkpoints, record.number)
     measured: dict[str, float | None] = {"val": record.accuracy}
@@ -49,10 +49,10 @@ def trained_model(
         best = max(finals, key=lambda f: f.val)
         brief, measured = final, {"val": best.val, "test": best.test}
     if brief.exists():
-        bench.reset(record.config)
-        load_tensors(bench.model, load_file(brief))
-        return bench.model.eval(), measured
+        workbench.reset(record.config)
+        load_tensors(workbench.model, load_file(brief))
+        return workbench.model.eval(), measured
     logger.warning("the weights of trial %d were not kept (it is not on the front): it is trained again", record.number)
     start = start_weights(problem.spec, folder.warmstart)(record.cost or 1.0)
-    again = run_trial(problem.task, record.config, problem.spec.trial, start, bench=bench)
-    return bench.model.eval(), {"val": again.accuracy}
+    again = run_trial(problem.task, record.config, problem.spec.trial, start, workbench=workbench)
+    return workbench.model.eval(), {"val": again.accuracy}

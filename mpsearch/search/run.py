@@ -91,7 +91,7 @@ def _search(
         folder.checkpoints.mkdir(exist_ok=True)
         on_ready(problem, folder)
         began = time.monotonic()
-        anchors = warm_start(
+        initial_configs = warm_start(
             spec, problem.task, problem.graph, problem.space, problem.cost, folder.warmstart, on_progress
         )
         controller = SearchController(
@@ -99,7 +99,7 @@ def _search(
             problem.cost,
             spec.search,
             spec.cost.budget,
-            anchors,
+            initial_configs,
             records,
             started=began,
         )
@@ -128,14 +128,16 @@ def trial_runner(spec: StudySpec, checkpoints: str, warmstart: str) -> Callable[
     """What a worker process does with proposals: called once there, it loads the task and sets up a workbench."""
     problem = open_problem(spec)
     task = problem.task
-    bench = Workbench(task, spec.trial, offers=problem.space.offers)
+    workbench = Workbench(task, spec.trial, offers=problem.space.offers)
 
     start = start_weights(spec, Path(warmstart))
 
     def run(proposal: Proposal) -> TrialRecord:
-        record = run_trial(task, proposal.config, spec.trial, start(proposal.cost), bench=bench, bars=proposal.bars)
+        record = run_trial(
+            task, proposal.config, spec.trial, start(proposal.cost), workbench=workbench, thresholds=proposal.thresholds
+        )
         if record.state == "complete":
-            save_weights(bench.model, checkpoint_path(Path(checkpoints), proposal.number))
+            save_weights(workbench.model, checkpoint_path(Path(checkpoints), proposal.number))
         return record
 
     return run
@@ -151,13 +153,13 @@ def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -
         records = folder.records()
         if known := [r for r in records if r.config == config and r.state == "complete"]:
             return known[0]
-        bench = Workbench(problem.task, problem.spec.trial, offers=config.offers)
+        workbench = Workbench(problem.task, problem.spec.trial, offers=config.offers)
         start = start_weights(problem.spec, folder.warmstart)(problem.cost(config))
-        record = run_trial(problem.task, config, problem.spec.trial, start, bench=bench, cost=problem.cost)
+        record = run_trial(problem.task, config, problem.spec.trial, start, workbench=workbench, cost=problem.cost)
         record = replace(record, number=max((r.number for r in records), default=-1) + 1)
         folder.checkpoints.mkdir(exist_ok=True)
         weights = FrontWeights(folder, records)
-        save_weights(bench.model, checkpoint_path(folder.checkpoints, record.number))
+        save_weights(workbench.model, checkpoint_path(folder.checkpoints, record.number))
         folder.append(record)
         weights.keep(record)
         write_front(problem, folder, weights.front)
@@ -197,13 +199,13 @@ def write_front(problem: Problem, folder: RunFolder, front: ParetoFront) -> None
 def estimate_trial_s(problem: Problem, steps: int = 4) -> float:
     """Seconds that one trial should take in a process of its own: measured on a few eager steps, scoring included."""
     settings = problem.spec.trial.model_copy(update={"compile": False, "bn_batches": 0})
-    bench = Workbench(problem.task, settings, offers=problem.space.offers)
-    bench.reset(problem.space.ladder()[0])
-    bench.fit(1, seed=0)
+    workbench = Workbench(problem.task, settings, offers=problem.space.offers)
+    workbench.reset(problem.space.ladder()[0])
+    workbench.fit(1, seed=0)
     clock = time.perf_counter()
-    bench.fit(steps, seed=0)
+    workbench.fit(steps, seed=0)
     step_s = (time.perf_counter() - clock) / steps
     clock = time.perf_counter()
-    problem.task.evaluate(bench.model, "val")
+    problem.task.evaluate(workbench.model, "val")
     evaluate_s = time.perf_counter() - clock
     return step_s * (problem.spec.trial.steps + problem.spec.trial.bn_batches / 3) + 3 * evaluate_s

@@ -7,9 +7,9 @@
 D: divergence from the float network before any training, with BatchNorm re-estimated, from the weights that the warm
 start has for this cost. It is the same in every run and costs a sixth of a trial, where the accuracy after a brief
 training differs from run to run by as much as configs of one cost do. Gain: accuracy at the end minus accuracy halfway,
-at least 0. A trial is told its bars when it starts; both only tighten meanwhile, so they err on the side of going on.
-Trials that stop give no gains, which errs on the same side. `replay` says what stopping would have saved, and lost, in
-a study that ran without it.
+at least 0. A trial is told its thresholds when it starts; both only tighten meanwhile, so they err on the side of
+going on. Trials that stop give no gains, which errs on the same side. `replay` says what stopping would have saved, and
+lost, in a study that ran without it.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ began 1.15 to 1.8 times as far from float as the nearest ended at 0.166 to 0.253
 NEAREST = 8  # finished trials whose largest gain is the optimism
 LEAST = 4  # of these before any trial is stopped halfway
 MEMORY = 512
-CONTROLS = ("uniform", "ilp")  # always run to their end: what the others are compared with
+BASELINES = ("uniform", "ilp")  # always run to their end: what the others are compared with
 
 
 @dataclass(frozen=True, slots=True)
-class Bars:
+class Thresholds:
     """What a trial must pass to go on; None: nothing is asked."""
 
     start: float | None = None  # the largest divergence at the start, nats
     halfway: float | None = None  # the smallest accuracy halfway
 
 
-NO_BARS = Bars()
+NO_THRESHOLDS = Thresholds()
 
 
 class Stopping:
@@ -64,7 +64,7 @@ class Stopping:
             whole, half = (max(0.0, record.accuracy - before) for before in (record.curve[0][1], halfway))
             self._gains.append((math.log2(record.cost), whole, half))
 
-    def bars(self, cost: float, best: float | None) -> Bars:
+    def thresholds(self, cost: float, best: float | None) -> Thresholds:
         """What a trial must pass.
 
         Args:
@@ -73,7 +73,7 @@ class Stopping:
         """
         start = min((divergence for its_cost, divergence in self._starts if its_cost <= cost), default=None)
         nearest = self._nearest(cost)
-        return Bars(
+        return Thresholds(
             None if start is None else SLACK * start,
             None if best is None or len(nearest) < LEAST else best - OPTIMISM * max(gain for _, gain in nearest),
         )
@@ -123,11 +123,11 @@ def replay(records: Sequence[TrialRecord]) -> Replay:
         if record.state != "complete" or record.cost is None or record.accuracy is None:
             continue
         best = max((r.accuracy for r in finished if r.cost <= record.cost), default=None)  # type: ignore[type-var,operator]
-        bars = known.bars(record.cost, best)
-        free = record.origin not in CONTROLS
-        if free and bars.start is not None and (record.start_divergence or 0.0) > bars.start:
+        thresholds = known.thresholds(record.cost, best)
+        free = record.origin not in BASELINES
+        if free and thresholds.start is not None and (record.start_divergence or 0.0) > thresholds.start:
             saved_s += record.wall.train_s
-        elif free and bars.halfway is not None and halfway is not None and halfway < bars.halfway:
+        elif free and thresholds.halfway is not None and halfway is not None and halfway < thresholds.halfway:
             saved_s += record.wall.train_s / 2
         else:
             finished.append(record)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import TrialRecord, TrialState, WallTime
-from mpsearch.search.stopping import NO_BARS, Bars
+from mpsearch.search.stopping import NO_THRESHOLDS, Thresholds
 from mpsearch.study import TrialSpec
 from mpsearch.task.task import Task
 from mpsearch.workbench import Score, Workbench
@@ -43,26 +43,26 @@ def run_trial(
     settings: TrialSpec,
     start_weights: Mapping[str, Tensor] | None = None,
     *,
-    bench: Workbench | None = None,
+    workbench: Workbench | None = None,
     cost: Callable[[PrecisionConfig], float] | None = None,
     on_step: Callable[[int, float], None] | None = None,
-    bars: Bars = NO_BARS,
+    thresholds: Thresholds = NO_THRESHOLDS,
 ) -> TrialRecord:
     """Fine-tune `config` briefly and score it on the validation split, and on a sample of it at the start and halfway.
 
     At the start BatchNorm's statistics are estimated anew, unless the network is `NEAR` the float one. The better of
-    start and end is what counts and what the bench's model is left at: at many bits a brief fine-tune can do harm. A
-    config that answers as the float network does (`SETTLED`) is not trained at all.
+    start and end is what counts and what the workbench's model is left at: at many bits a brief fine-tune can do harm.
+    A config that answers as the float network does (`SETTLED`) is not trained at all.
 
     Args:
         task: what is compressed.
         config: a precision for each quantizable layer.
         settings: steps, batch size, learning rate, ...
         start_weights: weights to start from; default: the float model's.
-        bench: the worker's workbench; default: a fresh one.
+        workbench: the worker's workbench; default: a fresh one.
         cost: relative cost of a config; default: the record has none.
         on_step: called with (step, training loss).
-        bars: what the trial must pass at the start and halfway; else it stops.
+        thresholds: what the trial must pass at the start and halfway; else it stops.
 
     Returns:
         A complete or stopped record. Its accuracy is that of the hard-quantized network.
@@ -73,8 +73,8 @@ def run_trial(
     """
     started = time.time()
     clock = time.perf_counter()
-    bench = bench or Workbench(task, settings, offers=config.offers)
-    bench.reset(config, start_weights)
+    workbench = workbench or Workbench(task, settings, offers=config.offers)
+    workbench.reset(config, start_weights)
     prepared = time.perf_counter()
     curve: list[tuple[int, float]] = []
 
@@ -84,13 +84,13 @@ def run_trial(
         curve.append((step, score.accuracy))
         return score
 
-    score = bench.glance()
+    score = workbench.quick_score()
     if settings.steps > 0 and score.divergence is not None and score.divergence >= NEAR:
-        bench.reestimate(settings.seed)
-        score = bench.glance()
+        workbench.reestimate(settings.seed)
+        score = workbench.quick_score()
     start_divergence = score.divergence
     trains = settings.steps > 0 and not (start_divergence is not None and start_divergence < SETTLED)
-    score = scored(0, score if trains else bench.score("val"))
+    score = scored(0, score if trains else workbench.score("val"))
     scoring_s = time.perf_counter() - prepared
     half = (settings.steps + 1) // 2
 
@@ -100,28 +100,32 @@ def run_trial(
             on_step(step, loss)
         if step + 1 == half < settings.steps:
             began = time.perf_counter()
-            scored(half, bench.glance())
+            scored(half, workbench.quick_score())
             scoring_s += time.perf_counter() - began
-            if bars.halfway is not None and curve[-1][1] < bars.halfway:
-                raise Dominated(f"{curve[-1][1]:.4f} after {half} steps, below the bar of {bars.halfway:.4f}")
+            if thresholds.halfway is not None and curve[-1][1] < thresholds.halfway:
+                raise Dominated(
+                    f"{curve[-1][1]:.4f} after {half} steps, below the threshold of {thresholds.halfway:.4f}"
+                )
 
     start_loss = end_loss = reason = None
     state: TrialState = "complete"
     if trains:
         try:
-            if bars.start is not None and start_divergence is not None and start_divergence > bars.start:
-                raise Dominated(f"{start_divergence:.3f} nats from float at the start, the bar is {bars.start:.3f}")
-            start = bench.state()
-            result = bench.fit(settings.steps, settings.seed, on_step=watch)
+            if thresholds.start is not None and start_divergence is not None and start_divergence > thresholds.start:
+                raise Dominated(
+                    f"{start_divergence:.3f} nats from float at the start, the threshold is {thresholds.start:.3f}"
+                )
+            start = workbench.state()
+            result = workbench.fit(settings.steps, settings.seed, on_step=watch)
             start_loss, end_loss = result.start_loss, result.end_loss
         except Dominated as why:
             state, reason = "stopped", f"dominated: {why}"
     trained = time.perf_counter()
     if state == "complete" and trains:
-        bench.reestimate(settings.seed)
-        glanced, score = score, scored(settings.steps, bench.score("val"))
-        if score.accuracy < glanced.accuracy:
-            score = _better(bench, start, score)
+        workbench.reestimate(settings.seed)
+        quick, score = score, scored(settings.steps, workbench.score("val"))
+        if score.accuracy < quick.accuracy:
+            score = _better(workbench, start, score)
     done = time.perf_counter()
     return TrialRecord(
         config=config,
@@ -146,13 +150,13 @@ def run_trial(
     )
 
 
-def _better(bench: Workbench, start: Mapping[str, Tensor], end: Score) -> Score:
+def _better(workbench: Workbench, start: Mapping[str, Tensor], end: Score) -> Score:
     """Leave the model at its start where that scores better than the end; the score of what it is left at."""
-    trained = bench.state()
-    bench.restore(start)
-    score = bench.score("val")
+    trained = workbench.state()
+    workbench.restore(start)
+    score = workbench.score("val")
     if score.accuracy < end.accuracy:
-        bench.restore(trained)
+        workbench.restore(trained)
         return end
     return score
 

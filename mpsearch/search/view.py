@@ -212,7 +212,7 @@ def _attributes(record: TrialRecord) -> dict[str, Any]:
         "cost / reference": record.cost,
         "reason": record.reason,
         "mean weight bits": _mean(layer.weight.bits for layer in record.config.values()),
-        "mean input bits": _mean(layer.activation.bits for layer in record.config.values()),
+        "mean activation bits": _mean(layer.activation.bits for layer in record.config.values()),
         "seed": record.seed,
         "loss, start": record.start_loss,
         "loss, end": record.end_loss,

@@ -177,7 +177,7 @@ class SearchSpace:
         return self._config([slot.choices[0] if len(slot.choices) == 1 else wanted[slot.tensor] for slot in self.slots])
 
     def ladder(self) -> list[PrecisionConfig]:
-        """The uniform ladder, the control of every study: a rung for each bit-width on offer, from high to low.
+        """The uniform ladder, the baseline of every study: a rung for each bit-width on offer, from high to low.
 
         Bit-widths are those of uniform quantizers; a space without any has a ladder of what it has. Widths that lead to
         the same config give one rung.

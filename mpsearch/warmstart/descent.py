@@ -234,7 +234,7 @@ def slot_bits(slot: Slot) -> range:
 
 
 def descend(
-    bench: Workbench,
+    workbench: Workbench,
     space: SearchSpace,
     cost: RelativeCost,
     budgets: Sequence[float],
@@ -247,7 +247,7 @@ def descend(
     """Run the descent once.
 
     Args:
-        bench: the task's workbench: float model, ranges, teacher, batches.
+        workbench: the task's workbench: float model, ranges, teacher, batches.
         space: what may be chosen; slots with one choice keep it.
         cost: the study's cost model, a sum over layers.
         budgets: relative costs at which a snapshot is wanted; those above the dearest config are left out.
@@ -255,7 +255,7 @@ def descend(
         seed: of the batches.
         lr: of the weights; rises in the first tenth of the steps, then stays. Default: SHARE_OF_LR of the trials' peak.
         spread: k of the module's top, bits a step for every octave between a marginal and the median; 0 gives a
-            uniform descent, the control.
+            uniform descent, the baseline.
         on_step: called with (step, training loss).
 
     Raises:
@@ -264,9 +264,9 @@ def descend(
     """
     began = time.perf_counter()
     price = BitCost(cost, space)
-    task = bench.task
-    model = with_bit_quantizers(task.float_model(), bench, space).to(bench.device)
-    bench.quicken(model)
+    task = workbench.task
+    model = with_bit_quantizers(task.float_model(), workbench, space).to(workbench.device)
+    workbench.compile_quantizers(model)
     by_slot = _quantizers_of(model, space)
     low, high = (torch.tensor([slot_bits(slot)[end] for slot in space.slots], dtype=torch.float64) for end in (0, -1))
     bits = high.clone()
@@ -280,19 +280,19 @@ def descend(
     quantizers = [q for group in by_slot for q in group]
     own = {id(p) for q in quantizers for p in q.parameters()}
     weights = [p for p in model.parameters() if id(p) not in own]
-    lr = SHARE_OF_LR * bench.settings.lr if lr is None else lr
+    lr = SHARE_OF_LR * workbench.settings.lr if lr is None else lr
     optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9, nesterov=True)
-    loss_of = bench.loss(seed)
+    loss_of = workbench.loss(seed)
     slopes = torch.zeros(len(bits), dtype=torch.float64)
     mean_loss = 0.0
     log: list[Mapping[str, Any]] = []
     snapshots: list[Snapshot] = []
     model.train()
-    batches = task.train_batches(bench.settings.batch_size, steps, seed)
-    for step, (x, y) in enumerate(to_device(batches, bench.device)):
+    batches = task.train_batches(workbench.settings.batch_size, steps, seed)
+    for step, (x, y) in enumerate(to_device(batches, workbench.device)):
         budget = budget_at((step + 1) / steps, top, wanted[0], wanted[-1])
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / (0.1 * steps))
-        with autocast(x, bench.bf16):
+        with autocast(x, workbench.bf16):
             output = call(model, x)
         loss = loss_of(step, x, output, y)
         optimizer.zero_grad(set_to_none=True)
@@ -349,23 +349,25 @@ def budget_at(progress: float, top: float, dearest: float, cheapest: float) -> f
     return dearest * math.pow(cheapest / dearest, (progress - approach) / (1 - approach))
 
 
-def with_bit_quantizers(model: nn.Module, bench: Workbench, space: SearchSpace) -> nn.Module:
+def with_bit_quantizers(model: nn.Module, workbench: Workbench, space: SearchSpace) -> nn.Module:
     """A copy of a float model with a BitQuantizer for every tensor, at its largest number of bits."""
-    quantized = insert_quantizers(model, bench.layers)
+    quantized = insert_quantizers(model, workbench.layers)
     for name, layer in quant_layers(quantized).items():
         slots = {slot.tensor: slot for slot in space.slots if name in slot.layers}
         weight, activation = uniform_choices(slots["weight"]), uniform_choices(slots["activation"])
         rows = weight_rows(layer)
         shape = layer.weight_quantizer.step.shape
         steps = [
-            torch.log2(bench.ranges.weight(name, Precision("uniform", b, weight[0].granularity), rows)).reshape(shape)
+            torch.log2(workbench.ranges.weight(name, Precision("uniform", b, weight[0].granularity), rows)).reshape(
+                shape
+            )
             for b in slot_bits(slots["weight"])
         ]
         layer.weight_quantizer = BitQuantizer(  # type: ignore[assignment]
             torch.stack(steps), None, weight[0].bits, signed=True, axis=layer.channel_axis
         )
         ranges = [
-            bench.ranges.activation(name, Precision("uniform", b, activation[0].granularity))
+            workbench.ranges.activation(name, Precision("uniform", b, activation[0].granularity))
             for b in slot_bits(slots["activation"])
         ]
         betas = torch.stack([beta for _, beta in ranges]) if layer.input_quantizer.beta is not None else None

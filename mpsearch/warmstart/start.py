@@ -1,6 +1,6 @@
 """What a study starts from: configs to try first, and weights that trials start from.
 
-Both come from one descent (`descent.py`) and, as control, from one sensitivity table (`sensitivity.py`, `allocate.py`).
+Both come from one descent (`descent.py`); a sensitivity table (`sensitivity.py`, `allocate.py`) gives the baseline.
 All of it is kept in the run folder's `warmstart/`, so that a resumed run finds it there and pays once.
 """
 
@@ -32,7 +32,7 @@ from mpsearch.workbench import Workbench, channels_last
 
 logger = logging.getLogger(__name__)
 
-Anchor = tuple[Origin, PrecisionConfig]
+InitialConfig = tuple[Origin, PrecisionConfig]
 
 SENSITIVITY_SAMPLES = 128
 """On a ResNet-20 the ILP ladder of another 128 images disturbs the network no more than that of another 256."""
@@ -50,7 +50,7 @@ def warm_start(
     cost: RelativeCost,
     folder: Path,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-) -> list[Anchor]:
+) -> list[InitialConfig]:
     """Configs to try after the uniform ladder, the most telling first; descends and measures where `folder` has not.
 
     Args:
@@ -84,15 +84,15 @@ def warm_start(
     if settings.ilp and table is not None:
         cheapest = min(map(cost, space.ladder()))
         allocated = [a.config for a in ilp_ladder(space, cost, table, [b for b in settings.budgets if b >= cheapest])]
-    grid: list[Anchor] = [("uniform", config) for config in ends_first(combined)]
+    grid: list[InitialConfig] = [("uniform", config) for config in ends_first(combined)]
     known: list[list[PrecisionConfig] | None] = [None, *descended]  # the dear end is a rung, which is tried before
-    first: list[Anchor] = [("descent", configs[0]) for configs in ends_first(known) if configs]
+    first: list[InitialConfig] = [("descent", configs[0]) for configs in ends_first(known) if configs]
     # With several types the cheap end is no rung of the ladder.
-    cheap_end: list[Anchor] = [("uniform", cheapest_combination(space, cost, table))] if first else []
-    control: list[Anchor] = [("ilp", config) for config in allocated]
+    cheap_end: list[InitialConfig] = [("uniform", cheapest_combination(space, cost, table))] if first else []
+    baseline: list[InitialConfig] = [("ilp", config) for config in allocated]
     by_rank = zip_longest(*(configs[1:] for configs in descended))
-    others: list[Anchor] = [("descent", config) for rank in by_rank for config in rank if config is not None]
-    return [*first, *cheap_end, *control, *grid, *others]
+    others: list[InitialConfig] = [("descent", config) for rank in by_rank for config in rank if config is not None]
+    return [*first, *cheap_end, *baseline, *grid, *others]
 
 
 def rounded(
@@ -134,7 +134,7 @@ def global_combinations(
     """Up to `count` global combinations beside the ladder that nothing global beats in cost and sensitivity at once.
 
     They are spread evenly in log cost, dear ones first. A combination that costs more than another one and disturbs the
-    network more, as w8a2 does, is no control that anybody needs.
+    network more, as w8a2 does, is no baseline that anybody needs.
     """
     priced = sorted((cost(c), _known(table.total(c)), i, c) for i, c in enumerate(space.combinations()))
     ladder = set(space.ladder())
@@ -184,9 +184,9 @@ def _descent(
         return Descent.load(folder)
     settings = spec.warm_start
     torch.manual_seed(settings.seed)
-    bench = Workbench(task, spec.trial.model_copy(update={"steps": settings.steps}))
+    workbench = Workbench(task, spec.trial.model_copy(update={"steps": settings.steps}))
     descent = descend(
-        bench,
+        workbench,
         space,
         cost,
         settings.budgets,

@@ -212,11 +212,11 @@ def test_every_trial_starts_from_the_float_projections() -> None:
     task = load_task(TaskSpec(model="digits_cnn", data=DataSpec(kind="digits"), float_epochs=1))
     model = Attends().eval()
     settings = TrialSpec(steps=2, batch_size=16, lr=0.5, bn_batches=0, calibration_samples=32, precision="fp32")
-    bench = Workbench(task, settings, float_model=model)
-    config = PrecisionConfig.uniform([layer.name for layer in bench.layers], LayerPrecision.shorthand("w4a4"))
-    bench.reset(config)
-    bench.fit(2, 0)
-    trained = bench.model.state_dict()["attention.in_proj_weight"]
+    workbench = Workbench(task, settings, float_model=model)
+    config = PrecisionConfig.uniform([layer.name for layer in workbench.layers], LayerPrecision.shorthand("w4a4"))
+    workbench.reset(config)
+    workbench.fit(2, 0)
+    trained = workbench.model.state_dict()["attention.in_proj_weight"]
     assert not torch.equal(trained, model.attention.in_proj_weight)
-    bench.reset(config)
-    assert torch.equal(bench.model.state_dict()["attention.in_proj_weight"], model.attention.in_proj_weight)
+    workbench.reset(config)
+    assert torch.equal(workbench.model.state_dict()["attention.in_proj_weight"], model.attention.in_proj_weight)

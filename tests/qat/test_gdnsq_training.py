@@ -38,7 +38,7 @@ def problem() -> Problem:
 
 
 @pytest.fixture(scope="module")
-def bench(problem: Problem) -> Workbench:
+def workbench(problem: Problem) -> Workbench:
     return Workbench(problem.task, problem.spec.trial)
 
 
@@ -105,10 +105,10 @@ def test_held_layers_violate_nothing_and_two_levels_always_remain() -> None:
 
 @pytest.mark.parametrize("method", [GdnsqMethod(gradual=True), GdnsqMethod()], ids=["gradual", "immediate"])
 def test_a_training_ends_at_its_target_as_uniform_quantizers_that_score(
-    problem: Problem, bench: Workbench, method: GdnsqMethod
+    problem: Problem, workbench: Workbench, method: GdnsqMethod
 ) -> None:
     config = everywhere(problem, "w4a4")
-    trained = gdnsq(problem.task, config, bench, STEPS, method=method)
+    trained = gdnsq(problem.task, config, workbench, STEPS, method=method)
     assert trained.log[0]["weight_bits"] == pytest.approx(10 if method.gradual else 4, abs=0.3)
     assert trained.log[-1]["excess"] <= 0
     assert not trained.notes
@@ -121,10 +121,10 @@ def test_a_training_ends_at_its_target_as_uniform_quantizers_that_score(
     assert problem.task.evaluate(trained.model, "val") > float_accuracy - 0.1
 
 
-def test_deployment_changes_no_output_once_bits_are_held(problem: Problem, bench: Workbench) -> None:
+def test_deployment_changes_no_output_once_bits_are_held(problem: Problem, workbench: Workbench) -> None:
     config = everywhere(problem, "w3a3")
     float_model = problem.task.float_model()
-    model = learnable(float_model, bench.layers, config, bench.ranges, GdnsqMethod(gradual=True))
+    model = learnable(float_model, workbench.layers, config, workbench.ranges, GdnsqMethod(gradual=True))
     layers = quant_layers(model)
     hold(layers, dict.fromkeys(layers, (3.0, 3.0)))
     x = problem.task.calibration_input(64)
@@ -136,24 +136,28 @@ def test_deployment_changes_no_output_once_bits_are_held(problem: Problem, bench
             step = torch.exp2(quantizer.log_s.detach())  # type: ignore[operator]
             quantizer.beta.data = step * torch.round(quantizer.beta.detach() / step)
     expected = model.eval()(x)
-    torch.testing.assert_close(deployed(model, config, float_model, bench.layers)(x), expected)
+    torch.testing.assert_close(deployed(model, config, float_model, workbench.layers)(x), expected)
 
 
-def test_the_grid_of_the_paper_trains_and_says_that_it_cannot_be_exported(problem: Problem, bench: Workbench) -> None:
-    trained = gdnsq(problem.task, everywhere(problem, "w4a4"), bench, STEPS, method=GdnsqMethod(weight_grid="min"))
+def test_the_grid_of_the_paper_trains_and_says_that_it_cannot_be_exported(
+    problem: Problem, workbench: Workbench
+) -> None:
+    trained = gdnsq(problem.task, everywhere(problem, "w4a4"), workbench, STEPS, method=GdnsqMethod(weight_grid="min"))
     assert trained.log[-1]["excess"] <= 0
     assert any("no other format" in note for note in trained.notes)
     with pytest.raises(PrecisionError, match="weight_grid"):
         GdnsqMethod(weight_grid="max")  # type: ignore[arg-type]
 
 
-def test_too_few_steps_are_said(problem: Problem, bench: Workbench) -> None:
-    trained = gdnsq(problem.task, everywhere(problem, "w2a2"), bench, 3, method=GdnsqMethod(gradual=True))
+def test_too_few_steps_are_said(problem: Problem, workbench: Workbench) -> None:
+    trained = gdnsq(problem.task, everywhere(problem, "w2a2"), workbench, 3, method=GdnsqMethod(gradual=True))
     assert any("train longer" in note for note in trained.notes)
 
 
-def test_the_same_seed_gives_the_same_weights(problem: Problem, bench: Workbench) -> None:
-    states = [gdnsq(problem.task, everywhere(problem, "w3a3"), bench, 10, seed=4).model.state_dict() for _ in range(2)]
+def test_the_same_seed_gives_the_same_weights(problem: Problem, workbench: Workbench) -> None:
+    states = [
+        gdnsq(problem.task, everywhere(problem, "w3a3"), workbench, 10, seed=4).model.state_dict() for _ in range(2)
+    ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -161,23 +165,27 @@ def test_the_same_seed_gives_the_same_weights(problem: Problem, bench: Workbench
     ("weight", "activation"), [("shift:4", "uniform:4"), ("uniform:4", "apot:4"), ("uniform:4/tensor", "uniform:4")]
 )
 def test_what_it_cannot_train_is_refused_by_layer(
-    problem: Problem, bench: Workbench, weight: str, activation: str
+    problem: Problem, workbench: Workbench, weight: str, activation: str
 ) -> None:
     config = PrecisionConfig.uniform(problem.layers, LayerPrecision.parse(weight, activation))
     with pytest.raises(PrecisionError, match=rf"'{problem.layers[0]}'.*GDNSQ"):
-        gdnsq(problem.task, config, bench, 1)
+        gdnsq(problem.task, config, workbench, 1)
 
 
-def test_float_tensors_stay_float(problem: Problem, bench: Workbench) -> None:
+def test_float_tensors_stay_float(problem: Problem, workbench: Workbench) -> None:
     config = PrecisionConfig.uniform(problem.layers, LayerPrecision.shorthand("w4a32"))
-    model = learnable(problem.task.float_model(), bench.layers, config, bench.ranges, GdnsqMethod(gradual=True))
+    model = learnable(problem.task.float_model(), workbench.layers, config, workbench.ranges, GdnsqMethod(gradual=True))
     assert all(isinstance(layer.weight_quantizer, GdnsqQuantizer) for layer in quant_layers(model).values())
     assert all(layer.input_quantizer.precision.is_float for layer in quant_layers(model).values())  # type: ignore[union-attr]
 
 
-def test_a_gradual_start_changes_next_to_nothing(problem: Problem, bench: Workbench) -> None:
+def test_a_gradual_start_changes_next_to_nothing(problem: Problem, workbench: Workbench) -> None:
     model = learnable(
-        problem.task.float_model(), bench.layers, everywhere(problem, "w2a2"), bench.ranges, GdnsqMethod(gradual=True)
+        problem.task.float_model(),
+        workbench.layers,
+        everywhere(problem, "w2a2"),
+        workbench.ranges,
+        GdnsqMethod(gradual=True),
     ).eval()
     x = problem.task.calibration_input(64)
     exact = problem.task.float_model()(x)

@@ -70,7 +70,7 @@ def test_report_says_what_was_asked_and_what_came_out(tmp_path: Path) -> None:
         ("front", "3", "of 6 trials"),
         ("hypervolume", f"{0.40 / 4 + 0.8125 / 2:.4f}", "1 cannot be reached"),
     ]
-    assert "Uniform control nearest to the knee&#x27;s cost: trial 1 (uniform)" in text
+    assert "Uniform baseline nearest to the knee&#x27;s cost: trial 1 (uniform)" in text
 
 
 def test_report_has_the_figures_for_which_there_is_data(tmp_path: Path) -> None:

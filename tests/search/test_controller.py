@@ -13,7 +13,7 @@ from mpsearch.errors import CostError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import TrialRecord
 from mpsearch.search.controller import SAMPLERS, Proposal, SearchController
-from mpsearch.search.stopping import NO_BARS, OPTIMISM, SLACK
+from mpsearch.search.stopping import NO_THRESHOLDS, OPTIMISM, SLACK
 from mpsearch.space.order import ends_first
 from mpsearch.study import SearchSpec
 
@@ -25,9 +25,11 @@ every_sampler = pytest.mark.parametrize(
 )
 
 
-def controller(space=None, sampler="nsga2", trials=40, budget=None, anchors=(), records=(), **spec) -> SearchController:
+def controller(
+    space=None, sampler="nsga2", trials=40, budget=None, initial_configs=(), records=(), **spec
+) -> SearchController:
     search = SearchSpec(sampler=sampler, trials=trials, **spec)
-    return SearchController(space or make_space(), relative_cost, search, budget, anchors, records)
+    return SearchController(space or make_space(), relative_cost, search, budget, initial_configs, records)
 
 
 def answer(search: SearchController, proposal: Proposal) -> TrialRecord:
@@ -49,21 +51,23 @@ def fail(search: SearchController, reason: str = "no memory") -> TrialRecord:
 
 def test_ladder_and_anchors_take_turns_then_the_sampler_proposes():
     space = make_space()
-    anchor = space.sample(np.random.default_rng(1))
-    records = run(controller(space, trials=12, anchors=[("manual", space.ladder()[3]), ("manual", anchor)]))
+    initial_config = space.sample(np.random.default_rng(1))
+    records = run(
+        controller(space, trials=12, initial_configs=[("manual", space.ladder()[3]), ("manual", initial_config)])
+    )
     rungs = [r.config for r in records if r.origin == "uniform"]
-    assert rungs == ends_first(space.ladder())  # the one that was asked for too: it is a control
+    assert rungs == ends_first(space.ladder())  # the one that was asked for too: it is a baseline
     assert [r.origin for r in records] == ["uniform", "manual"] + ["uniform"] * (LADDER - 1) + ["sampler"] * 3
-    assert records[1].config == anchor
+    assert records[1].config == initial_config
     assert [r.number for r in records] == list(range(12))
 
 
 def test_each_rung_of_the_ladder_is_followed_by_three_anchors():
     space, random = make_space(), np.random.default_rng(1)
-    anchors = [("descent", space.sample(random)) for _ in range(5)]
-    records = run(controller(space, trials=9, anchors=anchors))
+    initial_configs = [("descent", space.sample(random)) for _ in range(5)]
+    records = run(controller(space, trials=9, initial_configs=initial_configs))
     assert [r.origin for r in records] == ["uniform", *["descent"] * 3, "uniform", *["descent"] * 2, *["uniform"] * 2]
-    assert [r.config for r in records if r.origin == "descent"] == [config for _, config in anchors]
+    assert [r.config for r in records if r.origin == "descent"] == [config for _, config in initial_configs]
 
 
 def test_tell_fills_in_what_the_controller_knows():
@@ -275,7 +279,7 @@ def test_trials_that_run_count_towards_those_wanted():
 def test_record_of_a_config_outside_the_space_is_kept_in_mind_but_not_learned_from():
     config = PrecisionConfig.uniform(make_space().layers, LayerPrecision.parse("shift:3", "uniform:8"))
     known = TrialRecord(config, "complete", accuracy=0.9, cost=0.4, number=0, origin="manual")
-    records = run(controller(trials=20, anchors=[("manual", config)], records=[known]))
+    records = run(controller(trials=20, initial_configs=[("manual", config)], records=[known]))
     assert [r.number for r in records] == list(range(1, 20))
     assert config not in {r.config for r in records}
 
@@ -335,25 +339,25 @@ def test_sampler_comes_nearer_to_the_known_optimum_than_random_search(sampler):
 
 def test_without_a_sampler_the_controls_and_anchors_are_all():
     space = make_space()
-    anchor = space.sample(np.random.default_rng(1))
-    search = controller(space, sampler="none", trials=100, anchors=[("ilp", anchor)])
+    initial_config = space.sample(np.random.default_rng(1))
+    search = controller(space, sampler="none", trials=100, initial_configs=[("ilp", initial_config)])
     rung, *rungs = ends_first(space.ladder())
-    assert [record.config for record in run(search)] == [rung, anchor, *rungs]
+    assert [record.config for record in run(search)] == [rung, initial_config, *rungs]
     assert "no sampler" in search.stop_reason
 
 
 def test_a_trial_is_told_the_bars_it_must_pass_and_a_control_is_not():
     search = controller(trials=LADDER + 2)
     while (proposal := search.ask()).origin == "uniform":
-        assert proposal.bars == NO_BARS
+        assert proposal.thresholds == NO_THRESHOLDS
         end = truth(proposal.config)
         ended = TrialRecord(proposal.config, "complete", accuracy=end, start_divergence=1 - end)
         search.tell(proposal, replace(ended, curve=((0, 0.1), (75, end - 0.125), (150, end))))
     best = max(truth(rung) for rung in make_space().ladder() if relative_cost(rung) <= proposal.cost)
-    assert proposal.bars.halfway == pytest.approx(best - OPTIMISM * 0.125)
-    assert proposal.bars.start == pytest.approx(SLACK * (1 - best))
+    assert proposal.thresholds.halfway == pytest.approx(best - OPTIMISM * 0.125)
+    assert proposal.thresholds.start == pytest.approx(SLACK * (1 - best))
     off = controller(trials=LADDER + 2, stop_dominated=False, records=[answer_of(search, proposal)])
-    assert all(p.bars == NO_BARS for p in iter(off.ask, None))
+    assert all(p.thresholds == NO_THRESHOLDS for p in iter(off.ask, None))
 
 
 def test_a_stopped_trial_is_never_on_the_front_that_bars_are_made_from():

@@ -1,4 +1,4 @@
-"""Final rows: the control, the paired gain, and what the order of final accuracies says of the trials."""
+"""Final rows: the baseline, the paired gain, and what the order of final accuracies says of the trials."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def final(number: int, seed: int, share: float) -> FinalRecord:
 TRIALS = [
     trial(0, 1.0, 0.90, "uniform"),
     trial(1, 0.5, 0.80, "uniform"),
-    trial(2, 0.52, 0.70, "uniform"),  # nearer in cost to trial 3, but no control: trial 1 beats it
+    trial(2, 0.52, 0.70, "uniform"),  # nearer in cost to trial 3, but no baseline: trial 1 beats it
     trial(8, 0.55, 0.82),
     trial(9, 0.60, 0.84),
 ]
@@ -45,17 +45,17 @@ TRIALS = [
 def test_gain_over_the_control_is_paired_and_shown_with_its_interval() -> None:
     finals = [final(1, 1, 0.80), final(1, 2, 0.80), final(8, 1, 0.83), final(8, 2, 0.84)]
     rows = {row.trial.number: row for row in final_rows(TRIALS, finals, 6)}
-    assert rows[8].control == 1
+    assert rows[8].baseline == 1
     gain = rows[8].gain
     assert gain is not None
     assert gain.mean == pytest.approx(rows[8].test_mean - rows[1].test_mean)
     assert 0 < gain.low < gain.mean < gain.high < 0.06
     texts = {text["trial"]: text for text in final_table(list(rows.values()))}
-    assert texts["8"]["test minus control"] == str(gain)
-    assert texts["1"]["test minus control"] == ""
+    assert texts["8"]["test minus baseline"] == str(gain)
+    assert texts["1"]["test minus baseline"] == ""
     old = [replace(f, correct=None) for f in finals]  # of a run made before correctness was kept
     texts = {text["trial"]: text for text in final_table(final_rows(TRIALS, old, 6))}
-    assert texts["8"]["test minus control"] == f"{100 * gain.mean:+.2f}"
+    assert texts["8"]["test minus baseline"] == f"{100 * gain.mean:+.2f}"
 
 
 def test_proxies_have_their_tau_and_misranked_pairs_are_named() -> None:

@@ -15,7 +15,7 @@ from mpsearch.record import Origin, TrialRecord, TrialState, WallTime, pack
 from mpsearch.search.compare import paired
 from mpsearch.search.front import (
     Progress,
-    gains_over_controls,
+    gains_over_baselines,
     hypervolume_over_time,
     objectives,
     pareto_front,
@@ -208,9 +208,9 @@ def test_gain_over_the_control_is_on_the_same_samples_and_says_at_which_cost():
     random = np.random.default_rng(0)
     hard = random.random(4000)
     answers = {share: pack(share > hard) for share in (0.80, 0.84)}
-    control = replace(trial(0, 0.5, 0.80), origin="uniform", correct=answers[0.80])
+    baseline = replace(trial(0, 0.5, 0.80), origin="uniform", correct=answers[0.80])
     mixed = replace(trial(1, 0.4, 0.84), correct=answers[0.84])
     expected = paired([answers[0.84]], [answers[0.80]])
     assert expected.low > 0
-    assert gains_over_controls([control, mixed]) == {1: f"{expected} at 0.80x of trial 0"}
-    assert gains_over_controls([control, replace(mixed, correct=None)]) == {}
+    assert gains_over_baselines([baseline, mixed]) == {1: f"{expected} at 0.80x of trial 0"}
+    assert gains_over_baselines([baseline, replace(mixed, correct=None)]) == {}

@@ -1,4 +1,4 @@
-"""Stopping: bars from starts and gains, and the replay of a study."""
+"""Stopping: thresholds from starts and gains, and the replay of a study."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ def learned(*records: TrialRecord) -> Stopping:
 
 def test_no_bar_before_enough_is_known() -> None:
     few = [ended(i, 0.5, 0.6, 0.7) for i in range(LEAST - 1)]
-    assert learned(*few).bars(0.5, 0.8).halfway is None
-    assert learned(*few, ended(9, 0.5, 0.6, 0.7)).bars(0.5, None).halfway is None
-    assert learned(*few, ended(9, 0.5, 0.6, 0.7)).bars(0.5, 0.8).halfway == pytest.approx(0.8 - OPTIMISM * 0.1)
+    assert learned(*few).thresholds(0.5, 0.8).halfway is None
+    assert learned(*few, ended(9, 0.5, 0.6, 0.7)).thresholds(0.5, None).halfway is None
+    assert learned(*few, ended(9, 0.5, 0.6, 0.7)).thresholds(0.5, 0.8).halfway == pytest.approx(0.8 - OPTIMISM * 0.1)
 
 
 def test_bar_is_the_best_accuracy_less_the_largest_gain_of_the_nearest_in_cost() -> None:
     near = [ended(i, 0.5, 0.6, 0.6 + 0.01 * i) for i in range(NEAREST)]
     far = ended(20, 0.05, 0.2, 0.9)
-    assert learned(*near, far).bars(0.5, 0.8).halfway == pytest.approx(0.8 - OPTIMISM * 0.01 * (NEAREST - 1))
-    assert learned(*near, far).bars(0.05, 0.8).halfway == pytest.approx(0.8 - OPTIMISM * 0.7)
+    assert learned(*near, far).thresholds(0.5, 0.8).halfway == pytest.approx(0.8 - OPTIMISM * 0.01 * (NEAREST - 1))
+    assert learned(*near, far).thresholds(0.05, 0.8).halfway == pytest.approx(0.8 - OPTIMISM * 0.7)
 
 
 def test_losses_are_no_optimism_and_stopped_trials_teach_nothing() -> None:
     falling = [ended(i, 0.5, 0.9, 0.8) for i in range(LEAST)]
-    assert learned(*falling).bars(0.5, 0.85).halfway == pytest.approx(0.85)
+    assert learned(*falling).thresholds(0.5, 0.85).halfway == pytest.approx(0.85)
     stopped = [ended(i, 0.5, 0.1, 0.1, state="stopped", curve=((0, 0.1), (75, 0.1))) for i in range(LEAST)]
-    assert learned(*stopped).bars(0.5, 0.85).halfway is None
+    assert learned(*stopped).thresholds(0.5, 0.85).halfway is None
     assert accuracy_halfway(stopped[0]) is None
 
 
 def test_replay_stops_what_is_hopeless_and_says_what_it_saved() -> None:
     good = [ended(i, 0.5, 0.80, 0.85 + i / 1000) for i in range(6)]
-    hopeless, control = ended(6, 0.6, 0.30, 0.40), ended(7, 0.6, 0.30, 0.40, origin="uniform")
+    hopeless, baseline = ended(6, 0.6, 0.30, 0.40), ended(7, 0.6, 0.30, 0.40, origin="uniform")
     cheap = ended(8, 0.1, 0.30, 0.40)  # nothing is known at its cost
-    found = replay([*good, hopeless, control, cheap])
+    found = replay([*good, hopeless, baseline, cheap])
     assert found.stopped == (6,)
     assert found.lost == ()
     assert (found.saved_s, found.total_s) == (4.0, 90.0)
@@ -76,9 +76,9 @@ def test_a_start_is_held_against_the_nearest_to_float_at_no_higher_cost() -> Non
     dear, cheap = ended(0, 0.5, 0.8, 0.9, start_divergence=0.1), ended(1, 0.3, 0.7, 0.8, start_divergence=0.4)
     worse = ended(2, 0.4, 0.7, 0.8, start_divergence=0.6)
     known = learned(dear, cheap, worse)
-    assert known.bars(0.2, None).start is None
-    assert known.bars(0.3, None).start == known.bars(0.49, None).start == pytest.approx(SLACK * 0.4)
-    assert known.bars(0.6, None).start == pytest.approx(SLACK * 0.1)
+    assert known.thresholds(0.2, None).start is None
+    assert known.thresholds(0.3, None).start == known.thresholds(0.49, None).start == pytest.approx(SLACK * 0.4)
+    assert known.thresholds(0.6, None).start == pytest.approx(SLACK * 0.1)
 
 
 def test_a_stopped_trial_is_foreseen_to_gain_what_others_of_its_cost_did() -> None:
@@ -96,6 +96,6 @@ def test_a_stopped_trial_is_foreseen_to_gain_what_others_of_its_cost_did() -> No
 def test_replay_saves_the_whole_training_of_what_starts_too_far_from_float() -> None:
     near = ended(0, 0.5, 0.8, 0.9, start_divergence=0.2)
     far = ended(1, 0.6, 0.8, 0.85, start_divergence=0.7)
-    control = ended(2, 0.6, 0.8, 0.85, start_divergence=0.7, origin="uniform")
-    found = replay([near, far, control])
+    baseline = ended(2, 0.6, 0.8, 0.85, start_divergence=0.7, origin="uniform")
+    found = replay([near, far, baseline])
     assert (found.stopped, found.lost, found.saved_s) == ((1,), (), 8.0)

@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from mpsearch import workbench
 from mpsearch.compiler import compiler_missing
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise
 from mpsearch.record import unpack
-from mpsearch.search.stopping import Bars
+from mpsearch.search.stopping import Thresholds
 from mpsearch.search.trial import NEAR, SETTLED, run_trial
 from mpsearch.space.build import build_space
 from mpsearch.space.spec import load_space
@@ -35,17 +34,17 @@ def task() -> Task:
 
 
 @pytest.fixture(scope="module")
-def bench(task: Task) -> Workbench:
+def workbench(task: Task) -> Workbench:
     return Workbench(task, SETTINGS)
 
 
-def uniform(bench: Workbench, text: str) -> PrecisionConfig:
-    names = [layer.name for layer in bench.graph.quantizable]
+def uniform(workbench: Workbench, text: str) -> PrecisionConfig:
+    names = [layer.name for layer in workbench.graph.quantizable]
     return PrecisionConfig.uniform(names, LayerPrecision.shorthand(text))
 
 
-def test_trial_at_8_bits_is_as_good_as_the_float_model(task: Task, bench: Workbench) -> None:
-    record = run_trial(task, uniform(bench, "w8a8"), SETTINGS, bench=bench, cost=lambda config: 1.0)
+def test_trial_at_8_bits_is_as_good_as_the_float_model(task: Task, workbench: Workbench) -> None:
+    record = run_trial(task, uniform(workbench, "w8a8"), SETTINGS, workbench=workbench, cost=lambda config: 1.0)
     assert record.state == "complete"
     assert record.accuracy == pytest.approx(task.evaluate(task.float_model(), "val"), abs=0.02)
     assert record.cost == 1.0
@@ -53,10 +52,10 @@ def test_trial_at_8_bits_is_as_good_as_the_float_model(task: Task, bench: Workbe
     assert record.peak_memory_bytes > 1e8
 
 
-def test_trial_repairs_what_range_setting_alone_leaves_broken(task: Task, bench: Workbench) -> None:
-    config = uniform(bench, "w2a2")
-    untrained = run_trial(task, config, SETTINGS.model_copy(update={"steps": 0}), bench=bench)
-    trained = run_trial(task, config, SETTINGS, bench=bench)
+def test_trial_repairs_what_range_setting_alone_leaves_broken(task: Task, workbench: Workbench) -> None:
+    config = uniform(workbench, "w2a2")
+    untrained = run_trial(task, config, SETTINGS.model_copy(update={"steps": 0}), workbench=workbench)
+    trained = run_trial(task, config, SETTINGS, workbench=workbench)
     assert trained.accuracy is not None
     assert untrained.accuracy is not None
     assert trained.accuracy > untrained.accuracy + 0.05
@@ -65,10 +64,10 @@ def test_trial_repairs_what_range_setting_alone_leaves_broken(task: Task, bench:
     assert trained.end_loss < trained.start_loss
 
 
-def test_a_reused_bench_gives_what_a_fresh_one_gives(task: Task, bench: Workbench) -> None:
-    config = uniform(bench, "w3a3")
-    run_trial(task, uniform(bench, "w1a1"), SETTINGS, bench=bench)
-    reused = run_trial(task, config, SETTINGS, bench=bench)
+def test_a_reused_bench_gives_what_a_fresh_one_gives(task: Task, workbench: Workbench) -> None:
+    config = uniform(workbench, "w3a3")
+    run_trial(task, uniform(workbench, "w1a1"), SETTINGS, workbench=workbench)
+    reused = run_trial(task, config, SETTINGS, workbench=workbench)
     fresh = run_trial(task, config, SETTINGS)
     assert (reused.accuracy, reused.end_loss) == (fresh.accuracy, fresh.end_loss)
 
@@ -76,38 +75,38 @@ def test_a_reused_bench_gives_what_a_fresh_one_gives(task: Task, bench: Workbenc
 MIXED = [("shift:4", "uniform:8"), ("apot:4", "apot:4"), ("uniform:4", "shift:4"), ("shift:3/tensor", "uniform:4")]
 
 
-def test_one_bench_switches_types_and_gives_what_a_fresh_one_gives(task: Task, bench: Workbench) -> None:
-    space = build_space(load_space("digits_mixed"), bench.layers)
+def test_one_bench_switches_types_and_gives_what_a_fresh_one_gives(task: Task, workbench: Workbench) -> None:
+    space = build_space(load_space("digits_mixed"), workbench.layers)
     switching = Workbench(task, SETTINGS, offers=space.offers)
-    names = [layer.name for layer in bench.graph.quantizable]
+    names = [layer.name for layer in workbench.graph.quantizable]
     for weight, activation in MIXED:
         config = PrecisionConfig.uniform(names, LayerPrecision.parse(weight, activation))
-        reused = run_trial(task, config, SETTINGS, bench=switching)
+        reused = run_trial(task, config, SETTINGS, workbench=switching)
         fresh = run_trial(task, config, SETTINGS)
         assert (reused.accuracy, reused.end_loss) == (fresh.accuracy, fresh.end_loss), f"{weight} x {activation}"
         assert reused.accuracy is not None
         assert reused.accuracy > 0.5, f"{weight} x {activation}"
 
 
-def test_a_bench_without_offers_refuses_other_types_by_layer(task: Task, bench: Workbench) -> None:
-    config = uniform(bench, "w4a4").replace(conv2=LayerPrecision.parse("apot:4", "uniform:4"))
+def test_a_bench_without_offers_refuses_other_types_by_layer(task: Task, workbench: Workbench) -> None:
+    config = uniform(workbench, "w4a4").replace(conv2=LayerPrecision.parse("apot:4", "uniform:4"))
     with pytest.raises(PrecisionError, match=r"layer 'conv2'.*offer apot too"):
-        run_trial(task, config, SETTINGS, bench=bench)
+        run_trial(task, config, SETTINGS, workbench=workbench)
 
 
-def test_start_weights_are_where_the_trial_starts(task: Task, bench: Workbench) -> None:
-    config = uniform(bench, "w4a4")
+def test_start_weights_are_where_the_trial_starts(task: Task, workbench: Workbench) -> None:
+    config = uniform(workbench, "w4a4")
     still = SETTINGS.model_copy(update={"steps": 0})
     zeros = {name: torch.zeros_like(value) for name, value in task.float_model().state_dict().items()}
-    ruined = run_trial(task, config, still, zeros, bench=bench)
-    restored = run_trial(task, config, still, bench=bench)
+    ruined = run_trial(task, config, still, zeros, workbench=workbench)
+    restored = run_trial(task, config, still, workbench=workbench)
     assert ruined.accuracy is not None
     assert ruined.accuracy < 0.2
     assert restored.accuracy is not None
     assert restored.accuracy > 0.5
 
 
-def test_a_trial_never_sees_the_test_split(bench: Workbench) -> None:
+def test_a_trial_never_sees_the_test_split(workbench: Workbench) -> None:
     seen: list[str] = []
 
     class Watched:
@@ -125,47 +124,47 @@ def test_a_trial_never_sees_the_test_split(bench: Workbench) -> None:
             seen.append(split)
             return cast(Answering, self._task).answers(model, split)
 
-    watched = Watched(bench.task)
-    run_trial(watched, uniform(bench, "w8a8"), SETTINGS.model_copy(update={"steps": 2}))  # type: ignore[arg-type]
+    watched = Watched(workbench.task)
+    run_trial(watched, uniform(workbench, "w8a8"), SETTINGS.model_copy(update={"steps": 2}))  # type: ignore[arg-type]
     assert set(seen) == {"val"}
 
 
 def test_a_task_without_distillation_uses_its_own_loss(task: Task) -> None:
-    bench = Workbench(task, SETTINGS.model_copy(update={"distill": False}))
-    bench.reset(uniform(bench, "w8a8"))
+    workbench = Workbench(task, SETTINGS.model_copy(update={"distill": False}))
+    workbench.reset(uniform(workbench, "w8a8"))
     x, y = next(task.train_batches(8, 1, 0))
-    output = bench.model(x)
-    assert torch.equal(bench.loss(0)(0, x, output, y), task.loss(output, y))
+    output = workbench.model(x)
+    assert torch.equal(workbench.loss(0)(0, x, output, y), task.loss(output, y))
 
 
-def test_a_score_that_is_no_number_is_an_error(task: Task, bench: Workbench) -> None:
-    broken = copy.copy(bench)
+def test_a_score_that_is_no_number_is_an_error(task: Task, workbench: Workbench) -> None:
+    broken = copy.copy(workbench)
     broken.score = lambda split: Score(float("nan"))  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match="metric on val is nan after 0 steps"):
-        run_trial(task, uniform(bench, "w8a8"), SETTINGS.model_copy(update={"steps": 0}), bench=broken)
-    halfway = copy.copy(bench)
+        run_trial(task, uniform(workbench, "w8a8"), SETTINGS.model_copy(update={"steps": 0}), workbench=broken)
+    halfway = copy.copy(workbench)
     scores = iter([Score(0.5), Score(float("nan"))])
-    halfway.glance = lambda: next(scores)  # type: ignore[method-assign]
+    halfway.quick_score = lambda: next(scores)  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError, match="metric on val is nan after 10 steps"):
-        run_trial(task, uniform(bench, "w2a2"), SETTINGS, bench=halfway)  # a record holds finite numbers
+        run_trial(task, uniform(workbench, "w2a2"), SETTINGS, workbench=halfway)  # a record holds finite numbers
 
 
-def fused(bench: Workbench) -> bool:
-    return any(module.fused for module in bench.model.modules() if isinstance(module, Elementwise))
+def fused(workbench: Workbench) -> bool:
+    return any(module.fused for module in workbench.model.modules() if isinstance(module, Elementwise))
 
 
-def test_compilation_is_not_asked_for_where_it_does_not_pay(bench: Workbench) -> None:
-    assert not fused(bench)  # `auto`, and digits are small
+def test_compilation_is_not_asked_for_where_it_does_not_pay(workbench: Workbench) -> None:
+    assert not fused(workbench)  # `auto`, and digits are small
 
 
 @pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
 def test_compilation_is_asked_for_where_quantizers_have_enough_to_do(
-    task: Task, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+    task: Task, workbench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a_sample = sum(layer.calls * math.prod(layer.input_shape) for layer in bench.layers)
-    monkeypatch.setattr(workbench, "WORTH_COMPILING", SETTINGS.steps * SETTINGS.batch_size * a_sample)
+    a_sample = sum(layer.calls * math.prod(layer.input_shape) for layer in workbench.layers)
+    monkeypatch.setattr("mpsearch.workbench.WORTH_COMPILING", SETTINGS.steps * SETTINGS.batch_size * a_sample)
     assert fused(Workbench(task, SETTINGS))
-    monkeypatch.setattr(workbench, "WORTH_COMPILING", SETTINGS.steps * SETTINGS.batch_size * a_sample + 1)
+    monkeypatch.setattr("mpsearch.workbench.WORTH_COMPILING", SETTINGS.steps * SETTINGS.batch_size * a_sample + 1)
     assert not fused(Workbench(task, SETTINGS))
 
 
@@ -173,25 +172,25 @@ def test_a_missing_compiler_means_eager_trials_and_is_said(
     task: Task, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("mpsearch.workbench.compiler_missing", lambda: "no C++ compiler was found")
-    bench = Workbench(task, SETTINGS.model_copy(update={"compile": True}))
-    assert not fused(bench)
+    workbench = Workbench(task, SETTINGS.model_copy(update={"compile": True}))
+    assert not fused(workbench)
     assert "torch.compile is not used: no C++ compiler was found" in caplog.text
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
-def test_a_compiled_trial_scores_like_an_eager_one(task: Task, bench: Workbench) -> None:
+def test_a_compiled_trial_scores_like_an_eager_one(task: Task, workbench: Workbench) -> None:
     compiled = Workbench(task, SETTINGS.model_copy(update={"compile": True}))
     for text in ("w8a8", "w3a3"):
-        config = uniform(bench, text)
-        eager = run_trial(task, config, SETTINGS, bench=bench)
-        fast = run_trial(task, config, SETTINGS, bench=compiled)
+        config = uniform(workbench, text)
+        eager = run_trial(task, config, SETTINGS, workbench=workbench)
+        fast = run_trial(task, config, SETTINGS, workbench=compiled)
         assert fast.accuracy == pytest.approx(eager.accuracy, abs=0.02)
         assert fast.end_loss == pytest.approx(eager.end_loss, rel=0.1)
 
 
-def test_a_trial_is_scored_before_halfway_and_at_its_end(task: Task, bench: Workbench) -> None:
-    record = run_trial(task, uniform(bench, "w3a3"), SETTINGS, bench=bench)
+def test_a_trial_is_scored_before_halfway_and_at_its_end(task: Task, workbench: Workbench) -> None:
+    record = run_trial(task, uniform(workbench, "w3a3"), SETTINGS, workbench=workbench)
     steps, accuracies = zip(*record.curve, strict=True)
     assert steps == (0, 10, 20)
     assert record.accuracy == max(accuracies[0], accuracies[-1])
@@ -201,43 +200,43 @@ def test_a_trial_is_scored_before_halfway_and_at_its_end(task: Task, bench: Work
     assert 0 < record.divergence < 10
 
 
-def test_a_fine_tune_that_does_harm_is_taken_back(task: Task, bench: Workbench) -> None:
-    config = uniform(bench, "w4a4")
-    untrained = run_trial(task, config, SETTINGS.model_copy(update={"steps": 0}), bench=bench)
-    harmed = copy.copy(bench)
+def test_a_fine_tune_that_does_harm_is_taken_back(task: Task, workbench: Workbench) -> None:
+    config = uniform(workbench, "w4a4")
+    untrained = run_trial(task, config, SETTINGS.model_copy(update={"steps": 0}), workbench=workbench)
+    harmed = copy.copy(workbench)
 
     def ruin(*_: Any, **__: Any) -> FitResult:
-        for parameter in bench.model.parameters():
+        for parameter in workbench.model.parameters():
             parameter.data.zero_()
         return FitResult(0.0, 9.0)
 
     harmed.fit = ruin  # type: ignore[method-assign]
-    record = run_trial(task, config, SETTINGS, bench=harmed)
+    record = run_trial(task, config, SETTINGS, workbench=harmed)
     assert record.curve[-1][1] < record.curve[0][1] - 0.1
     # w4a4 starts far from float, so its start has BatchNorm statistics of its own and not the float network's
-    assert record.accuracy == record.curve[0][1] == bench.score("val").accuracy > untrained.accuracy
-    assert record.correct == bench.score("val").correct
+    assert record.accuracy == record.curve[0][1] == workbench.score("val").accuracy > untrained.accuracy
+    assert record.correct == workbench.score("val").correct
 
 
-def test_a_config_that_answers_as_the_float_network_does_is_not_trained(task: Task, bench: Workbench) -> None:
-    record = run_trial(task, uniform(bench, "w8a8"), SETTINGS, bench=bench)
+def test_a_config_that_answers_as_the_float_network_does_is_not_trained(task: Task, workbench: Workbench) -> None:
+    record = run_trial(task, uniform(workbench, "w8a8"), SETTINGS, workbench=workbench)
     assert record.divergence is not None
     assert record.divergence < SETTLED
     assert record.curve == ((0, record.accuracy),)
     assert record.state == "complete"
     assert record.end_loss is None
-    lower = run_trial(task, uniform(bench, "w3a3"), SETTINGS, bench=bench)
+    lower = run_trial(task, uniform(workbench, "w3a3"), SETTINGS, workbench=workbench)
     assert lower.end_loss is not None
 
 
-def test_a_trial_below_its_bar_stops_halfway_with_what_it_had(task: Task, bench: Workbench) -> None:
+def test_a_trial_below_its_bar_stops_halfway_with_what_it_had(task: Task, workbench: Workbench) -> None:
     steps: list[int] = []
     record = run_trial(
         task,
-        uniform(bench, "w2a2"),
+        uniform(workbench, "w2a2"),
         SETTINGS,
-        bench=bench,
-        bars=Bars(halfway=1.01),
+        workbench=workbench,
+        thresholds=Thresholds(halfway=1.01),
         on_step=lambda step, _: steps.append(step),
     )
     assert record.state == "stopped"
@@ -245,47 +244,51 @@ def test_a_trial_below_its_bar_stops_halfway_with_what_it_had(task: Task, bench:
     assert record.reason is not None
     assert "after 10 steps" in record.reason
     assert record.curve[-1] == (10, record.accuracy)
-    above = run_trial(task, uniform(bench, "w2a2"), SETTINGS, bench=bench, bars=Bars(halfway=0.0))
+    above = run_trial(
+        task, uniform(workbench, "w2a2"), SETTINGS, workbench=workbench, thresholds=Thresholds(halfway=0.0)
+    )
     assert above.state == "complete"
 
 
-def test_a_trial_that_starts_too_far_from_float_is_not_trained(task: Task, bench: Workbench) -> None:
-    config = uniform(bench, "w2a2")
-    record = run_trial(task, config, SETTINGS, bench=bench, bars=Bars(start=0.0))
+def test_a_trial_that_starts_too_far_from_float_is_not_trained(task: Task, workbench: Workbench) -> None:
+    config = uniform(workbench, "w2a2")
+    record = run_trial(task, config, SETTINGS, workbench=workbench, thresholds=Thresholds(start=0.0))
     assert record.state == "stopped"
     assert record.reason is not None
     assert "at the start" in record.reason
     assert record.start_divergence is not None
     assert record.curve == ((0, record.accuracy),)
     assert record.end_loss is None
-    passed = run_trial(task, config, SETTINGS, bench=bench, bars=Bars(start=record.start_divergence))
+    passed = run_trial(
+        task, config, SETTINGS, workbench=workbench, thresholds=Thresholds(start=record.start_divergence)
+    )
     assert passed.state == "complete"
     assert passed.start_divergence == record.start_divergence  # the same, whatever was trained in between
 
 
-def test_a_start_far_from_float_has_its_batch_norm_statistics_estimated_anew(task: Task, bench: Workbench) -> None:
-    config = uniform(bench, "w2a2")
-    bench.reset(config)
-    raw = bench.glance().divergence
-    bench.reestimate(SETTINGS.seed)
-    record = run_trial(task, config, SETTINGS, bench=bench)
-    assert record.start_divergence == pytest.approx(bench_after(bench, config), rel=1e-5)
+def test_a_start_far_from_float_has_its_batch_norm_statistics_estimated_anew(task: Task, workbench: Workbench) -> None:
+    config = uniform(workbench, "w2a2")
+    workbench.reset(config)
+    raw = workbench.quick_score().divergence
+    workbench.reestimate(SETTINGS.seed)
+    record = run_trial(task, config, SETTINGS, workbench=workbench)
+    assert record.start_divergence == pytest.approx(bench_after(workbench, config), rel=1e-5)
     assert raw is not None
     assert raw > NEAR
     assert record.start_divergence != raw
 
 
-def bench_after(bench: Workbench, config: PrecisionConfig) -> float | None:
-    bench.reset(config)
-    bench.reestimate(SETTINGS.seed)
-    return bench.glance().divergence
+def bench_after(workbench: Workbench, config: PrecisionConfig) -> float | None:
+    workbench.reset(config)
+    workbench.reestimate(SETTINGS.seed)
+    return workbench.quick_score().divergence
 
 
-def test_before_and_halfway_a_sample_is_scored_and_at_the_end_everything(task: Task, bench: Workbench) -> None:
-    sampled = copy.copy(bench)
-    sampled._glance = task.sampled(20)  # type: ignore[attr-defined]
+def test_before_and_halfway_a_sample_is_scored_and_at_the_end_everything(task: Task, workbench: Workbench) -> None:
+    sampled = copy.copy(workbench)
+    sampled._quick_task = task.sampled(20)  # type: ignore[attr-defined]
     sampled._float_answers = {}
-    record = run_trial(task, uniform(bench, "w2a2"), SETTINGS, bench=sampled)
+    record = run_trial(task, uniform(workbench, "w2a2"), SETTINGS, workbench=sampled)
     before, halfway, end = (accuracy for _, accuracy in record.curve)
     assert {before, halfway} <= {i / 20 for i in range(21)}
-    assert end == record.accuracy == bench.score("val").accuracy
+    assert end == record.accuracy == workbench.score("val").accuracy

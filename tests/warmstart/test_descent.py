@@ -35,13 +35,13 @@ def problem() -> Problem:
 
 
 @pytest.fixture(scope="module")
-def bench(problem: Problem) -> Workbench:
+def workbench(problem: Problem) -> Workbench:
     return Workbench(problem.task, problem.spec.trial)
 
 
 @pytest.fixture(scope="module")
-def descent(problem: Problem, bench: Workbench) -> Descent:
-    return descend(bench, problem.space, problem.cost, BUDGETS, STEPS)
+def descent(problem: Problem, workbench: Workbench) -> Descent:
+    return descend(workbench, problem.space, problem.cost, BUDGETS, STEPS)
 
 
 def quantizer(bits: float, *, signed: bool, betas: bool = False) -> BitQuantizer:
@@ -123,22 +123,24 @@ def test_every_budget_leaves_a_snapshot_at_its_cost(problem: Problem, descent: D
     assert descent.log[-1]["step"] == STEPS - 1
 
 
-def test_layers_come_apart_and_marginals_come_together(problem: Problem, bench: Workbench, descent: Descent) -> None:
-    uniform = descend(bench, problem.space, problem.cost, BUDGETS, STEPS, spread=0.0)
-    last, control = descent.snapshots[-1], uniform.snapshots[-1]
-    assert torch.tensor(list(control.bits.values())).std() < 1e-6
+def test_layers_come_apart_and_marginals_come_together(
+    problem: Problem, workbench: Workbench, descent: Descent
+) -> None:
+    uniform = descend(workbench, problem.space, problem.cost, BUDGETS, STEPS, spread=0.0)
+    last, baseline = descent.snapshots[-1], uniform.snapshots[-1]
+    assert torch.tensor(list(baseline.bits.values())).std() < 1e-6
     assert torch.tensor(list(last.bits.values())).std() > 0.3
-    assert last.imbalance < control.imbalance
+    assert last.imbalance < baseline.imbalance
 
 
-def test_the_same_seed_descends_the_same_way(problem: Problem, bench: Workbench, descent: Descent) -> None:
-    again = descend(bench, problem.space, problem.cost, BUDGETS, STEPS)
+def test_the_same_seed_descends_the_same_way(problem: Problem, workbench: Workbench, descent: Descent) -> None:
+    again = descend(workbench, problem.space, problem.cost, BUDGETS, STEPS)
     assert [s.bits for s in again.snapshots] == [s.bits for s in descent.snapshots]
 
 
-def test_budgets_that_nothing_can_meet_are_refused(problem: Problem, bench: Workbench) -> None:
+def test_budgets_that_nothing_can_meet_are_refused(problem: Problem, workbench: Workbench) -> None:
     with pytest.raises(SpaceError, match="lies between the cheapest"):
-        descend(bench, problem.space, problem.cost, [1e-3], 1)
+        descend(workbench, problem.space, problem.cost, [1e-3], 1)
 
 
 def test_a_saved_descent_is_read_back_whole(descent: Descent, tmp_path: Path) -> None:
@@ -183,13 +185,13 @@ def test_a_warm_start_is_paid_for_once(problem: Problem, tmp_path: Path, monkeyp
     def once() -> list[tuple[str, PrecisionConfig]]:
         return [*warm_start(spec, problem.task, problem.graph, problem.space, problem.cost, tmp_path / "warmstart")]
 
-    anchors = once()
+    initial_configs = once()
     first = ["descent", "descent", "uniform", "ilp", "ilp"]
-    assert [origin for origin, _ in anchors] == [*first, *["descent"] * 4]
-    assert anchors[2][1] == problem.space.ladder()[-1]
+    assert [origin for origin, _ in initial_configs] == [*first, *["descent"] * 4]
+    assert initial_configs[2][1] == problem.space.ladder()[-1]
     monkeypatch.setattr(start, "descend", None)
     monkeypatch.setattr(start, "measure", None)
-    assert once() == anchors
+    assert once() == initial_configs
     settings = spec.warm_start.model_copy(update={"combinations": 2})
     spec = spec.model_copy(update={"warm_start": settings})
     assert [origin for origin, _ in once()] == [*first, *["uniform"] * 2, *["descent"] * 4]
@@ -199,9 +201,9 @@ def test_the_cheap_end_of_several_types_is_tried_after_the_snapshots(tmp_path: P
     overrides = ["task.float_epochs=5", "warm_start.steps=4", "warm_start.budgets=[0.4]", *WITHOUT_CONTROLS]
     problem = open_problem(mpsearch.load_study("digits", ["space=digits_mixed", *overrides]))
     folder = tmp_path / "warmstart"
-    anchors = warm_start(problem.spec, problem.task, problem.graph, problem.space, problem.cost, folder)
-    assert [origin for origin, _ in anchors[:2]] == ["descent", "uniform"]
-    cheapest = anchors[1][1]
+    initial_configs = warm_start(problem.spec, problem.task, problem.graph, problem.space, problem.cost, folder)
+    assert [origin for origin, _ in initial_configs[:2]] == ["descent", "uniform"]
+    cheapest = initial_configs[1][1]
     assert problem.cost(cheapest) == pytest.approx(problem.cheapest)
     assert problem.cost(cheapest) < min(map(problem.cost, problem.space.ladder()))
 

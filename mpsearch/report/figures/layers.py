@@ -80,7 +80,7 @@ def network(config: pd.DataFrame) -> go.Figure:
     )
     ticks = [-8, -4, 0, 4, 8]
     figure.update_yaxes(
-        title="input bits  |  weight bits",
+        title="activation bits  |  weight bits",
         tickvals=ticks,
         ticktext=[str(abs(tick)) for tick in ticks],
         range=[-FLOAT_LEVEL - 0.4, FLOAT_LEVEL + 0.4],

@@ -42,11 +42,11 @@ def front(trials: pd.DataFrame, finals: pd.DataFrame | None = None, most: int = 
     for origin in sorted(set(complete.origin), key=lambda name: (order.get(name, -1), name)):
         of_origin = shown[shown.origin == origin].sort_values("relative_cost")
         style = origin_style(origin)
-        if origin == "uniform":  # the control to beat: what no uniform config beats
-            controls = of_origin[of_origin.accuracy_percent > of_origin.accuracy_percent.cummax().shift(fill_value=-1)]
+        if origin == "uniform":  # the baseline to beat: what no uniform config beats
+            baselines = of_origin[of_origin.accuracy_percent > of_origin.accuracy_percent.cummax().shift(fill_value=-1)]
             figure.add_scatter(
-                x=controls.relative_cost.tolist(),
-                y=controls.accuracy_percent.tolist(),
+                x=baselines.relative_cost.tolist(),
+                y=baselines.accuracy_percent.tolist(),
                 name="best uniform",
                 mode="lines",
                 line={"shape": "hv", "color": style["color"], "width": 1.5, "dash": "dot"},
@@ -136,8 +136,8 @@ def _add_trials(figure: go.Figure, trials: pd.DataFrame, name: str, style: Any) 
 
 
 def _add_finals(figure: go.Figure, finals: pd.DataFrame) -> None:
-    for control in (False, True):
-        rows = finals[(finals.origin == "uniform") == control]
+    for baseline in (False, True):
+        rows = finals[(finals.origin == "uniform") == baseline]
         if rows.empty:
             continue
         figure.add_scatter(
@@ -145,12 +145,12 @@ def _add_finals(figure: go.Figure, finals: pd.DataFrame) -> None:
             y=rows.test.tolist(),
             error_y={"array": rows.test_std.fillna(0).tolist(), "thickness": 1.5, "width": 4},
             customdata=rows[["number", "seeds", "test_std", "val"]].to_numpy().tolist(),
-            name="test, uniform" if control else "test, finalized",
+            name="test, uniform" if baseline else "test, finalized",
             mode="markers",
             marker={
-                "symbol": "square-open" if control else "circle-open",
+                "symbol": "square-open" if baseline else "circle-open",
                 "size": 11,
-                "color": STYLE["vermillion"] if control else STYLE["blue"],
+                "color": STYLE["vermillion"] if baseline else STYLE["blue"],
                 "line": {"width": 2},
             },
             hovertemplate=(
