@@ -23,7 +23,7 @@ def measure(trials: int, layers: int) -> list[str]:
     from plotly.offline import get_plotlyjs
 
     from mpsearch.cost.model import RelativeCost
-    from mpsearch.graph.layers import LayerInfo
+    from mpsearch.graph.facts import LayerInfo
     from mpsearch.precision import LayerPrecision, PrecisionConfig
     from mpsearch.record import RunFolder, TrialRecord, WallTime
     from mpsearch.report.data import RunData

@@ -9,7 +9,8 @@ from typing import Any
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import CostError
-from mpsearch.graph.layers import ModelGraph, inspect_model
+from mpsearch.graph.facts import ModelGraph
+from mpsearch.graph.layers import inspect_model
 from mpsearch.space.build import build_space
 from mpsearch.space.space import SearchSpace
 from mpsearch.space.spec import load_space

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.compiler import compiler_missing
-from mpsearch.graph.layers import LayerInfo, ModelGraph, inspect_model
+from mpsearch.graph.facts import LayerInfo, ModelGraph
+from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import Offer, PrecisionConfig
 from mpsearch.quant.fused import fuse
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, set_precision

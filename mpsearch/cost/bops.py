@@ -6,7 +6,7 @@ uniform one, and float counts as 32 bits.
 
 from __future__ import annotations
 
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import LayerPrecision
 
 

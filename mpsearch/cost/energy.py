@@ -19,7 +19,7 @@ from __future__ import annotations
 from itertools import chain, product
 from typing import TYPE_CHECKING, TypeVar
 
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.quant.levels import apot_terms, shift_exponents
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from math import prod
 
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import LayerPrecision, Precision
 
 SCALE_BYTES = 4

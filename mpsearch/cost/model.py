@@ -24,7 +24,7 @@ from mpsearch.cost.memory import (
     weight_traffic_pj,
 )
 from mpsearch.errors import CostError, nearest
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 
 Choices = Mapping[str, tuple[Sequence[Precision], Sequence[Precision]]]

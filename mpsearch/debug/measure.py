@@ -35,7 +35,8 @@ from mpsearch.debug.diagnosis import (
     widened,
 )
 from mpsearch.errors import PrecisionError, TaskError
-from mpsearch.graph.layers import LayerInfo, inspect_model
+from mpsearch.graph.facts import LayerInfo
+from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import FLOAT, LayerPrecision, PrecisionConfig
 from mpsearch.ptq.bias import correct_bias_empirically
 from mpsearch.ptq.equalize import equalize

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mpsearch.errors import ExportError, PrecisionError, nearest
 from mpsearch.exporters.plain import plain_layer, with_layers, without_quantizers
 from mpsearch.graph.attention import open_attention
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import PrecisionConfig
 from mpsearch.ptq.fold import restructure
 from mpsearch.quant.modules import QUANT_LAYERS

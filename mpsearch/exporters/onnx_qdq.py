@@ -27,7 +27,7 @@ import numpy as np
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import uniform_grid, weight_codes
 from mpsearch.exporters.onnx_graph import replace_markers, trace, write
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from mpsearch.graph.layers import KINDS, LayerInfo
+from mpsearch.graph.facts import LayerInfo
+from mpsearch.graph.layers import KINDS
 from mpsearch.graph.observe import BATCH_NORMS
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

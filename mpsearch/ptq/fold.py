@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.graph.attention import open_attention
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.ptq.flow import Normal, blocks, out_channels
 from mpsearch.quant.prepare import quant_layers
 

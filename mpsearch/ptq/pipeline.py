@@ -19,7 +19,8 @@ from torch import nn
 
 from mpsearch.errors import PrecisionError, TaskError, nearest
 from mpsearch.graph.attention import open_attention
-from mpsearch.graph.layers import LayerInfo, inspect_model
+from mpsearch.graph.facts import LayerInfo
+from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
 from mpsearch.ptq.adaround import STEPS, adaround, input_of
 from mpsearch.ptq.bias import correct_bias_analytically, correct_bias_empirically

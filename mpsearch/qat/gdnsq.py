@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import PrecisionError, nearest
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import Precision, PrecisionConfig
 from mpsearch.qat.trained import Trained
 from mpsearch.quant.gdnsq import GdnsqQuantizer, RoundGradient, StepGradient, WeightGrid

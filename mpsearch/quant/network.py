@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import PrecisionConfig
 from mpsearch.quant.prepare import quant_layers
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from mpsearch.errors import PrecisionError, nearest
 from mpsearch.graph.attention import open_attention
-from mpsearch.graph.layers import LayerInfo, inspect_model
+from mpsearch.graph.facts import LayerInfo
+from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import Offer, Precision, PrecisionConfig
 from mpsearch.quant.modules import UNIFORM, QuantLayer, quantized
 from mpsearch.quant.ranges import activation_range, weight_step

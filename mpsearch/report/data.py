@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from mpsearch.cost.model import RelativeCost
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord
 from mpsearch.report.tables import (
     best_table,

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from mpsearch.cost.model import RelativeCost
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
 from mpsearch.record import FinalRecord, TrialRecord
 from mpsearch.search.front import hypervolume_over_time, objectives, pareto_front

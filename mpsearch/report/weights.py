@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import PrecisionConfig
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.prepare import insert_quantizers, quant_layers

@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 from functools import reduce
 
 from mpsearch.errors import SpaceError
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.groups import connected
-from mpsearch.graph.layers import LayerInfo
 from mpsearch.precision import Precision
 from mpsearch.quant.levels import apot_terms
 from mpsearch.space.choices import TENSORS, TensorName, listing, near, precision_order

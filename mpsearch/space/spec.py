@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mpsearch.errors import PrecisionError, SpaceError, nearest
-from mpsearch.graph.layers import KINDS, LayerInfo
+from mpsearch.graph.facts import KIND_NAMES, LayerInfo
 from mpsearch.precision import Precision
 from mpsearch.shipped import shipped, shipped_names
 from mpsearch.space.choices import TensorName, parse_choices
@@ -59,8 +59,8 @@ class _Choices(_Section):
 
 
 def _known_kind(kind: str) -> str:
-    if kind not in KINDS.values():
-        raise ValueError(nearest(kind, KINDS.values()))
+    if kind not in KIND_NAMES:
+        raise ValueError(nearest(kind, KIND_NAMES))
     return kind
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.observe import tensors
 from mpsearch.precision import FLOAT, Precision
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, weight_rows

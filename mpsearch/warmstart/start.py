@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.cost.model import RelativeCost
-from mpsearch.graph.layers import ModelGraph
+from mpsearch.graph.facts import ModelGraph
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import Origin
 from mpsearch.space.order import ends_first

@@ -19,7 +19,7 @@ from torchvision.models import resnet18
 
 from mpsearch.cost.model import COST_MODELS, RelativeCost, cost_of
 from mpsearch.errors import CostError, PrecisionError
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
 from mpsearch.study import CostModelName
 

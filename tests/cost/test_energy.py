@@ -15,7 +15,7 @@ from mpsearch.cost.energy import (
     shifter_pj,
     uniform_mac_pj,
 )
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import LayerPrecision
 
 FAN_IN = 576  # 64 channels, 3 x 3; its sums need 10 bits more than a product

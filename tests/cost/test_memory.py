@@ -14,7 +14,7 @@ from mpsearch.cost.memory import (
     weight_bytes,
     weight_traffic_pj,
 )
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import LayerPrecision
 
 CONV = LayerInfo("conv", "conv2d", (5, 3, 3, 3), (3, 9, 9), (5, 9, 9), 10_935, 135, 27)  # 135 weights, no bias

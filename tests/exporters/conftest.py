@@ -9,7 +9,8 @@ import pytest
 from torch import Tensor, nn
 
 import mpsearch
-from mpsearch.graph.layers import ModelGraph, inspect_model
+from mpsearch.graph.facts import ModelGraph
+from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.study import load_study
 from mpsearch.task.load import load_task

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import mpsearch
 from mpsearch.errors import ExportError
 from mpsearch.exporters import aimet, modelopt, torchao
-from mpsearch.graph.layers import ModelGraph, inspect_model
+from mpsearch.graph.facts import ModelGraph
+from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.prepare import quant_layers
 

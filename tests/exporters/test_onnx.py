@@ -16,7 +16,8 @@ import mpsearch
 from mpsearch.errors import ExportError
 from mpsearch.exporters import onnx_qdq
 from mpsearch.exporters.packed import unpack_bits, values_of
-from mpsearch.graph.layers import ModelGraph, inspect_model
+from mpsearch.graph.facts import ModelGraph
+from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.prepare import quant_layers
 

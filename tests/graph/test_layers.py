@@ -15,7 +15,8 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpsearch.errors import TaskError
-from mpsearch.graph.layers import KINDS, LayerInfo, ModelGraph, inspect_model
+from mpsearch.graph.facts import LayerInfo, ModelGraph
+from mpsearch.graph.layers import KINDS, inspect_model
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from mpsearch.cost.model import RelativeCost
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import FinalRecord, Origin, TrialRecord, WallTime
 from mpsearch.report.data import RunData

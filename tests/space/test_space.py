@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import PrecisionError, SpaceError
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.quant.levels import apot_magnitudes, shift_magnitudes
 from mpsearch.space.build import build_space

@@ -12,7 +12,7 @@ import pytest
 from mpsearch.cost import model as cost_model
 from mpsearch.cost.model import COST_MODELS, RelativeCost
 from mpsearch.errors import CostError, PrecisionError, SpaceError
-from mpsearch.graph.layers import LayerInfo
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import PrecisionConfig
 from mpsearch.space.build import build_space
 from mpsearch.space.space import SearchSpace

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpsearch.graph.layers import LayerInfo, inspect_model
+from mpsearch.graph.facts import LayerInfo
+from mpsearch.graph.layers import inspect_model
 from mpsearch.space.build import build_space
 from mpsearch.space.space import SearchSpace
 from mpsearch.space.spec import parse_space

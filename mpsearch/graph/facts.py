@@ -1,0 +1,76 @@
+"""The facts of the layers of a network, as values: no torch, so that a run can be looked at without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+KIND_NAMES = (
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "linear",
+)
+"""The kinds of layers that can be quantized; `layers.KINDS` says which module classes they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer with a weight that takes part in multiply-accumulates, as seen in one forward pass.
+
+    Shapes are of one sample: no batch dimension. A layer with a `reason` cannot be quantized; it stays float, is
+    priced as float, and is named wherever layers are listed.
+    """
+
+    name: str
+    kind: str  # conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear, or the module's class
+    weight_shape: tuple[int, ...]  # (out, in/groups, *kernel); transposed: (in, out/groups, *kernel); linear: (out, in)
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    macs: int  # multiply-accumulates per sample, all calls of the layer together
+    params: int  # elements of weight and bias
+    fan_in: int  # products summed into one output element
+    groups: int = 1
+    signed_input: bool = True  # whether the input takes negative values
+    batch_norm: str | None = None  # the BatchNorm that directly follows, by name
+    input_group: str = ""  # the first layer fed by the same tensor: these share one activation precision
+    weight_group: str = ""  # the first layer with the same weight parameter: these share one weight precision
+    calls: int = 1  # how often one forward pass runs the layer
+    reason: str | None = None  # why it cannot be quantized; None: it can
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel is filtered alone."""
+        return self.groups > 1 and self.weight_shape[1] == 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelGraph:
+    """The layers of a network and what it computes outside them, per sample."""
+
+    layers: tuple[LayerInfo, ...]  # in execution order, those that cannot be quantized among them
+    other_macs: Mapping[str, int] = field(hash=False)  # of operations outside any layer (attention's bmm), by operation
+
+    @property
+    def quantizable(self) -> tuple[LayerInfo, ...]:
+        """The layers that get a precision."""
+        return tuple(layer for layer in self.layers if layer.reason is None)
+
+    @property
+    def unhandled(self) -> tuple[LayerInfo, ...]:
+        """The layers that stay float, each with its reason."""
+        return tuple(layer for layer in self.layers if layer.reason is not None)
+
+    @property
+    def macs(self) -> int:
+        """All multiply-accumulates of one sample."""
+        return sum(layer.macs for layer in self.layers) + sum(self.other_macs.values())
