@@ -38,6 +38,10 @@ class RunError(MpsearchError):
     """A run folder cannot be used: taken by another driver, unwritable, foreign, or without what was asked of it."""
 
 
+class WriteError(MpsearchError):
+    """A file cannot be written: no room, or no permission. What was there before is still there."""
+
+
 class ExportError(MpsearchError):
     """A configuration cannot be written to, or read from, the format that was asked for."""
 

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import socket
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ import psutil
 from numpy.typing import NDArray
 
 from mpsearch.errors import PrecisionError, RunError
+from mpsearch.files import remove_parts, replacing, write_json, write_text
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 
 TrialState = Literal["complete", "failed", "stopped"]
@@ -196,7 +196,8 @@ class RunFolder:
         The space is copied because a run means the configs that there were when it began, whatever its file says later.
 
         Raises:
-            RunError: the folder already holds a run, or cannot be written.
+            RunError: the folder already holds a run, or cannot be made.
+            WriteError: a file of it cannot be written.
         """
         folder = cls(Path(path))
         if folder._run_json.exists() or folder.trials_jsonl.exists():
@@ -206,10 +207,10 @@ class RunFolder:
         about = {"schema": SCHEMA, "id": folder.id, "mpsearch": version("mpsearch"), "created_s": time.time()}
         with _explained(f"cannot write the run folder {path}", "give another --out, or make it writable"):
             folder.path.mkdir(parents=True, exist_ok=True)
-            _replace(folder.study_yaml, study_yaml)
-            if space_yaml is not None:
-                _replace(folder.space_yaml, space_yaml)
-            _replace(folder._run_json, json.dumps(about) + "\n")  # last: a folder with it is whole
+        write_text(folder.study_yaml, study_yaml, sync=True)
+        if space_yaml is not None:
+            write_text(folder.space_yaml, space_yaml, sync=True)
+        write_text(folder._run_json, json.dumps(about) + "\n", sync=True)  # last: a folder with it is whole
         return folder
 
     @classmethod
@@ -264,8 +265,8 @@ class RunFolder:
             with _explained(f"cannot write the run folder {self.path}", action):
                 for path in (self.trials_jsonl, self.finals_jsonl):
                     _cut_torn_line(path)
-                for stray in self.path.glob(f".{self._state_json.name}.*"):  # of a driver that was killed
-                    stray.unlink()
+            for folder, name in ((self.path, "*.json"), (self.path, "*.parquet"), (self.checkpoints, "*")):
+                remove_parts(folder, name)  # of a driver that was killed
             self.running = ()
             yield self
         finally:
@@ -323,28 +324,23 @@ class RunFolder:
     @running.setter
     def running(self, trials: Sequence[RunningTrial]) -> None:
         state = {"driver": _this_process(), "running": [asdict(trial) for trial in trials]}
-        with _explained(f"cannot write {self._state_json}", f"make room, then `mpsearch resume {self.path}`"):
-            _replace(self._state_json, json.dumps(state), sync=False)
+        write_text(self._state_json, json.dumps(state))
 
     def write_front(self, front: Mapping[str, Any]) -> None:
-        """Write `front.json`, whole or not at all. Raises RunError where it cannot."""
-        with _explained(f"cannot write {self.front_json}", "make room, or make it writable"):
-            _replace(self.front_json, json.dumps(front, indent=1, allow_nan=False) + "\n")
+        """Write `front.json`, whole or not at all. Raises WriteError where it cannot."""
+        write_json(self.front_json, front, sync=True)
 
     def write_parquet(self) -> Path:
         """Write `trials.parquet` from the record: a row per trial, two text columns per layer.
 
         Columns are the fields of TrialRecord, `wall.*` in seconds, and `NAME.weight` and `NAME.activation` for every
-        layer. Raises RunError where it cannot be written.
+        layer. Raises WriteError where it cannot be written.
         """
         import pandas as pd
 
         rows = [_row(record) for record in self.records()]
         table = pd.DataFrame(rows).convert_dtypes()
-        with (
-            _explained(f"cannot write {self.trials_parquet}", "make room, or make it writable"),
-            _replacing(self.trials_parquet) as temporary,
-        ):
+        with replacing(self.trials_parquet) as temporary:
             table.to_parquet(temporary, index=False)
         return self.trials_parquet
 
@@ -430,28 +426,6 @@ def _explained(what: str, action: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{what}: {error.strerror or error}: {action}") from None
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path` that takes its place when the block ends well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def _replace(path: Path, text: str, sync: bool = True) -> None:
-    with _replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
 
 
 def pack(correct: NDArray[np.bool_]) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from mpsearch.files import replacing
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -36,7 +40,17 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool =
 
 @torch.no_grad()
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write a state dict to one safetensors file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(state(model), temporary)
-    temporary.replace(path)
+    """Write a state dict to one safetensors file, whole or not at all. Raises WriteError."""
+    save_tensors(state(model), path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors to one safetensors file, whole or not at all. Raises WriteError."""
+    dense = {name: value.contiguous() for name, value in tensors.items()}  # channels_last is refused
+    with replacing(path) as temporary:
+        try:
+            save_file(dense, temporary, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:  # "... No space left on device (os error 28)"
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), str(error)) from None
+            raise

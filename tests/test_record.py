@@ -13,7 +13,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from mpsearch.errors import RunError
+from mpsearch.errors import RunError, WriteError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import (
     SCHEMA,
@@ -291,7 +291,7 @@ def test_front_is_replaced_whole_or_not_at_all(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
-        with pytest.raises(RunError, match=r"cannot write .*front\.json: No space left"):
+        with pytest.raises(WriteError, match=r"cannot write .*front\.json: No space left"):
             folder.write_front({"schema": "y"})
     assert json.loads(folder.front_json.read_text()) == {"schema": "x", "trials": [1]}
     assert [path.name for path in folder.path.glob(".*")] == []  # no temporary file is left

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from mpsearch.cli.base import Run, app
 from mpsearch.cli.printing import percent
+from mpsearch.files import write_json
 
 
 @app.command()
@@ -93,7 +93,7 @@ def import_(
     if left:
         print(f"weight or activation left float: {', '.join(left[:10])}{', ...' if len(left) > 10 else ''}")
     if out is not None:
-        out.write_text(json.dumps({"layers": imported.to_json()}, indent=1) + "\n", encoding="utf-8")
+        write_json(out, {"layers": imported.to_json()})
         print(f"written to {out}")
     if score:
         record = score_config(problem, folder, imported)

@@ -11,12 +11,10 @@ a runtime takes them is another matter.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
@@ -24,8 +22,10 @@ from mpsearch.exporters.grids import UniformGrid, uniform_grid
 from mpsearch.exporters.native import network_parts, plain_state
 from mpsearch.exporters.packages import need
 from mpsearch.exporters.reload import TENSORS_FILE, float_network
+from mpsearch.files import write_json
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
+from mpsearch.state_dict import save_tensors
 
 ENCODINGS_FILE = "aimet.encodings"
 
@@ -55,8 +55,8 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
         "activation_encodings": activations,
         "excluded_layers": [],
     }
-    (folder / ENCODINGS_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    save_file(plain_state(network), folder / TENSORS_FILE)
+    write_json(folder / ENCODINGS_FILE, document)
+    save_tensors(plain_state(network), folder / TENSORS_FILE)
     return {**network_parts(network), "file": ENCODINGS_FILE}
 
 

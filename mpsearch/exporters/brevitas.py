@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
@@ -27,7 +27,7 @@ from mpsearch.exporters.plain import PLAIN, per_channel, plain_layer, with_layer
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
-from mpsearch.state_dict import load_tensors, state
+from mpsearch.state_dict import load_tensors, save_tensors, state
 
 TENSORS_FILE = "model.safetensors"
 
@@ -45,7 +45,7 @@ def to_brevitas(model: nn.Module) -> nn.Module:
 
 def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     """Write the state dict of the Brevitas model; returns the manifest's part."""
-    save_file(state(to_brevitas(network.model)), folder / TENSORS_FILE)
+    save_tensors(state(to_brevitas(network.model)), folder / TENSORS_FILE)
     return {**network_parts(network), "tensors": {"file": TENSORS_FILE}}
 
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mpsearch.errors import ExportError
 from mpsearch.exporters.fit import Conversion, fit
 from mpsearch.exporters.manifest import MANIFEST, SCHEMA
 from mpsearch.exporters.targets import find_target
+from mpsearch.files import filling, write_json
 from mpsearch.quant.network import QuantizedNetwork
 
 
@@ -36,7 +36,9 @@ def export(network: QuantizedNetwork, to: str, path: str | Path, *, allow_lossy:
         allow_lossy: convert what the format cannot hold, and list it, instead of refusing.
 
     Raises:
-        ExportError: no such format, a package is missing, the format cannot hold the config, or it cannot be written.
+        ExportError: no such format, a package is missing, the folder is not empty, or the format cannot hold the
+            config.
+        WriteError: it cannot be written; nothing of it is left.
     """
     target = find_target(to)
     model = copy.deepcopy(getattr(network.model, "_orig_mod", network.model)).eval()  # a soft quantizer is not exported
@@ -46,8 +48,7 @@ def export(network: QuantizedNetwork, to: str, path: str | Path, *, allow_lossy:
     if to == "native":
         target.save(fitted, path)
         return Exported(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
+    with filling(path):
         if any(path.iterdir()):
             raise ExportError(f"{path} is not empty: give another folder, or empty it first")
         document = {
@@ -56,7 +57,5 @@ def export(network: QuantizedNetwork, to: str, path: str | Path, *, allow_lossy:
             "converted": [conversion.to_json() for conversion in conversions],  # accuracy was measured before this
             **target.save(fitted, path),
         }
-        (path / MANIFEST).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ExportError(f"cannot write the export to {path}: {error.strerror or error}") from None
+        write_json(path / MANIFEST, document)
     return Exported(path, conversions)

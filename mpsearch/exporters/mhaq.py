@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import save_file
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.native import plain_state
+from mpsearch.files import write_text
 from mpsearch.quant.network import QuantizedNetwork
+from mpsearch.state_dict import save_tensors
 
 CONFIG_FILE = "mhaq.yaml"
 ADAPTER_FILE = "mhaq_adapter.py"
@@ -67,10 +68,10 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
         },
         "mpsearch": {"note": IGNORED, "layers": targets},
     }
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    write_text(folder / CONFIG_FILE, yaml.safe_dump(document, sort_keys=False))
     adapter = files("mpsearch.exporters").joinpath("mhaq_adapter.py.txt").read_text(encoding="utf-8")
-    (folder / ADAPTER_FILE).write_text(adapter, encoding="utf-8")
-    save_file(plain_state(network), folder / TENSORS_FILE)
+    write_text(folder / ADAPTER_FILE, adapter)
+    save_tensors(plain_state(network), folder / TENSORS_FILE)
     return {"file": CONFIG_FILE, "adapter": ADAPTER_FILE, "tensors": {"file": TENSORS_FILE}, "notes": [IGNORED]}
 
 

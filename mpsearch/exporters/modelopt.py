@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
@@ -24,9 +24,11 @@ from mpsearch.exporters.native import network_parts, plain_state
 from mpsearch.exporters.packages import need
 from mpsearch.exporters.plain import per_channel
 from mpsearch.exporters.reload import TENSORS_FILE, float_network
+from mpsearch.files import write_json
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
+from mpsearch.state_dict import save_tensors
 
 CONFIG_FILE = "quant_cfg.json"
 RANGES_FILE = "ranges.safetensors"
@@ -45,9 +47,9 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
             entries.append({"quantizer_name": f"{name}.{quantizer}", "cfg": cfg, "enable": True})
             ranges |= {f"{name}.{quantizer}.{key}": value for key, value in values.items()}
     document = {"quant_cfg": entries, "algorithm": None}
-    (folder / CONFIG_FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    save_file(plain_state(network), folder / TENSORS_FILE)
-    save_file(ranges, folder / RANGES_FILE)
+    write_json(folder / CONFIG_FILE, document)
+    save_tensors(plain_state(network), folder / TENSORS_FILE)
+    save_tensors(ranges, folder / RANGES_FILE)
     return {**network_parts(network), "file": CONFIG_FILE}
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError, PrecisionError, nearest
 from mpsearch.exporters.plain import plain_layer, with_layers, without_quantizers
+from mpsearch.files import filling, write_json
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import PrecisionConfig
@@ -26,7 +27,7 @@ from mpsearch.ptq.fold import restructure
 from mpsearch.quant.modules import QUANT_LAYERS
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import insert_quantizers, quant_layers
-from mpsearch.state_dict import load_tensors, state
+from mpsearch.state_dict import load_tensors, save_tensors, state
 
 SCHEMA = "mpsearch/precision-config/1"
 CONFIG_FILE = "precision.json"
@@ -37,22 +38,20 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     """Write a quantized network: `precision.json`, which is its manifest, and `model.safetensors`.
 
     Raises:
-        ExportError: the folder cannot be written, or holds another export.
+        ExportError: the folder holds another export.
+        WriteError: it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with filling(folder):
         for file in (CONFIG_FILE, TENSORS_FILE):
             if (folder / file).exists():
                 raise ExportError(f"{folder} already holds {file}: give another folder, or remove it first")
-        save_file(state(network.model), folder / TENSORS_FILE, metadata={"format": "pt", "schema": SCHEMA})
+        save_tensors(state(network.model), folder / TENSORS_FILE, metadata={"format": "pt", "schema": SCHEMA})
         document = {
             **network.document(SCHEMA),
             **network_parts(network),
             "tensors": {"file": TENSORS_FILE, "sha256": _sha256(folder / TENSORS_FILE)},
         }
-        (folder / CONFIG_FILE).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ExportError(f"cannot write the export to {folder}: {error.strerror or error}") from None
+        write_json(folder / CONFIG_FILE, document)
     return {}
 
 

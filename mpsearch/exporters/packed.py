@@ -30,7 +30,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
@@ -46,7 +46,7 @@ from mpsearch.quant.nearest import magnitudes
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
 from mpsearch.quant.uniform import code_range, grid_shift
-from mpsearch.state_dict import load_tensors
+from mpsearch.state_dict import load_tensors, save_tensors
 
 TENSORS_FILE = "model.safetensors"
 
@@ -130,7 +130,7 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
         if id(value) not in written  # by identity: a module may hang under two names
     }
     path = folder / TENSORS_FILE
-    save_file(writer.tensors() | others, path)
+    save_tensors(writer.tensors() | others, path)
     structure = dict(network.structure or {"folded": {}, "relu6": [], "biased": []})
     structure["folded"] = {**structure["folded"], **folded}
     structure["biased"] = [name for name in layers if table[name]["bias"] is not None]

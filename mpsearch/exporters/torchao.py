@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
@@ -23,9 +23,11 @@ from mpsearch.exporters.grids import steps
 from mpsearch.exporters.native import network_parts, plain_state
 from mpsearch.exporters.packages import need
 from mpsearch.exporters.reload import TENSORS_FILE, float_network
+from mpsearch.files import write_json
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
+from mpsearch.state_dict import save_tensors
 
 CONFIG_FILE = "torchao.json"
 SCALES_FILE = "scales.safetensors"
@@ -48,10 +50,10 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
             for name, layer in quantized.items()
         }
     )
-    (folder / CONFIG_FILE).write_text(json.dumps(config_to_dict(config), indent=1) + "\n", encoding="utf-8")
-    save_file(plain_state(network, quantized=True), folder / TENSORS_FILE)
+    write_json(folder / CONFIG_FILE, config_to_dict(config))
+    save_tensors(plain_state(network, quantized=True), folder / TENSORS_FILE)
     scales = {name: _per_row(layer) for name, layer in quantized.items()}
-    save_file(scales, folder / SCALES_FILE)
+    save_tensors(scales, folder / SCALES_FILE)
     return {**network_parts(network), "file": CONFIG_FILE}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from mpsearch.errors import RunError
+from mpsearch.files import write_text
 from mpsearch.shipped import shipped_folder
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def write_page(
         plotlyjs=get_plotlyjs(),
         script="\n".join(_shipped(name) for name in ("page.js", script) if name),
     )
-    return _replace(Path(path), text)
+    return write_text(path, text)
 
 
 def paragraphs(lines: Iterable[str]) -> str:
@@ -150,14 +150,3 @@ def _environment() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _replace(path: Path, text: str) -> Path:
-    """Write a file whole or not at all: somebody may be reading it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise RunError(f"cannot write the report {path}: {error.strerror}; make the folder writable") from None
-    return path

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mpsearch.errors import MpsearchError, RunError
+from mpsearch.errors import MpsearchError, RunError, WriteError
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.view import OptunaView
@@ -81,6 +81,7 @@ def run_trials(
 
     Raises:
         RunError: a trial could not be recorded, or Ray cannot be started or reached.
+        WriteError: weights could not be written; the trial is on no record, and is proposed again by a resumed run.
         KeyboardInterrupt: as given; the trials that ran are dropped, those that had ended are on the disk.
     """
     book = _Book(controller, folder, view, on_event)
@@ -90,16 +91,19 @@ def run_trials(
         else:
             _run_on_ray(book, folder, make_runner, engine.address, concurrency)
     finally:
-        folder.running = ()
+        with contextlib.suppress(WriteError):  # why the disk is full is being said already
+            folder.running = ()
         if view is not None:
             view.flush()
 
 
 def attempt(runner: Runner, proposal: Proposal) -> TrialRecord:
-    """The record of a trial, failed with its reason if `runner` raises."""
+    """The record of a trial, failed with its reason if `runner` raises. Raises WriteError where the disk is full."""
     started_s, clock = time.time(), time.perf_counter()
     try:
         return runner(proposal)
+    except WriteError:  # says nothing of the config: the run ends, and a resumed one tries it again
+        raise
     except Exception as error:  # of any kind: a failed trial is a result, and the search goes on
         wall = WallTime(train_s=time.perf_counter() - clock)  # where it went is not known; most of it, usually
         return TrialRecord(proposal.config, "failed", reason=explain(error), wall=wall, started_s=started_s)
@@ -255,7 +259,11 @@ def _run_on_ray(
                 return True
 
             def step(self) -> dict[str, Any]:
-                record = None if self.runner is None else attempt(self.runner, self.proposal)
+                record = None
+                try:
+                    record = None if self.runner is None else attempt(self.runner, self.proposal)
+                except WriteError as error:
+                    self.refused = error
                 return {"record": record, "refused": self.refused, "done": True}
 
         tune.run(

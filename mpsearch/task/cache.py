@@ -19,8 +19,11 @@ from typing import Any
 
 from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from mpsearch.errors import WriteError
+from mpsearch.state_dict import save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +61,9 @@ def cached_tensors(name: str, make: Callable[[], dict[str, Tensor]]) -> tuple[di
             return tensors, path
         tensors = make()
         try:
-            _save(tensors, path)
-        except (OSError, SafetensorError) as error:
-            logger.warning("cannot keep %s in the cache: %s", path, error)
+            save_tensors(tensors, path)
+        except WriteError as error:
+            logger.warning("nothing is kept in the cache: %s", error)
             return tensors, path
     return _load(path) or tensors, path
 
@@ -71,14 +74,3 @@ def _load(path: Path) -> dict[str, Tensor] | None:
     except (SafetensorError, OSError) as error:
         logger.warning("%s is damaged (%s) and is made again", path, error)
         return None
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write all or nothing: a reader never sees half a file."""
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    os.close(handle)
-    try:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, scratch)  # channels_last is refused
-        Path(scratch).replace(path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)

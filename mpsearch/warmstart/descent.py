@@ -30,16 +30,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import SpaceError
+from mpsearch.files import write_text
 from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.quant.fused import Elementwise
 from mpsearch.quant.gdnsq import clamp_and_round, grid_shift
 from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows
 from mpsearch.space.space import SearchSpace, Slot
+from mpsearch.state_dict import save_tensors
 from mpsearch.train import autocast, call, to_device
 from mpsearch.workbench import Workbench
 
@@ -134,18 +136,14 @@ class Descent:
         return min(self.snapshots, key=lambda snapshot: abs(math.log(snapshot.budget / cost)))
 
     def save(self, folder: Path) -> None:
-        """Write `descent.json` and a safetensors file a snapshot."""
+        """Write `descent.json` and a safetensors file a snapshot. Raises WriteError."""
         folder.mkdir(parents=True, exist_ok=True)
         rows = []
         for index, snapshot in enumerate(self.snapshots):
-            tensors = {name: value.contiguous() for name, value in snapshot.weights.items()}
-            save_file(tensors, folder / f"snapshot-{index}.safetensors")
+            save_tensors(snapshot.weights, folder / f"snapshot-{index}.safetensors")
             rows.append({k: v for k, v in vars(snapshot).items() if k != "weights"})
         document = {"seconds": self.seconds, "snapshots": rows, "log": list(self.log)}
-        path = folder / "descent.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(document), encoding="utf-8")
-        part.replace(path)  # last: a folder with this file is whole
+        write_text(folder / "descent.json", json.dumps(document))  # last: a folder with this file is whole
 
     @classmethod
     def load(cls, folder: Path) -> Descent:

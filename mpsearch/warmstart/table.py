@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import pandas as pd
 
 from mpsearch.errors import MpsearchError, PrecisionError, RunError, nearest
+from mpsearch.files import replacing, write_json
 from mpsearch.precision import Precision, PrecisionConfig
 from mpsearch.space.choices import GRANULARITY, TENSORS, TensorName
 
@@ -96,16 +97,14 @@ class SensitivityTable(Mapping[Key, float]):
             raise RunError(f"not a sensitivity table: {what}; measure it again") from None
 
     def save(self, path: str | Path) -> None:
-        """Write `.json` or `.parquet`. Raises RunError on another ending, or where the file cannot be written."""
+        """Write `.json` or `.parquet`. Raises RunError on another ending, WriteError where it cannot be written."""
         path, frame = Path(path), self.to_frame()
-        try:
-            if _ending(path) == ".parquet":
-                frame.to_parquet(path, index=False)
-                return
-            rows = [{**row, "value": _finite(row["value"])} for row in frame.to_dict("records")]
-            path.write_text(json.dumps({**frame.attrs, "rows": rows}, indent=1, allow_nan=False), encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror or error}") from None
+        if _ending(path) == ".parquet":
+            with replacing(path) as temporary:
+                frame.to_parquet(temporary, index=False)
+            return
+        rows = [{**row, "value": _finite(row["value"])} for row in frame.to_dict("records")]
+        write_json(path, {**frame.attrs, "rows": rows})
 
     @classmethod
     def load(cls, path: str | Path) -> SensitivityTable:

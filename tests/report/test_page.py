@@ -12,7 +12,7 @@ import pytest
 from pictured import FINALS, LAYERS, RECORDS, run_data
 from plotly.offline import get_plotlyjs
 
-from mpsearch.errors import RunError
+from mpsearch.errors import WriteError
 from mpsearch.record import TrialRecord
 from mpsearch.report.data import RunData
 from mpsearch.report.page import write_report
@@ -191,5 +191,5 @@ def test_report_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -
 
 
 def test_report_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"cannot write the report .*missing/report.html: No such file"):
+    with pytest.raises(WriteError, match=r"cannot write .*missing/report.html: No such file"):
         write_report(tmp_path / "missing" / "report.html", run_data())

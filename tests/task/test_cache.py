@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpsearch.task import cache as cache_module
 from mpsearch.task.cache import cache_folder, cached_tensors, content_key
 
 
@@ -38,7 +37,7 @@ def test_a_full_disk_costs_the_entry_and_nothing_else(cache: Path, monkeypatch: 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache_module, "save_file", full)
+    monkeypatch.setattr("os.replace", full)
     tensors, _ = cached_tensors("entry", lambda: {"a": torch.ones(2)})
     assert torch.equal(tensors["a"], torch.ones(2))
     assert [path.name for path in cache.iterdir()] == ["entry.lock"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from warm_nets import Branching, inspected, space_of
 
-from mpsearch.errors import MpsearchError, PrecisionError, RunError, TaskError
+from mpsearch.errors import MpsearchError, PrecisionError, RunError, TaskError, WriteError
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, set_precision, weight_rows
 from mpsearch.quant.ranges import activation_range, weight_step
@@ -235,7 +235,7 @@ def test_a_table_file_needs_a_known_ending_and_must_exist(table: SensitivityTabl
         table.save(tmp_path / "t.pickle")
     with pytest.raises(RunError, match="cannot read"):
         SensitivityTable.load(tmp_path / "none.json")
-    with pytest.raises(RunError, match="cannot write"):
+    with pytest.raises(WriteError, match="cannot write"):
         table.save(tmp_path / "no" / "t.json")
 
 

@@ -1,0 +1,117 @@
+"""Files that are written whole or not at all: all that mpsearch puts on a disk, records apart, goes through here.
+
+A file is written beside the one that it replaces and takes its place when it is whole, so a reader never sees half of
+it, and a full disk leaves the old one. Records are appended instead (`record.RunFolder.append`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mpsearch.errors import WriteError
+
+_ADVICE = {
+    errno.ENOSPC: "make room on that disk, then do it again",
+    errno.EDQUOT: "make room within your quota, then do it again",
+    errno.ENOENT: "make its folder first, or give another path",
+    errno.ENOTDIR: "a part of the path is a file: give another path",
+    errno.EISDIR: "it is a folder: give the path of a file",
+}
+
+
+def write_error(path: Path, error: OSError) -> WriteError:
+    """The error that says which file could not be written, why, and what to do."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return WriteError(f"cannot write {path}: {reason}: {_ADVICE.get(error.errno or 0, 'make its folder writable')}")
+
+
+@contextmanager
+def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
+    """A temporary neighbour of `path` to be written inside the block; it takes the place of `path` when that ends well.
+
+    It has the permissions that the umask leaves. Where `path` is a pipe or a device, that itself is written to.
+
+    Args:
+        path: of the file, which may exist.
+        sync: wait until the disk has it.
+
+    Raises:
+        WriteError: it could not be written; `path` is as it was and the neighbour is gone.
+    """
+    path = Path(path)
+    temporary = path if _is_stream(path) else path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        if temporary is path:
+            yield path
+            return
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # safetensors replaces the file by one that nobody else may read
+            if sync:
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+def write_text(path: str | Path, text: str, *, sync: bool = False) -> Path:
+    """Write a text in UTF-8. Raises WriteError."""
+    with replacing(path, sync=sync) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json(path: str | Path, document: Any, *, sync: bool = False) -> Path:
+    """Write a document as JSON, which has finite numbers only. Raises WriteError, and ValueError on NaN."""
+    return write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n", sync=sync)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Make a folder, if it is missing, for the files that the block puts there: all of them or none.
+
+    Raises:
+        WriteError: the folder or a file of it cannot be written; what the block had put there is gone.
+    """
+    new, before = not folder.exists(), set[Path]()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = set(folder.iterdir())
+        yield
+    except BaseException as error:
+        for path in set(folder.iterdir()) - before if folder.is_dir() else ():
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        if new and folder.is_dir():
+            folder.rmdir()
+        if isinstance(error, OSError):
+            raise write_error(folder, error) from None
+        raise
+
+
+def remove_parts(folder: Path, name: str = "*") -> None:
+    """Remove what a killed process left of a file called `name`; only where nobody else can be writing it."""
+    for part in folder.glob(f".{name}.*.part"):
+        with suppress(OSError):
+            part.unlink()
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether the path leads to something that cannot be replaced: `-o /dev/stdout`."""
+    if str(path) in ("/dev/stdout", "/dev/stderr") or path.is_relative_to("/dev/fd"):
+        return True
+    return path.exists() and not (path.is_file() or path.is_dir())

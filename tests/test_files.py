@@ -1,0 +1,204 @@
+"""Files whole or not at all: what a full disk, a killed process and a wrong path leave behind, whoever writes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mpsearch
+from mpsearch.errors import WriteError
+from mpsearch.exporters.export import export
+from mpsearch.exporters.packages import need
+from mpsearch.exporters.targets import TARGETS
+from mpsearch.files import replacing, write_json, write_text
+from mpsearch.graph.layers import inspect_model
+from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
+from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.report.parts import write_page
+from mpsearch.search.engine import attempt
+from mpsearch.state_dict import save_tensors, save_weights
+from mpsearch.warmstart.descent import Descent, Snapshot
+from mpsearch.warmstart.table import SensitivityTable
+
+CONFIG = PrecisionConfig({"0": LayerPrecision.parse("uniform:4", "uniform:8")})
+TABLE = SensitivityTable("kl", {("0", "weight", Precision("uniform", 4, "channel")): 0.5}, 8, 1.0)
+SNAPSHOT = Snapshot(0.5, 1, {"0": 4.0}, {}, {}, 0.1, {"0.weight": torch.ones(64, 64)})
+
+
+def network() -> mpsearch.QuantizedNetwork:
+    model, x = nn.Sequential(nn.Linear(64, 8)).eval(), torch.rand(16, 64)
+    layers = inspect_model(model, x).layers
+    prepared = mpsearch.prepare(model, CONFIG, x, layers).eval()
+    return mpsearch.QuantizedNetwork(prepared, layers, "net", "task", example_input=x[:2])
+
+
+def run_folder(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    if not folder.trials_jsonl.exists():
+        RunFolder.create(path, "name: a\n")
+        with folder.driving():
+            folder.append(TrialRecord(CONFIG, "complete", 0.5, 0.25, number=0))
+    return folder
+
+
+def write_state(path: Path) -> None:
+    run_folder(path).running = ()
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "text": lambda path: write_text(path / "a.txt", "a" * 9999),
+    "json": lambda path: write_json(path / "a.json", ["a" * 9999], sync=True),
+    "tensors": lambda path: save_tensors({"a": torch.ones(64, 64)}, path / "a.safetensors"),
+    "weights": lambda path: save_weights(nn.Linear(64, 64), path / "trial-0.safetensors"),
+    "study": lambda path: RunFolder.create(path, f"name: a\n# {'x' * 9999}"),
+    "state": write_state,
+    "front": lambda path: run_folder(path).write_front({"a": 1}),
+    "parquet": lambda path: run_folder(path).write_parquet(),
+    "page": lambda path: write_page(path / "report.html", "a", ["b"], ["c"]),
+    "table.json": lambda path: TABLE.save(path / "table.json"),
+    "table.parquet": lambda path: TABLE.save(path / "table.parquet"),
+    "descent": lambda path: Descent((SNAPSHOT,), (), 1.0).save(path),
+}
+NEW_RUN = {"study"}  # writes into an empty folder only
+
+
+@contextmanager
+def no_byte_may_be_written() -> Iterator[None]:
+    """The operating system refuses every write into a file of this process; pipes and devices still work."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Disk:
+    """A folder on a disk that can be filled."""
+
+    def __init__(self, path: Path, reason: str, full: Callable[[Path], AbstractContextManager[None]]) -> None:
+        self.path, self.reason, self._full = path, reason, full
+
+    def full(self) -> AbstractContextManager[None]:
+        return self._full(self.path)
+
+    def files(self) -> dict[str, bytes]:
+        files = (path for path in self.path.rglob("*") if path.is_file() and path.name not in ("filler", "driver.lock"))
+        return {str(path.relative_to(self.path)): path.read_bytes() for path in files}
+
+
+@contextmanager
+def filled(path: Path) -> Iterator[None]:
+    filler = path / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+@pytest.fixture(params=["limit", "tmpfs"])
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
+    """Full in two ways: by a limit of the process, which anybody has, and in earnest, which takes root."""
+    if request.param == "limit":
+        yield Disk(tmp_path, "File too large", lambda _: no_byte_may_be_written())
+        return
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)]
+    if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a file system can be mounted by root on Linux only")
+    try:
+        yield Disk(tmp_path, "No space left on device", filled)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_full_disk_leaves_what_was_there_and_says_which_file(disk: Disk, writer: str):
+    write = WRITERS[writer]
+    if writer not in NEW_RUN:
+        write(disk.path)
+    before = disk.files()
+    with disk.full(), pytest.raises(WriteError, match=rf"cannot write {disk.path}/.*: {disk.reason}: \w+"):
+        write(disk.path)
+    assert disk.files() == before
+    assert not list(disk.path.rglob("*.part"))
+    write(disk.path)  # there is room again
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_export_to_a_full_disk_leaves_nothing(disk: Disk, target: str):
+    try:
+        need(target)
+    except mpsearch.errors.ExportError as error:
+        pytest.skip(str(error))
+    net = network()
+    export(net, target, disk.path / "warm", allow_lossy=True)  # what is imported and compiled comes before the limit
+    with disk.full(), pytest.raises(WriteError, match=rf"cannot write {disk.path}/out.*: {disk.reason}: \w+"):
+        export(net, target, disk.path / "out", allow_lossy=True)
+    assert not (disk.path / "out").exists()
+    export(net, target, disk.path / "out", allow_lossy=True)
+
+
+def test_failure_of_the_block_leaves_the_old_file(tmp_path: Path):
+    write_text(tmp_path / "a", "old")
+    with suppress(KeyError), replacing(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_missing_folder_and_folder_in_the_place_are_refused_with_advice(tmp_path: Path):
+    with pytest.raises(WriteError, match=r"missing/a: No such file or directory: make its folder first"):
+        write_text(tmp_path / "missing" / "a", "")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WriteError, match=r"folder: Is a directory: it is a folder: give the path of a file"):
+        write_text(tmp_path / "folder", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_follow_the_umask(tmp_path: Path, umask: int):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "a", "")
+        save_tensors({"a": torch.ones(2)}, tmp_path / "b")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def test_standard_output_is_written_to_and_not_replaced():
+    code = "from mpsearch.files import write_text; write_text('/dev/stdout', 'text')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "text"
+    assert Path("/dev/stdout").is_symlink()
+
+
+def test_driver_removes_what_a_killed_one_was_writing(tmp_path: Path):
+    folder = run_folder(tmp_path)
+    folder.checkpoints.mkdir()
+    torn = [tmp_path / ".front.json.ab12.part", folder.checkpoints / ".trial-3.safetensors.ab12.part"]
+    for path in torn:
+        path.write_bytes(b"half")
+    with folder.driving():
+        assert not any(path.exists() for path in torn)
+
+
+def test_trial_whose_weights_find_no_room_ends_the_run_and_is_on_no_record(tmp_path: Path):
+    def full(_: object) -> TrialRecord:
+        write_text(tmp_path / "missing" / "trial-0.safetensors", "")
+        raise AssertionError
+
+    with pytest.raises(WriteError):
+        attempt(full, None)  # type: ignore[arg-type]
