@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mpsearch.errors import PrecisionError, RunError, StudyError, nearest
+from mpsearch.documents import YamlError, clip, explain, parse_yaml, read_yaml, to_yaml
+from mpsearch.errors import PrecisionError, RunError, StudyError
 from mpsearch.precision import LayerPrecision
 from mpsearch.record import RunFolder
 from mpsearch.shipped import shipped, shipped_names
@@ -258,7 +258,7 @@ class StudySpec(_Section):
 
     def to_yaml(self) -> str:
         """The resolved study: every key with the value that holds."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return to_yaml(self.model_dump(mode="json"))
 
 
 def load_study(study: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
@@ -271,12 +271,7 @@ def load_study(study: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
         StudyError: no such study, no YAML, or a key or value that does not belong; the message names all of them.
     """
     path = shipped("studies", str(study), StudyError)
-    try:
-        document = _read_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} is not YAML: {error}") from None
-    except OSError as error:
-        raise StudyError(f"cannot read the study {path}: {error.strerror}") from None
+    document = read_yaml(path, StudyError)
     if not isinstance(document, dict):
         raise StudyError(f"{path} must hold keys and values, got {type(document).__name__}: see `studies/digits.yaml`")
     for override in overrides:
@@ -289,53 +284,7 @@ def parse_study(document: Mapping[str, Any], source: str = "study") -> StudySpec
     try:
         return StudySpec.model_validate(document)
     except ValidationError as error:
-        raise StudyError(f"{source} cannot be used:\n" + "\n".join(_explain(error))) from None
-
-
-def _explain(error: ValidationError) -> list[str]:
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"] if part not in ("bool", "literal['auto']"))
-        match item["type"]:
-            case "extra_forbidden":
-                lines.append(f"  {key}: no such key; {nearest(str(item['loc'][-1]), _keys_at(item['loc'][:-1]))}")
-            case "missing":
-                lines.append(f"  {key}: missing; it is required")
-            case "literal_error":
-                given = item["input"]
-                valid = re.findall(r"'([^']*)'", str(item.get("ctx", {}).get("expected", "")))
-                lines.append(f"  {key}: got {given!r}; {nearest(str(given), valid)}")
-            case "value_error":
-                lines.append(
-                    f"  {key or 'study'}: {item['msg'].removeprefix('Value error, ')} (got {_clip(item['input'])})"
-                )
-            case _:
-                lines.append(f"  {key}: {item['msg'][:1].lower()}{item['msg'][1:]} (got {_clip(item['input'])})")
-    return lines
-
-
-def _keys_at(location: Sequence[int | str]) -> list[str]:
-    section: Any = StudySpec
-    for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if section is None:
-            return []
-    return list(section.model_fields)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as its version 1.2 reads numbers: `1e-3` is one (PyYAML takes it for text)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+        raise StudyError(f"{source} cannot be used:\n" + explain(error, StudySpec, "study")) from None
 
 
 def _set(document: dict[str, Any], override: str) -> None:
@@ -343,15 +292,15 @@ def _set(document: dict[str, Any], override: str) -> None:
     if not separator or not key.strip():
         raise StudyError(f"--set got '{override}': write key.path=value, as in search.trials=20")
     try:
-        value = _read_yaml(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except YamlError:
         value = text
     *parents, last = key.strip().split(".")
     section = document
     for parent in parents:
         below = section.setdefault(parent, {})
         if not isinstance(below, dict):
-            raise StudyError(f"--set {override}: '{parent}' holds the value {_clip(below)}, not keys")
+            raise StudyError(f"--set {override}: '{parent}' holds the value {clip(below)}, not keys")
         section = below
     section[last] = value
 
@@ -382,11 +331,6 @@ def _expand(value: Any, where: str) -> Any:
     return _VARIABLE.sub(read, value)
 
 
-def _clip(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def study_names() -> list[str]:
     """The studies that ship with mpsearch."""
     return shipped_names("studies")
@@ -399,9 +343,5 @@ def read_spec(folder: RunFolder) -> StudySpec:
         RunError: it cannot be read.
         StudyError: it is no study.
     """
-    try:
-        document = yaml.safe_load(folder.study_yaml.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunError(f"cannot read {folder.study_yaml}: {error}") from None
-    spec = parse_study(document, source=str(folder.study_yaml))
+    spec = parse_study(read_yaml(folder.study_yaml, RunError), source=str(folder.study_yaml))
     return spec.model_copy(update={"space": str(folder.space_yaml)}) if folder.space_yaml.exists() else spec

@@ -148,7 +148,7 @@ def test_an_impossible_combination_is_refused(study: dict[str, Any], message: st
 
 def test_keys_that_are_no_text_are_refused_by_name(write):
     with pytest.raises(StudyError, match="True"):
-        load_study(write("name: mine\nspace: digits\non: 3\ntask: {model: digits_cnn, data: {kind: digits}}\n"))
+        load_study(write("name: mine\nspace: digits\ntrue: 3\ntask: {model: digits_cnn, data: {kind: digits}}\n"))
 
 
 def test_overrides_win_are_typed_and_make_sections(write):

@@ -20,8 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mpsearch.documents import to_yaml
 from mpsearch.errors import ExportError
 from mpsearch.exporters.native import plain_state
 from mpsearch.files import write_text
@@ -68,7 +67,7 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
         },
         "mpsearch": {"note": IGNORED, "layers": targets},
     }
-    write_text(folder / CONFIG_FILE, yaml.safe_dump(document, sort_keys=False))
+    write_text(folder / CONFIG_FILE, to_yaml(document))
     adapter = files("mpsearch.exporters").joinpath("mhaq_adapter.py.txt").read_text(encoding="utf-8")
     write_text(folder / ADAPTER_FILE, adapter)
     save_tensors(plain_state(network), folder / TENSORS_FILE)

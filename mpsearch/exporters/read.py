@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mpsearch.documents import read_yaml
 from mpsearch.errors import ExportError, PrecisionError, nearest
 from mpsearch.exporters.manifest import MANIFEST
 from mpsearch.exporters.native import CONFIG_FILE
@@ -63,12 +64,7 @@ def read_config(path: str | Path) -> PrecisionConfig:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ExportError(f"cannot read {path}: {error}") from None
+    document = read_yaml(path, ExportError)  # JSON is YAML
     if not isinstance(document, dict) or not document:
         raise ExportError(f"{path} holds no table of layers: expected layer -> bits, or what an export wrote")
     return document

@@ -10,9 +10,9 @@ from functools import cache
 from typing import Annotated, Literal
 
 import plotly.graph_objects as go
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from mpsearch.documents import parse_yaml
 from mpsearch.report import figures
 from mpsearch.report.data import RunData
 from mpsearch.shipped import shipped_folder
@@ -69,7 +69,7 @@ class Section(_Section):
 def sections() -> tuple[Section, ...]:
     """The shipped layout."""
     text = (shipped_folder("dashboards") / "layout.yaml").read_text(encoding="utf-8")
-    return TypeAdapter(tuple[Section, ...]).validate_python(yaml.safe_load(text))
+    return TypeAdapter(tuple[Section, ...]).validate_python(parse_yaml(text))
 
 
 def shown(run: RunData, page: Page) -> Iterator[tuple[ShownFigure, go.Figure]]:

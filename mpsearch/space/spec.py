@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from mpsearch.documents import explain, read_yaml
 from mpsearch.errors import PrecisionError, SpaceError, nearest
 from mpsearch.graph.facts import KIND_NAMES, LayerInfo
 from mpsearch.precision import Precision
@@ -127,13 +127,7 @@ def load_space(space: str | Path) -> SpaceSpec:
         SpaceError: no such space, no YAML, or a key or value that does not belong; the message names all of them.
     """
     path = shipped("search_spaces", str(space), SpaceError)
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpaceError(f"{path} is not YAML: {error}") from None
-    except OSError as error:
-        raise SpaceError(f"cannot read the search space {path}: {error.strerror}") from None
-    return parse_space(document, source=str(path))
+    return parse_space(read_yaml(path, SpaceError), source=str(path))
 
 
 def parse_space(document: Any, source: str = "search space") -> SpaceSpec:
@@ -143,28 +137,7 @@ def parse_space(document: Any, source: str = "search space") -> SpaceSpec:
     try:
         return SpaceSpec.model_validate(document)
     except ValidationError as error:
-        raise SpaceError(f"{source} cannot be used:\n" + "\n".join(map(_explain, error.errors()))) from None
-
-
-def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location) or "search space"
-    match item["type"]:
-        case "extra_forbidden":
-            section: dict[str, type[BaseModel]] = {
-                "rules": RuleSpec,
-                "fixed": FixedSpec,
-                "first": EndSpec,
-                "last": EndSpec,
-            }
-            inside = section[location[0]] if len(location) > 1 else SpaceSpec
-            return f"  {key}: no such key; {nearest(location[-1], inside.model_fields)}"
-        case "missing":
-            return f"  {key}: missing; it is required"
-        case "value_error":
-            return f"  {key}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"
-        case _:
-            return f"  {key}: {item['msg'][:1].lower()}{item['msg'][1:]} (got {item['input']!r})"
+        raise SpaceError(f"{source} cannot be used:\n" + explain(error, SpaceSpec, "search space")) from None
 
 
 def space_names() -> list[str]:
