@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -40,13 +40,15 @@ _RULES = [(f"tag:yaml.org,2002:{tag}", rule) for tag, rule in _PLAIN.items()]
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[Any] = {None: _RULES}
+    """Reads plain scalars by the core schema."""
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes text that a reader of YAML 1.1 or 1.2 would take for something else."""
 
-    yaml_implicit_resolvers: ClassVar[Any] = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _RULES}
+
+_Loader.yaml_implicit_resolvers = {None: _RULES}
+_Dumper.yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _RULES}
 
 
 def _int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:

@@ -1,4 +1,7 @@
-"""Two plain loops that know nothing of search: `fit` trains, `reestimate_batch_norm` refreshes running statistics."""
+"""Plain loops that know nothing of search: `steps` is the loop of every training, `fit` the training of a trial.
+
+`reestimate_batch_norm` refreshes running statistics.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +22,9 @@ from mpsearch.quant.quantizer import Quantizer
 from mpsearch.quant.shift import DEFAULT_SLOPE, ShiftQuantizer, SlopeSchedule, set_slope
 
 logger = logging.getLogger(__name__)
+
+CLIP_NORM = 5.0
+"""Gradient norm above which a step is shortened: one bad batch must not end a training."""
 
 Loss = Callable[[int, Any, Any, Any], Tensor]
 """(step, input, output, target) -> scalar loss of one batch."""
@@ -35,7 +41,6 @@ class FitSettings:
     warmup: float = 0.2  # share of the steps in which the rate rises
     range_lr: float = 0.1  # learning rate of quantizer steps and offsets, as a share of `lr`
     slope: SlopeSchedule = DEFAULT_SLOPE  # of soft shift quantizers, where there are any
-    clip_norm: float = 5.0  # gradient norm above which a step is shortened: one bad batch must not end a trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,32 +102,79 @@ def fit(
         TaskError: the batches ended early.
     """
     groups = _parameter_groups(model, settings)
-    parameters = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
     soft = [m for m in model.modules() if isinstance(m, ShiftQuantizer)]
-    model.train()
-    device = parameters[0].device
-    losses: list[float] = []
-    for step, (x, y) in zip(range(settings.steps), to_device(batches, device), strict=False):
+
+    def schedule(step: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * one_cycle(step, settings)
         set_slope(soft, settings.slope.at(step / max(1, settings.steps - 1)))
-        with autocast(x, settings.bf16):
-            output = call(model, x)
-        value = loss(step, x, output, y)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm, foreach=True)
-        optimizer.step()
-        losses.append(value.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"the training loss became {losses[-1]} at step {step} of {settings.steps}")
+
+    losses: list[float] = []
+    for step, value in steps(model, batches, loss, [optimizer], settings.steps, schedule, bf16=settings.bf16):
+        losses.append(value)
         if on_step is not None:
-            on_step(step, losses[-1])
-    if len(losses) < settings.steps:
-        raise TaskError(f"train_batches gave {len(losses)} batches, {settings.steps} were asked for: check the task")
+            on_step(step, value)
     tenth = max(1, len(losses) // 10)
     return FitResult(sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth) if losses else FitResult(0.0, 0.0)
+
+
+def steps(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    loss: Loss,
+    optimizers: Sequence[torch.optim.Optimizer],
+    count: int,
+    schedule: Callable[[int], None] = lambda step: None,
+    *,
+    clipped: Iterable[nn.Parameter] | None = None,
+    penalty: Callable[[int, Tensor], Tensor] | None = None,
+    bf16: bool = False,
+) -> Iterator[tuple[int, float]]:
+    """Train `model` in place, one step an iteration: the loop of every training on batches.
+
+    What is to happen after a step is the body of the caller's `for`. Gradients stay until the next step begins.
+
+    Args:
+        model: on its device; put into training mode before the first step.
+        batches: at least `count`, on any device.
+        loss: of a batch.
+        optimizers: of its parameters, or of some of them.
+        count: of steps.
+        schedule: called with the step before its forward pass, to set learning rates.
+        clipped: parameters whose gradient's norm is held at CLIP_NORM; default: those of the optimizers.
+        penalty: (step, loss) -> what is added to the loss for the gradient; the loss that is yielded is without it.
+        bf16: whether the forward pass runs in bfloat16 where that is safe.
+
+    Yields:
+        the step, from 0, and its loss before the update.
+
+    Raises:
+        FloatingPointError: the loss became NaN or infinite.
+        TaskError: the batches ended early.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    limited = [p for group in groups for p in group["params"]] if clipped is None else list(clipped)
+    done = 0
+    model.train()
+    for step, (x, y) in zip(range(count), to_device(batches, next(model.parameters()).device), strict=False):
+        schedule(step)
+        with autocast(x, bf16):
+            output = call(model, x)
+        value = loss(step, x, output, y)
+        total = value if penalty is None else value + penalty(step, value)
+        model.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(limited, CLIP_NORM, foreach=True)
+        for optimizer in optimizers:
+            optimizer.step()
+        number = value.item()
+        if not math.isfinite(number):
+            raise FloatingPointError(f"the training loss became {number} at step {step} of {count}")
+        yield step, number
+        done = step + 1
+    if done < count:
+        raise TaskError(f"train_batches gave {done} batches, {count} were asked for: check the task")
 
 
 def _parameter_groups(model: nn.Module, settings: FitSettings) -> list[dict[str, Any]]:

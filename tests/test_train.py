@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import mpsearch
 from mpsearch.errors import TaskError
-from mpsearch.train import FitSettings, Teacher, batch_norm_gap, fit, jeffreys, one_cycle, reestimate_batch_norm
+from mpsearch.train import (
+    CLIP_NORM,
+    FitSettings,
+    Teacher,
+    batch_norm_gap,
+    fit,
+    jeffreys,
+    one_cycle,
+    reestimate_batch_norm,
+    steps,
+)
 
 
 def batches(count: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,3 +149,54 @@ def test_the_batch_norm_gap_is_small_on_batches_like_those_of_the_statistics_and
     assert batch_norm_gap(model, 3 * x + 2, lambda output: output) > 0.15
     assert batch_norm_gap(nn.Linear(4, 3), x, lambda output: output) == 0
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def one_weight(start: float = 1.0) -> nn.Linear:
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(start)
+    return model
+
+
+ONE = (torch.ones(1, 1), torch.zeros(1))
+
+
+def test_steps_takes_the_gradient_of_loss_and_penalty_and_yields_the_loss():
+    model = one_weight()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    walk = steps(
+        model, [ONE] * 2, lambda _step, _x, y, _: y.sum(), [optimizer], 2, penalty=lambda step, loss: (1 + step) * loss
+    )
+    assert next(walk) == (0, 1.0)
+    assert model.weight.item() == pytest.approx(1 - 0.1 * 2)  # slope 1 of the loss, 1 of the penalty
+    assert next(walk) == (1, pytest.approx(0.8))
+    assert model.weight.item() == pytest.approx(0.8 - 0.1 * 3)
+    assert model.weight.grad.item() == pytest.approx(3)  # stays for whoever wants to look at it
+
+
+def test_steps_sets_the_rate_before_each_step_and_shortens_a_long_one():
+    model = one_weight()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def schedule(step: int) -> None:
+        optimizer.param_groups[0]["lr"] = step
+
+    walk = steps(model, [ONE] * 2, lambda _step, _x, y, _: 1000 * y.sum(), [optimizer], 2, schedule)
+    next(walk)
+    assert model.weight.item() == 1
+    next(walk)
+    assert model.weight.item() == pytest.approx(1 - CLIP_NORM, rel=1e-4)
+
+
+def test_steps_refuses_a_loss_that_is_no_number_and_batches_that_end():
+    model = one_weight()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(FloatingPointError, match="nan at step 1 of 3"):
+        list(steps(model, [ONE] * 3, lambda step, _x, y, _: y.sum() * (math.nan if step else 1), [optimizer], 3))
+    with pytest.raises(TaskError, match="gave 2 batches, 3 were asked for"):
+        list(steps(model, [ONE] * 2, lambda _step, _x, y, _: y.sum(), [optimizer], 3))
+
+
+def test_no_training_has_a_loop_of_its_own():
+    package = Path(mpsearch.__file__).parent
+    own = {str(path.relative_to(package)) for path in package.rglob("*.py") if ".backward()" in path.read_text()}
+    assert own == {"train.py", "ptq/adaround.py"}  # AdaRound has no batches: it works on two matrices a layer

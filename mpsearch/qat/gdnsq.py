@@ -38,7 +38,8 @@ from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, sample_inputs, weight_rows
 from mpsearch.quant.ranges import activation_range, weight_step
 from mpsearch.task.task import Task
-from mpsearch.train import autocast, call, reestimate_batch_norm, timed, to_device
+from mpsearch.train import reestimate_batch_norm, timed
+from mpsearch.train import steps as training_steps
 from mpsearch.workbench import Workbench
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,6 @@ logger = logging.getLogger(__name__)
 EPSILON = 1e-3
 START_BITS = 10
 CHECK_EVERY = 20  # steps between two looks at the true bits
-CLIP_NORM = 5.0  # gradient norm of the weights above which a step is shortened, as in `fit`
 
 Optimizer = Literal["radam", "sgd"]
 
@@ -192,14 +192,13 @@ def _train(
         if method.optimizer == "radam"
         else torch.optim.SGD(weights, lr=method.lr, momentum=0.9, nesterov=True)
     )
-    optimizers = (of_steps, of_ends, of_weights)
     speed = (START_BITS - 1) / max(1.0, method.descent * steps) if method.gradual else 0.0
-    loss_of = workbench.loss(seed)
     log: list[dict[str, float]] = []
     converged: int | None = None
-    model.train()
-    batches = to_device(task.train_batches(workbench.settings.batch_size, steps, seed), workbench.device)
-    for step, (x, y) in enumerate(batches):
+    factor = 1.0
+
+    def schedule(step: int) -> None:
+        nonlocal factor
         factor = min(1.0, (step + 1) / max(1.0, method.descent * steps))
         if method.anneal and converged is not None:
             factor = min(factor, 0.5 * (1 + math.cos(math.pi * (step - converged) / (steps - converged))))
@@ -207,20 +206,23 @@ def _train(
         _set_lr(of_ends, method.range_lr * factor)
         # On the way down bits can fall twice as fast as the ceiling.
         _set_lr(of_steps, method.range_lr * factor if converged is not None else max(method.range_lr, 2 * speed))
-        with autocast(x, workbench.bf16):
-            output = call(model, x)
-        base = loss_of(step, x, output, y)
-        loss = base + penalty(base, layers, START_BITS - speed * step if method.gradual else 0.0)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(weights, CLIP_NORM, foreach=True)
-        for optimizer in optimizers:
-            optimizer.step()
+
+    def excess_penalty(step: int, base: Tensor) -> Tensor:
+        return penalty(base, layers, START_BITS - speed * step if method.gradual else 0.0)
+
+    batches = task.train_batches(workbench.settings.batch_size, steps, seed)
+    for step, value in training_steps(
+        model,
+        batches,
+        workbench.loss(seed),
+        (of_steps, of_ends, of_weights),
+        steps,
+        schedule,
+        clipped=weights,
+        penalty=excess_penalty,
+        bf16=workbench.bf16,
+    ):
         keep_two_levels(layers)
-        value = float(base.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the training loss became {value} at step {step} of {steps}")
         if step % CHECK_EVERY == 0 or step == steps - 1:
             excess = violation(layers, targets)
             if converged is None and excess <= 0:

@@ -42,7 +42,7 @@ from mpsearch.quant.gdnsq import clamp_and_round, grid_shift
 from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.state_dict import save_tensors
-from mpsearch.train import autocast, call, to_device
+from mpsearch.train import steps as training_steps
 from mpsearch.workbench import Workbench
 
 MEMORY = 0.97
@@ -50,8 +50,6 @@ MEMORY = 0.97
 
 LARGEST_RATIO = 8.0
 """Marginals are taken as at most this factor away from the median: one batch must not throw a tensor to the ends."""
-
-CLIP_NORM = 5.0
 
 APPROACH = 0.25
 """Share of the steps in which the budget falls from the dearest config to the dearest requested budget."""
@@ -280,28 +278,19 @@ def descend(
     weights = [p for p in model.parameters() if id(p) not in own]
     lr = SHARE_OF_LR * workbench.settings.lr if lr is None else lr
     optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9, nesterov=True)
-    loss_of = workbench.loss(seed)
     slopes = torch.zeros(len(bits), dtype=torch.float64)
     mean_loss = 0.0
     log: list[Mapping[str, Any]] = []
     snapshots: list[Snapshot] = []
-    model.train()
-    batches = task.train_batches(workbench.settings.batch_size, steps, seed)
-    for step, (x, y) in enumerate(to_device(batches, workbench.device)):
-        budget = budget_at((step + 1) / steps, top, wanted[0], wanted[-1])
+
+    def schedule(step: int) -> None:
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / (0.1 * steps))
-        with autocast(x, workbench.bf16):
-            output = call(model, x)
-        loss = loss_of(step, x, output, y)
-        optimizer.zero_grad(set_to_none=True)
-        for quantizer in quantizers:
-            quantizer.bits.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(weights, CLIP_NORM, foreach=True)
-        optimizer.step()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the training loss became {value} at step {step} of {steps}")
+
+    batches = task.train_batches(workbench.settings.batch_size, steps, seed)
+    for step, value in training_steps(
+        model, batches, workbench.loss(seed), [optimizer], steps, schedule, bf16=workbench.bf16
+    ):
+        budget = budget_at((step + 1) / steps, top, wanted[0], wanted[-1])
         fresh = torch.tensor([-sum(map(_gradient, group)) for group in by_slot], dtype=torch.float64)
         slopes = MEMORY * slopes + (1 - MEMORY) * fresh
         mean_loss = MEMORY * mean_loss + (1 - MEMORY) * value
