@@ -150,7 +150,7 @@ def steps(
         the step, from 0, and its loss before the update.
 
     Raises:
-        FloatingPointError: the loss became NaN or infinite.
+        FloatingPointError: the loss became NaN or infinite; that step changed nothing.
         TaskError: the batches ended early.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -162,15 +162,15 @@ def steps(
         with autocast(x, bf16):
             output = call(model, x)
         value = loss(step, x, output, y)
+        number = value.item()
+        if not math.isfinite(number):
+            raise FloatingPointError(f"the training loss became {number} at step {step} of {count}")
         total = value if penalty is None else value + penalty(step, value)
         model.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(limited, CLIP_NORM, foreach=True)
         for optimizer in optimizers:
             optimizer.step()
-        number = value.item()
-        if not math.isfinite(number):
-            raise FloatingPointError(f"the training loss became {number} at step {step} of {count}")
         yield step, number
         done = step + 1
     if done < count:
