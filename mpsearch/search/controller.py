@@ -30,8 +30,10 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mpsearch.errors import CostError
+from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import Origin, TrialRecord
+from mpsearch.search.front import BETTER
 from mpsearch.search.stopping import BASELINES, NO_THRESHOLDS, Stopping, Thresholds
 from mpsearch.search.surrogate import Children, SurrogateSampler
 from mpsearch.space.order import ends_first
@@ -150,10 +152,6 @@ class _Point:
     accuracy: float
     cost: float
     trial: FrozenTrial
-
-    def covers(self, other: _Point) -> bool:
-        """Whether it is no worse in both objectives."""
-        return self.accuracy >= other.accuracy and self.cost <= other.cost
 
 
 class SearchController:
@@ -336,8 +334,9 @@ class SearchController:
         point = _Point(record.config, accuracy, record.cost, trial)
         self._latest.append(point)
         reached = record.state == "complete" and point.cost <= self._budget
-        if reached and not any(other.covers(point) for other in self._front):
-            self._front = [other for other in self._front if not point.covers(other)] + [point]
+        if reached:
+            front = [*self._front, point]
+            self._front = [front[i] for i in non_dominated([(p.accuracy, p.cost) for p in front], BETTER)]
         return point
 
     def _renew(self) -> None:

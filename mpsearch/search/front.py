@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from math import isfinite, log2
 
 from mpsearch.errors import CostError, RunError
+from mpsearch.pareto import non_dominated
 from mpsearch.record import TrialRecord
 from mpsearch.search.compare import paired
 
+BETTER = (True, False)  # more accuracy, less cost
 _REFERENCE_POINT = (1.0, 1.0)  # error, normalised log2 cost
 
 
@@ -148,12 +150,8 @@ def gains_over_baselines(records: Sequence[TrialRecord]) -> dict[int, str]:
 
 
 def _non_dominated(by_cost: Sequence[TrialRecord]) -> tuple[TrialRecord, ...]:
-    """Of complete trials by rising cost, those that are more accurate than all cheaper ones."""
-    front: list[TrialRecord] = []
-    for trial in by_cost:
-        if not front or objectives(trial)[0] > objectives(front[-1])[0]:
-            front.append(trial)
-    return tuple(front)
+    """Of complete trials by rising cost, those that no other beats."""
+    return tuple(by_cost[i] for i in non_dominated([objectives(trial) for trial in by_cost], BETTER))
 
 
 def hypervolume_over_time(records: Sequence[TrialRecord], cheapest: float) -> list[Progress]:
@@ -167,9 +165,11 @@ def hypervolume_over_time(records: Sequence[TrialRecord], cheapest: float) -> li
     progress: list[Progress] = []
     hypervolume = share_dominated([], cheapest)
     for trial in sorted(_complete(records), key=_ended_s):
-        accuracy, cost = objectives(trial)
-        if not any(a >= accuracy and c <= cost for a, c in points):
-            points = [(a, c) for a, c in points if a > accuracy or c < cost] + [(accuracy, cost)]
+        points.append(objectives(trial))
+        on_front = non_dominated(points, BETTER)
+        reached = on_front[-1] == len(points) - 1
+        points = [points[i] for i in on_front]
+        if reached:
             hypervolume = share_dominated(points, cheapest)
         progress.append(Progress(len(progress) + 1, _ended_s(trial) - started_s, hypervolume))
     return progress

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mpsearch.pareto import non_dominated
 from mpsearch.record import TrialRecord
 from mpsearch.search.front import pareto_front
 
@@ -92,10 +93,8 @@ class Stopping:
         return [(whole, half) for _, whole, half in by_distance[:NEAREST]]
 
     def _learn_start(self, cost: float, divergence: float) -> None:
-        if any(c <= cost and d <= divergence for c, d in self._starts):
-            return
-        rest = [(c, d) for c, d in self._starts if c < cost or d < divergence]
-        self._starts = sorted([*rest, (cost, divergence)])
+        starts = [*self._starts, (cost, divergence)]
+        self._starts = [starts[i] for i in non_dominated(starts, (False, False))]
 
 
 def accuracy_halfway(record: TrialRecord) -> float | None:

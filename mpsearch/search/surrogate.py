@@ -25,6 +25,8 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import norm
 
+from mpsearch.pareto import non_dominated
+from mpsearch.search.front import BETTER
 from mpsearch.space.space import SearchSpace
 
 Floats = NDArray[np.float64]
@@ -179,8 +181,5 @@ class SurrogateSampler(BaseSampler):
 
 def _front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The non-dominated trials by rising cost."""
-    front: list[FrozenTrial] = []
-    for trial in sorted(trials, key=lambda t: (t.values[1], -t.values[0])):
-        if not front or trial.values[0] > front[-1].values[0]:
-            front.append(trial)
-    return front
+    on_front = non_dominated([trial.values for trial in trials], BETTER)
+    return sorted((trials[i] for i in on_front), key=lambda trial: trial.values[1])

@@ -33,6 +33,7 @@ from scipy.sparse import csr_array, lil_array
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import CostError, PrecisionError, SpaceError
+from mpsearch.pareto import non_dominated
 from mpsearch.precision import FLOAT_BITS, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.space.choices import TensorName
 from mpsearch.space.space import SearchSpace, Slot
@@ -320,12 +321,11 @@ class _Program:
         dominated = np.zeros(len(self._prices), dtype=bool)
         for w, a, first in self._alone:
             sums = flat[self._x[w] : self._x[w + 1], None] + flat[None, self._x[a] : self._x[a + 1]]
-            by_price = first + np.lexsort((sums.ravel(), self._prices[first : first + sums.size]))
-            least = np.inf
-            for pair in by_price:
-                value = sums.flat[pair - first]
-                dominated[pair] = not value < least
-                least = min(least, value) if np.isfinite(value) else least
+            prices = self._prices[first : first + sums.size]
+            usable = np.flatnonzero(np.isfinite(sums.ravel()))
+            best = usable[non_dominated(np.stack([prices, sums.ravel()], axis=1)[usable], (False, False))]
+            dominated[first : first + sums.size] = True
+            dominated[first + best] = False
         return dominated
 
     def _config(self, chosen: Sequence[int]) -> PrecisionConfig:

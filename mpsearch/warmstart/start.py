@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.facts import ModelGraph
+from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import Origin
 from mpsearch.space.order import ends_first
@@ -136,14 +137,11 @@ def global_combinations(
     They are spread evenly in log cost, dear ones first. A combination that costs more than another one and disturbs the
     network more, as w8a2 does, is no baseline that anybody needs.
     """
-    priced = sorted((cost(c), _known(table.total(c)), i, c) for i, c in enumerate(space.combinations()))
+    totals = ((i, c, _known(table.total(c))) for i, c in enumerate(space.combinations()))
+    priced = sorted((cost(c), harm, i, c) for i, c, harm in totals if math.isfinite(harm))
     ladder = set(space.ladder())
-    best, found = math.inf, list[tuple[float, PrecisionConfig]]()
-    for price, harm, _, config in priced:
-        if harm < best:
-            best = harm
-            if config not in ladder:
-                found.append((math.log2(price), config))
+    best = [priced[i] for i in non_dominated([(price, harm) for price, harm, _, _ in priced], (False, False))]
+    found = [(math.log2(price), config) for price, _, _, config in best if config not in ladder]
     if len(found) > count:
         wanted = np.linspace(found[0][0], found[-1][0], count)
         nearest = {min(range(len(found)), key=lambda i: abs(found[i][0] - at)) for at in wanted}

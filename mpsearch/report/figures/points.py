@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from mpsearch.pareto import non_dominated
 from mpsearch.report.style import STYLE, layout, origin_style
 
 MAX_POINTS = 500  # dominated trials in a figure; more are thinned out evenly over cost
@@ -43,7 +44,8 @@ def front(trials: pd.DataFrame, finals: pd.DataFrame | None = None, most: int = 
         of_origin = shown[shown.origin == origin].sort_values("relative_cost")
         style = origin_style(origin)
         if origin == "uniform":  # the baseline to beat: what no uniform config beats
-            baselines = of_origin[of_origin.accuracy_percent > of_origin.accuracy_percent.cummax().shift(fill_value=-1)]
+            unbeaten = non_dominated(of_origin[["accuracy_percent", "relative_cost"]], (True, False))
+            baselines = of_origin.iloc[unbeaten]
             figure.add_scatter(
                 x=baselines.relative_cost.tolist(),
                 y=baselines.accuracy_percent.tolist(),
