@@ -1,13 +1,24 @@
-"""The YAML files and pages that ship with mpsearch: beside the package in a checkout, inside it in a wheel."""
+"""The studies, search spaces, pages and weights that ship with mpsearch: beside the package in a checkout, in a wheel
+inside it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from mpsearch.errors import MpsearchError, nearest
 
-Folder = Literal["studies", "search_spaces", "dashboards"]
+Folder = Literal["studies", "search_spaces", "dashboards", "checkpoints"]
+
+_KINDS: Mapping[Folder, tuple[str, str, str]] = {
+    "studies": ("study", ".yaml", "a YAML file"),
+    "search_spaces": ("search space", ".yaml", "a YAML file"),
+    "dashboards": ("dashboard", ".yaml", "a YAML file"),
+    "checkpoints": ("checkpoint", ".safetensors", "a .pt, .pth or .safetensors file"),
+}
+"""What a folder's files are called, how they end, and what else can be given."""
 
 
 def shipped_folder(folder: Folder) -> Path:
@@ -19,7 +30,7 @@ def shipped_folder(folder: Folder) -> Path:
 
 def shipped_names(folder: Folder) -> list[str]:
     """The names that can be used instead of a path."""
-    return sorted(path.stem for path in shipped_folder(folder).glob("*.yaml"))
+    return sorted(path.stem for path in shipped_folder(folder).glob(f"*{_KINDS[folder][1]}"))
 
 
 def shipped(folder: Folder, name: str, error: type[MpsearchError]) -> Path:
@@ -31,11 +42,10 @@ def shipped(folder: Folder, name: str, error: type[MpsearchError]) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    if path.suffix in ("", ".yaml") and path.name == name:
-        candidate = shipped_folder(folder) / f"{path.stem if path.suffix == '.yaml' else name}.yaml"
+    what, suffix, file = _KINDS[folder]
+    if path.suffix in ("", suffix) and path.name == name:
+        candidate = shipped_folder(folder) / f"{name.removesuffix(suffix)}{suffix}"
         if candidate.is_file():
             return candidate
-    what = {"studies": "study", "search_spaces": "search space", "dashboards": "dashboard"}[folder]
-    raise error(
-        f"no {what} '{name}': give the path of a YAML file or a shipped name; {nearest(name, shipped_names(folder))}"
-    )
+    names = nearest(name, shipped_names(folder))
+    raise error(f"no {what} '{name}': give the path of {file} or a shipped name; {names}")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
+from mpsearch.shipped import shipped
 from mpsearch.study import TaskSpec
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.checkpoint import file_sha256, load_checkpoint
@@ -68,9 +69,10 @@ class ClassificationTask:
         self._trained = False
         self.float_model_source = "not trained yet"
         if spec.checkpoint is not None:
-            load_checkpoint(self._model, spec.checkpoint)
+            path = shipped("checkpoints", spec.checkpoint, TaskError)
+            load_checkpoint(self._model, path)
             self._trained = True
-            self.float_model_source = f"checkpoint {spec.checkpoint}, sha256 {file_sha256(spec.checkpoint)}"
+            self.float_model_source = f"checkpoint {spec.checkpoint}, sha256 {file_sha256(path)}"
 
     def float_model(self) -> nn.Module:
         """A fresh copy of the trained float network, in eval mode, on the CPU; the first call may train it.

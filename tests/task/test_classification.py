@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
-from mpsearch.study import DataSpec, TaskSpec
+from mpsearch.shipped import shipped
+from mpsearch.study import DataSpec, TaskSpec, load_study
 from mpsearch.task import ClassificationTask, Task, classification, load_task
+from mpsearch.task.checkpoint import file_sha256
 from mpsearch.task.images import Normalization, StoredImages
 
 DIGITS = DataSpec(kind="digits", val_fraction=0.2, test_fraction=0.2)
@@ -156,6 +158,20 @@ def test_training_repeats_bit_for_bit_and_leaves_the_random_source_and_threads_a
     torch.manual_seed(99)
     torch.set_num_threads(1)
     assert_same_weights(digits_task().float_model(), one)
+
+
+def test_the_digits_study_starts_from_the_network_that_ships(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """The accuracies that README names, but for one image, whose logits another processor may sum the other way."""
+    monkeypatch.chdir(cache)
+    before = set(cache.glob("float-*"))
+    task = load_task(load_study("digits").task)
+    model = task.float_model()
+    assert set(cache.glob("float-*")) == before  # nothing is trained
+    assert task.evaluate(model, "val") == pytest.approx(354 / 359, abs=1.1 / 359)
+    assert task.evaluate(model, "test") == pytest.approx(356 / 359, abs=1.1 / 359)
+    file = shipped("checkpoints", "digits_cnn", TaskError)
+    assert file.stat().st_size < 100_000
+    assert task.float_model_source == f"checkpoint digits_cnn, sha256 {file_sha256(file)}"
 
 
 def test_another_split_or_length_of_training_is_another_float_model(cache: Path):
