@@ -12,20 +12,23 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps, weight_codes
 from mpsearch.exporters.packed import pack_bits, terms_of, unsigned_codes
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
-from mpsearch.quant.prepare import quant_layers
+from mpsearch.quant.prepare import places, quant_layers
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
@@ -50,25 +53,25 @@ class _Marker(nn.Module):
 def trace(network: QuantizedNetwork, opset: int) -> ModelProto:
     """The network with markers, and with what ONNX has no place for in its metadata.
 
+    The batch is left open if the network can be traced so; else it has the size of the example.
+
     Raises:
-        ExportError: there is no example input, or torch.onnx cannot export the network.
+        ExportError: there is no example input, the network does not compute in float32, or it cannot be traced.
     """
     if network.example_input is None:
         raise ExportError("ONNX export traces the network: give QuantizedNetwork an example_input, one batch of input")
-    args = network.example_input if isinstance(network.example_input, tuple) else (network.example_input,)
-    args = tuple(arg.cpu() if isinstance(arg, Tensor) else arg for arg in args)
+    args, kwargs = arguments(network.example_input)
+    _check_types(network, (args, kwargs))
+    args, kwargs = tree_map_only(Tensor, _of_two, (args, kwargs))
     model = _marked(network.model)
-    batch = torch.export.Dim("batch")
-    shapes = tuple({0: batch} if isinstance(arg, Tensor) else None for arg in args)
+    shapes = tree_map(_open_batch, (args, kwargs))
     try:
-        proto = _export(model, args, opset, shapes)
-    except Exception as dynamic:  # torch.export raises many kinds
+        proto = _export(model, args, kwargs, opset, (*shapes[0], *shapes[1].values()))
+    except Exception:  # torch.export raises many kinds
         try:
-            proto = _export(model, args, opset, None)  # control flow over the batch: its size is then fixed
+            proto = _export(model, args, kwargs, opset, None)  # control flow over the batch: its size is then fixed
         except Exception as error:
-            raise ExportError(
-                f"torch.onnx cannot export {network.name}: {type(error).__name__}: {str(error)[:300]}"
-            ) from dynamic
+            raise ExportError(f"torch.onnx cannot export {network.name}: {_reason(error)}") from None
     config = network.config
     metadata = {"mpsearch.config": json.dumps(config.to_json())}
     for name, layer in quant_layers(network.model).items():
@@ -80,11 +83,56 @@ def trace(network: QuantizedNetwork, opset: int) -> ModelProto:
     return proto
 
 
+def arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with: a tuple is its arguments, `(tuple, dict)` those and its keyword arguments."""
+    match example_input:
+        case (tuple() as args, dict() as kwargs):
+            return args, kwargs
+        case tuple():
+            return example_input, {}
+    return (example_input,), {}
+
+
+def _of_two(x: Tensor) -> Tensor:
+    """An example of at least two samples: torch.export takes a batch of one for a constant."""
+    x = x.detach().cpu()
+    return torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x
+
+
+def _open_batch(x: Any) -> Any:
+    return {0: torch.export.Dim("batch")} if isinstance(x, Tensor) and x.dim() else None
+
+
+def _check_types(network: QuantizedNetwork, inputs: Any) -> None:
+    """The kernels that onnxruntime has for quantizers and convolutions on a CPU are those of float32."""
+    given = {f"input {i}": x for i, x in enumerate(tree_leaves(inputs)) if isinstance(x, Tensor)}
+    for name, values in [*network.model.named_parameters(), *network.model.named_buffers(), *given.items()]:
+        if values.is_floating_point() and values.dtype != torch.float32:
+            raise ExportError(
+                f"'{name}' of {network.name} is {values.dtype}, ONNX export expects torch.float32, which onnxruntime "
+                "computes in: convert the network with .float() before it is quantized, and give its input so"
+            )
+
+
+def _reason(error: BaseException) -> str:
+    """The cause at the root of a failed export, in one line, with the line of the model's code if it is known."""
+    text = str(error)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = str(error).strip().splitlines()[:1] or [""]
+    called = text.partition("The following call raised this error:")[2].strip().splitlines()[:2]
+    where = f" ({' '.join(part.strip() for part in called)})" if called else ""
+    return f"{type(error).__name__}: {line[0][:300]}{where}"
+
+
 def _marked(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).cpu().eval()
     layers = quant_layers(model)
     with torch.no_grad():
         values = {name: layer.quantized_weight().detach().clone() for name, layer in layers.items()}
+    for module in [module for module in model.modules() if isinstance(module, nn.RReLU)]:
+        for parent, attribute in places(model, module):
+            setattr(parent, attribute, nn.LeakyReLU((module.lower + module.upper) / 2))  # what it is in eval mode
     for name, layer in layers.items():
         weight, activation = layer.precision.weight, layer.precision.activation
         layer.weight = nn.Parameter(values[name], requires_grad=False)  # its own, also where layers shared one
@@ -93,13 +141,29 @@ def _marked(model: nn.Module) -> nn.Module:
     return model
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], opset: int, shapes: Any) -> ModelProto:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, args, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False)
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, shapes: tuple[Any, ...] | None
+) -> ModelProto:
+    with _quiet():
+        program = torch.onnx.export(
+            model, args, kwargs=kwargs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
+        )
     assert program is not None
     proto: ModelProto = program.model_proto
     return proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing on the screen: torch prints whole graphs when it fails, to both streams and by its loggers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _codes(layer: QuantLayer) -> dict[str, Any]:
@@ -129,6 +193,7 @@ def replace_markers(
     """
     graph = proto.graph
     nodes: list[NodeProto] = []
+    known = {constant.name for constant in graph.initializer}
     for node in graph.node:
         if node.domain != DOMAIN:
             nodes.append(node)
@@ -136,9 +201,12 @@ def replace_markers(
         attributes = {attribute.name: attribute.s.decode() for attribute in node.attribute}
         new, constants = dialect(node, attributes["tensor"], layers[attributes["layer"]])
         nodes += new
-        graph.initializer.extend(constants)
+        graph.initializer.extend(constant for constant in constants if constant.name not in known)  # once a layer
+        known |= {constant.name for constant in constants}
     del graph.node[:]
     graph.node.extend(nodes)
+    for node in nodes:
+        del node.metadata_props[:]  # torch writes stack traces, with the paths of this machine, beside every node
     used = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
     kept = [constant for constant in graph.initializer if constant.name in used]
     del graph.initializer[:]

@@ -1,42 +1,62 @@
-"""ONNX in QDQ form: integer weights behind `DequantizeLinear`, inputs through `QuantizeLinear`, `DequantizeLinear`.
+"""ONNX in QDQ form, such that onnxruntime with all its graph optimizations gives the answers of the PyTorch network.
 
-    | bits of the tensor | container      | since opset |
-    |--------------------|----------------|-------------|
-    | 1, 2               | INT2 or UINT2  | 25          |
-    | 3, 4               | INT4 or UINT4  | 21          |
-    | 5 to 8             | INT8 or UINT8  | 18 (what torch.onnx starts from) |
+    weights   codes (INT2, INT4, INT8) -> Cast to INT8 -> DequantizeLinear -> layer
+    inputs    Min(x, top of the grid) -> QuantizeLinear to UINT8 -> DequantizeLinear -> layer
 
-An odd width is in the next container, and so are 1 and 2 bits of a layer that becomes a MatMul (`least_container`):
-codes stay in their own range (`Max` and `Min` before `QuantizeLinear` see to it) and the true width is in the metadata.
-Binary weights -s/2 and +s/2 are the codes -1 and 1 of the scale s/2.
+An optimizing runtime looks for DequantizeLinear -> layer -> QuantizeLinear and puts an integer operator in its place.
+That changes answers: a float bias is rounded to step_x * step_w, float weights to 8 bits, a ReLU is lost; or the file
+does not load, for want of a kernel (INT2, UINT4). onnxruntime 1.31 does all of it. So the form leaves it no choice:
+
+- **`Min` stands before every QuantizeLinear.** No layer, ReLU or Clip meets one, so none of these patterns is there
+  (`WeightBiasQuantization`, `ReluQuantFusion`, `ClipQuantFusion`, QLinearConv). It is also what narrows the grid: codes
+  stop at 0 because UINT8 does, and at 2^bits - 1 because of `Min`.
+- **At run time all codes are of 8 bits**, for which every kernel exists. The file holds weights in the smallest
+  container; `Cast` of a constant is computed once, when the file is loaded.
+- **The bias of a linear layer is an `Add`**, so that Gemm and MatMul may become integer operators with float output
+  (QGemm, MatMulIntegerToFloat): sums of whole numbers, then the same scale. Convolutions compute in float.
+- **8-bit weights of 8-bit inputs are UINT8**, zero point 128: x86 processors without VNNI add two products
+  UINT8 x INT8 in 16 bits, where 2 * 255 * 128 does not fit. Narrower ones fit.
+- **Weights of a float input are Cast -> Mul**: from DequantizeLinear -> MatMul the runtime makes MatMulNBits, which
+  rounds the *input* to 8 bits.
+
+    | bits of the weight | container | since opset |
+    |--------------------|-----------|-------------|
+    | 1, 2               | INT2      | 25          |
+    | 3, 4               | INT4      | 21          |
+    | 5 to 8             | INT8      | 18 (what torch.onnx starts from) |
+
+The true widths are in the metadata. Binary weights -s/2 and +s/2 are the codes -1 and 1 of the scale s/2.
 The opset is the lowest that has the containers in use.
 
-Rounding differs from ours in one point: ONNX rounds x/s half to even and then adds the zero point, we add it first, so
-that a value exactly halfway goes the other way where the zero point is odd.
+Rounding differs from ours in one point: ONNX rounds x/s half to even and then adds the zero point, we add it first. A
+value halfway between two codes, or within a rounding error of that, may go the other way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from torch import Tensor
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import uniform_grid, weight_codes
-from mpsearch.exporters.onnx_graph import replace_markers, trace, write
-from mpsearch.graph.facts import LayerInfo
+from mpsearch.exporters.onnx_graph import DOMAIN, replace_markers, trace, write
+from mpsearch.exporters.plain import per_channel
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
 
 if TYPE_CHECKING:
-    from onnx import NodeProto, TensorProto
+    from onnx import ModelProto, NodeProto, TensorProto
 
 SINCE = {2: 25, 4: 21, 8: 18}
 """Container bits -> the opset that has it."""
+
+PAIR_BITS = 15
+"""Bits of weight and input together, up to which two products fit into 16 bits with a sign."""
 
 
 def container(bits: int) -> int:
@@ -48,102 +68,114 @@ def container(bits: int) -> int:
     return next(size for size in SINCE if size >= bits)
 
 
-def least_container(layer: LayerInfo) -> int:
-    """The bits of the smallest container that weight and input of a layer can be in.
-
-    4 where a linear layer sees more than one vector a sample: that is a MatMul, and onnxruntime 1.31 makes of one with
-    INT2 or UINT2 an operator that does not take them.
-    """
-    return 4 if layer.kind == "linear" and len(layer.input_shape) > 1 else 2
-
-
 def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     """Write `model.onnx`; returns the manifest's part.
 
     Raises:
-        ExportError: a zero point lies outside what its container can hold.
+        ExportError: the network does not compute in float32, cannot be traced, or a zero point is none of UINT8.
     """
     from onnx import helper
 
     layers = quant_layers(network.model)
-    least = {name: least_container(info) for name, info in network.info.items()}
-    sizes = {
-        f"{name} {tensor}": (precision.bits, container(max(precision.bits, least[name])))
-        for name, layer in network.config.items()
-        for tensor, precision in (("weight", layer.weight), ("activation", layer.activation))
-        if precision.quantizer == "uniform"
-    }
     for name, layer in layers.items():
-        _check_zero_point(name, layer, least[name])
-    proto = trace(network, max((SINCE[size] for _, size in sizes.values()), default=SINCE[8]))
-    replace_markers(proto, layers, partial(_quantizer, {layers[name]: size for name, size in least.items()}))
+        _check_zero_point(name, layer)
+    uniform = {name: layer.weight.bits for name, layer in network.config.items() if layer.weight.quantizer == "uniform"}
+    proto = trace(network, max((SINCE[container(bits)] for bits in uniform.values()), default=SINCE[8]))
+    _free_biases(proto)
+    replace_markers(proto, layers, _quantizer)
     proto.ir_version = max(proto.ir_version, helper.find_min_ir_version_for(proto.opset_import))
+    sizes = {f"{name} weight": (bits, container(bits)) for name, bits in uniform.items()} | {
+        f"{name} activation": (layer.activation.bits, 8)
+        for name, layer in network.config.items()
+        if layer.activation.quantizer == "uniform"
+    }
     odd = {what: {"bits": bits, "container": size} for what, (bits, size) in sizes.items() if size != bits}
     return {**write(proto, folder), "in_wider_containers": odd}
 
 
-def _check_zero_point(name: str, layer: QuantLayer, least: int) -> None:
+def _check_zero_point(name: str, layer: QuantLayer) -> None:
     precision = layer.precision.activation
     if precision.quantizer != "uniform":
         return
     zero = uniform_grid(layer.input_quantizer).zero_point
-    most = 2 ** container(max(precision.bits, least)) - 1
-    if not 0 <= zero <= most:
+    if not 0 <= zero <= 255:
         raise ExportError(
-            f"layer '{name}': the zero point of its input is {zero:.0f}, ONNX holds 0 to {most} for {precision}: "
+            f"layer '{name}': the zero point of its input is {zero:.0f}, ONNX holds 0 to 255 for {precision}: "
             "export to qonnx, or set the range again so that it contains zero"
         )
 
 
-def _quantizer(
-    least: Mapping[QuantLayer, int], marker: NodeProto, tensor: str, layer: QuantLayer
-) -> tuple[list[NodeProto], list[TensorProto]]:
-    """The nodes and constants that stand for one quantizer; `least`: bits of the smallest container of each layer."""
-    return (_weight if tensor == "weight" else _activation)(marker, layer, least[layer])
+def _free_biases(proto: ModelProto) -> None:
+    """Give every Gemm of quantized matrices an `Add` for its bias, in place."""
+    from onnx import helper
+
+    markers = {node.output[0] for node in proto.graph.node if node.domain == DOMAIN}
+    nodes: list[NodeProto] = []
+    for node in proto.graph.node:
+        nodes.append(node)
+        plain = all(attribute.name.startswith("trans") or attribute.f == 1 for attribute in node.attribute)
+        if node.op_type == "Gemm" and plain and len(node.input) == 3 and markers.issuperset(node.input[:2]):
+            bias, (y,) = node.input.pop(), node.output
+            node.output[0] = f"{y}_unbiased"
+            nodes.append(helper.make_node("Add", [node.output[0], bias], [y]))
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
 
 
-def _weight(marker: NodeProto, layer: QuantLayer, least: int) -> tuple[list[NodeProto], list[TensorProto]]:
-    from onnx import helper, numpy_helper
+def _quantizer(marker: NodeProto, tensor: str, layer: QuantLayer) -> tuple[list[NodeProto], list[TensorProto]]:
+    """The nodes and constants that stand for one quantizer."""
+    return (_weight if tensor == "weight" else _activation)(marker, layer)
 
-    bits, y = layer.precision.weight.bits, marker.output[0]
+
+def _weight(marker: NodeProto, layer: QuantLayer) -> tuple[list[NodeProto], list[TensorProto]]:
+    from onnx import TensorProto, helper, numpy_helper
+
+    (w,), (y,) = marker.input, marker.output  # a layer that is used twice has two markers of one weight
+    precision = layer.precision
+    bits, axis = precision.weight.bits, layer.channel_axis
     codes, step = weight_codes(layer).cpu(), uniform_grid(layer.weight_quantizer).step.cpu()
     if bits == 1:
         codes, step = 2 * codes + 1, step / 2
-    size = container(max(bits, least))
-    scale = step.numpy() if step.numel() > 1 else step.numpy().reshape(())
-    constants = [
-        _integers(f"{y}_codes", f"INT{size}", codes.numpy()),
-        numpy_helper.from_array(scale, f"{y}_scale"),
-        _integers(f"{y}_zero_point", f"INT{size}", np.zeros(scale.shape)),
-    ]
-    node = helper.make_node("DequantizeLinear", [constant.name for constant in constants], [y], axis=layer.channel_axis)
-    return [node], constants
+    unsigned = bits + precision.activation.bits > PAIR_BITS and not precision.activation.is_float
+    kind = "UINT8" if unsigned else f"INT{container(bits)}"
+    stored = _integers(f"{w}_codes", kind, (codes + 128 * unsigned).numpy())
+    if precision.activation.is_float:
+        scale = numpy_helper.from_array(per_channel(step, cast(Tensor, layer.weight), axis).numpy(), f"{w}_scale")
+        nodes = [
+            helper.make_node("Cast", [stored.name], [f"{y}_codes"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [f"{y}_codes", scale.name], [y]),
+        ]
+        return nodes, [stored, scale]
+    numbers = step.numpy() if step.numel() > 1 else step.numpy().reshape(())
+    scale = numpy_helper.from_array(numbers, f"{w}_scale")
+    zero_point = _integers(
+        f"{w}_zero_point", "UINT8" if unsigned else "INT8", np.full(numbers.shape, 128 * int(unsigned))
+    )
+    nodes, source = [], stored.name
+    if container(bits) != 8:
+        nodes, source = [helper.make_node("Cast", [source], [f"{y}_codes"], to=TensorProto.INT8)], f"{y}_codes"
+    nodes.append(helper.make_node("DequantizeLinear", [source, scale.name, zero_point.name], [y], axis=axis))
+    return nodes, [stored, scale, zero_point]
 
 
-def _activation(marker: NodeProto, layer: QuantLayer, least: int) -> tuple[list[NodeProto], list[TensorProto]]:
+def _activation(marker: NodeProto, layer: QuantLayer) -> tuple[list[NodeProto], list[TensorProto]]:
     from onnx import helper, numpy_helper
 
-    bits, (x,), y = layer.precision.activation.bits, marker.input, marker.output[0]
+    (x,), (y,) = marker.input, marker.output
     grid = uniform_grid(layer.input_quantizer)
-    size = container(max(bits, least))
     step = grid.step.cpu().numpy().reshape(())
+    top = np.asarray(step * np.float32(grid.high + grid.shift), dtype=np.float32)
     constants = [
         numpy_helper.from_array(step, f"{y}_scale"),
-        _integers(f"{y}_zero_point", f"UINT{size}", np.asarray(grid.zero_point)),
+        _integers(f"{y}_zero_point", "UINT8", np.asarray(grid.zero_point)),
+        numpy_helper.from_array(top, f"{y}_top"),
     ]
-    scale, zero_point = (constant.name for constant in constants)
-    nodes = []
-    if bits != size:
-        ends = [
-            numpy_helper.from_array(np.asarray(step * np.float32(code + grid.shift), dtype=np.float32), f"{y}_{name}")
-            for name, code in (("least", grid.low), ("most", grid.high))
-        ]
-        constants += ends
-        for operator, end in zip(("Max", "Min"), ends, strict=True):  # onnxruntime 1.31 fails on Clip before UINT4
-            nodes.append(helper.make_node(operator, [x, end.name], [f"{end.name}_clipped"]))
-            x = f"{end.name}_clipped"
-    nodes.append(helper.make_node("QuantizeLinear", [x, scale, zero_point], [f"{y}_codes"]))
-    nodes.append(helper.make_node("DequantizeLinear", [f"{y}_codes", scale, zero_point], [y]))
+    scale, zero_point, most = (constant.name for constant in constants)
+    nodes = [
+        helper.make_node("Min", [x, most], [f"{y}_narrowed"]),
+        helper.make_node("QuantizeLinear", [f"{y}_narrowed", scale, zero_point], [f"{y}_codes"]),
+        helper.make_node("DequantizeLinear", [f"{y}_codes", scale, zero_point], [y]),
+    ]
     return nodes, constants
 
 
