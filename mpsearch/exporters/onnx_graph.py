@@ -149,8 +149,19 @@ def _export(
             model, args, kwargs=kwargs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
         )
     assert program is not None
+    assert program.exported_program is not None
+    if shapes is not None and not all(map(_is_open, program.exported_program.range_constraints.values())):
+        raise ValueError("the network computes otherwise at other sizes of the batch")  # torch does not say so
     proto: ModelProto = program.model_proto
+    for part in (proto.graph, *proto.functions):
+        for node in part.node:
+            del node.metadata_props[:]  # stack traces with the paths of this machine
     return proto
+
+
+def _is_open(sizes: Any) -> bool:
+    """Whether a range of sizes leaves out nothing; torch takes 0 and 1 for special in any case."""
+    return bool(sizes.lower <= 2 and sizes.upper > 2**31)
 
 
 @contextlib.contextmanager
@@ -205,8 +216,6 @@ def replace_markers(
         known |= {constant.name for constant in constants}
     del graph.node[:]
     graph.node.extend(nodes)
-    for node in nodes:
-        del node.metadata_props[:]  # torch writes stack traces, with the paths of this machine, beside every node
     used = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
     kept = [constant for constant in graph.initializer if constant.name in used]
     del graph.initializer[:]

@@ -27,7 +27,7 @@ pytest.importorskip("onnxscript", reason=MISSING)
 ort = pytest.importorskip("onnxruntime", reason=MISSING)
 
 NOISE = 2e-6
-FLIPPED = 1e-3
+FLIPPED = 3e-3  # one code of an 8-bit input in 50,000 or so, and up to 144 outputs that see it
 C = 16
 BITS = range(1, 9)
 
