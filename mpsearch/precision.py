@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import nan
 from typing import Any, Literal, cast, get_args
 
 from mpsearch.errors import PrecisionError, nearest
@@ -146,7 +147,7 @@ class PrecisionConfig(Mapping[str, LayerPrecision]):
 
     def __init__(self, layers: Mapping[str, LayerPrecision] | Iterable[tuple[str, LayerPrecision]]) -> None:
         self._layers: dict[str, LayerPrecision] = dict(layers)
-        self._hash = hash(frozenset(self._layers.items()))
+        self._hash: int | None = None  # of thousands of configs that are read few are ever looked up
 
     @classmethod
     def uniform(cls, names: Iterable[str], precision: LayerPrecision) -> PrecisionConfig:
@@ -180,6 +181,20 @@ class PrecisionConfig(Mapping[str, LayerPrecision]):
         }
 
     @property
+    def mean_bits(self) -> tuple[float, float]:
+        """Bits of the weights and of the activations, each the plain mean over the layers; float counts 32.
+
+        NaN for a config without layers.
+        """
+        if not self:
+            return nan, nan
+        layers = self._layers.values()
+        return (
+            sum(layer.weight.bits for layer in layers) / len(self),
+            sum(layer.activation.bits for layer in layers) / len(self),
+        )
+
+    @property
     def digest(self) -> str:
         """16 hex digits that name this config: the same for equal configs, in every process."""
         text = json.dumps(sorted((name, str(layer)) for name, layer in self._layers.items()))
@@ -203,7 +218,12 @@ class PrecisionConfig(Mapping[str, LayerPrecision]):
         return len(self._layers)
 
     def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash(frozenset(self._layers.items()))
         return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PrecisionConfig, (self._layers,)  # without the hash: texts hash differently in every process
 
     def __eq__(self, other: object) -> bool:
         return self._layers == other._layers if isinstance(other, PrecisionConfig) else NotImplemented

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpsearch.cost.model import RelativeCost
-from mpsearch.errors import CostError
-from mpsearch.graph.facts import ModelGraph
+from mpsearch.errors import CostError, RunError, WriteError
+from mpsearch.facts import ProblemFacts, read_facts
+from mpsearch.files import write_text
 from mpsearch.graph.layers import inspect_model
+from mpsearch.record import RunFolder
 from mpsearch.space.build import build_space
-from mpsearch.space.space import SearchSpace
 from mpsearch.space.spec import load_space
-from mpsearch.study import StudySpec
+from mpsearch.state_dict import digest
+from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.load import load_task
 from mpsearch.task.task import Task
 from mpsearch.train import batch_norm_gap
+
+logger = logging.getLogger(__name__)
 
 WIDE_GAP = 0.15
 """Nats of `batch_norm_gap` from which it is worth a warning.
@@ -26,45 +30,11 @@ A ResNet-20: 0.02 with the black margins of its training, 0.45 with mirrored one
 """
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A study made concrete: its task, the layers of its network, the configs there are, and what they cost."""
+@dataclass(frozen=True, kw_only=True)
+class Problem(ProblemFacts):
+    """The facts of a study's problem together with its task, loaded."""
 
-    spec: StudySpec
     task: Task
-    graph: ModelGraph
-    space: SearchSpace
-    cost: RelativeCost
-    cheapest: float  # relative cost of the cheapest config
-    dearest: float
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The quantizable layers in execution order."""
-        return self.space.layers
-
-    def summary(self) -> list[str]:
-        """What is optimised, in words and units."""
-        spec, costs = self.spec, self.cost
-        quantizable, unhandled = self.graph.quantizable, self.graph.unhandled
-        macs = self.graph.macs
-        lines = [
-            f"Maximize {spec.task.metric} on the validation split and minimize {spec.cost.model} of {self.task.name}.",
-            f"Cost 1 is {costs.reference.total:.4g} {costs.reference.unit} a sample: the network at "
-            f"{spec.cost.reference} everywhere. Configs of the space '{self.space.name}' cost {self.cheapest:.3g} to "
-            f"{self.dearest:.3g}"
-            + (f"; only those up to {spec.cost.budget:g} are tried." if spec.cost.budget else "."),
-            f"{len(quantizable)} layers, {macs / 1e6:.3g} million MACs a sample; {len(self.space.free)} free choices, "
-            f"{scientific(self.space.size)} configs; the uniform ladder of {len(self.space.ladder())} is the baseline.",
-        ]
-        if unhandled:
-            names = ", ".join(layer.name for layer in unhandled[:5]) + (", ..." if len(unhandled) > 5 else "")
-            lines.append(
-                f"{len(unhandled)} layers stay float and are priced as float: {names} (see `mpsearch inspect`)."
-            )
-        if other := sum(self.graph.other_macs.values()):
-            lines.append(f"{other / macs:.1%} of the MACs are outside layers (attention products, say) and not priced.")
-        return lines
 
     def warnings(self) -> list[str]:
         """What about the task looks wrong, in words: a forward pass or two."""
@@ -86,7 +56,9 @@ def open_problem(spec: StudySpec) -> Problem:
         MpsearchError: whatever in the study cannot be used.
     """
     task = load_task(spec.task)
-    graph = inspect_model(task.float_model(), task.calibration_input(min(32, spec.trial.calibration_samples)))
+    model = task.float_model()
+    float_digest = digest(model)
+    graph = inspect_model(model, task.calibration_input(min(32, spec.trial.calibration_samples)))
     space = build_space(load_space(spec.space), graph.layers)
     cost = RelativeCost(graph.layers, spec.cost.model, spec.cost.reference)
     choices: dict[str, dict[str, Sequence[Any]]] = {name: {} for name in space.layers}
@@ -99,13 +71,51 @@ def open_problem(spec: StudySpec) -> Problem:
             f"cost.budget is {spec.cost.budget:g}, but the cheapest config of space '{space.name}' costs "
             f"{cheapest:.4g} of {spec.cost.reference}: raise the budget, or allow lower precisions in the space"
         )
-    return Problem(spec, task, graph, space, cost, cheapest, dearest)
+    return Problem(
+        spec=spec,
+        task_name=task.name,
+        metric=task.metric,
+        graph=graph,
+        space=space,
+        cost=cost,
+        cheapest=cheapest,
+        dearest=dearest,
+        float_digest=float_digest,
+        task=task,
+    )
 
 
-def scientific(count: int) -> str:
-    """A count that may be astronomical, for people: 1,234 or about 10^57.
+def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
+    """The problem of a run, opened again; a run folder without its facts (an older one) gets them.
 
-    >>> scientific(7**20)
-    'about 10^16.9'
+    Args:
+        folder: of the run.
+        spec: its study, where that has been read (and changed) already.
+
+    Raises:
+        RunError: the float network is not the one that the run began with.
+        MpsearchError: as `open_problem`.
     """
-    return f"{count:,}" if count < 10**7 else f"about 10^{math.log10(count):.1f}"
+    problem = open_problem(spec or read_spec(folder))
+    try:
+        facts = read_facts(folder)
+    except RunError:  # what can be made again is made again
+        problem = replace(problem, notes=tuple(problem.warnings()))
+        try:
+            write_facts(folder, problem)
+        except WriteError as error:  # of a folder that may only be read, a trial can be exported all the same
+            logger.warning("%s", error)
+        return problem
+    if facts.float_digest != problem.float_digest:
+        raise RunError(
+            f"the float network of {folder.path} is another one than when the run began (its weights' digest was "
+            f"{facts.float_digest} and is {problem.float_digest}): trials of both would not be comparable. Give "
+            f"{problem.spec.task.checkpoint or 'the network'} its old weights again, or start a new run with "
+            f"`mpsearch run {folder.study_yaml} --out NEW_FOLDER`"
+        )
+    return replace(problem, float_scores=facts.float_scores, notes=facts.notes)
+
+
+def write_facts(folder: RunFolder, facts: ProblemFacts) -> None:
+    """Write `problem.json`. Raises RunError where it cannot."""
+    write_text(folder.problem_json, facts.to_json(), sync=True)

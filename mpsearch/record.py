@@ -22,16 +22,18 @@ from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import filelock
-import numpy as np
 import psutil
-from numpy.typing import NDArray
 
 from mpsearch.errors import PrecisionError, RunError
 from mpsearch.files import remove_parts, replacing, write_json, write_text
 from mpsearch.precision import LayerPrecision, PrecisionConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 TrialState = Literal["complete", "failed", "stopped"]
 Origin = Literal["uniform", "ilp", "descent", "sampler", "manual"]  # who proposed a config
@@ -179,6 +181,8 @@ class RunFolder:
         self.trials_parquet = path / "trials.parquet"
         self.finals_jsonl = path / "finals.jsonl"
         self.front_json = path / "front.json"
+        self.problem_json = path / "problem.json"
+        self.knee_json = path / "knee.json"
         self.study_db = path / "study.db"
         self.study_journal = path / "study.journal"
         self.warmstart = path / "warmstart"
@@ -330,6 +334,15 @@ class RunFolder:
         """Write `front.json`, whole or not at all. Raises WriteError where it cannot."""
         write_json(self.front_json, front, sync=True)
 
+    def read_view(self, path: Path) -> bytes | None:
+        """A file that can be made again; None where there is none. Raises RunError where it cannot be read."""
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}") from None
+
     def write_parquet(self) -> Path:
         """Write `trials.parquet` from the record: a row per trial, two text columns per layer.
 
@@ -430,11 +443,15 @@ def _explained(what: str, action: str) -> Iterator[None]:
 
 def pack(correct: NDArray[np.bool_]) -> str:
     """`(n,)` booleans as a text of about n / 6 characters: `N:base64 of the bits`."""
+    import numpy as np  # here, because a run's status needs nothing of it
+
     return f"{len(correct)}:{base64.b64encode(np.packbits(correct).tobytes()).decode()}"
 
 
 def unpack(text: str) -> NDArray[np.bool_]:
     """The inverse of `pack`."""
+    import numpy as np
+
     count, _, code = text.partition(":")
     bits = np.frombuffer(base64.b64decode(code), dtype=np.uint8)
     return np.unpackbits(bits, count=int(count)).astype(bool)

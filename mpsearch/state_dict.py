@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -21,6 +22,16 @@ def state(model: nn.Module) -> dict[str, Tensor]:
         name.removeprefix("_orig_mod."): value.detach().cpu().clone().contiguous()
         for name, value in model.state_dict().items()
     }
+
+
+def digest(model: nn.Module) -> str:
+    """16 hex digits that name the weights and buffers of a network: the same where names, types and values are."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if isinstance(value, Tensor):
+            found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
@@ -133,3 +134,19 @@ def test_replace_changes_the_layers_named_and_no_other() -> None:
     assert changed["b"] == config["b"]
     with pytest.raises(PrecisionError, match=r"no layer 'a\.y' in this config: did you mean 'a\.x'"):
         config.replace(**{"a.y": LayerPrecision.shorthand("w2a2")})
+
+
+def test_mean_bits_is_over_layers_and_counts_float_as_32() -> None:
+    config = PrecisionConfig({"a": LayerPrecision.shorthand("w2a4"), "b": LayerPrecision.shorthand("w32a8")})
+    assert config.mean_bits == (17.0, 6.0)
+
+
+def test_config_that_was_pickled_is_found_in_another_process() -> None:
+    config = PrecisionConfig.uniform(["a", "b"], LayerPrecision.shorthand("w4a4"))
+    hash(config)  # texts hash differently in every process
+    code = (
+        "import pickle, sys; from mpsearch.precision import LayerPrecision, PrecisionConfig; "
+        "config = PrecisionConfig.uniform(['a', 'b'], LayerPrecision.shorthand('w4a4')); "
+        "assert pickle.load(sys.stdin.buffer) in {config}"
+    )
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(config), check=True)

@@ -49,7 +49,7 @@ class RunProgress:
         self.began = time.monotonic()
         for line in problem.summary():
             self.console.print(line, style="dim", soft_wrap=True, highlight=False)
-        for warning in problem.warnings():
+        for warning in problem.notes:
             self.console.print(f"[yellow]Warning:[/] {warning}", soft_wrap=True, highlight=False)
         self.task = self.progress.add_task(
             problem.spec.name, total=problem.spec.search.trials, completed=self.earlier, best="", eta=""

@@ -79,14 +79,13 @@ def import_(
 ) -> None:
     """Read a config that was made elsewhere, and score it as a trial: it joins the front if it belongs there."""
     from mpsearch.exporters.read import complete, read_config
-    from mpsearch.problem import open_problem
+    from mpsearch.problem import reopen
     from mpsearch.record import RunFolder
     from mpsearch.search.front import pareto_front
     from mpsearch.search.run import score_config
-    from mpsearch.study import read_spec
 
     folder = RunFolder.open(run)
-    problem = open_problem(read_spec(folder))
+    problem = reopen(folder)
     imported = complete(read_config(config), list(problem.layers))
     left = [name for name, layer in imported.items() if layer.weight.is_float or layer.activation.is_float]
     print(f"{len(imported)} layers, cost {problem.cost(imported):.4f} of {problem.spec.cost.reference}")

@@ -131,9 +131,8 @@ def rank(
     json_: Json = False,
 ) -> None:
     """Say how well each proxy ranks the trials that were fine-tuned: Kendall's tau, by stratum of cost."""
-    from mpsearch.problem import open_problem
+    from mpsearch.problem import reopen
     from mpsearch.record import RunFolder
-    from mpsearch.study import read_spec
     from mpsearch.warmstart.rank import ACCURACIES, proxy_tau, trials_frame
     from mpsearch.warmstart.start import sensitivity_table
     from mpsearch.warmstart.table import check_proxy
@@ -142,7 +141,7 @@ def rank(
     for name in names:
         check_proxy(name)
     folder = RunFolder.open(run)
-    problem = open_problem(read_spec(folder))
+    problem = reopen(folder)
     tables = [sensitivity_table(name, problem.task, problem.graph, problem.space, folder.warmstart) for name in names]
     frame = trials_frame(folder.records(), tables)
     columns = [name for name in frame.columns if name not in ("cost", "accuracy")]
@@ -173,15 +172,15 @@ def finalize(
     json_: Json = False,
 ) -> None:
     """Train the picked front longer over several seeds, beside its uniform baseline, and score the test split."""
-    from mpsearch.problem import open_problem
+    from mpsearch.problem import reopen
     from mpsearch.record import RunFolder
     from mpsearch.report.write import report_of
-    from mpsearch.search.finalize import final_table, proxies
     from mpsearch.search.finalize import finalize as train_finally
-    from mpsearch.study import read_spec
+    from mpsearch.search.finalize import float_scores
+    from mpsearch.search.finals import final_table, proxies
 
     folder = RunFolder.open(run)
-    problem = open_problem(read_spec(folder))
+    problem = reopen(folder)
     console = make_console(stderr=True)
 
     def progress(done: int, total: int, trial: TrialRecord, seed: int) -> None:
@@ -190,9 +189,8 @@ def finalize(
         )
 
     rows = train_finally(problem, folder, progress)
-    model = problem.task.float_model()
-    float_val, float_test = problem.task.evaluate(model, "val"), problem.task.evaluate(model, "test")
-    path = report_of(folder, problem)
+    float_val, float_test = (float_scores(problem, folder)[split] for split in ("val", "test"))
+    path = report_of(folder)
     if json_:
         documents = [
             {"number": row.trial.number, "cost": row.trial.cost, "proxy_val": row.trial.accuracy}
@@ -254,8 +252,7 @@ def _follow(search: Callable[[RunProgress], object], json_: bool) -> None:
 
 
 def _front_document(folder: RunFolder, records: Sequence[TrialRecord]) -> dict[str, Any]:
-    from mpsearch.search.front import pareto_front
-    from mpsearch.search.run import front_rows
+    from mpsearch.search.front import front_rows, pareto_front
 
     front = pareto_front(records)
     return {
@@ -276,14 +273,14 @@ def _hypervolume(folder: RunFolder) -> float | None:
 
 
 def _print_front(records: Sequence[TrialRecord]) -> None:
-    from mpsearch.report.tables import trials_table
-    from mpsearch.search.front import gains_over_baselines
+    from mpsearch.search.front import gains_over_baselines, objectives, pareto_front
 
-    trials = trials_table(records)
-    trials = trials[trials.on_front | ((trials.origin == "uniform") & (trials.state == "complete"))]
-    if not trials.on_front.any():
+    front = pareto_front(records)
+    if not front.trials:
         raise RunError("no trial is complete: there is no front yet; see why with `mpsearch status RUN`")
     gains = gains_over_baselines(records)
+    on_front = {trial.number for trial in front}
+    dominated = [trial for trial in front.ladder if trial.number not in on_front]
     table = make_table(
         ">trial",
         "origin",
@@ -294,17 +291,19 @@ def _print_front(records: Sequence[TrialRecord]) -> None:
         "",
         "over uniform, points (95 %)",
     )
-    for row in trials.sort_values("relative_cost").itertuples():
+    for trial in sorted((*front, *dominated), key=lambda trial: objectives(trial)[1]):
+        accuracy, cost = objectives(trial)
+        weight_bits, activation_bits = trial.config.mean_bits
         table.add_row(
-            str(row.number),
-            str(row.origin),
-            f"{row.accuracy_percent:.2f} %",
-            f"{row.relative_cost:.4f}",
-            f"{row.weight_bits:.1f}",
-            f"{row.activation_bits:.1f}",
-            "knee" if row.knee else "" if row.on_front else "dominated",
-            gains.get(int(str(row.number)), ""),
-            style=None if row.on_front else "dim",
+            str(trial.number),
+            trial.origin,
+            percent(accuracy),
+            f"{cost:.4f}",
+            f"{weight_bits:.1f}",
+            f"{activation_bits:.1f}",
+            "knee" if trial is front.knee else "" if trial.number in on_front else "dominated",
+            gains.get(trial.number, ""),
+            style=None if trial.number in on_front else "dim",
         )
     make_console().print(table)
 

@@ -132,7 +132,7 @@ def inspect(
 
 def _inspect_sensitivity(study: str, proxy: str, samples: int, set_: Sequence[str] | None, json_: bool) -> None:
     """Print a sensitivity table, and the ILP ladder that it gives at the costs of the uniform ladder."""
-    from mpsearch.report.tables import MARKS_EXPLAINED, mark, mean_bits
+    from mpsearch.report.tables import MARKS_EXPLAINED, mark
     from mpsearch.space.choices import TENSORS
     from mpsearch.warmstart.allocate import ilp_ladder
     from mpsearch.warmstart.sensitivity import measure
@@ -183,7 +183,7 @@ def _inspect_sensitivity(study: str, proxy: str, samples: int, set_: Sequence[st
         "budget of", ">cost", f">{proxy}, ILP", f">{proxy}, uniform", ">weight bits", ">activation bits"
     )
     for rung, step in zip(rungs, steps, strict=True):
-        (uniform_w, uniform_a), (bits_w, bits_a) = mean_bits(rung), mean_bits(step.config)
+        (uniform_w, uniform_a), (bits_w, bits_a) = rung.mean_bits, step.config.mean_bits
         uniform_value = table.total(rung)
         ladder_table.add_row(
             f"uniform {uniform_w:.1f} / {uniform_a:.1f} bits, {step.budget:.4f}",

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from mpsearch.exporters.export import Exported, export
 from mpsearch.exporters.targets import find_target
-from mpsearch.problem import open_problem
+from mpsearch.problem import reopen
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.front import pick as pick_trial
 from mpsearch.search.kept import trained_model
-from mpsearch.study import read_spec
 
 
 def export_run(
@@ -29,7 +28,7 @@ def export_run(
     find_target(to)  # before anything is trained again
     folder = RunFolder.open(run)
     record = pick_trial(folder.records(), pick)
-    problem = open_problem(read_spec(folder))
+    problem = reopen(folder)
     model, measured = trained_model(problem, folder, record)
     spec = problem.spec
     network = QuantizedNetwork(

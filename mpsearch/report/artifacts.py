@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from optuna.artifacts.exceptions import ArtifactNotFound
 
-from mpsearch.problem import Problem
+from mpsearch.facts import ProblemFacts
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.report import figures
 from mpsearch.report.svg import svg
@@ -24,13 +24,13 @@ class RunArtifacts:
 
     Args:
         folder: of the run.
-        problem: its study.
+        facts: of its problem.
     """
 
-    def __init__(self, folder: RunFolder, problem: Problem) -> None:
+    def __init__(self, folder: RunFolder, facts: ProblemFacts) -> None:
         self._folder = folder
-        self._problem = problem
-        self._layers = layers_table(problem.graph.layers, problem.cost)
+        self._facts = facts
+        self._layers = layers_table(facts.graph.layers, facts.cost)
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         """The content of an artifact. Raises ArtifactNotFound if there is no such trial or kind."""
@@ -52,20 +52,20 @@ class RunArtifacts:
     def _made(self, name: str, record: TrialRecord) -> str:
         title = f"trial {record.number} ({record.origin})"
         if name == "config.json":
-            return config_json(record, self._problem)
+            return config_json(record, self._facts)
         if name == "bits.svg":
-            table = config_table(record.config, self._layers, self._problem.cost)
+            table = config_table(record.config, self._layers, self._facts.cost)
             return svg(figures.network(table), f"{title}: bits by layer")
         return svg(figures.training(record.curve), f"{title}: accuracy on val during the fine-tune")
 
 
-def config_json(record: TrialRecord, problem: Problem) -> str:
+def config_json(record: TrialRecord, facts: ProblemFacts) -> str:
     """A trial's config with what was measured of it, as `mpsearch import` and `mpsearch debug` read it."""
-    spec = problem.spec
+    spec = facts.spec
     document = {
-        "model": spec.task.model or problem.task.name,
-        "task": problem.task.name,
-        "metric": problem.task.metric,
+        "model": spec.task.model or facts.task_name,
+        "task": facts.task_name,
+        "metric": facts.metric,
         "accuracy": {"val": record.accuracy},
         "cost": {"model": spec.cost.model, "reference": spec.cost.reference, "relative": record.cost},
         "layers": record.config.to_json(),

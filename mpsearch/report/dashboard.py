@@ -22,16 +22,14 @@ import optuna
 from optuna.storages import BaseStorage
 
 from mpsearch.errors import RunError
-from mpsearch.problem import Problem, open_problem
+from mpsearch.facts import ProblemFacts, read_facts
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.report.artifacts import RunArtifacts
 from mpsearch.report.data import RunData, read_run
 from mpsearch.report.gallery import shown, words
 from mpsearch.report.gate import Gate, server
-from mpsearch.report.tables import mean_bits
 from mpsearch.report.write import sizes
 from mpsearch.search.view import OptunaView, open_storage, open_view
-from mpsearch.study import read_spec
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +75,9 @@ def serving(target: str, host: str = "127.0.0.1", port: int = 8080, token: str |
             app = wsgi(_existing(target))
         else:
             folder = RunFolder.open(target)
-            problem = open_problem(read_spec(folder))
-            study = stack.enter_context(_kept_current(folder, problem))
-            app = wsgi(study._storage, artifact_store=RunArtifacts(folder, problem))
+            facts = read_facts(folder)
+            study = stack.enter_context(_kept_current(folder, facts))
+            app = wsgi(study._storage, artifact_store=RunArtifacts(folder, facts))
         try:
             listening = stack.enter_context(server(Gate(app, token), host, port))
         except OSError as error:
@@ -118,25 +116,25 @@ class Prepared:
     Args:
         study: of the run, in whatever storage.
         folder: of the run.
-        problem: its study.
+        facts: of its problem.
     """
 
-    def __init__(self, study: optuna.Study, folder: RunFolder, problem: Problem) -> None:
+    def __init__(self, study: optuna.Study, folder: RunFolder, facts: ProblemFacts) -> None:
         self._study = study
         self._folder = folder
-        self._problem = problem
+        self._facts = facts
         self._written: dict[str, str] = {}  # key -> digest of what was written last
 
     def refresh(self) -> RunData:
         """Bring note, figures and notes of trials up to the record."""
         from optuna_dashboard import get_note, save_note, save_plotly_graph_object
 
-        run = read_run(self._folder, self._problem)
-        note = study_note(run, self._problem, self._folder)
+        run = read_run(self._folder, self._facts)
+        note = study_note(run, self._facts, self._folder)
         if self._ours(get_note(self._study)) and self._changed("note", note):
             save_note(self._study, note)
             self._study._storage.set_study_system_attr(self._study._study_id, _OUR_NOTE, _digest(note))
-        for name, value in study_attributes(run, self._problem).items():
+        for name, value in study_attributes(run, self._facts).items():
             if self._changed(f"attribute {name}", str(value)):
                 self._study.set_user_attr(name, value)
         for name, drawn in dashboard_figures(run).items():
@@ -197,25 +195,26 @@ def dashboard_figures(run: RunData) -> dict[str, Any]:
     return figures
 
 
-def study_attributes(run: RunData, problem: Problem) -> dict[str, str | float]:
+def study_attributes(run: RunData, facts: ProblemFacts) -> dict[str, str | float]:
     """What holds for all trials."""
-    spec, reference = problem.spec, run.cost.reference
+    spec, reference = facts.spec, run.cost.reference
     return {
-        "task": problem.task.name,
-        "metric": f"{problem.task.metric} on val",
+        "task": facts.task_name,
+        "metric": f"{facts.metric} on val",
         "cost model": spec.cost.model,
         "reference": f"{spec.cost.reference}, {reference.total:.4g} {reference.unit} a sample",
-        "search space": problem.space.name,
+        "search space": facts.space.name,
         "layers": len(run.layers),
         "sampler": spec.search.sampler,
         "cheapest config (cost)": run.cheapest,
     }
 
 
-def study_note(run: RunData, problem: Problem, folder: RunFolder) -> str:
+def study_note(run: RunData, facts: ProblemFacts, folder: RunFolder) -> str:
     """What was asked, what is best so far, and how to go on, in Markdown."""
-    spec = problem.spec
-    lines = [f"## {run.name}", "", *(f"{line}\n" for line in problem.summary())]
+    spec = facts.spec
+    lines = [f"## {run.name}", "", *(f"{line}\n" for line in facts.summary())]
+    lines += [f"**Warning**: {note}\n" for note in facts.notes]
     states = [record.state for record in run.records]
     ended = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     lines += [f"**Trials**: {ended or 'none has ended yet'}, of {spec.search.trials} wanted.", ""]
@@ -225,7 +224,7 @@ def study_note(run: RunData, problem: Problem, folder: RunFolder) -> str:
             "|--:|--|--:|--:|--:|--:|--|",
         ]
         for trial in run.front.trials:
-            bits = " | ".join(f"{mean:.2f}" for mean in mean_bits(trial.config))
+            bits = " | ".join(f"{mean:.2f}" for mean in trial.config.mean_bits)
             place = "knee" if trial is run.front.knee else ""
             lines.append(
                 f"| {trial.number} | {trial.origin} | {_percent(trial)} | {trial.cost:.4f} | {bits} | {place} |"
@@ -250,7 +249,7 @@ def trial_note(record: TrialRecord, run: RunData, folder: RunFolder) -> str:
         place = "the knee of the front" if run.front.trials and record is run.front.knee else "on the front"
     if record.state != "complete":
         place = f"{record.state}: {record.reason or 'no reason given'}"
-    weight, inputs = mean_bits(record.config)
+    weight, inputs = record.config.mean_bits
     lines = [f"{_TRIAL_NOTE}{record.number}**, proposed by {record.origin}: {place}.", ""]
     if record.accuracy is not None and record.cost is not None:
         lines.append(f"- accuracy on val {_percent(record)}, relative cost {record.cost:.4f}")
@@ -269,11 +268,11 @@ def trial_note(record: TrialRecord, run: RunData, folder: RunFolder) -> str:
 
 
 @contextlib.contextmanager
-def _kept_current(folder: RunFolder, problem: Problem) -> Iterator[optuna.Study]:
+def _kept_current(folder: RunFolder, facts: ProblemFacts) -> Iterator[optuna.Study]:
     """The study of a run, prepared, and followed in the background for the time of the block."""
-    view = _view(folder, problem)
-    prepared = Prepared(view.study, folder, problem)
-    catch_up = problem.spec.storage == "none"  # nobody else writes to a study in memory
+    view = _view(folder, facts)
+    prepared = Prepared(view.study, folder, facts)
+    catch_up = facts.spec.storage == "none"  # nobody else writes to a study in memory
     prepared.refresh()
     ended = threading.Event()
 
@@ -299,14 +298,14 @@ def _kept_current(folder: RunFolder, problem: Problem) -> Iterator[optuna.Study]
         thread.join(timeout=10)
 
 
-def _view(folder: RunFolder, problem: Problem) -> OptunaView:
+def _view(folder: RunFolder, facts: ProblemFacts) -> OptunaView:
     """The run's study; trials that it lacks are added, unless the process that drives the run does that."""
-    spec, space, budget = problem.spec, problem.space, problem.spec.cost.budget
+    spec, space, budget = facts.spec, facts.space, facts.spec.cost.budget
     if spec.storage == "none":
         storage = optuna.storages.InMemoryStorage()
-        return OptunaView(storage, spec.name, space, budget, folder.records(), problem.cost)
+        return OptunaView(storage, spec.name, space, budget, folder.records(), facts.cost)
     records = [] if folder.driven else folder.records()
-    view = open_view(spec.storage, folder, spec.name, space, budget, records, problem.cost)
+    view = open_view(spec.storage, folder, spec.name, space, budget, records, facts.cost)
     assert view is not None
     return view
 

@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from mpsearch.cost.model import RelativeCost
+from mpsearch.facts import ProblemFacts, read_facts
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord
 from mpsearch.report.tables import (
@@ -24,10 +24,9 @@ from mpsearch.report.tables import (
     progress_table,
     trials_table,
 )
+from mpsearch.report.weights import histograms, ranges_table
 from mpsearch.search.front import ParetoFront, pareto_front
-
-if TYPE_CHECKING:
-    from mpsearch.problem import Problem
+from mpsearch.search.values import read_values
 
 
 @dataclass(frozen=True)
@@ -109,56 +108,36 @@ class RunData:
         )
 
 
-def read_run(run: str | Path | RunFolder, problem: Problem | None = None) -> RunData:
+def read_run(run: str | Path | RunFolder, facts: ProblemFacts | None = None) -> RunData:
     """The tables of a run folder; it may be driven by another process meanwhile.
 
     Args:
         run: the folder.
-        problem: its study, where it has been opened already (which loads the task).
+        facts: of its problem, where they have been read already.
 
     Raises:
-        MpsearchError: there is no run, or its study cannot be opened.
+        MpsearchError: there is no run, or what is written of it cannot be read.
     """
-    from mpsearch.problem import open_problem
-    from mpsearch.study import read_spec
-
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
-    problem = problem or open_problem(read_spec(folder))
+    facts = facts or read_facts(folder)
     records = folder.records()
     log = folder.warmstart / "descent.json"
     descent = None
     if log.exists():
-        descent = descent_table(json.loads(log.read_text(encoding="utf-8"))["log"], problem.space.slots)
-    ranges, histograms = _values(folder, problem, records)
+        descent = descent_table(json.loads(log.read_text(encoding="utf-8"))["log"], facts.space.slots)
+    ranges, weights = None, None
+    front, values = pareto_front(records), read_values(folder)
+    if front.trials and values is not None and values.config == front.knee.config.digest:  # else of an earlier knee
+        ranges, weights = ranges_table(values, front.knee.config), histograms(values, front.knee.config)
     return RunData.of(
-        problem.spec.name,
+        facts.spec.name,
         records,
-        problem.graph.layers,
-        problem.cost,
-        problem.cheapest,
-        problem.spec.cost.reference,
+        facts.graph.layers,
+        facts.cost,
+        facts.cheapest,
+        facts.spec.cost.reference,
         folder.finals(),
         descent,
         ranges,
-        histograms,
+        weights,
     )
-
-
-def _values(
-    folder: RunFolder, problem: Problem, records: Sequence[TrialRecord]
-) -> tuple[pd.DataFrame, pd.DataFrame] | tuple[None, None]:
-    """Ranges and histograms of the knee: of its final training if there is one; None where no weights were kept."""
-    from mpsearch.record import checkpoint_path, final_path
-    from mpsearch.report import weights
-
-    front = pareto_front(records)
-    if not front.trials:
-        return None, None
-    knee = front.knee
-    found = [path(folder.checkpoints, knee.number) for path in (final_path, checkpoint_path)]
-    checkpoint = next((path for path in found if path.exists()), None)
-    if checkpoint is None:
-        return None, None
-    model = problem.task.float_model()
-    layers = weights.quantized_layers(model, problem.graph.layers, knee.config, checkpoint)
-    return weights.ranges_table(layers), weights.histograms(layers)

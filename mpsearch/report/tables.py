@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby
-from math import nan
 from typing import Any
 
 import pandas as pd
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
+from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.record import FinalRecord, TrialRecord
 from mpsearch.search.front import hypervolume_over_time, objectives, pareto_front
 from mpsearch.space.space import Slot
@@ -21,24 +20,11 @@ _MARKS = {"uniform": "", "shift": "s", "apot": "p"}
 MARKS_EXPLAINED = "4: uniform, 4 bits · 4s: shift (power of two) · 4p: APoT (sum of powers of two) · f: float"
 
 
-def mean_bits(config: PrecisionConfig) -> tuple[float, float]:
-    """Bits of the weights and of the activations, each the plain mean over the layers; float counts 32.
-
-    NaN for a config without layers.
-    """
-    if not config:
-        return nan, nan
-    return (
-        sum(layer.weight.bits for layer in config.values()) / len(config),
-        sum(layer.activation.bits for layer in config.values()) / len(config),
-    )
-
-
 def trials_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
     """A row per trial, in the order of `records`.
 
-    Columns: number, origin, state, accuracy_percent, relative_cost, weight_bits and activation_bits (see
-    `mean_bits`), on_front, knee, reason.
+    Columns: number, origin, state, accuracy_percent, relative_cost, weight_bits and activation_bits
+    (`PrecisionConfig.mean_bits`), on_front, knee, reason.
     """
     front = pareto_front(records)
     on_front = {id(trial) for trial in front}  # by identity: numbers may repeat outside a study
@@ -50,7 +36,7 @@ def trials_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
             trial.state,
             None if trial.accuracy is None else 100 * trial.accuracy,
             trial.cost,
-            *mean_bits(trial.config),
+            *trial.config.mean_bits,
             id(trial) in on_front,
             trial is knee,
             trial.reason,

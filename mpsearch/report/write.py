@@ -7,33 +7,32 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mpsearch.problem import Problem, open_problem
+from mpsearch.facts import ProblemFacts, read_facts
 from mpsearch.record import RunFolder
 from mpsearch.report.data import read_run
 from mpsearch.report.page import write_report
-from mpsearch.search.finalize import final_rows, final_table, proxies
-from mpsearch.study import read_spec
+from mpsearch.search.finals import final_rows, final_table, proxies
 
 
-def report_of(folder: RunFolder, problem: Problem | None = None, refresh_s: int | None = None) -> Path:
+def report_of(folder: RunFolder, facts: ProblemFacts | None = None, refresh_s: int | None = None) -> Path:
     """Write `report.html` in a run folder, whole or not at all.
 
     Args:
         folder: of the run, which may be driven by another process.
-        problem: its study, where it has been opened already.
+        facts: of its problem, where they have been read already.
         refresh_s: the page loads itself again after so many seconds; None: never.
 
     Raises:
         MpsearchError: the run cannot be read, or the file cannot be written.
     """
-    problem = problem or open_problem(read_spec(folder))
-    run = read_run(folder, problem)
-    finalized = final_rows(run.records, folder.finals(), problem.spec.final.pick)
+    facts = facts or read_facts(folder)
+    run = read_run(folder, facts)
+    finalized = final_rows(run.records, folder.finals(), facts.spec.final.pick)
     path = shlex.quote(str(folder.path))
     return write_report(
         folder.report_html,
         run,
-        summary=problem.summary(),
+        summary=[*facts.summary(), *(f"Warning: {note}" for note in facts.notes)],
         finalized=final_table(finalized),
         remarks=proxies(finalized).lines(),
         commands=[
@@ -49,7 +48,7 @@ def report_of(folder: RunFolder, problem: Problem | None = None, refresh_s: int 
 
 def watch(
     folder: RunFolder,
-    problem: Problem | None = None,
+    facts: ProblemFacts | None = None,
     every_s: float = 2.0,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Path]:
@@ -57,16 +56,17 @@ def watch(
 
     The page then loads itself again; the last one no longer does. Yields its path each time it has been written.
     """
-    problem = problem or open_problem(read_spec(folder))
+    facts = facts or read_facts(folder)
     seen: tuple[int, ...] | None = None
     while folder.driven:
         if (now := sizes(folder)) != seen:
             seen = now
-            yield report_of(folder, problem, refresh_s=max(5, round(every_s)))
+            yield report_of(folder, facts, refresh_s=max(5, round(every_s)))
         sleep(every_s)
-    yield report_of(folder, problem)
+    yield report_of(folder, facts)
 
 
 def sizes(folder: RunFolder) -> tuple[int, ...]:
-    """Of the files that grow when a trial or a final training has ended."""
-    return tuple(path.stat().st_size if path.exists() else 0 for path in (folder.trials_jsonl, folder.finals_jsonl))
+    """Of the files that grow when a trial or a final training has ended, and when the knee's weights were written."""
+    grown = tuple(path.stat().st_size if path.exists() else 0 for path in (folder.trials_jsonl, folder.finals_jsonl))
+    return (*grown, folder.knee_json.stat().st_mtime_ns if folder.knee_json.exists() else 0)

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-import numpy as np
-
 from mpsearch.record import unpack
 
 
@@ -44,6 +42,8 @@ def paired(a: Sequence[str], b: Sequence[str], confidence: float = 0.95) -> Diff
     Raises:
         ValueError: the numbers of samples differ, or there is none.
     """
+    import numpy as np  # here, because a run's status needs nothing of it
+
     ours, theirs = (np.mean([unpack(text) for text in texts], axis=0) for texts in (a, b))
     if ours.shape != theirs.shape or not ours.size:
         raise ValueError(f"correctness of {ours.size} and {theirs.size} samples: they must be the same samples")

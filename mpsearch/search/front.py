@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite, log2
+from typing import Any
 
 from mpsearch.errors import CostError, RunError
 from mpsearch.pareto import non_dominated
@@ -128,6 +129,21 @@ def pareto_front(records: Sequence[TrialRecord]) -> ParetoFront:
     """The front of the complete trials; of trials with equal accuracy and cost, the first in `records`."""
     complete = sorted(_complete(records), key=lambda trial: (objectives(trial)[1], -objectives(trial)[0]))
     return ParetoFront(_non_dominated(complete), tuple(trial for trial in complete if trial.origin == "uniform"))
+
+
+def front_rows(front: ParetoFront) -> list[dict[str, Any]]:
+    """The front as plain values, by rising cost: number, origin, accuracy, cost and the config of each trial."""
+    return [
+        {
+            "number": trial.number,
+            "origin": trial.origin,
+            "accuracy": trial.accuracy,
+            "cost": trial.cost,
+            "knee": trial is front.knee,
+            "layers": trial.config.to_json(),
+        }
+        for trial in front
+    ]
 
 
 def gains_over_baselines(records: Sequence[TrialRecord]) -> dict[int, str]:

@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mpsearch.errors import RunError, SpaceError
 from mpsearch.precision import PrecisionConfig
-from mpsearch.problem import Problem, open_problem
+from mpsearch.problem import Problem, open_problem, reopen, write_facts
 from mpsearch.record import RunFolder, TrialRecord, checkpoint_path
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.engine import Event, Finished, run_trials
-from mpsearch.search.front import ParetoFront, pareto_front
+from mpsearch.search.front import ParetoFront, front_rows, pareto_front
 from mpsearch.search.kept import FrontWeights
+from mpsearch.search.knee import keep_values
 from mpsearch.search.trial import run_trial
 from mpsearch.search.view import open_view
 from mpsearch.shipped import shipped
@@ -53,6 +53,7 @@ def run_study(
         MpsearchError: the study cannot be used, or the search had to be given up.
     """
     problem = open_problem(spec)
+    problem = replace(problem, notes=tuple(problem.warnings()))
     space_yaml = shipped("search_spaces", spec.space, SpaceError).read_text(encoding="utf-8")
     folder = RunFolder.create(out or Path("runs") / spec.name, spec.to_yaml(), space_yaml)
     return _search(problem, folder, on_event, on_ready, on_progress)
@@ -74,7 +75,7 @@ def resume_study(
     spec = read_spec(folder)
     if trials is not None:
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": trials})})
-    return _search(open_problem(spec), folder, on_event, on_ready, on_progress)
+    return _search(reopen(folder, spec), folder, on_event, on_ready, on_progress)
 
 
 def _search(
@@ -87,6 +88,7 @@ def _search(
     spec = problem.spec
     with folder.driving():
         records = folder.records()
+        write_facts(folder, problem)
         view = open_view(spec.storage, folder, spec.name, problem.space, spec.cost.budget, records, problem.cost)
         folder.checkpoints.mkdir(exist_ok=True)
         on_ready(problem, folder)
@@ -104,11 +106,13 @@ def _search(
             started=began,
         )
         weights = FrontWeights(folder, records)
+        keep_values(problem, folder, weights.front)
 
         def ended(event: Event) -> None:
             if isinstance(event, Finished):
                 weights.keep(event.record)
                 write_front(problem, folder, weights.front)
+                keep_values(problem, folder, weights.front)
             on_event(event)
 
         make_runner = functools.partial(
@@ -163,23 +167,9 @@ def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -
         folder.append(record)
         weights.keep(record)
         write_front(problem, folder, weights.front)
+        keep_values(problem, folder, weights.front)
         folder.write_parquet()
     return record
-
-
-def front_rows(front: ParetoFront) -> list[dict[str, Any]]:
-    """The front as plain values, by rising cost: number, origin, accuracy, cost and the config of each trial."""
-    return [
-        {
-            "number": trial.number,
-            "origin": trial.origin,
-            "accuracy": trial.accuracy,
-            "cost": trial.cost,
-            "knee": trial is front.knee,
-            "layers": trial.config.to_json(),
-        }
-        for trial in front
-    ]
 
 
 def write_front(problem: Problem, folder: RunFolder, front: ParetoFront) -> None:

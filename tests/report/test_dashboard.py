@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from mpsearch.cli import app
 from mpsearch.errors import RunError
 from mpsearch.exporters.read import read_config
-from mpsearch.problem import Problem, open_problem
+from mpsearch.problem import Problem, open_problem, write_facts
 from mpsearch.record import RunFolder
 from mpsearch.report import dashboard
 from mpsearch.report.dashboard import Prepared, is_loopback, serving
@@ -211,6 +211,7 @@ def test_a_trial_that_ends_is_shown_while_the_dashboard_runs(
     monkeypatch.setattr(dashboard, "EVERY_S", 0.05)
     records = folder.records()
     live = RunFolder.create(tmp_path / "live", folder.study_yaml.read_text(), folder.space_yaml.read_text())
+    write_facts(live, problem)
     with live.driving():
         view = open_view("sqlite", live, "quick", problem.space, None, (), problem.cost)
         live.append(records[0])

@@ -22,7 +22,6 @@ from mpsearch.report.tables import (
     finals_table,
     front_table,
     layers_table,
-    mean_bits,
     progress_table,
     trials_table,
 )
@@ -52,11 +51,6 @@ def test_trials_table_has_a_row_per_trial_with_the_means_of_its_bits() -> None:
     assert (table.weight_bits[2], table.activation_bits[2]) == (4.0, 8.0)
     assert table.accuracy_percent[0] == 90.0
     assert table.reason[4] == "CUDA <out> of memory"
-
-
-def test_mean_bits_is_over_layers_and_counts_float_as_32() -> None:
-    config = PrecisionConfig({"a": LayerPrecision.shorthand("w2a4"), "b": LayerPrecision.shorthand("w32a8")})
-    assert mean_bits(config) == (17.0, 6.0)
 
 
 def test_front_table_is_the_front_by_rising_cost() -> None:

@@ -12,7 +12,8 @@ from drive import make_space
 import mpsearch
 from mpsearch.problem import open_problem
 from mpsearch.record import FinalRecord, Origin, RunFolder, TrialRecord, pack
-from mpsearch.search.finalize import final_rows, final_table, finalize, proxies
+from mpsearch.search.finalize import finalize
+from mpsearch.search.finals import final_rows, final_table, proxies
 from mpsearch.search.front import pareto_front
 
 COLD = ("warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0")

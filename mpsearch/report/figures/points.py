@@ -86,7 +86,6 @@ def proxy(finals: pd.DataFrame) -> go.Figure:
     Args:
         finals: as from `finals_table`.
     """
-    from scipy.stats import kendalltau
 
     figure = go.Figure(layout=layout(height=400))
     ends = [float(finals[["proxy", "test"]].min().min()), float(finals[["proxy", "test"]].max().max())]
@@ -105,6 +104,8 @@ def proxy(finals: pd.DataFrame) -> go.Figure:
             hovertemplate="trial %{customdata[0]}, cost %{customdata[1]:.4g}<br>val %{x:.2f} %, test %{y:.2f} %"
             "<extra></extra>",
         )
+    from scipy.stats import kendalltau  # here, because most runs that are looked at have no finals
+
     tau = kendalltau(finals.proxy, finals.test).statistic if len(finals) > 2 else float("nan")
     said = f"<br>Kendall's tau {tau:.2f} over {len(finals)} configs" if tau == tau else ""
     figure.update_xaxes(title=f"proxy: accuracy on val after the trial, %{said}")

@@ -1,0 +1,194 @@
+"""The facts of a study's problem: what is known of it once its task was loaded, as a value that needs no task.
+
+A run writes them into its folder (`problem.json`) when it starts. Whoever only looks at a run (`report`, `dashboard`)
+reads them there: no network is built, no data is read, and nothing that the study names is imported. This module needs
+no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mpsearch.cost.model import RelativeCost
+from mpsearch.errors import MpsearchError, PrecisionError, RunError
+from mpsearch.graph.facts import ModelGraph
+from mpsearch.precision import Precision
+from mpsearch.record import RunFolder
+from mpsearch.space.choices import GRANULARITY, TENSORS, TensorName
+from mpsearch.space.space import SearchSpace, Slot
+from mpsearch.study import StudySpec, read_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemFacts:
+    """A study with the layers of its network, the configs that there are, and what they cost."""
+
+    spec: StudySpec
+    task_name: str  # of model and data
+    metric: str  # of the task; higher is better
+    graph: ModelGraph
+    space: SearchSpace
+    cost: RelativeCost
+    cheapest: float  # relative cost of the cheapest config
+    dearest: float
+    float_digest: str  # of the float network's weights: 16 hex digits
+    float_scores: Mapping[str, float] = field(default_factory=dict)  # split -> metric, where it has been measured
+    notes: tuple[str, ...] = ()  # what looked wrong about the task when the run started
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The quantizable layers in execution order."""
+        return self.space.layers
+
+    def summary(self) -> list[str]:
+        """What is optimised, in words and units."""
+        spec, costs = self.spec, self.cost
+        quantizable, unhandled = self.graph.quantizable, self.graph.unhandled
+        macs = self.graph.macs
+        lines = [
+            f"Maximize {self.metric} on the validation split and minimize {spec.cost.model} of {self.task_name}.",
+            f"Cost 1 is {costs.reference.total:.4g} {costs.reference.unit} a sample: the network at "
+            f"{spec.cost.reference} everywhere. Configs of the space '{self.space.name}' cost {self.cheapest:.3g} to "
+            f"{self.dearest:.3g}"
+            + (f"; only those up to {spec.cost.budget:g} are tried." if spec.cost.budget else "."),
+            f"{len(quantizable)} layers, {macs / 1e6:.3g} million MACs a sample; {len(self.space.free)} free choices, "
+            f"{scientific(self.space.size)} configs; the uniform ladder of {len(self.space.ladder())} is the baseline.",
+        ]
+        if unhandled:
+            names = ", ".join(layer.name for layer in unhandled[:5]) + (", ..." if len(unhandled) > 5 else "")
+            lines.append(
+                f"{len(unhandled)} layers stay float and are priced as float: {names} (see `mpsearch inspect`)."
+            )
+        if other := sum(self.graph.other_macs.values()):
+            lines.append(f"{other / macs:.1%} of the MACs are outside layers (attention products, say) and not priced.")
+        if self.float_scores:
+            scores = ", ".join(f"{split} {100 * score:.2f} %" for split, score in self.float_scores.items())
+            lines.append(f"The float network: {scores}.")
+        return lines
+
+    def to_json(self) -> str:
+        """The text of `problem.json`, from which `from_json` makes equal facts of the same study."""
+        document = _Document(
+            schema="mpsearch/problem/1",
+            task=self.task_name,
+            metric=self.metric,
+            graph=self.graph,
+            space=self.space.name,
+            slots=tuple(_Slot.of(slot) for slot in self.space.slots),
+            cheapest=self.cheapest,
+            dearest=self.dearest,
+            float_digest=self.float_digest,
+            float_scores=dict(self.float_scores),
+            notes=self.notes,
+        )
+        return document.model_dump_json(by_alias=True, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, spec: StudySpec) -> ProblemFacts:
+        """Read what `to_json` wrote for this study.
+
+        Raises:
+            RunError: the text is something else; the message says what is wrong with it.
+            CostError: the study's cost model does not fit the layers.
+        """
+        try:
+            document = _Document.model_validate_json(text, strict=True)
+            slots = tuple(slot.built() for slot in document.slots)
+        except ValidationError as error:
+            raise RunError("; ".join(map(_explain, error.errors()[:3]))) from None
+        except PrecisionError as error:
+            raise RunError(str(error)) from None
+        names = tuple(layer.name for layer in document.graph.quantizable)
+        decided = sorted((name, slot.tensor) for slot in slots for name in slot.layers)
+        if decided != sorted((name, tensor) for name in names for tensor in TENSORS):
+            raise RunError("its slots are not those of its layers: every tensor of every layer is in exactly one")
+        return ProblemFacts(
+            spec=spec,
+            task_name=document.task,
+            metric=document.metric,
+            graph=document.graph,
+            space=SearchSpace(document.space, names, slots),
+            cost=RelativeCost(document.graph.layers, spec.cost.model, spec.cost.reference),
+            cheapest=document.cheapest,
+            dearest=document.dearest,
+            float_digest=document.float_digest,
+            float_scores=document.float_scores,
+            notes=document.notes,
+        )
+
+
+def read_facts(folder: RunFolder) -> ProblemFacts:
+    """The facts of a run, from its folder alone.
+
+    Raises:
+        RunError: the folder has none, or they cannot be read.
+        StudyError: its study is none.
+    """
+    spec = read_spec(folder)
+    text = folder.read_view(folder.problem_json)
+    rewrite = (
+        f"write it once with `mpsearch resume {folder.path} --trials {max(1, len(folder.records()))}`, which runs no "
+        "trial again but loads the model and the data that the study names"
+    )
+    if text is None:
+        raise RunError(
+            f"{folder.path} has no {folder.problem_json.name}, which runs of this mpsearch write when they start: "
+            f"{rewrite}"
+        )
+    try:
+        return ProblemFacts.from_json(text, spec)
+    except MpsearchError as error:
+        raise RunError(f"{folder.problem_json} cannot be used: {error}; {rewrite}") from None
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class _Slot(_Section):
+    tensor: TensorName
+    layers: tuple[str, ...] = Field(min_length=1)
+    choices: tuple[str, ...] = Field(min_length=1)
+
+    @classmethod
+    def of(cls, slot: Slot) -> _Slot:
+        return cls(tensor=slot.tensor, layers=slot.layers, choices=tuple(map(str, slot.choices)))
+
+    def built(self) -> Slot:
+        choices = tuple(Precision.parse(text, GRANULARITY[self.tensor]) for text in self.choices)
+        return Slot(self.tensor, self.layers, choices)
+
+
+class _Document(_Section):
+    """`problem.json`; what the study says (the cost model, say) is in `study.yaml`, and not here again."""
+
+    schema_: Literal["mpsearch/problem/1"] = Field(alias="schema")
+    task: str
+    metric: str
+    graph: ModelGraph
+    space: str  # its name
+    slots: tuple[_Slot, ...]
+    cheapest: float = Field(gt=0)
+    dearest: float = Field(gt=0)
+    float_digest: str
+    float_scores: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    return f"{key}: {item['msg'][:1].lower()}{item['msg'][1:]}" if key else str(item["msg"])
+
+
+def scientific(count: int) -> str:
+    """A count that may be astronomical, for people: 1,234 or about 10^57.
+
+    >>> scientific(7**20)
+    'about 10^16.9'
+    """
+    return f"{count:,}" if count < 10**7 else f"about 10^{math.log10(count):.1f}"
