@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
+from mpsearch.graph.inputs import call as call
+from mpsearch.graph.inputs import map_tensors, tensors
 from mpsearch.quant.quantizer import Quantizer
 from mpsearch.quant.shift import DEFAULT_SLOPE, ShiftQuantizer, SlopeSchedule, set_slope
 
@@ -242,22 +244,16 @@ def batch_norm_gap(model: nn.Module, x: Any, logits: Callable[[Any], Tensor]) ->
     return float(jeffreys(logits(call(model, x)), own))
 
 
-def call(model: nn.Module, x: Any) -> Any:
-    """Run a model on its input: a tuple is several arguments, a dict is named ones."""
-    if isinstance(x, tuple):
-        return model(*x)
-    return model(**x) if isinstance(x, dict) else model(x)
-
-
 def autocast(x: Any, bf16: bool) -> torch.autocast:
     """Mixed precision on the device where `x` is."""
-    return torch.autocast(_device(x).type, dtype=torch.bfloat16, enabled=bf16)
+    first = next(tensors(x), None)
+    return torch.autocast("cpu" if first is None else first.device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
 def to_device(batches: Iterable[tuple[Any, Any]], device: torch.device) -> Iterator[tuple[Any, Any]]:
     """The batches, on a device."""
     for x, y in batches:
-        yield _move(x, device), _move(y, device)
+        yield tuple(map_tensors(lambda tensor: tensor.to(device, non_blocking=True), part) for part in (x, y))
 
 
 def bf16_is_fast() -> bool:
@@ -266,23 +262,6 @@ def bf16_is_fast() -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
-
-
-def _device(x: Any) -> torch.device:
-    if isinstance(x, Tensor):
-        return x.device
-    values = list(x.values()) if isinstance(x, dict) else list(x) if isinstance(x, tuple | list) else []
-    return _device(values[0]) if values else torch.device("cpu")
-
-
-def _move(x: Any, device: torch.device) -> Any:
-    if isinstance(x, Tensor):
-        return x.to(device, non_blocking=True)
-    if isinstance(x, dict):
-        return {key: _move(value, device) for key, value in x.items()}
-    if isinstance(x, tuple | list):
-        return type(x)(_move(value, device) for value in x)
-    return x
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def diagnose(
     model, calibration_input = task.float_model(), task.calibration_input(CALIBRATION_SAMPLES)
     layers = inspect_model(model, calibration_input).layers
     config = _config(config, layers)
-    net = fold_batch_norms(model, layers)
+    net = fold_batch_norms(model, layers, calibration_input)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = _Scorer(task, model.to(device))
     bench = _Bench(net, layers, config, calibration_input, scorer, device)

@@ -23,8 +23,8 @@ from mpsearch.exporters.grids import steps
 from mpsearch.exporters.manifest import read_manifest
 from mpsearch.exporters.native import network_parts, restored
 from mpsearch.exporters.packages import need
-from mpsearch.exporters.plain import PLAIN, per_channel, plain_layer, with_layers
-from mpsearch.quant.modules import QuantLayer
+from mpsearch.exporters.plain import per_channel, plain_layer, with_layers
+from mpsearch.quant.modules import QuantLayer, plain_class
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
 from mpsearch.state_dict import load_tensors, save_tensors, state
@@ -83,7 +83,9 @@ def _brevitas_layer(name: str, layer: QuantLayer) -> nn.Module:
     precision = layer.precision
     if precision.weight.is_float and precision.activation.is_float:
         return plain_layer(layer)
-    plain = PLAIN[type(layer)]
+    plain = next((base for base in type(layer).__mro__ if base in kinds), None)
+    if plain is None:
+        raise ExportError(f"layer '{name}': Brevitas has no form of {plain_class(layer).__name__}; leave it float")
     names = ["in_features", "out_features"] if plain is nn.Linear else _CONV_ARGUMENTS
     if "Transpose" in plain.__name__:
         names = [*names, "output_padding"]

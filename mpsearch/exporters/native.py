@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError, PrecisionError, nearest
-from mpsearch.exporters.plain import plain_layer, with_layers, without_quantizers
+from mpsearch.exporters.plain import plain_layer, with_layers
 from mpsearch.files import filling, write_json
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo
+from mpsearch.graph.kinds import kind_of
 from mpsearch.precision import PrecisionConfig
 from mpsearch.ptq.fold import restructure
-from mpsearch.quant.modules import QUANT_LAYERS
+from mpsearch.quant.modules import without_quantizers
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import insert_quantizers, quant_layers
 from mpsearch.state_dict import load_tensors, save_tensors, state
@@ -148,7 +149,7 @@ def _info(name: str, modules: Mapping[str, nn.Module], document: Mapping[str, An
     module = modules.get(name)
     if module is None:
         raise ExportError(f"{folder} names a layer '{name}' that the model does not have: {nearest(name, modules)}")
-    if not any(kind in QUANT_LAYERS for kind in type(module).__mro__):
+    if kind_of(module) is None:
         raise ExportError(f"layer '{name}' of the model is a {type(module).__name__}, which has no quantized form")
     try:
         facts = document["inputs"][name]

@@ -113,7 +113,7 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     modules = dict(network.model.named_modules())
     folded = {
         name: norm
-        for name, norm in foldable(modules, network.layers)[0].items()
+        for name, norm in foldable(modules, network.layers).items()
         if name in layers and _has_room(layers[name], cast(nn.BatchNorm2d, modules[norm]))
     }
     writer = _Writer()

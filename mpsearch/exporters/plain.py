@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from mpsearch.quant.modules import QUANT_LAYERS, QuantLayer
+from mpsearch.quant.modules import QuantLayer, without_quantizers
 from mpsearch.quant.prepare import places, quant_layers
-
-PLAIN: Mapping[type[nn.Module], type[nn.Module]] = {quant: plain for plain, quant in QUANT_LAYERS.items()}
-"""The torch layer that each quantized layer stands for."""
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -35,15 +32,6 @@ def plain_layer(layer: QuantLayer) -> nn.Module:
     """The torch layer that a quantized layer stands for, with the weight as it was used."""
     twin = without_quantizers(layer)
     twin.weight = nn.Parameter(layer.quantized_weight().detach().clone())
-    return twin
-
-
-def without_quantizers(layer: QuantLayer) -> nn.Module:
-    """The torch layer that a quantized layer stands for; it shares the unquantized parameters."""
-    kind = PLAIN[type(layer)]
-    twin = kind.__new__(kind)
-    twin.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in layer.__dict__.items()}
-    del twin._modules["weight_quantizer"], twin._modules["input_quantizer"]
     return twin
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from mpsearch.errors import ExportError
 from mpsearch.exporters.manifest import read_manifest
 from mpsearch.exporters.native import restored
-from mpsearch.exporters.plain import with_layers, without_quantizers
+from mpsearch.exporters.plain import with_layers
+from mpsearch.quant.modules import without_quantizers
 from mpsearch.state_dict import load_tensors
 
 TENSORS_FILE = "model.safetensors"

@@ -15,11 +15,12 @@ from mpsearch.errors import ExportError, nearest
 from mpsearch.exporters import aimet, brevitas, mhaq, modelopt, native, onnx_qdq, packed, qonnx, torchao
 from mpsearch.exporters.fit import Holds
 from mpsearch.exporters.packages import need
-from mpsearch.graph.layers import KINDS
+from mpsearch.graph.facts import KIND_NAMES
 from mpsearch.precision import BITS
 from mpsearch.quant.network import QuantizedNetwork
 
-ALL_KINDS = frozenset(KINDS.values())
+ALL_KINDS = frozenset(KIND_NAMES)
+WITH_INPUTS = ALL_KINDS - {"embedding"}
 UNIFORM = {"uniform": BITS["uniform"]}
 TWO_UP = {"uniform": range(2, 9)}  # their 1-bit grid is {-s, 0}, ours -s/2 and s/2
 ALL_TYPES = {name: widths for name, widths in BITS.items() if name != "float"}
@@ -37,15 +38,15 @@ TARGETS: dict[str, Target] = {
     "native": Target(native.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS)),
     "packed": Target(packed.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS)),
     # Shift and APoT weights are constants on their grid.
-    "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS)),
-    "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS)),
+    "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, WITH_INPUTS)),
+    "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, WITH_INPUTS)),
     # Bits alone: MHAQ learns its own scales. It has Conv2d and Linear.
     "mhaq": Target(mhaq.save, Holds(UNIFORM, UNIFORM, frozenset({"conv2d", "linear"}))),
-    "brevitas": Target(brevitas.save, Holds(UNIFORM, UNIFORM, ALL_KINDS)),
+    "brevitas": Target(brevitas.save, Holds(UNIFORM, UNIFORM, WITH_INPUTS)),
     # Weights alone: its static activations are symmetric int8. It has no 1-bit grid without zero.
     "torchao": Target(torchao.save, Holds(TWO_UP, {}, frozenset({"linear"}))),
-    "modelopt": Target(modelopt.save, Holds(TWO_UP, UNIFORM, ALL_KINDS)),
-    "aimet": Target(aimet.save, Holds(TWO_UP, UNIFORM, ALL_KINDS)),
+    "modelopt": Target(modelopt.save, Holds(TWO_UP, UNIFORM, WITH_INPUTS)),
+    "aimet": Target(aimet.save, Holds(TWO_UP, UNIFORM, WITH_INPUTS)),
 }
 """Name of a format -> what it is."""
 

@@ -14,6 +14,7 @@ KIND_NAMES = (
     "conv_transpose2d",
     "conv_transpose3d",
     "linear",
+    "embedding",
 )
 """The kinds of layers that can be quantized; `layers.KINDS` says which module classes they are."""
 
@@ -27,8 +28,9 @@ class LayerInfo:
     """
 
     name: str
-    kind: str  # conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear, or the module's class
+    kind: str  # one of KIND_NAMES, or the module's class
     weight_shape: tuple[int, ...]  # (out, in/groups, *kernel); transposed: (in, out/groups, *kernel); linear: (out, in)
+    # however the module holds it; embedding: (entries, features)
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     macs: int  # multiply-accumulates per sample, all calls of the layer together
@@ -36,7 +38,7 @@ class LayerInfo:
     fan_in: int  # products summed into one output element
     groups: int = 1
     signed_input: bool = True  # whether the input takes negative values
-    batch_norm: str | None = None  # the BatchNorm that directly follows, by name
+    batch_norm: str | None = None  # the BatchNorm that can become part of the layer, by name
     input_group: str = ""  # the first layer fed by the same tensor: these share one activation precision
     weight_group: str = ""  # the first layer with the same weight parameter: these share one weight precision
     calls: int = 1  # how often one forward pass runs the layer
@@ -52,6 +54,11 @@ class LayerInfo:
         """Whether every channel is filtered alone."""
         return self.groups > 1 and self.weight_shape[1] == 1
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether the layer only looks rows of its weight up: there is no activation to quantize, and no product."""
+        return self.kind == "embedding"
+
 
 @dataclass(frozen=True, slots=True)
 class ModelGraph:
@@ -59,6 +66,7 @@ class ModelGraph:
 
     layers: tuple[LayerInfo, ...]  # in execution order, those that cannot be quantized among them
     other_macs: Mapping[str, int] = field(hash=False)  # of operations outside any layer (attention's bmm), by operation
+    notes: tuple[str, ...] = ()  # what the reader should know, in words: what is not folded and why, dead inputs, ...
 
     @property
     def quantizable(self) -> tuple[LayerInfo, ...]:

@@ -7,30 +7,31 @@ depends on data is welcome, and whatever cannot be quantized is named with its r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from mpsearch.errors import MpsearchError, TaskError
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo, ModelGraph
 from mpsearch.graph.groups import connected
-from mpsearch.graph.observe import Observation, Usage, observe, tensor_key, tensors
-
-KINDS: Mapping[type[nn.Module], str] = {
-    nn.Conv1d: "conv1d",
-    nn.Conv2d: "conv2d",
-    nn.Conv3d: "conv3d",
-    nn.ConvTranspose1d: "conv_transpose1d",
-    nn.ConvTranspose2d: "conv_transpose2d",
-    nn.ConvTranspose3d: "conv_transpose3d",
-    nn.Linear: "linear",
-}
-"""The module classes that can be quantized, and what their kind is called."""
+from mpsearch.graph.inputs import tensors
+from mpsearch.graph.kinds import (
+    KINDS,
+    channel_axis,
+    foldable_norm,
+    is_transposed_linear,
+    kind_of,
+    known_class,
+    own_forward,
+    reserved_names,
+    weight_of,
+)
+from mpsearch.graph.observe import Observation, Usage, observe, place_of, tensor_key
 
 
 def inspect_model(model: nn.Module, example_input: Any, batch_size: int | None = None) -> ModelGraph:
@@ -55,7 +56,7 @@ def inspect_model(model: nn.Module, example_input: Any, batch_size: int | None =
     model = open_attention(model)
     samples = _batch_size(example_input) if batch_size is None else batch_size
     try:
-        seen = observe(model, example_input, tuple(KINDS))
+        seen = observe(model, example_input)
     except MpsearchError:
         raise
     except Exception as error:  # whatever a foreign model raises
@@ -63,8 +64,10 @@ def inspect_model(model: nn.Module, example_input: Any, batch_size: int | None =
             f"the model fails on its example input: {type(error).__name__}: {error}\n"
             "Give a batch that the model accepts in eval mode, on the model's device."
         ) from error
-    layers = _with_groups(_layers(model, seen, samples), model, seen)
-    graph = ModelGraph(layers, {name: _share(macs, samples) for name, macs in seen.other_macs.items()})
+    followers, notes = _followers(model, seen)
+    layers = _with_groups(_layers(model, seen, samples, followers), model, seen)
+    notes = [*notes, *_dead(layers, seen, samples)]
+    graph = ModelGraph(layers, {name: _share(macs, samples) for name, macs in seen.other_macs.items()}, tuple(notes))
     if not graph.quantizable:
         named = "".join(f"\n  {layer.name or type(model).__name__}: {layer.reason}" for layer in graph.unhandled[:10])
         raise TaskError(
@@ -105,18 +108,29 @@ def _batch_size(example_input: Any) -> int:
     return max(first.shape[0], 1) if first.ndim else 1
 
 
-def _layers(model: nn.Module, seen: Observation, samples: int) -> list[LayerInfo]:
+def _layers(model: nn.Module, seen: Observation, samples: int, followers: Mapping[str, str]) -> list[LayerInfo]:
     modules = dict(model.named_modules())
-    unused = [name for name, module in modules.items() if _kind(module) is not None and name not in seen.usages]
-    return [_layer(name, modules[name], seen.usages.get(name, Usage()), samples) for name in [*seen.usages, *unused]]
+    used = [name for name, usage in seen.usages.items() if not _only_normalizes(modules[name], usage)]
+    unused = [name for name, module in modules.items() if kind_of(module) is not None and name not in seen.usages]
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    return [
+        _layer(name, modules[name], seen.usages.get(name, Usage()), samples, followers.get(name), frozen)
+        for name in [*used, *unused]
+    ]
 
 
-def _layer(name: str, module: nn.Module, usage: Usage, samples: int) -> LayerInfo:
-    kind = _kind(module)
+def _only_normalizes(module: nn.Module, usage: Usage) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and not usage.macs
+
+
+def _layer(
+    name: str, module: nn.Module, usage: Usage, samples: int, batch_norm: str | None, all_frozen: bool
+) -> LayerInfo:
+    kind = kind_of(module)
     weight_shape = _weight_shape(module)
     return LayerInfo(
         name=name,
-        kind=KINDS[kind] if kind is not None else type(module).__name__,
+        kind=type(module).__name__ if kind is None else kind,
         weight_shape=weight_shape,
         input_shape=_sample_shape(usage.input_shape, samples),
         output_shape=_sample_shape(usage.output_shape, samples),
@@ -125,17 +139,25 @@ def _layer(name: str, module: nn.Module, usage: Usage, samples: int) -> LayerInf
         fan_in=_fan_in(module, weight_shape),
         groups=module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1,
         signed_input=usage.signed_input,
-        batch_norm=next(iter(usage.readers)) or None if usage.calls == 1 and len(usage.readers) == 1 else None,
+        batch_norm=batch_norm,
         input_group=name,
         weight_group=name,
         calls=max(usage.calls, 1),
-        reason=_reason(name, module, kind, usage),
+        reason=reason_to_stay_float(name, module, usage, all_frozen),
     )
 
 
-def _reason(name: str, module: nn.Module, kind: type[nn.Module] | None, usage: Usage) -> str | None:
-    """Why a layer cannot be quantized, or None if it can."""
-    if kind is None:
+def reason_to_stay_float(name: str, module: nn.Module, usage: Usage, all_frozen: bool = False) -> str | None:
+    """Why a layer cannot be quantized, or None if it can.
+
+    Args:
+        name: of the module.
+        module: a layer, or what else multiplies.
+        usage: what a forward pass did with it.
+        all_frozen: no parameter of the network wants a gradient, so that this says nothing of a single one.
+    """
+    base = known_class(module)
+    if base is None:
         return f"there is no quantized form of {type(module).__name__}"
     if usage.bypassed:
         return "the model multiplies by its weight without calling it"
@@ -145,16 +167,79 @@ def _reason(name: str, module: nn.Module, kind: type[nn.Module] | None, usage: U
         return "it is the whole model: wrap it in nn.Sequential"
     if "weight" not in module._parameters:
         return "its weight is computed anew at each call: remove its parametrization, weight norm or pruning mask first"
-    changed = [
-        method
-        for method in ("forward", "_conv_forward")
-        if getattr(type(module), method, None) is not getattr(kind, method, None)
-    ]
-    if changed or "forward" in vars(module):
+    if own_forward(module, base):
         return f"its class {type(module).__name__} has a forward of its own"
-    dtypes = [dtype for dtype in (usage.input_dtype, _weight(module).dtype) if dtype is not None]
-    odd = next((dtype for dtype in dtypes if not dtype.is_floating_point), None)
+    if taken := reserved_names(module):
+        return f"its class {type(module).__name__} has a '{taken[0]}' of its own, which a quantized layer needs"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "it rescales its weight at each call (max_norm)"
+    if not weight_of(module).requires_grad and not all_frozen:
+        return "its weight is a constant: it wants no gradient (requires_grad is False)"
+    dtypes = [weight_of(module).dtype, *([] if kind_of(module) == "embedding" else [usage.input_dtype])]
+    odd = next((dtype for dtype in dtypes if dtype is not None and not dtype.is_floating_point), None)
     return None if odd is None else f"it computes in {odd}, expected floating point"
+
+
+def _followers(model: nn.Module, seen: Observation) -> tuple[dict[str, str], list[str]]:
+    """Layer -> the BatchNorm that can become part of it; and in words, why others that follow a layer cannot.
+
+    Folding follows the data: the one use of the BatchNorm reads exactly what the one use of the layer gave, along the
+    layer's channels, and nothing else reads that.
+    """
+    modules = dict(model.named_modules())
+    followers: dict[str, str] = {}
+    notes = []
+    for norm, usage in seen.usages.items():
+        if not _only_normalizes(modules[norm], usage):
+            continue
+        layers = [given.layer for given in usage.reads if given is not None]
+        if not layers:
+            continue
+        if (why := _stays(norm, layers[0], modules, seen)) is None:
+            followers[layers[0]] = norm
+        else:
+            notes.append(f"{norm} is not folded into {layers[0]}: {why}")
+    return followers, notes
+
+
+def _stays(norm: str, layer: str, modules: Mapping[str, nn.Module], seen: Observation) -> str | None:
+    """Why a BatchNorm cannot become part of the layer that it reads, or None if it can."""
+    before, after = seen.usages[layer], seen.usages[norm]
+    module = modules[layer]
+    for name, usage in ((norm, after), (layer, before)):
+        if usage.calls > 1:
+            return f"{name} is used {usage.calls} times"
+        if name in seen.read_elsewhere:
+            return f"the model reads the parameters of {name} without calling it"
+        if modules[name]._forward_hooks or modules[name]._forward_pre_hooks:
+            return f"{name} has a forward hook"
+    (given,) = before.gave
+    if given.returned or given.readers != {norm}:
+        return f"something else reads the output of {layer} too"
+    if channel_axis(str(kind_of(module)), len(given.shape)) != 1:
+        return f"it normalizes axis 1 of an output whose channels are axis {len(given.shape) - 1}"
+    if not foldable_norm(modules[norm]):
+        return f"its class {type(modules[norm]).__name__} is not known to be a plain BatchNorm, or it has no statistics"
+    shared = [p for p in module.parameters(recurse=False) if len(seen.holders[place_of(p)]) > 1]
+    return f"{layer} shares its parameters with another module" if shared else None
+
+
+def _dead(layers: Sequence[LayerInfo], seen: Observation, samples: int) -> Iterator[str]:
+    """In words: inputs of which the example input tells nothing."""
+    for layer in layers:
+        usage = seen.usages.get(layer.name)
+        if usage is None or layer.reason is not None:
+            continue
+        if usage.dead_input:
+            yield (
+                f"the input of {layer.name} is zero in all {samples} samples: its range is a guess; give samples that "
+                "reach it"
+            )
+        elif usage.dead_channels:
+            yield (
+                f"{usage.dead_channels} channels of the model's input are zero in all {samples} samples that "
+                f"{layer.name} read: values that they take later were not seen when its range was set"
+            )
 
 
 def _with_groups(layers: list[LayerInfo], model: nn.Module, seen: Observation) -> tuple[LayerInfo, ...]:
@@ -162,7 +247,7 @@ def _with_groups(layers: list[LayerInfo], model: nn.Module, seen: Observation) -
     modules = dict(model.named_modules())
     free = [layer for layer in layers if layer.reason is None]
     by_input = connected([seen.usages[layer.name].inputs for layer in free])
-    by_weight = connected([[tensor_key(_weight(modules[layer.name]))] for layer in free])
+    by_weight = connected([[tensor_key(weight_of(modules[layer.name]))] for layer in free])
     grouped = {
         layer.name: replace(layer, input_group=free[fed].name, weight_group=free[tied].name)
         for layer, fed, tied in zip(free, by_input, by_weight, strict=True)
@@ -170,20 +255,11 @@ def _with_groups(layers: list[LayerInfo], model: nn.Module, seen: Observation) -
     return tuple(grouped.get(layer.name, layer) for layer in layers)
 
 
-def _kind(module: nn.Module) -> type[nn.Module] | None:
-    return next((base for base in type(module).__mro__ if base in KINDS), None)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     """The shape of a module's weight; where it has several matrices, their elements together: `(elements,)`."""
-    if _kind(module) is not None:
-        return tuple(_weight(module).shape)
+    if kind_of(module) is not None:
+        shape = tuple(weight_of(module).shape)
+        return shape[::-1] if is_transposed_linear(module) else shape
     matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1]
     return tuple(matrices[0].shape) if len(matrices) == 1 else (sum(matrix.numel() for matrix in matrices),)
 
@@ -196,8 +272,8 @@ def _fan_in(module: nn.Module, weight_shape: Sequence[int]) -> int:
             for size, stride, dilation in zip(module.kernel_size, module.stride, module.dilation, strict=True)
         ]
         return weight_shape[0] // module.groups * math.prod(taps)
-    if _kind(module) is not None:
-        return math.prod(weight_shape[1:])
+    if kind_of(module) is not None:
+        return 1 if isinstance(module, nn.Embedding) else math.prod(weight_shape[1:])
     return max((math.prod(p.shape[1:]) for p in module.parameters(recurse=False) if p.ndim > 1), default=1)
 
 

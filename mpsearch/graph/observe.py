@@ -1,11 +1,12 @@
-"""One forward pass, watched: which module computed what, on which tensors.
+"""One forward pass, watched: which module computed what, on which tensors, and who reads what it gives.
 
 Nothing is traced or rewritten. Hooks say which module is running, a dispatch mode sees every operation, and
 `torch.utils.flop_counter.FlopCounterMode` below it counts multiply-accumulates, so that a model may branch on its data
 and every operation that torch can count is credited to exactly one place:
 
-1. the innermost running layer (a module of `kinds`), whatever it computes;
-2. else the module whose parameter is multiplied: functional code that takes `layer.weight` without calling the layer;
+1. the innermost running layer, whatever it computes;
+2. else the module whose matrix is multiplied (not the one whose bias is added): functional code that takes
+   `layer.weight`, as it is, transposed or copied, without calling the layer;
 3. else nobody's: an operation between activations, as in attention.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,26 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpsearch.graph.inputs import call, evaluating, layer_input, tensors
+from mpsearch.graph.kinds import channel_axis, kind_of
+
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 TensorKey = tuple[StorageWeakRef, int, int, int]
 """The values that a tensor holds now: storage, offset, element count, version. Equal for views that only reshape; an
 operation in place changes it. The weak reference frees the memory but keeps the address from being given out again."""
+
+
+@dataclass
+class Given:
+    """A tensor that a layer gave."""
+
+    layer: str
+    key: TensorKey
+    shape: tuple[int, ...]
+    readers: set[str] = field(default_factory=set)  # the innermost module that ran when an operation read it
+    returned: bool = False  # by the whole model
 
 
 @dataclass
@@ -44,80 +57,110 @@ class Usage:
     output_shape: tuple[int, ...] = ()
     input_dtype: torch.dtype | None = None
     signed_input: bool = False
+    dead_input: bool = False  # every call's input is zero everywhere
+    dead_channels: int = 0  # of the model's own input, where the layer reads it: zero everywhere
     inputs: set[TensorKey] = field(default_factory=set)
-    readers: set[str] = field(default_factory=set)  # what reads the output: BatchNorms by name, anything else as ""
+    gave: list[Given] = field(default_factory=list)
+    reads: list[Given | None] = field(default_factory=list)  # of a BatchNorm: what it normalizes, unchanged since given
 
 
 @dataclass
 class Observation:
     """One forward pass: modules by name in order of first use, and multiply-accumulates outside them, by operation."""
 
-    usages: dict[str, Usage] = field(default_factory=dict)
+    usages: dict[str, Usage] = field(default_factory=dict)  # of layers, BatchNorms, and what else multiplies
     other_macs: Counter[str] = field(default_factory=Counter)
+    read_elsewhere: set[str] = field(default_factory=set)  # their parameters were read while they did not run
+    holders: dict[tuple[Any, ...], set[str]] = field(default_factory=dict)  # `place_of` a parameter -> modules with it
 
     def usage(self, name: str) -> Usage:
         """The usage of a module, begun at first use."""
         return self.usages.setdefault(name, Usage())
 
 
-def observe(model: nn.Module, example_input: Any, kinds: tuple[type[nn.Module], ...]) -> Observation:
+def observe(model: nn.Module, example_input: Any) -> Observation:
     """Run `model` once in eval mode without gradients, and leave it as it was, also when it raises.
 
     Args:
         model: any module.
-        example_input: its input; a tuple is unpacked into arguments.
-        kinds: the module classes that are layers.
+        example_input: its input, as `call` takes it.
     """
     from torch.utils.flop_counter import FlopCounterMode  # here, because it imports triton: a quarter of a second
 
-    training = {module: module.training for module in model.modules()}
     counter = FlopCounterMode(display=False, custom_mapping=_MORE_OPERATIONS)
-    watch = _Watch(model, kinds, counter)
-    try:
-        model.eval()
-        with torch.no_grad(), _countable(model), counter, watch.hooked(), watch:
-            model(*example_input) if isinstance(example_input, tuple) else model(example_input)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    watch = _Watch(model, counter)
+    with evaluating(model), _frozen(model), _countable(model), counter, watch.hooked(), watch:
+        watch.model_input(example_input)
+        watch.model_output(call(model, example_input))
     return watch.seen
 
 
 def tensor_key(tensor: Tensor) -> TensorKey:
     """The key of the values that a tensor holds now."""
     version = 0 if tensor.is_inference() else tensor._version
-    return _storage(tensor), int(tensor.storage_offset()), tensor.numel(), version
+    return storage_of(tensor), int(tensor.storage_offset()), tensor.numel(), version
+
+
+def storage_of(tensor: Tensor) -> StorageWeakRef:
+    """The memory that a tensor is in."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def place_of(tensor: Tensor) -> tuple[StorageWeakRef, int, int]:
+    """Where a tensor is, whatever values it holds."""
+    return storage_of(tensor), int(tensor.storage_offset()), tensor.numel()
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, kinds: tuple[type[nn.Module], ...], counter: FlopCounterMode) -> None:
+    def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = Observation()
         self._counter = counter
         self._modules = dict(model.named_modules())
-        self._layers = {name for name, module in self._modules.items() if isinstance(module, kinds)}
+        self._layers = {name for name, module in self._modules.items() if kind_of(module) is not None}
         self._running: list[str] = []
-        self._made_by: dict[StorageWeakRef, str] = {}
+        self._given: dict[StorageWeakRef, Given] = {}
+        self._model_inputs: set[TensorKey] = set()
         self._owner: dict[StorageWeakRef, str] = {}
+        self._parts: dict[StorageWeakRef, set[str]] = {}  # the modules of parameters and buffers
         for name, module in self._modules.items():
             for parameter in module.parameters(recurse=False):
-                self._owner.setdefault(_storage(parameter), name)
+                self._owner.setdefault(storage_of(parameter), name)
+                self.seen.holders.setdefault(place_of(parameter), set()).add(name)
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.layout == torch.strided:
+                    self._parts.setdefault(storage_of(tensor), set()).add(name)
+
+    def model_input(self, example_input: Any) -> None:
+        """Remember which tensors are the model's own input."""
+        self._model_inputs = {tensor_key(tensor) for tensor in tensors(example_input)}
+
+    def model_output(self, output: Any) -> None:
+        """Note which tensors leave the model."""
+        for tensor in tensors(output):
+            if tensor.layout == torch.strided and (given := self._given.get(storage_of(tensor))):
+                given.returned = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         operands = [tensor for tensor in tensors((args, kwargs)) if tensor.layout == torch.strided]
-        for tensor in operands:
-            if maker := self._made_by.get(_storage(tensor)):
-                reader = self._running[-1] if self._running else ""
-                self.seen.usage(maker).readers.add(reader if isinstance(self._modules[reader], BATCH_NORMS) else "")
+        reader = self._running[-1] if self._running else ""
+        for storage in map(storage_of, operands):
+            if given := self._given.get(storage):
+                given.readers.add(reader)
+            if (parts := self._parts.get(storage)) is not None and parts.isdisjoint(self._running):
+                self.seen.read_elsewhere |= parts
         before = self._counter.get_total_flops()
         out = func(*args, **(kwargs or {}))
         macs = (self._counter.get_total_flops() - before) // 2  # one multiplication and one addition each
         if macs:
             self._credit(macs, func, operands, out)
+        elif len(operands) == 1 and (owner := self._owner.get(storage_of(operands[0]))) is not None:
+            for tensor in tensors(out):  # a parameter transposed, copied or cast is still that parameter
+                self._owner.setdefault(storage_of(tensor), owner)
         return out
 
     def _credit(self, macs: int, func: Any, operands: list[Tensor], out: Any) -> None:
@@ -125,16 +168,19 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if layer is not None:
             self.seen.usage(layer).macs += macs
             return
-        owner = next((self._owner[s] for s in map(_storage, operands) if s in self._owner), None)
+        name = func.name().removeprefix("aten::").split(".")[0]
+        multiplied = _multiplied(name, operands)
+        owner = next((self._owner[s] for s in map(storage_of, multiplied) if s in self._owner), None)
         if owner is None:
-            self.seen.other_macs[func.name().removeprefix("aten::").split(".")[0]] += macs
+            self.seen.other_macs[name] += macs
             return
         usage = self.seen.usage(owner)
         usage.macs += macs
         usage.bypassed = True
-        activations = [tensor for tensor in operands if _storage(tensor) not in self._owner]
-        usage.input_shape = tuple(max(activations, key=Tensor.numel).shape) if activations else ()
-        usage.output_shape = tuple(out.shape) if isinstance(out, Tensor) else ()
+        activations = [tensor for tensor in multiplied if storage_of(tensor) not in self._owner]
+        if not usage.calls:
+            usage.input_shape = tuple(max(activations, key=Tensor.numel).shape) if activations else ()
+            usage.output_shape = tuple(out.shape) if isinstance(out, Tensor) else ()
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -142,7 +188,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         handles = []
         try:
             for name, module in self._modules.items():
-                before, after = self._hooks(name)
+                before, after = self._hooks(name, module)
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
                 handles.append(module.register_forward_hook(after, always_call=True))
             yield
@@ -150,42 +196,66 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for handle in handles:
                 handle.remove()
 
-    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        recorded = name in self._layers or isinstance(self._modules[name], (nn.Embedding, nn.EmbeddingBag))
+    def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+        layer = name in self._layers or isinstance(module, nn.EmbeddingBag)
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._running.append(name)
-            entering = next(tensors((args, kwargs)), None)
-            if recorded and entering is not None:
-                self._enter(self.seen.usage(name), entering)
+            if (layer or norm) and any(True for _ in tensors((args, kwargs))):
+                self._enter(name, module, layer_input(args, kwargs), layer)
 
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             self._running.pop()
-            if recorded and isinstance(output, Tensor):
-                self.seen.usage(name).output_shape = tuple(output.shape)
-                self._made_by[_storage(output)] = name
+            if layer and isinstance(output, Tensor):
+                given = Given(name, tensor_key(output), tuple(output.shape))
+                self.seen.usage(name).gave.append(given)
+                self.seen.usage(name).output_shape = given.shape
+                self._given[storage_of(output)] = given
 
         return before, after
 
-    def _enter(self, usage: Usage, entering: Tensor) -> None:
+    def _enter(self, name: str, module: nn.Module, entering: Tensor, layer: bool) -> None:
+        usage = self.seen.usage(name)
+        key = tensor_key(entering)
         usage.calls += 1
-        usage.inputs.add(tensor_key(entering))
+        usage.inputs.add(key)
         usage.input_shape, usage.input_dtype = tuple(entering.shape), entering.dtype
-        if entering.is_floating_point() and entering.numel():
-            usage.signed_input |= bool(entering.amin() < 0)
+        given = self._given.get(key[0])
+        same = given is not None and (given.key, given.shape) == (key, tuple(entering.shape))
+        usage.reads.append(given if same else None)
+        if layer and entering.is_floating_point() and entering.numel():
+            low, high = entering.aminmax()
+            usage.signed_input |= bool(low < 0)
+            usage.dead_input = not (low or high) and (usage.calls == 1 or usage.dead_input)
+            kind = kind_of(module)
+            if key in self._model_inputs and kind is not None and entering.dim() > 1:
+                axis = channel_axis(kind, entering.dim())
+                alive = entering.detach().ne(0).movedim(axis, 0).flatten(1).any(dim=1)
+                usage.dead_channels = max(usage.dead_channels, int((~alive).sum()))
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in any nesting of mappings, tuples and lists."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, tuple, list)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors(item)
+def _multiplied(operation: str, operands: list[Tensor]) -> list[Tensor]:
+    """The operands that are multiplied: the others are added to the product."""
+    if operation in _ADDS_FIRST:
+        return operands[1:3]
+    return operands[:2] if operation.endswith("convolution") else operands
 
 
-def _storage(tensor: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+_ADDS_FIRST = ("addmm", "addmv", "baddbmm", "_addmm_activation", "addbmm", "addr")
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter wants a gradient: torch's flop counter hooks those that do, which views of them cannot bear."""
+    wanting = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.requires_grad and tensor.is_leaf]
+    try:
+        for tensor in wanting:
+            tensor.requires_grad_(False)
+        yield
+    finally:
+        for tensor in wanting:
+            tensor.requires_grad_(True)
 
 
 @contextlib.contextmanager

@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpsearch.graph.inputs import call, layer_input
+from mpsearch.graph.kinds import is_transposed_linear, kind_of, weight_of
 from mpsearch.ptq.flow import blocks
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.prepare import quant_layers
 from mpsearch.quant.uniform import UniformQuantizer
-from mpsearch.train import call
 
 ZETA, GAMMA = 1.1, -0.1
 LAMBDA = 0.01
@@ -60,20 +61,23 @@ def adaround(model: nn.Module, float_model: nn.Module, calibration_input: Any, s
     left = []
 
     def rounding(name: str, layer: QuantLayer) -> Any:
-        def hook(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(_layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             if name not in waiting or layer.weight_quantizer.precision.is_float:
                 return
             waiting.remove(name)
-            if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            if kind_of(layer) not in ("linear", "conv1d", "conv2d"):
                 left.append(name)
                 return
-            gram, cross = input_products(layer, args[0], input_of(float_model, name, calibration_input))
+            exact = input_of(float_model, name, calibration_input)
+            gram, cross = input_products(layer, layer_input(args, kwargs), exact)
             up = learned_rounding(layer, gram, cross, steps)
-            layer.weight.copy_(on_grid(layer, up))
+            weight_of(layer).copy_(on_grid(layer, up))
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(rounding(name, layer)) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(rounding(name, layer), with_kwargs=True) for name, layer in layers.items()
+    ]
     try:
         call(model, calibration_input)
     finally:
@@ -161,11 +165,11 @@ def input_of(model: nn.Module, name: str, model_input: Any) -> Tensor:
     """The input of one layer at its first call; the model runs no further."""
     seen: list[Tensor] = []
 
-    def stop(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
+    def stop(_layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen.append(layer_input(args, kwargs))
         raise _ReachedError
 
-    handle = model.get_submodule(name).register_forward_pre_hook(stop)
+    handle = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
     try:
         call(model, model_input)
     except _ReachedError:
@@ -181,13 +185,15 @@ class _ReachedError(Exception):
 
 def _rows(layer: QuantLayer, weight: Tensor) -> Tensor:
     """A tensor of the weight's shape as `(groups, out/groups, fan_in)`."""
+    if is_transposed_linear(layer):
+        return weight.t()[None]
     groups = blocks(layer).shape[0]
     return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     """What each output position sees of the input, `(groups, samples * positions, fan_in)`."""
-    if isinstance(layer, nn.Linear):
+    if kind_of(layer) == "linear":
         return x.reshape(1, -1, x.shape[-1])
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode

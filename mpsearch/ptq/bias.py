@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpsearch.graph.inputs import call
+from mpsearch.graph.kinds import channel_axis, kind_of
 from mpsearch.ptq.flow import Normal, blocks, times
 from mpsearch.ptq.fold import bias_of
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.prepare import quant_layers
-from mpsearch.train import call
 
 
 @torch.no_grad()
@@ -37,6 +38,8 @@ def correct_bias_analytically(model: nn.Module, inputs: Mapping[str, Normal]) ->
     """
     left = []
     for name, layer in quant_layers(model).items():
+        if kind_of(layer) == "embedding":
+            continue
         if name in inputs:
             expected, _ = inputs[name].moments()
             bias_of(layer).sub_(times(_weight_error(layer).sum(dim=3), expected))
@@ -59,7 +62,7 @@ def correct_bias_empirically(model: nn.Module, float_model: nn.Module, calibrati
     """
     means: dict[str, Tensor] = {}
     float_modules = dict(float_model.named_modules())
-    layers = quant_layers(model)
+    layers = {name: layer for name, layer in quant_layers(model).items() if kind_of(layer) != "embedding"}
 
     def measure(name: str) -> Any:
         def hook(layer: nn.Module, _args: Any, y: Tensor) -> None:
@@ -104,5 +107,5 @@ def _channel_mean(layer: nn.Module, y: Tensor) -> Tensor:
 
 def _along_channels(layer: nn.Module, y: Tensor) -> list[int]:
     """The shape that lets a value per channel broadcast against the layer's output: -1 on the channel axis, else 1."""
-    axis = y.dim() - 1 if isinstance(layer, nn.Linear) else 1
+    axis = channel_axis(str(kind_of(layer)), y.dim())
     return [-1 if i == axis else 1 for i in range(y.dim())]

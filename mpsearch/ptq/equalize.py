@@ -19,12 +19,14 @@ where it clipped), where it is a module used once; other chains through a ReLU6 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from mpsearch.graph import agreement
 from mpsearch.ptq.flow import Chain, Normal, blocks, times, trace
 from mpsearch.ptq.fold import FloatNet, bias_of, replace_module
 
@@ -34,8 +36,11 @@ TOLERANCE = 1e-3
 
 
 @torch.no_grad()
-def equalize(net: FloatNet, replace_relu6: bool = True) -> FloatNet:
-    """A copy of the network whose chains are equalized and whose high biases are absorbed."""
+def equalize(net: FloatNet, replace_relu6: bool = True, calibration_input: Any | None = None) -> FloatNet:
+    """A copy of the network whose chains are equalized and whose high biases are absorbed.
+
+    With data it is checked that scaling changes nothing, and chains for which this does not hold are left alone.
+    """
     model = copy.deepcopy(net.model)
     flow = trace(model)
     if flow is None:
@@ -51,6 +56,14 @@ def equalize(net: FloatNet, replace_relu6: bool = True) -> FloatNet:
     for name in relu6:
         replace_module(model, model.get_submodule(name), nn.ReLU())
     outputs = dict(net.outputs)
+    if calibration_input is not None and chains:
+        kept = _checked(model, chains, calibration_input)
+        notes += [
+            f"{chain.first} and {chain.second} are not equalized: the network then answers otherwise"
+            for chain in chains
+            if chain not in kept
+        ]
+        chains = kept
     for chain, factors in _equalized(model, chains):
         if chain.first in outputs:
             output = outputs[chain.first]
@@ -91,6 +104,18 @@ def absorb_high_bias(first: nn.Module, second: nn.Module, output: Normal) -> Nor
     bias_of(first).sub_(c)
     bias_of(second).add_(times(blocks(second).sum(dim=3), c))
     return Normal(output.mean - c, output.std)
+
+
+def _checked(model: nn.Module, chains: list[Chain], calibration_input: Any) -> list[Chain]:
+    """The chains whose equalization leaves the function as it is."""
+    reference = agreement.outputs(model, calibration_input)
+
+    def same(some: Sequence[Chain]) -> bool:
+        scaled = copy.deepcopy(model)
+        _equalized(scaled, list(some))
+        return agreement.holds(scaled, calibration_input, reference)
+
+    return agreement.largest_subset(chains, same)
 
 
 def _equalized(model: nn.Module, chains: list[Chain]) -> list[tuple[Chain, Tensor]]:

@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.graph.layers import KINDS
-from mpsearch.graph.observe import BATCH_NORMS
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+from mpsearch.graph.kinds import BATCH_NORMS, foldable_norm, is_transposed_linear, kind_of, known_class, weight_of
+from mpsearch.graph.layers import reason_to_stay_float
+from mpsearch.graph.observe import Usage
 
 _OPERATIONS: Mapping[Any, str] = {
     **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
@@ -47,9 +46,11 @@ _OPERATIONS: Mapping[Any, str] = {
 
 def blocks(layer: nn.Module) -> Tensor:
     """The weight as a view `(groups, out/groups, in/groups, taps)`, alike for all kinds of layers."""
-    weight = cast(Tensor, layer.weight)
+    weight = weight_of(layer)
     groups = cast(int, getattr(layer, "groups", 1))
-    if isinstance(layer, _TRANSPOSED):  # (in, out/groups, *kernel)
+    if is_transposed_linear(layer):  # (in, out)
+        return weight.t()[None, :, :, None]
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):  # (in, out/groups, *kernel)
         return weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1).transpose(1, 2)
     return weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
 
@@ -118,6 +119,22 @@ class Chain:
     relu6: tuple[str, ...] = ()  # the ReLU6 modules between them; "" for a ReLU6 that is no module of its own
 
 
+class _LayerTracer(fx.Tracer):
+    """Sees each layer and each BatchNorm as one operation, also those of classes derived from torch's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = known_class(m) is not None or isinstance(m, nn.modules.batchnorm._BatchNorm)
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor lies, as far as it is known."""
+
+    dims: int | None = None
+    axis: int | None = None  # of the channels, from the left
+
+
 class Flow:
     """The torch.fx graph of a model in eval mode, with its modules.
 
@@ -127,74 +144,90 @@ class Flow:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
-        self.graph: fx.Graph = fx.Tracer().trace(model)
+        self.graph: fx.Graph = _LayerTracer().trace(model)
         self._calls = Counter(str(n.target) for n in self.graph.nodes if n.op == "call_module")
+        self._holders = Counter(id(p) for m in self.modules.values() for p in m.parameters(recurse=False))
+        self._read = {str(n.target).rpartition(".")[0] for n in self.graph.nodes if n.op == "get_attr"}
+        self._layouts: dict[fx.Node, Layout] = {}
+        for node in self.graph.nodes:
+            self._layouts[node] = self._layout(node)
 
     def operation(self, node: fx.Node) -> str:
         """What a node does: `layer`, `batch_norm`, a value of _OPERATIONS, or `unknown`."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            if type(module) in KINDS:
-                return "layer"
+            if kind_of(module) is not None:
+                return "layer" if self._reason(str(node.target)) is None else "unknown"
             if isinstance(module, BATCH_NORMS):
-                return "batch_norm"
+                return "batch_norm" if foldable_norm(module) else "unknown"
             return _OPERATIONS.get(type(module), "unknown")
         return _OPERATIONS.get(node.target, "unknown") if node.op in ("call_function", "call_method") else node.op
 
     def layers(self) -> tuple[LayerInfo, ...]:
-        """The quantizable layers with the facts that need no data: no shapes of inputs, no MACs, no groups."""
+        """The layers with the facts that need no data: no shapes of inputs, no MACs, no groups."""
         infos: dict[str, LayerInfo] = {}
+        called = [str(node.target) for node in self.graph.nodes if node.op == "call_module"]
+        norms = {}
         for node in self.graph.nodes:
-            name = str(node.target)
-            if self.operation(node) != "layer" or name in infos:
+            if self.operation(node) == "layer" and (norm := self._follower(node)) is not None:
+                norms[str(node.target)] = norm
+        for name in dict.fromkeys([*called, *self.modules]):
+            module = self.modules[name]
+            if (kind := kind_of(module)) is None:
                 continue
-            module, reader = self.modules[name], self._only_reader(node)
-            norm = str(reader.target) if reader is not None and self.operation(reader) == "batch_norm" else None
-            weight = cast(Tensor, module.weight)
+            shape = tuple(weight_of(module).shape)
             infos[name] = LayerInfo(
                 name,
-                KINDS[type(module)],
-                tuple(weight.shape),
+                kind,
+                shape[::-1] if is_transposed_linear(module) else shape,
                 (),
                 (),
                 macs=0,
                 params=sum(parameter.numel() for parameter in module.parameters()),
                 fan_in=0,
                 groups=cast(int, getattr(module, "groups", 1)),
-                batch_norm=norm if self._calls[name] == 1 else None,
+                batch_norm=norms.get(name),
                 input_group=name,
                 weight_group=name,
-                calls=self._calls[name],
+                calls=max(self._calls[name], 1),
+                reason=self._reason(name),
             )
         return tuple(infos.values())
 
+    def notes(self) -> tuple[str, ...]:
+        """In words: the BatchNorms that read a layer and stay, because without data it is not known what they read."""
+        return tuple(
+            f"{reader.target} is not folded into {node.target}: without data it is not known whether it normalizes "
+            "its features; give calibration data"
+            for node in self.graph.nodes
+            if self.operation(node) == "layer"
+            and (reader := self._only_reader(node)) is not None
+            and self.operation(reader) == "batch_norm"
+            and self._follower(node) is None
+        )
+
     def chains(self) -> list[Chain]:
         """The pairs of layers that cross-layer equalization can treat, in execution order."""
-        weights = Counter(id(m.weight) for m in self.modules.values() if type(m) in KINDS)
-
-        def usable(node: fx.Node) -> bool:
-            name = str(node.target)
-            return self._calls[name] == 1 and weights[id(self.modules[name].weight)] == 1
-
         found = []
         for node in self.graph.nodes:
-            if self.operation(node) != "layer" or not usable(node):
+            if self.operation(node) != "layer" or not self._alone(node):
                 continue
             between: list[str] = []
             relu6: list[str] = []
             reader = self._only_reader(node)
             while reader is not None and self.operation(reader) in ("relu", "relu6", "same", "pool", "mean", "flatten"):
-                if self.operation(reader) == "mean" and not _keeps_channels(reader):
+                if self._layouts[reader].axis is None:  # the channels are no longer told apart
                     break
                 if self.operation(reader) == "relu6":
                     name = str(reader.target)
                     relu6.append(name if reader.op == "call_module" and self._calls[name] == 1 else "")
                 between.append(self.operation(reader))
                 reader = self._only_reader(reader)
-            if reader is None or self.operation(reader) != "layer" or not usable(reader):
+            if reader is None or self.operation(reader) != "layer" or not self._alone(reader):
                 continue
             first, second = str(node.target), str(reader.target)
-            if out_channels(self.modules[first]) == in_channels(self.modules[second]):
+            same_axis = self._reads_channels(reader)
+            if same_axis and out_channels(self.modules[first]) == in_channels(self.modules[second]):
                 found.append(Chain(first, second, tuple(between), tuple(relu6)))
         return found
 
@@ -217,13 +250,72 @@ class Flow:
                 known[node] = Normal(torch.tensor([model_input[0]]), torch.tensor([model_input[1]]))
             elif operation == "layer":
                 name = str(node.target)
-                x = None if x is None else _spread(x, in_channels(self.modules[name]))
+                told = x is not None and (len(x.mean) == 1 or self._reads_channels(node))
+                x = _spread(x, in_channels(self.modules[name])) if x is not None and told else None
                 first_call = name not in inputs
                 inputs[name] = x if first_call else None  # called again: two distributions, none that holds
                 known[node] = outputs.get(name) or (None if x is None else _through(self.modules[name], x))
             elif operation in _RULES and args and all(a is not None for a in args):
                 known[node] = _RULES[operation](node, cast(Sequence[Normal], args))
         return {name: x for name, x in inputs.items() if x is not None}
+
+    def _reason(self, name: str) -> str | None:
+        module = self.modules[name]
+        usage = Usage(calls=self._calls[name], bypassed=name in self._read)
+        frozen = not any(parameter.requires_grad for root in (self.modules[""],) for parameter in root.parameters())
+        reason = reason_to_stay_float(name, module, usage, frozen)
+        embeds = kind_of(module) == "embedding"
+        return "without data nothing is done to what only looks up" if reason is None and embeds else reason
+
+    def _alone(self, node: fx.Node) -> bool:
+        """Whether a layer is used once, and has its parameters for itself."""
+        name = str(node.target)
+        parameters = self.modules[name].parameters(recurse=False)
+        return self._calls[name] == 1 and all(self._holders[id(p)] == 1 for p in parameters)
+
+    def _follower(self, node: fx.Node) -> str | None:
+        """The BatchNorm that can become part of a layer: see `graph.layers`."""
+        reader = self._only_reader(node)
+        if reader is None or reader.op != "call_module" or self._calls[str(reader.target)] > 1 or not self._alone(node):
+            return None
+        norm = self.modules[str(reader.target)]
+        if not foldable_norm(norm) or str(reader.target) in self._read or self._layouts[node].axis != 1:
+            return None
+        hooks = (m._forward_hooks or m._forward_pre_hooks for m in (norm, self.modules[str(node.target)]))
+        return None if any(hooks) else str(reader.target)
+
+    def _reads_channels(self, node: fx.Node) -> bool:
+        """Whether the channels of what a layer reads are what the layer takes for its own."""
+        layout, kind = self._layouts[node.all_input_nodes[0]], str(kind_of(self.modules[str(node.target)]))
+        if layout.axis is None:
+            return False
+        if kind == "linear":
+            return layout.axis == -1 or (layout.dims is not None and layout.axis == layout.dims - 1)
+        return layout.axis == 1 and layout.dims == int(kind[-2]) + 2
+
+    def _layout(self, node: fx.Node) -> Layout:
+        """The layout of what a node gives: batches of images come channels first, and a linear layer is on the last."""
+        inputs = [self._layouts[n] for n in node.all_input_nodes]
+        x = inputs[0] if inputs else Layout()
+        match self.operation(node):
+            case "layer":
+                kind = str(kind_of(self.modules[str(node.target)]))
+                if kind != "linear":
+                    return Layout(int(kind[-2]) + 2, 1)
+                return Layout(x.dims, -1 if x.dims is None else x.dims - 1)
+            case "flatten":
+                return Layout(2, 1) if _flattened(node, self.modules) == (1, -1) and x.axis == 1 else Layout()
+            case "mean":
+                return _averaged(node, x)
+            case "pool":
+                return x if x.axis == 1 and x.dims is not None and x.dims > 2 else Layout()
+            case "relu" | "relu6" | "same" | "batch_norm":
+                return x
+            case "add":
+                return x if all(other in (x, Layout()) for other in inputs) else Layout()
+            case "cat" | "pad" | "getitem":  # their rules say where the channels stay
+                return x if x.axis == 1 else Layout()
+        return Layout()
 
     def _only_reader(self, node: fx.Node) -> fx.Node | None:
         readers = list(node.users)
@@ -291,9 +383,33 @@ _RULES: Mapping[str, _Rule] = {
 
 def _keeps_channels(node: fx.Node) -> bool:
     """Whether a mean is over the places of an image, not over its channels."""
+    axes = _axes(node)
+    return axes is not None and all(axis in (2, 3, 4, -1, -2) for axis in axes)
+
+
+def _averaged(node: fx.Node, x: Layout) -> Layout:
+    """The layout behind a mean over places."""
+    axes = _axes(node)
+    if axes is None or x.axis != 1 or x.dims is None or any(axis % x.dims < 2 for axis in axes):
+        return Layout()
+    keeps = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    return x if keeps else Layout(x.dims - len(axes), 1)
+
+
+def _axes(node: fx.Node) -> tuple[int, ...] | None:
     axes = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     axes = (axes,) if isinstance(axes, int) else axes
-    return isinstance(axes, (tuple, list)) and all(axis in (2, 3, 4, -1, -2) for axis in axes)
+    whole = isinstance(axes, (tuple, list)) and all(isinstance(axis, int) for axis in axes)
+    return tuple(cast(Sequence[int], axes)) if whole else None
+
+
+def _flattened(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[Any, Any]:
+    """The first and the last axis that are made one."""
+    if node.op == "call_module":
+        module = cast(nn.Flatten, modules[str(node.target)])
+        return module.start_dim, module.end_dim
+    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
+    return given.get("start_dim", 0), given.get("end_dim", -1)
 
 
 def _spread(x: Normal, channels: int) -> Normal | None:

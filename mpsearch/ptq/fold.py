@@ -7,7 +7,6 @@ W' = W gamma / sqrt(var + eps),   b' = (b - mu) gamma / sqrt(var + eps) + beta
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,8 +14,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mpsearch.graph.agreement import holds, largest_subset, outputs
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo
+from mpsearch.graph.kinds import foldable_norm, rest_of_norm
 from mpsearch.ptq.flow import Normal, blocks, out_channels
 from mpsearch.quant.prepare import quant_layers
 
@@ -32,53 +33,57 @@ class FloatNet:
     notes: tuple[str, ...] = ()  # what was left out and why, in words
 
 
-def fold_batch_norms(model: nn.Module, layers: Sequence[LayerInfo]) -> FloatNet:
-    """A copy of `model` in eval mode without the BatchNorms that follow a layer directly: it computes the same.
+def fold_batch_norms(model: nn.Module, layers: Sequence[LayerInfo], calibration_input: Any | None = None) -> FloatNet:
+    """A copy of `model` in eval mode without the BatchNorms that the layers name: it computes the same.
 
-    Left alone, with a note: a BatchNorm behind several layers or without running statistics, and a layer that shares
-    its weight. The statistics of what was folded stay: behind it each channel has mean beta and deviation |gamma|.
+    With data this is checked, and what does not hold is left as it was, with a note. The statistics of what was folded
+    stay: behind it each channel has mean beta and deviation |gamma|.
     """
-    model = copy.deepcopy(open_attention(model)).eval()
-    modules = dict(model.named_modules())
-    folded, notes = foldable(modules, layers)
-    outputs: dict[str, Normal] = {}
-    for layer, norm in folded.items():
-        outputs[layer] = Normal(*_affine(cast(nn.BatchNorm2d, modules[norm])))
-        fold(model, layer, norm)
-    return FloatNet(model, outputs, folded, notes=notes)
+    opened = open_attention(model)
+    pairs = list(foldable(dict(opened.named_modules()), layers).items())
+
+    def folded(some: Sequence[tuple[str, str]]) -> nn.Module:
+        copied = copy.deepcopy(opened).eval()
+        for layer, norm in some:
+            fold(copied, layer, norm)
+        return copied
+
+    kept = pairs
+    if calibration_input is not None and pairs:
+        reference = outputs(opened, calibration_input)
+        kept = largest_subset(pairs, lambda some: holds(folded(some), calibration_input, reference))
+    modules = dict(opened.named_modules())
+    notes = tuple(
+        f"{norm} is not folded into {layer}: the network then answers otherwise"
+        for layer, norm in pairs
+        if (layer, norm) not in kept
+    )
+    normal = {layer: Normal(*_affine(cast(nn.BatchNorm2d, modules[norm]))) for layer, norm in kept}
+    return FloatNet(folded(kept), normal, dict(kept), notes=notes)
 
 
-def foldable(modules: Mapping[str, nn.Module], layers: Sequence[LayerInfo]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Layer -> the BatchNorm that can become part of it; and, in words, which BatchNorms cannot."""
-    norms = Counter(layer.batch_norm for layer in layers)
-    tied = Counter(layer.weight_group for layer in layers if layer.weight_group)
-    folded: dict[str, str] = {}
-    notes: list[str] = []
-    for layer in layers:
-        if layer.batch_norm is None or layer.reason is not None:
-            continue
-        norm = modules.get(layer.batch_norm)
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            continue  # folded already
-        shared = norms[layer.batch_norm] > 1 or tied[layer.weight_group] > 1
-        known = norm.track_running_stats and norm.num_features == out_channels(modules[layer.name])
-        if shared or not known:
-            notes.append(f"{layer.batch_norm} cannot be folded into {layer.name}: it is shared or has no statistics")
-            continue
-        folded[layer.name] = layer.batch_norm
-    return folded, tuple(notes)
+def foldable(modules: Mapping[str, nn.Module], layers: Sequence[LayerInfo]) -> dict[str, str]:
+    """Layer -> the BatchNorm that can become part of it, as inspection found, and is still there."""
+    return {
+        layer.name: layer.batch_norm
+        for layer in layers
+        if layer.batch_norm is not None
+        and layer.reason is None
+        and foldable_norm(norm := modules.get(layer.batch_norm, nn.Identity()))
+        and norm.num_features == out_channels(modules[layer.name])
+    }
 
 
 @torch.no_grad()
 def fold(model: nn.Module, layer_name: str, norm_name: str) -> None:
-    """Fold one BatchNorm into the layer before it, in place; an Identity takes its place."""
+    """Fold one BatchNorm into the layer before it, in place; what else its class does takes its place."""
     layer, norm = model.get_submodule(layer_name), cast(nn.BatchNorm2d, model.get_submodule(norm_name))
     factor, offset = affine(norm)
     weight = blocks(layer)
     weight.mul_(factor.view(weight.shape[0], -1, 1, 1))
     bias = bias_of(layer)
     bias.copy_(bias * factor + offset)
-    replace_module(model, norm, nn.Identity())
+    replace_module(model, norm, rest_of_norm(norm))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import nn
 from mpsearch.errors import PrecisionError, TaskError, nearest
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.graph.layers import inspect_model
+from mpsearch.graph.kinds import kind_of
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
 from mpsearch.ptq.adaround import STEPS, adaround, input_of
 from mpsearch.ptq.bias import correct_bias_analytically, correct_bias_empirically
@@ -29,7 +29,14 @@ from mpsearch.ptq.flow import Normal, trace
 from mpsearch.ptq.fold import FloatNet, fold_batch_norms, structure_of
 from mpsearch.ptq.ranges import cross_entropy_range, min_max_step, normal_range, range_to_grid
 from mpsearch.quant.network import QuantizedNetwork
-from mpsearch.quant.prepare import check_names, insert_quantizers, quant_layers, sample_inputs, weight_rows
+from mpsearch.quant.prepare import (
+    check_names,
+    insert_quantizers,
+    inspect_network,
+    quant_layers,
+    sample_inputs,
+    weight_rows,
+)
 from mpsearch.quant.ranges import activation_range, weight_step
 from mpsearch.train import timed
 
@@ -137,13 +144,13 @@ def ptq(
     method = (method or PtqMethod()).resolved(data_free=calibration_input is None)
     seconds: dict[str, float] = {}
     with timed(seconds, "inspect"):
-        layers = _layers(model, calibration_input)
+        layers, seen = _layers(model, calibration_input)
     with timed(seconds, "fold"):
-        net = fold_batch_norms(model, layers)
+        net = fold_batch_norms(model, layers, calibration_input)
     if method.equalize:
         with timed(seconds, "equalize"):
-            net = equalize(net, method.replace_relu6)
-    notes = list(net.notes)
+            net = equalize(net, method.replace_relu6, calibration_input)
+    notes = [*seen, *net.notes]
     with timed(seconds, "weight_ranges"):
         inputs = _distributions(net)
         if calibration_input is None:
@@ -192,7 +199,7 @@ def set_activation_ranges(
     samples = sample_inputs(model, list(layers), calibration_input)
     for name, layer in layers.items():
         quantizer, precision = layer.input_quantizer, config[name].activation
-        if precision.is_float:
+        if precision.is_float or kind_of(layer) == "embedding":
             continue
         if method == "mse":
             grid = activation_range(samples[name], precision, signed=quantizer.beta is not None)
@@ -229,23 +236,26 @@ def set_logits_range(model: nn.Module, name: str, precision: Precision, calibrat
     Nothing changes where its input stays float, or where it is not linear.
     """
     layer = quant_layers(model)[name]
-    if isinstance(layer, nn.Linear) and not precision.is_float:
+    if kind_of(layer) == "linear" and not precision.is_float:
         x = input_of(model, name, calibration_input)
         layer.input_quantizer.set_range(*cross_entropy_range(layer, x, precision))
 
 
-def _layers(model: nn.Module, calibration_input: Any | None) -> tuple[LayerInfo, ...]:
+def _layers(model: nn.Module, calibration_input: Any | None) -> tuple[tuple[LayerInfo, ...], tuple[str, ...]]:
+    """The layers, and in words what is to be known of them."""
     if calibration_input is not None:
-        return inspect_model(model, calibration_input).layers
+        graph = inspect_network(model, calibration_input)
+        return graph.layers, graph.notes
     flow = trace(copy.deepcopy(open_attention(model)).eval())
     layers = () if flow is None else flow.layers()
-    if not layers:
+    if flow is None or all(layer.reason is not None for layer in layers):
         raise TaskError(
             f"{type(model).__name__} cannot be quantized without data: torch.fx "
-            + ("cannot trace it" if flow is None else "finds no layer in it")
+            + ("cannot trace it" if flow is None else "finds no layer in it that can be quantized")
             + "; give calibration data"
         )
-    return layers
+    stay = (f"{layer.name} stays float: {layer.reason}" for layer in layers if layer.reason is not None)
+    return layers, (*stay, *flow.notes())
 
 
 def _distributions(net: FloatNet) -> dict[str, Normal]:

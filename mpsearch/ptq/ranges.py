@@ -17,6 +17,7 @@ from mpsearch.precision import Precision
 from mpsearch.ptq.flow import Normal
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.quantizer import MIN_STEP
+from mpsearch.quant.ranges import unit_step
 from mpsearch.quant.uniform import code_range
 
 CANDIDATES = 32
@@ -35,8 +36,11 @@ def min_max_step(rows: Tensor, precision: Precision) -> Tensor:
     Returns:
         `(channels,)`.
     """
+    if not rows.any():
+        return unit_step(precision, signed=True).to(rows).expand(len(rows)).clone()
     _, high = code_range(precision.bits, signed=True)
     largest = rows.abs().amax(dim=1) if precision.granularity == "channel" else rows.abs().amax().expand(len(rows))
+    largest = torch.where(largest > 0, largest, largest[largest > 0].median())  # of zeros: like the others
     # One bit has the levels -s/2 and s/2.
     return (2 * largest if precision.bits == 1 else largest / high).clamp_min(MIN_STEP).clone()
 
@@ -44,6 +48,7 @@ def min_max_step(rows: Tensor, precision: Precision) -> Tensor:
 def range_to_grid(low: float, high: float, precision: Precision) -> tuple[Tensor, Tensor]:
     """Step and offset, both of shape (), of the unsigned grid that spans [low, high] and zero."""
     low, high = min(low, 0.0), max(high, 0.0)
+    high = high if high > low else 1.0  # nothing but zeros: a range of one
     _, top = code_range(precision.bits, signed=False)
     return torch.tensor((high - low) / top).clamp_min(MIN_STEP), torch.tensor(low)
 

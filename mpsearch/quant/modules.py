@@ -2,17 +2,19 @@
 
 Each is a subclass of the torch layer that it stands for, so the names in its state dict are the original ones with
 `weight_quantizer.*` and `input_quantizer.*` beside them. Biases stay float: they are added to the accumulator.
+
+A layer of a class derived from torch's gets a class of its own, derived from both: what else its class has, it keeps.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpsearch.precision import LayerPrecision, Offer
+from mpsearch.precision import FLOAT, LayerPrecision, Offer
 from mpsearch.quant.quantizer import Quantizer
 from mpsearch.quant.switch import make_quantizer
 
@@ -68,27 +70,27 @@ class QuantLayer(nn.Module):
 class QuantConv1d(QuantLayer, nn.Conv1d):
     """`nn.Conv1d` with quantized weight and input."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """op(q_a(x), q_w(w)) + bias."""
-        y: Tensor = self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+        y: Tensor = self._conv_forward(self.input_quantizer(input), self.quantized_weight(), self.bias)
         return y
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     """`nn.Conv2d` with quantized weight and input."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """op(q_a(x), q_w(w)) + bias."""
-        y: Tensor = self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+        y: Tensor = self._conv_forward(self.input_quantizer(input), self.quantized_weight(), self.bias)
         return y
 
 
 class QuantConv3d(QuantLayer, nn.Conv3d):
     """`nn.Conv3d` with quantized weight and input."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """op(q_a(x), q_w(w)) + bias."""
-        y: Tensor = self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+        y: Tensor = self._conv_forward(self.input_quantizer(input), self.quantized_weight(), self.bias)
         return y
 
 
@@ -98,14 +100,14 @@ class _QuantConvTranspose(QuantLayer):
     _transposed: Any  # torch's functional form
     channel_axis = 1
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """op(q_a(x), q_w(w)) + bias."""
         layer: Any = self  # a mixin of torch's transposed convolutions, whose attributes mypy does not see
         spatial = layer.weight.dim() - 2
         padding = layer._output_padding(
-            x, output_size, layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation
+            input, output_size, layer.stride, layer.padding, layer.kernel_size, spatial, layer.dilation
         )
-        x, weight = self.input_quantizer(x), self.quantized_weight()
+        x, weight = self.input_quantizer(input), self.quantized_weight()
         y: Tensor = type(self)._transposed(
             x, weight, layer.bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation
         )
@@ -133,9 +135,36 @@ class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
 class QuantLinear(QuantLayer, nn.Linear):
     """`nn.Linear` with quantized weight and input."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """q_a(x) q_w(w)^T + bias."""
-        return F.linear(self.input_quantizer(x), self.quantized_weight(), self.bias)
+        return F.linear(self.input_quantizer(input), self.quantized_weight(), self.bias)
+
+
+class QuantTransposedLinear(QuantLayer):
+    """transformers' `Conv1D`, a linear layer that holds its weight as `(in, out)`, with quantized weight and input."""
+
+    channel_axis = 1
+    bias: nn.Parameter
+    weight: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """q_a(x) q_w(w) + bias."""
+        rows = self.input_quantizer(x).reshape(-1, x.shape[-1])
+        return torch.addmm(self.bias, rows, self.quantized_weight()).view(*x.shape[:-1], -1)
+
+
+class QuantEmbedding(QuantLayer, nn.Embedding):
+    """`nn.Embedding` with a quantized weight, a channel for each entry; what it looks up by are no activations."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The rows of q_w(w)."""
+        return F.embedding(
+            input, self.quantized_weight(), self.padding_idx, None, 2.0, self.scale_grad_by_freq, self.sparse
+        )
+
+    def set_precision(self, precision: LayerPrecision) -> None:
+        """Take on a precision: of the weight alone."""
+        super().set_precision(LayerPrecision(precision.weight, FLOAT))
 
 
 QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
@@ -146,6 +175,7 @@ QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.ConvTranspose2d: QuantConvTranspose2d,
     nn.ConvTranspose3d: QuantConvTranspose3d,
     nn.Linear: QuantLinear,
+    nn.Embedding: QuantEmbedding,
 }
 """What stands for each torch layer. A layer type joins by one entry here and one in the contract tests."""
 
@@ -153,8 +183,54 @@ QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
 @torch.no_grad()
 def quantized(layer: nn.Module, *, signed_input: bool, input_elements: int, offer: Offer = UNIFORM) -> QuantLayer:
     """A quantized layer, at float precision, that shares the parameters of `layer`."""
-    kind = next(QUANT_LAYERS[base] for base in type(layer).__mro__ if base in QUANT_LAYERS)
-    twin = kind.__new__(kind)
-    twin.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in layer.__dict__.items()}
+    twin = _empty(_quant_class(type(layer)), layer)
     twin.add_quantizers(signed_input=signed_input, input_elements=input_elements, offer=offer)
     return twin.train(layer.training)  # the quantizers too: a soft one must not score
+
+
+def without_quantizers(layer: QuantLayer) -> nn.Module:
+    """The layer, of its original class, that a quantized layer stands for; it shares the unquantized parameters."""
+    twin = _empty(plain_class(layer), layer)
+    del twin._modules["weight_quantizer"], twin._modules["input_quantizer"]
+    return twin
+
+
+def plain_class(layer: QuantLayer) -> type[nn.Module]:
+    """The class of the layer that a quantized layer stands for."""
+    return _PLAIN.get(type(layer)) or type(layer).__bases__[1]  # of a class derived from ours and from the other
+
+
+_PLAIN = {quant: plain for plain, quant in QUANT_LAYERS.items()}
+
+
+_MADE = dict(QUANT_LAYERS)
+
+
+def _quant_class(kind: type[nn.Module]) -> type[QuantLayer]:
+    """The class that stands for a class of layers: ours, or one derived from ours and from that class."""
+    if kind in _MADE:
+        return _MADE[kind]
+    ours = next((QUANT_LAYERS[base] for base in kind.__mro__ if base in QUANT_LAYERS), QuantTransposedLinear)
+    members = {"__module__": __name__, "__doc__": kind.__doc__, "__reduce_ex__": _reduce}
+    _MADE[kind] = cast(type[QuantLayer], type(f"Quant{kind.__name__}", (ours, kind), members))
+    return _MADE[kind]
+
+
+def _reduce(layer: QuantLayer, _protocol: object) -> tuple[Any, ...]:
+    """How to copy or pickle a layer whose class was made here: by the class that it was made for."""
+    return _unpickled, (plain_class(layer),), layer.__getstate__()  # type: ignore[no-untyped-call]
+
+
+def _unpickled(kind: type[nn.Module]) -> QuantLayer:
+    made = _quant_class(kind)
+    return made.__new__(made)
+
+
+_M = TypeVar("_M", bound=nn.Module)
+
+
+def _empty(kind: type[_M], like: nn.Module) -> _M:
+    """A module of a class with everything that another module has."""
+    twin = kind.__new__(kind)
+    twin.__dict__ = {k: (v.copy() if isinstance(v, dict) else v) for k, v in like.__dict__.items()}
+    return twin

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mpsearch.errors import PrecisionError, nearest
+from mpsearch.errors import PrecisionError, TaskError, nearest
+from mpsearch.graph.agreement import holds, largest_subset, outputs
 from mpsearch.graph.attention import open_attention
-from mpsearch.graph.facts import LayerInfo
+from mpsearch.graph.facts import LayerInfo, ModelGraph
+from mpsearch.graph.inputs import call, evaluating, layer_input
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import Offer, Precision, PrecisionConfig
 from mpsearch.quant.modules import UNIFORM, QuantLayer, quantized
@@ -53,13 +56,38 @@ def insert_quantizers(
             elements *= size
         twin = quantized(
             modules[layer.name],
-            signed_input=layer.signed_input,
+            signed_input=layer.signed_input and not layer.looks_up,
             input_elements=elements,
             offer=offers.get(layer.name, UNIFORM),
         )
         for parent, name in places(model, modules[layer.name]):
             setattr(parent, name, twin)
     return model
+
+
+def inspect_network(model: nn.Module, calibration_input: Any, batch_size: int | None = None) -> ModelGraph:
+    """`inspect_model`, and a check of what follows from it: with quantizers at float precision it computes the same.
+
+    A layer for which this does not hold stays float, with that as its reason. Arguments and errors as there.
+    """
+    graph = inspect_model(model, calibration_input, batch_size)
+    reference = outputs(model, calibration_input)
+
+    def same(some: Sequence[LayerInfo]) -> bool:
+        return holds(insert_quantizers(model, some), calibration_input, reference)
+
+    kept = {layer.name for layer in largest_subset(graph.quantizable, same)}
+    if len(kept) == len(graph.quantizable):
+        return graph
+    why = "with quantizers in it, at float precision, the network does not answer as before"
+    layers = tuple(
+        replace(layer, reason=layer.reason or why) if layer.name not in kept else layer for layer in graph.layers
+    )
+    notes = [f"{layer.name} stays float: {why}" for layer in layers if layer.reason == why]
+    graph = replace(graph, layers=layers, notes=(*graph.notes, *notes))
+    if not graph.quantizable:
+        raise TaskError(f"no layer of {type(model).__name__} can be quantized: {why}")
+    return graph
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
@@ -123,7 +151,7 @@ def set_precision(model: nn.Module, config: PrecisionConfig, ranges: RangeSetter
         if not precision.weight.is_float:
             rows = weight_rows(layer)
             layer.weight_quantizer.set_range(ranges.weight(name, precision.weight, rows))
-        if not precision.activation.is_float:
+        if not layer.precision.activation.is_float:
             layer.input_quantizer.set_range(*ranges.activation(name, precision.activation))
 
 
@@ -158,7 +186,7 @@ def prepare(
         TaskError: the model cannot be inspected.
     """
     if layers is None:
-        layers = inspect_model(model, calibration_input).layers
+        layers = inspect_network(model, calibration_input).layers
     prepared = insert_quantizers(model, layers, config.offers)
     set_precision(prepared, config, RangeSetter(model, layers, calibration_input))
     return prepared
@@ -191,7 +219,6 @@ def weight_rows(layer: QuantLayer) -> Tensor:
     return weight.movedim(layer.channel_axis, 0).flatten(1)
 
 
-@torch.no_grad()
 def sample_inputs(model: nn.Module, names: Sequence[str], calibration_input: Any) -> dict[str, Tensor]:
     """Up to ACTIVATION_SAMPLES values of each named layer's input, taken at even strides from one forward pass."""
     samples: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -199,8 +226,10 @@ def sample_inputs(model: nn.Module, names: Sequence[str], calibration_input: Any
     modules = dict(model.named_modules())
 
     def keep(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            flat = args[0].detach().float().flatten()
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            flat = layer_input(args, kwargs).detach().float().flatten()
+            if not flat.numel():
+                return
             ends = torch.stack([flat.min(), flat.max()])  # the extremes are always among the samples
             # An odd stride walks through all channels and positions, whatever the shape.
             stride = max(1, flat.numel() // ACTIVATION_SAMPLES) | 1
@@ -208,16 +237,14 @@ def sample_inputs(model: nn.Module, names: Sequence[str], calibration_input: Any
 
         return hook
 
-    handles = [modules[name].register_forward_pre_hook(keep(name)) for name in names]
-    was_training = model.training
+    handles = [modules[name].register_forward_pre_hook(keep(name), with_kwargs=True) for name in names]
     try:
-        model.eval()
-        model(*calibration_input) if isinstance(calibration_input, tuple) else model(calibration_input)
+        with evaluating(model):
+            call(model, calibration_input)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(values) for name, values in samples.items()}
+    return {name: torch.cat(values) if values else torch.zeros(1) for name, values in samples.items()}
 
 
 def places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:

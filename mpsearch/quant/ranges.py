@@ -37,6 +37,12 @@ def weight_step(rows: Tensor, precision: Precision) -> Tensor:
         `(channels,)`, the same value in each entry for per-tensor precision.
     """
     channels = rows.shape[0]
+    if not rows.any():
+        return unit_step(precision, signed=True).to(rows).expand(channels).clone()
+    if not (alive := rows.any(dim=1)).all() and precision.granularity != "tensor":
+        # A channel of zeros says nothing of its range: if training revives it, it will be like the others.
+        steps = weight_step(rows[alive], precision)
+        return steps.new_full((channels,), float(steps.median())).masked_scatter(alive, steps)
     if precision.granularity == "tensor":
         rows = rows.reshape(1, -1)
     if precision.quantizer != "uniform":
@@ -49,6 +55,14 @@ def weight_step(rows: Tensor, precision: Precision) -> Tensor:
         largest = rows.abs().amax(dim=1) / -low
         step = _search(rows, largest, torch.tensor(shift), low, high)
     return step.clamp_min(MIN_STEP).expand(channels).clone()
+
+
+def unit_step(precision: Precision, *, signed: bool) -> Tensor:
+    """The step, of shape (), whose grid spans one: for a tensor of zeros, of which nothing is known."""
+    if precision.quantizer != "uniform":
+        return torch.tensor(1.0 / magnitudes(precision, signed)[-1])
+    low, high = code_range(precision.bits, signed)
+    return torch.tensor(1.0 / max(-low, high))
 
 
 @torch.no_grad()
@@ -64,6 +78,8 @@ def activation_range(samples: Tensor, precision: Precision, *, signed: bool) -> 
         step and beta, both of shape (); beta is 0 without an offset.
     """
     x = samples.reshape(1, -1).float()
+    if not x.any():  # dead in these samples: a range of one
+        x = x.new_tensor([[-1.0, 1.0]] if signed else [[0.0, 1.0]])
     if precision.quantizer != "uniform":
         return _level_step(x if signed else x.clamp_min(0), precision, signed)[0], x.new_zeros(())
     _, high = code_range(precision.bits, signed=False)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from mpsearch.graph.observe import tensors
+from mpsearch.graph.inputs import tensors
 from mpsearch.train import call
 
 TOLERANCE = 1e-4

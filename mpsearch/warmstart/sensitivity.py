@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.graph.observe import tensors
+from mpsearch.graph.inputs import tensors
 from mpsearch.precision import FLOAT, Precision
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, weight_rows
 from mpsearch.space.choices import TENSORS, TensorName

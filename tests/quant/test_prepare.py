@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,17 +16,22 @@ from torch import Tensor, nn
 
 from mpsearch.compiler import compiler_missing
 from mpsearch.errors import PrecisionError
+from mpsearch.graph import kinds
+from mpsearch.graph.inputs import call
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import FLOAT, LayerPrecision, Offer, PrecisionConfig
-from mpsearch.quant.modules import QUANT_LAYERS, QuantConv2d, QuantLayer, quantized
+from mpsearch.ptq.pipeline import PtqMethod, ptq
+from mpsearch.quant.modules import QUANT_LAYERS, QuantConv2d, QuantLayer, quantized, without_quantizers
 from mpsearch.quant.prepare import (
     RangeSetter,
     insert_quantizers,
+    inspect_network,
     prepare,
     prepare_for_training,
     quant_layers,
     set_precision,
 )
+from mpsearch.train import FitSettings, fit
 
 W4A4 = LayerPrecision.shorthand("w4a4")
 EVERYTHING = Offer(frozenset({"uniform", "shift", "apot"}), frozenset({"uniform", "shift", "apot"}))
@@ -69,10 +76,11 @@ LAYERS = {
     nn.ConvTranspose3d: (lambda: nn.ConvTranspose3d(4, 6, 2, bias=False), (2, 4, 3, 3, 3)),
     nn.Linear: (lambda: nn.Linear(4, 6), (2, 7, 4)),
 }
+"""All but `nn.Embedding`, which reads no numbers: see below."""
 
 
 def test_every_quantized_layer_is_tested() -> None:
-    assert set(LAYERS) == set(QUANT_LAYERS)
+    assert {*LAYERS, nn.Embedding} == set(QUANT_LAYERS)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -236,3 +244,169 @@ def test_float_checkpoint_loads_under_the_original_names(model: nn.Module, batch
     missing, unexpected = trained.load_state_dict(model.state_dict(), strict=False)
     assert unexpected == []
     assert all("_quantizer." in name for name in missing)
+
+
+# ------------------------------------------------------------------------------------------------ classes of others
+
+
+class Scaled(nn.Linear):
+    """As YOLO's and others' own linear layers: torch's forward, and more beside it."""
+
+    gain = 3.0
+
+    def out_scale(self) -> float:
+        return self.gain * self.out_features
+
+
+class UsesIt(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = Scaled(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.fc(input=x) * self.fc.out_scale())
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_layer_of_a_class_of_its_own_keeps_its_methods_and_can_be_copied(copied) -> None:
+    """B7, and B6: it is called by name."""
+    torch.manual_seed(0)
+    net, x = UsesIt().eval(), torch.randn(32, 6)
+    prepared = copied(prepare(net, config_for(net, x, LayerPrecision.shorthand("w8a8")), x))
+    twin = prepared.get_submodule("fc")
+    assert isinstance(twin, QuantLayer)
+    assert isinstance(twin, Scaled)
+    assert twin.out_scale() == 12
+    assert float((prepared(x) - net(x)).norm() / net(x).norm()) < 0.02
+    assert torch.equal(prepare(net, config_for(net, x, LayerPrecision(FLOAT, FLOAT)), x)(x), net(x))
+    assert type(without_quantizers(twin)) is Scaled
+
+
+def test_a_class_with_a_name_of_ours_stays_float_with_that_reason() -> None:
+    class Named(nn.Linear):
+        precision = "fp16"
+
+    graph = inspect_model(nn.Sequential(Named(4, 4), nn.Linear(4, 2)), torch.randn(3, 4))
+    assert [layer.name for layer in graph.quantizable] == ["1"]
+    assert "has a 'precision' of its own" in str(graph.unhandled[0].reason)
+
+
+def test_the_reserved_names_are_those_of_a_quantized_layer() -> None:
+    own = {name for name in {*vars(QuantLayer), *QuantLayer.__annotations__} if not name.startswith("_")}
+    assert own == kinds.RESERVED
+
+
+class Conv1D(nn.Module):
+    """As transformers' `Conv1D`: a linear layer with its weight as `(in, out)`."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.nf = outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+@pytest.fixture
+def known_conv1d(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = (Conv1D.__module__, Conv1D.__qualname__)
+    monkeypatch.setattr(kinds, "FOREIGN_KINDS", {path: "linear"})
+    monkeypatch.setattr(kinds, "TRANSPOSED_LINEAR", path)
+
+
+@pytest.mark.usefixtures("known_conv1d")
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_a_linear_layer_with_a_transposed_weight_is_quantized_along_its_outputs(granularity: str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Conv1D(5, 6), nn.ReLU(), Conv1D(3, 5)).eval(), torch.randn(16, 7, 6)
+    (first, _) = inspect_model(net, x).quantizable
+    assert (first.kind, first.weight_shape, first.fan_in, first.macs) == ("linear", (5, 6), 6, 7 * 30)
+    twin = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()  # the same, as torch has it
+    for i in (0, 2):
+        twin[i].weight.data, twin[i].bias.data = net[i].weight.data.t().clone(), net[i].bias.data.clone()  # type: ignore[union-attr]
+    precision = LayerPrecision.parse(f"uniform:4/{granularity}", "uniform:6")
+    ours, torchs = (prepare(m, config_for(m, x, precision), x) for m in (net, twin))
+    torch.testing.assert_close(ours(x), torchs(x))
+    for method in (PtqMethod(adaround_steps=50), PtqMethod(rounding="nearest", bias_correction="empirical")):
+        torch.testing.assert_close(*(ptq(m, precision, x, method).model(x) for m in (net, twin)))
+
+
+def test_the_foreign_classes_are_those_of_their_libraries() -> None:
+    timm, transformers = pytest.importorskip("timm.layers"), pytest.importorskip("transformers.pytorch_utils")
+    paths = {(kind.__module__, kind.__qualname__) for kind in (timm.Linear, transformers.Conv1D)}
+    assert paths == set(kinds.FOREIGN_KINDS)
+    layer, x = timm.Linear(4, 3), torch.randn(2, 5, 4)
+    assert torch.equal(quantized(layer, signed_input=True, input_elements=1)(x), layer(x))
+    layer = transformers.Conv1D(3, 4)
+    assert torch.equal(quantized(layer, signed_input=True, input_elements=1)(x), layer(x))
+
+
+def test_an_embedding_is_a_weight_to_quantize_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    net, tokens = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)).eval(), torch.randint(0, 20, (16, 5))
+    table, _ = inspect_model(net, tokens).quantizable
+    assert (table.kind, table.weight_shape, table.macs, table.looks_up) == ("embedding", (20, 8), 0, True)
+    prepared = prepare(net, config_for(net, tokens, W4A4), tokens)
+    assert str(quant_layers(prepared)["0"].precision) == str(LayerPrecision(W4A4.weight, FLOAT))
+    assert all(len(row.unique()) <= 16 for row in prepared[0](torch.arange(20)))  # type: ignore[index]
+    trained = prepare_for_training(net, config_for(net, tokens, W4A4), tokens)
+    trained(tokens).square().sum().backward()
+    assert [name for name, p in trained.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+# ------------------------------------------------------------------------------------------------ ways of calling
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, other: Tensor | None = None, *, scale: Tensor | None = None) -> dict[str, Tensor]:
+        y = self.a(input=x) if other is None else self.a(x) + other
+        return {"logits": self.b(y if scale is None else y * scale), "hidden": y}
+
+
+X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [X, (X,), (X, X), {"x": X}, {"x": X, "other": X, "scale": X}, ((X,), {"scale": X}), ((), {"x": X, "other": X})],
+)
+def test_batches_of_any_form_are_inspected_prepared_quantized_and_trained_on(batch: Any) -> None:
+    net = TwoInputs().eval()
+    graph = inspect_network(net, batch)
+    assert [(layer.name, layer.macs, layer.input_shape) for layer in graph.layers] == [("a", 16, (4,)), ("b", 8, (4,))]
+    config = config_for(net, batch, LayerPrecision.shorthand("w8a8"))
+    wanted = call(net, batch)["logits"]
+    for model in (prepare(net, config, batch), ptq(net, config, batch, PtqMethod(adaround_steps=20)).model):
+        assert float((call(model, batch)["logits"] - wanted).norm() / wanted.norm()) < 0.03
+    trained = prepare(net, config, batch)
+    before = trained.b.weight.detach().clone()  # type: ignore[union-attr]
+    fit(trained, [(batch, X)] * 2, lambda _i, _x, out, _y: out["logits"].square().sum(), FitSettings(2, 0.01))
+    assert not torch.equal(trained.b.weight, before)  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------------------------------------------- self-checks
+
+
+class Suspicious(nn.Module):
+    """Does otherwise where one of its layers is not torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.c(self.b(self.a(x)))
+        return y if type(self.b) is nn.Linear else 2 * y
+
+
+def test_a_layer_whose_quantized_form_changes_the_answers_stays_float_and_is_named() -> None:
+    graph = inspect_network(Suspicious().eval(), X)
+    assert [layer.name for layer in graph.quantizable] == ["a", "c"]
+    assert "does not answer as before" in str(graph.unhandled[0].reason)
+    assert any(note.startswith("b stays float") for note in graph.notes)
