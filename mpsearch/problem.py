@@ -11,7 +11,7 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import CostError, RunError, WriteError
 from mpsearch.facts import ProblemFacts, read_facts
 from mpsearch.files import write_text
-from mpsearch.graph.layers import inspect_model
+from mpsearch.quant.prepare import inspect_network
 from mpsearch.record import RunFolder
 from mpsearch.space.build import build_space
 from mpsearch.space.spec import load_space
@@ -37,15 +37,17 @@ class Problem(ProblemFacts):
     task: Task
 
     def warnings(self) -> list[str]:
-        """What about the task looks wrong, in words: a forward pass or two."""
+        """What about the network and the task looks wrong, in words: a forward pass or two."""
+        notes = list(self.graph.notes)
         x, _ = next(iter(self.task.train_batches(256, 1, seed=0)))
         gap = batch_norm_gap(self.task.float_model(), x, self.task.logits)
         if gap < WIDE_GAP:
-            return []
+            return notes
         return [
+            *notes,
             "with the BatchNorm statistics of a training batch the float network answers otherwise than with its own "
             f"({gap:.2f} nats; a few hundredths are usual): it was trained on batches made in another way "
-            "(normalization, order of colours, margins), and trials will do harm before they do good; see task.data"
+            "(normalization, order of colours, margins), and trials lose accuracy at first; see task.data",
         ]
 
 
@@ -58,7 +60,7 @@ def open_problem(spec: StudySpec) -> Problem:
     task = load_task(spec.task)
     model = task.float_model()
     float_digest = digest(model)
-    graph = inspect_model(model, task.calibration_input(min(32, spec.trial.calibration_samples)))
+    graph = inspect_network(model, task.calibration_input(spec.trial.calibration_samples))
     space = build_space(load_space(spec.space), graph.layers)
     cost = RelativeCost(graph.layers, spec.cost.model, spec.cost.reference)
     choices: dict[str, dict[str, Sequence[Any]]] = {name: {} for name in space.layers}

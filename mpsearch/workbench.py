@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from mpsearch.compiler import compiler_missing
 from mpsearch.graph.facts import LayerInfo, ModelGraph
-from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import Offer, PrecisionConfig
 from mpsearch.quant.fused import fuse
-from mpsearch.quant.prepare import RangeSetter, insert_quantizers, set_precision
+from mpsearch.quant.prepare import RangeSetter, insert_quantizers, inspect_network, set_precision
 from mpsearch.quant.shift import DEFAULT_SLOPE, SlopeSchedule
 from mpsearch.record import pack
 from mpsearch.state_dict import load_tensors
@@ -47,6 +46,7 @@ class Workbench:
         device: where they run; default: the GPU if there is one.
         offers: the quantizer types that trials switch between, by layer (`SearchSpace.offers`); default: uniform.
         float_model: what is quantized, and teaches; default: the task's.
+        graph: the facts of its layers, where they have been found already (`Problem.graph`): one decision for all.
     """
 
     def __init__(
@@ -56,13 +56,14 @@ class Workbench:
         device: torch.device | None = None,
         offers: Mapping[str, Offer] = MappingProxyType({}),
         float_model: nn.Module | None = None,
+        graph: ModelGraph | None = None,
     ) -> None:
         self.task = task
         self.settings = settings
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         float_model = channels_last(float_model or task.float_model())
         calibration = task.calibration_input(settings.calibration_samples)
-        self.graph: ModelGraph = inspect_model(float_model, calibration)
+        self.graph: ModelGraph = graph or inspect_network(float_model, calibration)
         self.layers: tuple[LayerInfo, ...] = self.graph.layers
         self.ranges = RangeSetter(float_model, self.layers, calibration)
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and bf16_is_fast())

@@ -40,7 +40,9 @@ def bias_bytes(layer: LayerInfo, _precision: LayerPrecision) -> float:
 
 
 def activation_bytes(layer: LayerInfo, precision: LayerPrecision) -> float:
-    """Bytes of the tensors that one layer reads, one per call, each rounded up to whole bytes."""
+    """Bytes of the tensors that one layer reads, one per call, each rounded up to whole bytes; none if it looks up."""
+    if layer.looks_up:
+        return 0.0
     return layer.calls * _packed(prod(layer.input_shape), precision.activation)
 
 
@@ -48,8 +50,11 @@ def live_activation_bytes(layer: LayerInfo, precision: LayerPrecision) -> float:
     """Bytes of the input and the output of one layer, which are live together.
 
     The output is held at the precision of this layer's input, because `LayerInfo` does not know who reads it: exact
-    where neighbours agree. Tensors that wait for a residual addition come on top and are not counted.
+    where neighbours agree. Tensors that wait for a residual addition come on top and are not counted. What a layer
+    looks up is counted at the layer that reads it.
     """
+    if layer.looks_up:
+        return 0.0
     return sum(_packed(prod(shape), precision.activation) for shape in (layer.input_shape, layer.output_shape))
 
 

@@ -36,7 +36,7 @@ from mpsearch.debug.diagnosis import (
 )
 from mpsearch.errors import PrecisionError, TaskError
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.graph.layers import inspect_model
+from mpsearch.graph.inputs import layer_input
 from mpsearch.precision import FLOAT, LayerPrecision, PrecisionConfig
 from mpsearch.ptq.bias import correct_bias_empirically
 from mpsearch.ptq.equalize import equalize
@@ -47,6 +47,7 @@ from mpsearch.quant.prepare import (
     RangeSetter,
     check_names,
     insert_quantizers,
+    inspect_network,
     quant_layers,
     set_precision,
     weight_rows,
@@ -76,7 +77,8 @@ def diagnose(
     began = time.perf_counter()
     on_stage("float model, and quantizers at 32 bits")
     model, calibration_input = task.float_model(), task.calibration_input(CALIBRATION_SAMPLES)
-    layers = inspect_model(model, calibration_input).layers
+    graph = inspect_network(model, calibration_input)
+    layers = graph.layers
     config = _config(config, layers)
     net = fold_batch_norms(model, layers, calibration_input)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,7 +86,7 @@ def diagnose(
     bench = _Bench(net, layers, config, calibration_input, scorer, device)
     sanity = bench.score(_keep(config, None))
     found = Diagnosis(
-        config, task.metric, scorer.samples, scorer.float_accuracy, sanity, {}, (), (), (), net.notes, 0.0
+        config, task.metric, scorer.samples, scorer.float_accuracy, sanity, {}, (), (), (), graph.notes + net.notes, 0.0
     )
     if found.sane:
         on_stage("weights, activations, all")
@@ -102,7 +104,7 @@ def diagnose(
         untraced = () if trace(net.model) else ("no cross-layer equalization: torch.fx cannot trace the model",)
         found = replace(
             found,
-            notes=net.notes + untraced,
+            notes=found.notes + untraced,
             histograms=tuple(bench.histogram(name, side) for side in SIDES for name in found.worst(side)),
             attempts=tuple(_attempts(found, bench)),
         )
@@ -226,8 +228,8 @@ class _Bench:
         samples: dict[str, list[Tensor]] = {name: [] for name in layers}
 
         def listen(name: str) -> Any:
-            def hook(_layer: nn.Module, args: tuple[Any, ...]) -> None:
-                x: Tensor = args[0].float()
+            def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = layer_input(args, kwargs).float()
                 power[name] += float(x.square().sum())
                 noise[name] += float((x - layers[name].input_quantizer(x)).square().sum())
                 flat = x.flatten()
@@ -238,7 +240,7 @@ class _Bench:
 
         model = copy.deepcopy(self.net.model).to(self._device)
         for name in layers:
-            model.get_submodule(name).register_forward_pre_hook(listen(name))
+            model.get_submodule(name).register_forward_pre_hook(listen(name), with_kwargs=True)
         self._scorer.task.evaluate(model, "val")
         return {name: (_decibel(power[name], noise[name]), torch.cat(samples[name])) for name in layers}
 

@@ -58,10 +58,11 @@ def qat(
         workbench = workbench or Workbench(task, settings, offers=config.offers)
         net: FloatNet | None = None
         if folds(config):
-            net = fold_batch_norms(task.float_model(), workbench.layers)
+            calibration = task.calibration_input(settings.calibration_samples)
+            net = fold_batch_norms(task.float_model(), workbench.layers, calibration)
             if any(layer.depthwise for layer in workbench.layers):
-                net = equalize(net)
-            workbench = Workbench(task, settings, offers=config.offers, float_model=net.model)
+                net = equalize(net, calibration_input=calibration)
+            workbench = Workbench(task, settings, offers=config.offers, float_model=net.model, graph=workbench.graph)
         workbench.reset(config)
     soft = _soft_weights(workbench.model, shift_gradient)
     log: list[dict[str, float]] = []
@@ -79,7 +80,7 @@ def qat(
         if settings.steps:
             workbench.reestimate(settings.seed)
     structure = None if net is None else structure_of(net, workbench.model)
-    notes = () if net is None else net.notes
+    notes = (*workbench.graph.notes, *(() if net is None else net.notes))
     return Trained(workbench.model.eval(), workbench.layers, config, seconds, tuple(log), notes, structure)
 
 

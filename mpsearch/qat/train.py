@@ -21,7 +21,12 @@ OnStep = Callable[[int, int, float], None]
 METHODS: Mapping[str, Callable[[Problem, PrecisionConfig, TrialSpec, Callable[[int, float], None]], Trained]] = {
     "qat": lambda problem, config, settings, on_step: qat(problem.task, config, settings, on_step),
     "gdnsq": lambda problem, config, settings, on_step: gdnsq(
-        problem.task, config, Workbench(problem.task, settings), settings.steps, settings.seed, on_step=on_step
+        problem.task,
+        config,
+        Workbench(problem.task, settings, graph=problem.graph),
+        settings.steps,
+        settings.seed,
+        on_step=on_step,
     ),
 }
 

@@ -59,7 +59,7 @@ def finalize(
                 continue
             on_progress(position, len(jobs), trial, seed)
             settings = problem.spec.trial.model_copy(update={"steps": steps})
-            workbench = workbench or Workbench(problem.task, settings, offers=problem.space.offers)
+            workbench = workbench or Workbench(problem.task, settings, offers=problem.space.offers, graph=problem.graph)
             kept = checkpoint_path(folder.checkpoints, trial.number)
             start = load_file(kept) if kept.exists() else nearest(trial.cost or 1.0)
             record = _train(workbench, trial, seed, steps, final.lr, start)

@@ -41,7 +41,7 @@ def trained_model(
 
     Weights are those of its final training, else of the trial; where these were not kept, the trial is run again.
     """
-    workbench = Workbench(problem.task, problem.spec.trial, offers=record.config.offers)
+    workbench = Workbench(problem.task, problem.spec.trial, offers=record.config.offers, graph=problem.graph)
     finals = [f for f in folder.finals() if f.number == record.number]
     final, brief = final_path(folder.checkpoints, record.number), checkpoint_path(folder.checkpoints, record.number)
     measured: dict[str, float | None] = {"val": record.accuracy}

@@ -132,7 +132,7 @@ def trial_runner(spec: StudySpec, checkpoints: str, warmstart: str) -> Callable[
     """What a worker process does with proposals: called once there, it loads the task and sets up a workbench."""
     problem = open_problem(spec)
     task = problem.task
-    workbench = Workbench(task, spec.trial, offers=problem.space.offers)
+    workbench = Workbench(task, spec.trial, offers=problem.space.offers, graph=problem.graph)
 
     start = start_weights(spec, Path(warmstart))
 
@@ -157,7 +157,7 @@ def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -
         records = folder.records()
         if known := [r for r in records if r.config == config and r.state == "complete"]:
             return known[0]
-        workbench = Workbench(problem.task, problem.spec.trial, offers=config.offers)
+        workbench = Workbench(problem.task, problem.spec.trial, offers=config.offers, graph=problem.graph)
         start = start_weights(problem.spec, folder.warmstart)(problem.cost(config))
         record = run_trial(problem.task, config, problem.spec.trial, start, workbench=workbench, cost=problem.cost)
         record = replace(record, number=max((r.number for r in records), default=-1) + 1)
@@ -189,7 +189,7 @@ def write_front(problem: Problem, folder: RunFolder, front: ParetoFront) -> None
 def estimate_trial_s(problem: Problem, steps: int = 4) -> float:
     """Seconds that one trial should take in a process of its own: measured on a few eager steps, scoring included."""
     settings = problem.spec.trial.model_copy(update={"compile": False, "bn_batches": 0})
-    workbench = Workbench(problem.task, settings, offers=problem.space.offers)
+    workbench = Workbench(problem.task, settings, offers=problem.space.offers, graph=problem.graph)
     workbench.reset(problem.space.ladder()[0])
     workbench.fit(1, seed=0)
     clock = time.perf_counter()

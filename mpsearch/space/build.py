@@ -13,7 +13,7 @@ from functools import reduce
 from mpsearch.errors import SpaceError
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.groups import connected
-from mpsearch.precision import Precision
+from mpsearch.precision import FLOAT, Precision
 from mpsearch.quant.levels import apot_terms
 from mpsearch.space.choices import TENSORS, TensorName, listing, near, precision_order
 from mpsearch.space.space import SearchSpace, Slot
@@ -63,7 +63,8 @@ def _choices(spec: SpaceSpec, layers: Sequence[LayerInfo]) -> _ChoicesOf:
     for rule in spec.rules:
         for layer in filter(rule.applies, layers):
             choices |= {(layer.name, tensor): given for tensor, given in rule.given()}
-    ends = [("first", spec.first, layers[0]), ("last", spec.last, layers[-1])]
+    multiplying = [layer for layer in layers if not layer.looks_up] or layers
+    ends = [("first", spec.first, multiplying[0]), ("last", spec.last, multiplying[-1])]
     for key, end, layer in ends:
         if end is None:
             continue
@@ -77,6 +78,12 @@ def _choices(spec: SpaceSpec, layers: Sequence[LayerInfo]) -> _ChoicesOf:
         for layer in layers:
             if fnmatchcase(layer.name, pattern):
                 choices |= {(layer.name, tensor): given for tensor, given in fixed.given()}
+    for layer in layers:
+        if layer.looks_up:  # no activation; and a weight that a layer multiplies by is as that layer wants it
+            choices[layer.name, "activation"] = (FLOAT,)
+            tied = (other for other in multiplying if other.weight_group == layer.weight_group and not other.looks_up)
+            if (other := next(tied, None)) is not None and (given := choices.get((other.name, "weight"))) is not None:
+                choices[layer.name, "weight"] = given
     for tensor in TENSORS:
         missing = [layer.name for layer in layers if (layer.name, tensor) not in choices]
         if missing:
@@ -94,6 +101,8 @@ def _slots(tensor: TensorName, spec: SpaceSpec, layers: Sequence[LayerInfo], cho
             ("group", layer.weight_group if tensor == "weight" else layer.input_group),
             *(("tied", i) for i, tie in enumerate(spec.tied) if any(fnmatchcase(layer.name, p) for p in tie)),
         ]
+        if tensor == "weight" or not layer.looks_up
+        else []  # float, whatever the others are
         for layer in layers
     ]
     why = "the same weight" if tensor == "weight" else "the same input tensor"

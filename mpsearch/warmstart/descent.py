@@ -39,6 +39,7 @@ from mpsearch.files import write_text
 from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.quant.fused import Elementwise
 from mpsearch.quant.gdnsq import clamp_and_round, grid_shift
+from mpsearch.quant.modules import QuantEmbedding
 from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.state_dict import save_tensors
@@ -208,11 +209,13 @@ class BitCost:
 
 
 def uniform_choices(slot: Slot) -> list[Precision]:
-    """The uniform choices of a slot, by bits.
+    """The uniform choices of a slot, by bits; of a slot that is float and nothing else, that.
 
     Raises:
         SpaceError: there is none.
     """
+    if len(slot.choices) == 1 and slot.choices[0].is_float:
+        return list(slot.choices)
     choices = sorted((c for c in slot.choices if c.quantizer == "uniform"), key=lambda c: c.bits)
     if not choices:
         raise SpaceError(f"'{slot.name}' offers no uniform precision, which the descent learns: offer some bits of it")
@@ -353,8 +356,12 @@ def with_bit_quantizers(model: nn.Module, workbench: Workbench, space: SearchSpa
         layer.weight_quantizer = BitQuantizer(  # type: ignore[assignment]
             torch.stack(steps), None, weight[0].bits, signed=True, axis=layer.channel_axis
         )
+        if activation[0].is_float and not isinstance(layer, QuantEmbedding):
+            raise SpaceError(f"'{name}/activation' is float alone, which the descent cannot learn: offer some bits")
         ranges = [
-            workbench.ranges.activation(name, Precision("uniform", b, activation[0].granularity))
+            (torch.ones(()), torch.zeros(()))  # what only looks up reads no activation
+            if isinstance(layer, QuantEmbedding)
+            else workbench.ranges.activation(name, Precision("uniform", b, activation[0].granularity))
             for b in slot_bits(slots["activation"])
         ]
         betas = torch.stack([beta for _, beta in ranges]) if layer.input_quantizer.beta is not None else None

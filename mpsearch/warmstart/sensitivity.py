@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.graph.inputs import tensors
+from mpsearch.graph.inputs import layer_input, tensors
 from mpsearch.precision import FLOAT, Precision
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, weight_rows
 from mpsearch.space.choices import TENSORS, TensorName
@@ -268,16 +268,21 @@ def _fisher_traces(
     holders = {name: sum(other is weight for other in weights.values()) for name, weight in weights.items()}
     read: dict[str, list[Tensor]] = {name: [] for name in layers}
 
-    def reads(name: str) -> Callable[..., tuple[Any, ...]]:
-        def hook(_layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def reads(name: str) -> Callable[..., tuple[Any, Any] | None]:
+        def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
             # A copy, whose gradient passes through this layer alone; others may read the same tensor.
-            copy = args[0].clone() if args[0].requires_grad else args[0].clone().requires_grad_()
+            x = layer_input(args, kwargs)
+            if not x.is_floating_point():  # an embedding's entries
+                return None
+            copy = x.clone() if x.requires_grad else x.clone().requires_grad_()
             read[name].append(copy)
-            return (copy, *args[1:])
+            if args:
+                return (copy, *args[1:]), kwargs
+            return args, {key: copy if value is x else value for key, value in kwargs.items()}
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(reads(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(reads(name), with_kwargs=True) for name, layer in layers.items()]
     totals = {(name, tensor): 0.0 for name in layers for tensor in TENSORS}
     try:
         for start in range(0, samples, batch_size):

@@ -530,3 +530,61 @@ def test_inspection_sees_eval_mode_whatever_mode_the_model_is_in():
         lambda net, x: net.aux(x) if net.training else net.main(x), main=nn.Linear(6, 2), aux=nn.Linear(6, 3)
     )
     assert [layer.name for layer in inspect_model(training.train(), ROWS).quantizable] == ["main"]
+
+
+# --------------------------------------------------------------------------------- whose matrix, and what is unknown
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [
+        lambda net, h: F.linear(h, net.enc.weight.t(), net.bias),
+        lambda net, h: F.linear(h, net.enc.weight.t().contiguous(), net.bias),
+        lambda net, h: torch.addmm(net.bias, h, net.enc.weight),
+        lambda net, h: h @ net.enc.weight + net.bias,
+    ],
+)
+def test_a_product_belongs_to_the_owner_of_its_matrix_not_of_what_is_added(decode: Callable[..., Tensor]):
+    """A6: a decoder that is tied to its encoder."""
+    model = Net(lambda net, x: decode(net, net.mid(net.enc(x))), enc=nn.Linear(6, 5), mid=nn.Linear(5, 5))
+    model.bias = nn.Parameter(torch.randn(6))
+    graph = inspect_model(model, ROWS)
+    assert {layer.name: layer.macs for layer in graph.layers} == {"enc": 2 * 30, "mid": 25}
+    assert "without calling it" in str(by_name(graph)["enc"].reason)
+    assert not graph.other_macs
+
+
+def test_learned_queries_enter_a_layer():
+    """B5."""
+    model = Net(
+        lambda net, x: net.lin(net.q.expand(len(x), -1, -1)).sum(1) + net.x(x), lin=nn.Linear(6, 4), x=nn.Linear(6, 4)
+    )
+    model.q = nn.Parameter(torch.randn(1, 3, 6))
+    graph = inspect_model(model, ROWS)
+    assert {layer.name: layer.macs for layer in graph.quantizable} == {"lin": 72, "x": 24}
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_constant_weight_stays_float_with_that_reason_and_a_frozen_network_does_not():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2))
+    model[1].weight.requires_grad_(False)
+    (constant,) = inspect_model(model, ROWS).unhandled
+    assert (constant.name, "constant" in str(constant.reason)) == ("1", True)
+    assert len(inspect_model(model.requires_grad_(False), ROWS).quantizable) == 2
+
+
+def test_an_input_that_is_dead_in_all_samples_is_noted():
+    """B15."""
+    model = Net(lambda net, x: net.a(x) + net.b(F.relu(-x.abs())), a=nn.Linear(6, 2), b=nn.Linear(6, 2))
+    rows = ROWS.clone()
+    rows[:, 2:4] = 0
+    whole, part = sorted(inspect_model(model, rows).notes, key=len, reverse=False)
+    assert "input of b is zero in all 4 samples" in whole
+    assert "2 channels of the model's input are zero in all 4 samples that a read" in part
+    assert inspect_model(Net(lambda net, x: net.a(x), a=nn.Linear(6, 2)), ROWS).notes == ()
+
+
+def test_signs_are_those_of_all_samples():
+    """B1: negative in the last sample alone."""
+    rows = torch.cat([ROWS.abs().repeat(64, 1), -ROWS[:1]])
+    assert inspect_model(nn.Sequential(nn.Linear(6, 2)), rows).layers[0].signed_input

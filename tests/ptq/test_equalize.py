@@ -146,3 +146,60 @@ def test_a_model_that_cannot_be_traced_is_left_alone_with_a_note() -> None:
     done = equalize(net)
     assert "torch.fx cannot trace" in done.notes[0]
     assert torch.equal(done.model.fc.weight, net.model.fc.weight)
+
+
+def test_layers_that_read_along_other_axes_are_no_chain() -> None:
+    """As many places as channels: sizes alone do not tell."""
+    for net in (
+        nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Linear(8, 4)),  # over places
+        nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.AvgPool1d(3, 1, 1), nn.Linear(8, 4)),  # pools features
+        nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Conv1d(8, 4, 1)),  # over positions
+        nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Flatten(0), nn.Linear(8, 4)),
+    ):
+        flow = trace(net)
+        assert flow is not None
+        assert flow.chains() == []
+    x = normal(2, 3, 8)
+    for net in (
+        nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.AvgPool1d(8), nn.Flatten(), nn.Linear(8, 4)),
+        nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU(), nn.Conv1d(8, 4, 1)),
+    ):
+        net = net.double()
+        done = equalize(FloatNet(net), calibration_input=x)
+        assert not torch.equal(done.model[0].weight, net[0].weight)  # type: ignore[index]
+        torch.testing.assert_close(done.model(x), net(x))
+
+
+def test_a_weight_that_the_model_reads_itself_is_not_scaled() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x))) + self.b.weight.sum()
+
+    net, x = Reads().double(), normal(5, 3)
+    torch.testing.assert_close(equalize(FloatNet(net), calibration_input=x).model(x), net(x))
+
+
+def test_an_equalization_that_changes_the_answers_is_undone_and_named() -> None:
+    class Sums(nn.Module):
+        """Answers by the size of a weight, which no trace sees."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(3, 8), nn.Linear(8, 4), nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.tanh(self.b(torch.relu(self.a(x))))
+            return self.d(torch.relu(self.c(y))) * self.size()
+
+        def size(self) -> float:
+            return float(self._modules["d"]._parameters["weight"].detach().abs().max())  # type: ignore[union-attr]
+
+    torch.manual_seed(0)
+    net, x = Sums().double(), normal(5, 3)
+    done = equalize(FloatNet(net), calibration_input=x)
+    assert done.notes == ("c and d are not equalized: the network then answers otherwise",)
+    torch.testing.assert_close(done.model(x), net(x))

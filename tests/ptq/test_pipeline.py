@@ -137,3 +137,54 @@ def test_data_free_ptq_names_the_layer_that_it_knows_nothing_of() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Softplus(), nn.Linear(4, 2))
     with pytest.raises(TaskError, match=r"layer '2'.*give calibration data"):
         ptq(net, PER_TENSOR)
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def mlp(last: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8), last
+    )
+    return net.eval()
+
+
+def test_data_free_ptq_takes_layers_of_derived_classes_and_names_what_stays_float() -> None:
+    """A7."""
+    done = ptq(mlp(MyLinear(8, 4)), PER_TENSOR)
+    assert list(done.config) == ["0", "5", "6"]
+    done = ptq(mlp(Doubled(8, 4)), PER_TENSOR)
+    assert list(done.config) == ["0", "5"]
+    assert "6 stays float: its class Doubled has a forward of its own" in done.notes
+
+
+def test_data_free_ptq_does_not_fold_a_norm_whose_axis_it_does_not_know() -> None:
+    """A2 without data: features or positions?"""
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16)).eval()
+    assert ptq(net, PER_TENSOR).net.folded == {}
+    assert "1 is not folded into 0: without data" in ptq(net, PER_TENSOR).notes[0]
+    known = nn.Sequential(nn.Flatten(), nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8, 16), nn.BatchNorm1d(16)).eval()
+    assert ptq(known, LayerPrecision.parse("uniform:8", "float")).net.folded == {"3": "4"}
+
+
+def test_data_free_ptq_leaves_a_weight_that_is_read_without_its_layer() -> None:
+    """A6 without data."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enc, self.mid = nn.Linear(6, 5), nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.mid(self.enc(x)), self.enc.weight.t())
+
+    done = ptq(Tied().eval(), LayerPrecision.parse("uniform:8", "float"))
+    assert list(done.config) == ["mid"]
+    assert "enc stays float: the model multiplies by its weight without calling it" in done.notes
