@@ -190,17 +190,28 @@ def _codes(layer: QuantLayer) -> dict[str, Any]:
     }
 
 
+def markers(proto: ModelProto) -> list[tuple[str, str, str]]:
+    """Of every marker the tensor that it puts out, the layer's name, and "weight" or "input"."""
+    return [(node.output[0], *_attributes(node)) for node in proto.graph.node if node.domain == DOMAIN]
+
+
+def _attributes(marker: NodeProto) -> tuple[str, str]:
+    values = {attribute.name: attribute.s.decode() for attribute in marker.attribute}
+    return values["layer"], values["tensor"]
+
+
 def replace_markers(
     proto: ModelProto,
     layers: Mapping[str, QuantLayer],
-    dialect: Callable[[NodeProto, str, QuantLayer], tuple[list[NodeProto], list[TensorProto]]],
+    dialect: Callable[[NodeProto, str, str, QuantLayer], tuple[list[NodeProto], list[TensorProto]]],
 ) -> None:
     """Replace every marker, in place.
 
     Args:
         proto: what `trace` made.
         layers: the quantized layers by name.
-        dialect: (marker, "weight" or "input", layer) -> the nodes that take its place, and their constants.
+        dialect: (marker, "weight" or "input", the layer's name, layer) -> the nodes that take its place, and their
+            constants.
     """
     graph = proto.graph
     nodes: list[NodeProto] = []
@@ -209,8 +220,8 @@ def replace_markers(
         if node.domain != DOMAIN:
             nodes.append(node)
             continue
-        attributes = {attribute.name: attribute.s.decode() for attribute in node.attribute}
-        new, constants = dialect(node, attributes["tensor"], layers[attributes["layer"]])
+        name, tensor = _attributes(node)
+        new, constants = dialect(node, tensor, name, layers[name])
         nodes += new
         graph.initializer.extend(constant for constant in constants if constant.name not in known)  # once a layer
         known |= {constant.name for constant in constants}

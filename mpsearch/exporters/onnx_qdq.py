@@ -16,8 +16,8 @@ does not load, for want of a kernel (INT2, UINT4). onnxruntime 1.31 does all of 
   (QGemm, MatMulIntegerToFloat): sums of whole numbers, then the same scale. Convolutions compute in float.
 - **8-bit weights of 8-bit inputs are UINT8**, zero point 128: x86 processors without VNNI add two products
   UINT8 x INT8 in 16 bits, where 2 * 255 * 128 does not fit. Narrower ones fit.
-- **Weights of a float input are Cast -> Mul**: from DequantizeLinear -> MatMul the runtime makes MatMulNBits, which
-  rounds the *input* to 8 bits.
+- **Weights beside a float input are Cast -> Mul**: from DequantizeLinear -> MatMul the runtime makes MatMulNBits, which
+  rounds the *input* to 8 bits. So are those whose input is reshaped or padded between its quantizer and the layer.
 
     | bits of the weight | container | since opset |
     |--------------------|-----------|-------------|
@@ -35,6 +35,7 @@ value halfway between two codes, or within a rounding error of that, may go the 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,7 +44,7 @@ from torch import Tensor
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import uniform_grid, weight_codes
-from mpsearch.exporters.onnx_graph import DOMAIN, replace_markers, trace, write
+from mpsearch.exporters.onnx_graph import markers, replace_markers, trace, write
 from mpsearch.exporters.plain import per_channel
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
@@ -82,7 +83,7 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     uniform = {name: layer.weight.bits for name, layer in network.config.items() if layer.weight.quantizer == "uniform"}
     proto = trace(network, max((SINCE[container(bits)] for bits in uniform.values()), default=SINCE[8]))
     _free_biases(proto)
-    replace_markers(proto, layers, _quantizer)
+    replace_markers(proto, layers, partial(_quantizer, _integer_layers(proto)))
     proto.ir_version = max(proto.ir_version, helper.find_min_ir_version_for(proto.opset_import))
     sizes = {f"{name} weight": (bits, container(bits)) for name, bits in uniform.items()} | {
         f"{name} activation": (layer.activation.bits, 8)
@@ -109,12 +110,12 @@ def _free_biases(proto: ModelProto) -> None:
     """Give every Gemm of quantized matrices an `Add` for its bias, in place."""
     from onnx import helper
 
-    markers = {node.output[0] for node in proto.graph.node if node.domain == DOMAIN}
+    quantized = {y for y, _, _ in markers(proto)}
     nodes: list[NodeProto] = []
     for node in proto.graph.node:
         nodes.append(node)
         plain = all(attribute.name.startswith("trans") or attribute.f == 1 for attribute in node.attribute)
-        if node.op_type == "Gemm" and plain and len(node.input) == 3 and markers.issuperset(node.input[:2]):
+        if node.op_type == "Gemm" and plain and len(node.input) == 3 and quantized.issuperset(node.input[:2]):
             bias, (y,) = node.input.pop(), node.output
             node.output[0] = f"{y}_unbiased"
             nodes.append(helper.make_node("Add", [node.output[0], bias], [y]))
@@ -122,12 +123,26 @@ def _free_biases(proto: ModelProto) -> None:
     proto.graph.node.extend(nodes)
 
 
-def _quantizer(marker: NodeProto, tensor: str, layer: QuantLayer) -> tuple[list[NodeProto], list[TensorProto]]:
-    """The nodes and constants that stand for one quantizer."""
-    return (_weight if tensor == "weight" else _activation)(marker, layer)
+def _integer_layers(proto: ModelProto) -> frozenset[str]:
+    """The layers whose quantized input goes straight into their operator."""
+    inputs = {y: layer for y, layer, tensor in markers(proto) if tensor == "input"}
+    away = {
+        inputs[x]
+        for node in proto.graph.node
+        for x in node.input
+        if x in inputs and node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    }
+    return frozenset(inputs.values()) - away
 
 
-def _weight(marker: NodeProto, layer: QuantLayer) -> tuple[list[NodeProto], list[TensorProto]]:
+def _quantizer(
+    integer: frozenset[str], marker: NodeProto, tensor: str, name: str, layer: QuantLayer
+) -> tuple[list[NodeProto], list[TensorProto]]:
+    """The nodes and constants that stand for one quantizer; `integer`: the layers that may compute in integers."""
+    return _activation(marker, layer) if tensor == "input" else _weight(marker, layer, name in integer)
+
+
+def _weight(marker: NodeProto, layer: QuantLayer, integer: bool) -> tuple[list[NodeProto], list[TensorProto]]:
     from onnx import TensorProto, helper, numpy_helper
 
     (w,), (y,) = marker.input, marker.output  # a layer that is used twice has two markers of one weight
@@ -136,10 +151,10 @@ def _weight(marker: NodeProto, layer: QuantLayer) -> tuple[list[NodeProto], list
     codes, step = weight_codes(layer).cpu(), uniform_grid(layer.weight_quantizer).step.cpu()
     if bits == 1:
         codes, step = 2 * codes + 1, step / 2
-    unsigned = bits + precision.activation.bits > PAIR_BITS and not precision.activation.is_float
+    unsigned = integer and bits + precision.activation.bits > PAIR_BITS
     kind = "UINT8" if unsigned else f"INT{container(bits)}"
     stored = _integers(f"{w}_codes", kind, (codes + 128 * unsigned).numpy())
-    if precision.activation.is_float:
+    if not integer:
         scale = numpy_helper.from_array(per_channel(step, cast(Tensor, layer.weight), axis).numpy(), f"{w}_scale")
         nodes = [
             helper.make_node("Cast", [stored.name], [f"{y}_codes"], to=TensorProto.FLOAT),

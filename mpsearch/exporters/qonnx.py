@@ -40,7 +40,9 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     return write(proto, folder)
 
 
-def _quantizer(marker: NodeProto, tensor: str, layer: QuantLayer) -> tuple[list[NodeProto], list[TensorProto]]:
+def _quantizer(
+    marker: NodeProto, tensor: str, _name: str, layer: QuantLayer
+) -> tuple[list[NodeProto], list[TensorProto]]:
     """The nodes and constants that stand for one quantizer."""
     from onnx import helper, numpy_helper
 

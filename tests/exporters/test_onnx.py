@@ -158,6 +158,16 @@ def test_a_layer_used_twice_is_stored_once(tmp_path: Path) -> None:
     np.testing.assert_allclose(run_onnxruntime(path, x), network.model(x).detach().numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_an_input_padded_behind_its_quantizer_gets_the_same_answers(mode: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 8, 6, 6)
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, padding_mode=mode), nn.Flatten(), nn.Linear(288, 8))
+    network = prepared(model, x, "uniform:4", "uniform:8")
+    path = mpsearch.export(network, "onnx", tmp_path / "out").path / "model.onnx"
+    np.testing.assert_allclose(run_onnxruntime(path, x), network.model(x).detach().numpy(), rtol=0, atol=1e-5)
+
+
 def test_an_example_of_one_sample_leaves_the_batch_open(tmp_path: Path) -> None:
     x = torch.randn(64, 64)
     network = prepared(Twice(), x, "uniform:8", "uniform:8", examples=1)
