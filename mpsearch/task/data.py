@@ -24,7 +24,7 @@ from mpsearch.errors import TaskError, nearest
 from mpsearch.study import DataSpec
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.factory import call_factory
-from mpsearch.task.imagefolder import decoded, first_size, list_images, listing_key
+from mpsearch.task.imagefolder import DECODER, decoded, first_size, list_images, listing_key
 from mpsearch.task.images import Images, Normalization, Splits, StoredImages, StreamedImages
 from mpsearch.task.task import Split
 
@@ -140,14 +140,14 @@ def _from_folder(spec: DataSpec, workers: int) -> Images:
                 f"'{listing.root}' takes more than {MEMORY_LIMIT_BYTES / 2**30:.0f} GiB as pixels and is read as it is "
                 f"needed: set task.data.image_size, as in image_size: 224 (the first image is {width}x{height})"
             )
-        key = _key(spec, listing_key(listing, stat=False))
+        key = _key(spec, DECODER, listing_key(listing, stat=False))
         return StreamedImages(
             name, key, listing.paths, listing.labels, splits, normalize, classes, side, spec.augment, workers
         )
     content = listing_key(listing, stat=True)
     pixels = decoded(listing, content, side, workers)
     return StoredImages(
-        name, _key(spec, content), pixels, listing.labels, splits, normalize, classes, augment=spec.augment
+        name, _key(spec, DECODER, content), pixels, listing.labels, splits, normalize, classes, augment=spec.augment
     )
 
 

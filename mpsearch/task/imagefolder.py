@@ -25,7 +25,7 @@ from mpsearch.task.task import Split
 
 logger = logging.getLogger(__name__)
 
-DECODER = 1  # raise when decoding or resizing changes: entries of the cache are made again
+DECODER = 2  # raise when decoding or resizing changes: entries of the cache are made again
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 

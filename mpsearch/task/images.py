@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -276,15 +277,54 @@ class _Files(Dataset[tuple[Tensor, int]]):
 
 
 def open_rgb(path: Path) -> Any:
-    """A decoded PIL image with three channels.
+    """A decoded PIL image with three channels of 8 bits, whatever the file's own mode is.
+
+    16 bits become 8 by 65535 -> 255. Grey, palette and CMYK images are converted as PIL does it.
 
     Raises:
-        TaskError: the file is no image, or a damaged one.
+        TaskError: the file is no image, or a damaged one; its numbers have no known white (floats, 32 bits); or pixels
+            are transparent: what the network would see there depends on a background that nobody has named.
     """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            image.load()
+            return _rgb(image)
+    except _Unusable as why:
+        raise TaskError(f"'{path}' is an image of mode {why}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise TaskError(f"'{path}' is not an image that can be read: {error}; repair or remove it") from None
+
+
+class _Unusable(Exception):
+    """Why an image that can be read is not taken, and what to do."""
+
+
+def _rgb(image: Any) -> Any:
+    from PIL import Image
+
+    mode: str = image.mode
+    if mode.startswith("I"):
+        # PNG and PGM have no more than 16 bits and PIL scales PGM's; TIFF says in tag 258 that a pixel has, say, 12.
+        bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
+        if bits > 16 or (mode == "I" and image.format not in ("PNG", "PPM")):
+            raise _Unusable(f"{mode} ({bits} bits), for which no pixel value is known to be white: " + _SAVE_AGAIN)
+        grey = np.asarray(image).astype(np.float64) * (255 / (2**bits - 1))
+        return Image.fromarray(np.rint(grey).astype(np.uint8)).convert("RGB")
+    if mode == "F":
+        raise _Unusable("F (floats), for which no pixel value is known to be white: " + _SAVE_AGAIN)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if (lowest := image.getchannel("A").getextrema()[0]) < 255:
+            raise _Unusable(
+                f"{mode} with transparent pixels (alpha {lowest} of 255), and what is seen there depends on the "
+                "background: paint the images on the one that the network was trained on, as by "
+                "`background.paste(image, mask=image.getchannel('A'))`, and save them as RGB"
+            )
+    return image.convert("RGB")
+
+
+_SAVE_AGAIN = (
+    "save it with 8 or 16 bits, or bring the images as tensors (`kind: module:function`; floats with 1.0 as white)"
+)

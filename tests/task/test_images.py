@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from mpsearch.task.images import (
     SampledImages,
     StoredImages,
     StreamedImages,
+    open_rgb,
     random_crop_flip,
     shuffled_batches,
 )
@@ -180,3 +183,80 @@ def test_a_damaged_image_in_a_stream_is_named_without_a_traceback(streamed: Stre
     with pytest.raises(TaskError, match=r"4\.png' is not an image") as caught:
         list(streamed.batches("val", 8))
     assert "Traceback" not in str(caught.value)
+
+
+def grey16(value: int, kind: str) -> np.ndarray:
+    return np.full((4, 4), value, dtype=kind)
+
+
+# What a file holds, under which name it is saved, the mode that PIL reads, and the right pixel.
+READ = [
+    (Image.new("1", (4, 4), 1), "a.png", "1", (255, 255, 255)),
+    (Image.new("L", (4, 4), 77), "a.png", "L", (77, 77, 77)),
+    (Image.new("RGB", (4, 4), (10, 20, 30)).quantize(4), "a.png", "P", (10, 20, 30)),
+    (Image.new("RGB", (4, 4), (10, 20, 30)), "a.png", "RGB", (10, 20, 30)),
+    (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "a.tif", "CMYK", (255, 0, 0)),
+    (Image.new("LA", (4, 4), (77, 255)), "a.png", "LA", (77, 77, 77)),
+    (Image.new("RGBA", (4, 4), (10, 20, 30, 255)), "a.png", "RGBA", (10, 20, 30)),
+    (grey16(60 * 257, "<u2"), "a.png", "I;16", (60, 60, 60)),
+    (grey16(170 * 257, "<u2"), "a.png", "I;16", (170, 170, 170)),
+    (grey16(170 * 257 + 100, "<u2"), "a.tif", "I;16", (170, 170, 170)),
+    (grey16(170 * 257 + 150, "<u2"), "a.tif", "I;16", (171, 171, 171)),
+    (grey16(65535, ">u2"), "a.tif", "I;16B", (255, 255, 255)),
+    (grey16(60 * 257, "<u2"), "a.pgm", "I", (60, 60, 60)),
+]
+
+
+@pytest.mark.parametrize(("content", "name", "mode", "right"), READ, ids=[f"{r[2]}-{i}" for i, r in enumerate(READ)])
+def test_images_of_every_mode_arrive_with_their_own_brightness(
+    tmp_path: Path, content: object, name: str, mode: str, right: tuple[int, ...]
+):
+    image = content if isinstance(content, Image.Image) else Image.fromarray(content)
+    image.save(tmp_path / name)
+    assert Image.open(tmp_path / name).mode == mode
+    read = open_rgb(tmp_path / name)
+    assert read.mode == "RGB"
+    assert (np.asarray(read) == right).all()
+
+
+def test_twelve_bits_of_a_tiff_have_their_own_white(tmp_path: Path):
+    packed = np.array([[0x8F, 0xF8, 0xFF], [0xFF, 0xF0, 0x00]], dtype=np.uint8)  # 0x8ff, 0x8ff / 0xfff, 0x000
+    _tiff(tmp_path / "a.tif", packed.tobytes(), width=2, height=2, bits=12)
+    assert Image.open(tmp_path / "a.tif").mode == "I;16"
+    assert np.asarray(open_rgb(tmp_path / "a.tif"))[..., 0].tolist() == [[143, 143], [255, 0]]  # 143.3
+
+
+def _tiff(path: Path, pixels: bytes, width: int, height: int, bits: int) -> None:
+    """A grey TIFF as its standard has it: PIL writes none of 12 bits."""
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    tags.append((279, len(pixels)))
+    pixels += b"\0" * (len(pixels) % 2)
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(pixels))
+    path.write_bytes(head + pixels + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0))
+
+
+GREY = Image.new("L", (4, 4), 9)
+REFUSED = [
+    (Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)), "a.tif", {}, "mode F .*no pixel value is known to be w"),
+    (
+        Image.fromarray(np.full((4, 4), 9, dtype=np.int32)),
+        "a.tif",
+        {},
+        r"mode I \(32 bits\).*save it with 8 or 16 bits",
+    ),
+    (Image.new("LA", (4, 4), (77, 0)), "a.png", {}, "mode LA with transparent pixels .alpha 0 of 255"),
+    (Image.new("RGBA", (4, 4), (10, 20, 30, 254)), "a.png", {}, "mode RGBA with .*alpha 254.*the background"),
+    (GREY.convert("P"), "a.png", {"transparency": 9}, "mode P with transparent pixels"),
+    (GREY, "a.png", {"transparency": 9}, "mode L with transparent pixels"),
+    (Image.new("RGB", (4, 4), (1, 2, 3)), "a.png", {"transparency": (1, 2, 3)}, "mode RGB with transparent pixels"),
+]
+
+
+@pytest.mark.parametrize(("image", "name", "keys", "message"), REFUSED, ids=[f"{r[0].mode}" for r in REFUSED])
+def test_images_without_a_known_white_or_background_are_refused_by_name(
+    tmp_path: Path, image: Image.Image, name: str, keys: dict[str, object], message: str
+):
+    image.save(tmp_path / name, **keys)
+    with pytest.raises(TaskError, match=rf"{name}' is an image of {message}"):
+        open_rgb(tmp_path / name)
