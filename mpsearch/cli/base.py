@@ -6,34 +6,64 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from mpsearch import __version__
+from mpsearch.cli.printing import replace_unprintable
 from mpsearch.errors import MpsearchError
-
-if TYPE_CHECKING:
-    from mpsearch.problem import Problem
-    from mpsearch.study import StudySpec
 
 app = typer.Typer(
     name="mpsearch",
     help="Search the bit-widths and quantizer types of a network's layers: accuracy against hardware cost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
-Study = Annotated[str, typer.Argument(help="a shipped study by name (digits), or the path of a study file")]
-Run = Annotated[Path, typer.Argument(help="a run folder")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE over the study file; may be repeated")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON for programs instead of a table")]
+
+def _studies(incomplete: str) -> list[str]:
+    """Shipped studies, for the completion of a shell, which completes paths by itself."""
+    from mpsearch.shipped import shipped_names
+
+    return [name for name in shipped_names("studies") if name.startswith(incomplete)]
+
+
+Study = Annotated[
+    str,
+    typer.Argument(help="A shipped study by name (digits), or the path of a study file.", autocompletion=_studies),
+]
+Run = Annotated[Path, typer.Argument(help="A run folder.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Value for one key of the study file, as search.trials=20; may be repeated (default: the file's values).",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"mpsearch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass  # the help text of the app is above
 
 
 def main() -> None:
     """The `mpsearch` command."""
+    replace_unprintable()
     _print_progress()
     try:
         app(standalone_mode=True)
@@ -59,12 +89,3 @@ def _print_progress() -> None:
     logger = logging.getLogger("mpsearch.progress")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-
-
-def open_study(study: str, set_: Sequence[str] | None) -> tuple[StudySpec, Problem]:
-    """The study of that name or path, with its overrides, and the problem that it states."""
-    from mpsearch.problem import open_problem
-    from mpsearch.study import load_study
-
-    spec = load_study(study, set_ or ())
-    return spec, open_problem(spec)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,15 +35,18 @@ def make_table(*columns: str) -> Table:
     return table
 
 
-def print_made(seconds: Mapping[str, float], notes: Sequence[str], out: Path | None) -> None:
-    """How long each stage of making a network took, what was left out, and where the network is."""
-    console = make_console()
-    stages = ", ".join(f"{stage} {duration(spent)}" for stage, spent in seconds.items())
-    console.print(stages, highlight=False, soft_wrap=True)
-    for note in notes:
-        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
-    if out is not None:
-        console.print(f"written to {out}", highlight=False, markup=False, soft_wrap=True)
+def print_lines(lines: Iterable[str], console: Console | None = None, style: str | None = None) -> None:
+    """Lines of text as they are: not wrapped, coloured as a whole."""
+    console = console or make_console()
+    for line in lines:
+        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+def replace_unprintable() -> None:
+    """Let an output that cannot show a character (ASCII has no ±) print `?` for it, where Python would stop."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def print_json(document: Any) -> None:

@@ -1,22 +1,22 @@
-"""What is shown while a command works: trials of a run, steps of a training."""
+"""What is shown while a command works: observers that draw in a terminal, or print lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mpsearch.cli.printing import duration, make_console, percent
+from mpsearch.observer import Observer
 
 if TYPE_CHECKING:
     from mpsearch.problem import Problem
     from mpsearch.record import RunFolder, TrialRecord
-    from mpsearch.search.engine import Event
 
 
-class RunProgress:
+class RunProgress(Observer):
     """Progress of a run: a bar in a terminal, a line per trial elsewhere."""
 
     def __init__(self) -> None:
@@ -24,86 +24,100 @@ class RunProgress:
 
         from mpsearch.report.terminal import FrontProgress
 
-        self.console = make_console(stderr=True)
-        self.progress = FrontProgress(
+        self.folder: RunFolder | None = None
+        self._console = make_console(stderr=True)
+        self._progress = FrontProgress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[best]}"),
             TextColumn("{task.fields[eta]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
+            console=self._console,
+            disable=not self._console.is_terminal,
         )
-        self.problem: Problem | None = None
-        self.folder: RunFolder | None = None
-        self.ended: list[TrialRecord] = []
-        self.earlier = 0
-        self.began = time.monotonic()
+        self._ended: list[TrialRecord] = []
+        self._earlier = 0
+        self._began = time.monotonic()
 
     def on_ready(self, problem: Problem, folder: RunFolder) -> None:
         """The run starts."""
-        self.problem, self.folder = problem, folder
+        self.folder = folder
+        self._name, self._trials = problem.spec.name, problem.spec.search.trials
         _log_to(folder)
-        self.ended = folder.records()
-        self.earlier = len(self.ended)
-        self.began = time.monotonic()
+        self._ended = folder.records()
+        self._earlier = len(self._ended)
+        self._began = time.monotonic()
         for line in problem.summary():
-            self.console.print(line, style="dim", soft_wrap=True, highlight=False)
+            self._console.print(line, style="dim", soft_wrap=True, highlight=False)
         for warning in problem.notes:
-            self.console.print(f"[yellow]Warning:[/] {warning}", soft_wrap=True, highlight=False)
-        self.task = self.progress.add_task(
-            problem.spec.name, total=problem.spec.search.trials, completed=self.earlier, best="", eta=""
-        )
-        self.progress.start()
+            self._console.print(f"[yellow]Warning:[/] {warning}", soft_wrap=True, highlight=False)
+        self._bar = self._progress.add_task(self._name, total=self._trials, completed=self._earlier, best="", eta="")
+        self._progress.start()
 
-    def on_progress(self, stage: str, done: int, total: int) -> None:
+    def on_stage(self, stage: str, done: int, total: int) -> None:
         """The warm start goes on."""
-        self.progress.update(self.task, description=f"warm start: {stage}", completed=done, total=total)
+        self._progress.update(self._bar, description=f"warm start: {stage}", completed=done, total=total)
         if done == total:
-            took = f"{stage} took {duration(time.monotonic() - self.began)}"
-            self.console.print(took, style="dim", highlight=False)
-            self.began = time.monotonic()
-            assert self.problem is not None
-            name, trials = self.problem.spec.name, self.problem.spec.search.trials
-            self.progress.update(self.task, description=name, completed=self.earlier, total=trials)
+            took = f"{stage} took {duration(time.monotonic() - self._began)}"
+            self._console.print(took, style="dim", highlight=False)
+            self._began = time.monotonic()
+            self._progress.update(self._bar, description=self._name, completed=self._earlier, total=self._trials)
 
-    def on_event(self, event: Event) -> None:
-        """A trial has started or ended."""
-        from mpsearch.search.engine import Finished
-
-        if not isinstance(event, Finished) or self.problem is None:
-            return
+    def on_trial_ended(self, record: TrialRecord) -> None:
+        """A trial has ended."""
         from mpsearch.report.terminal import sketch
         from mpsearch.search.front import pareto_front
 
-        record = event.record
-        self.ended.append(record)
-        done, total = len(self.ended), self.problem.spec.search.trials
-        new = done - self.earlier
-        left_s = (time.monotonic() - self.began) / new * (total - done)
-        front = pareto_front(self.ended)
+        self._ended.append(record)
+        done = len(self._ended)
+        left_s = (time.monotonic() - self._began) / (done - self._earlier) * (self._trials - done)
+        front = pareto_front(self._ended)
         best = f"best {percent(front.best.accuracy)}, {len(front)} on the front" if front.trials else ""
-        self.progress.sketch = sketch(self.ended)
-        self.progress.update(self.task, completed=done, best=best, eta=f"{duration(left_s)} left")
-        if self.progress.disable or record.state == "failed":
+        self._progress.sketch = sketch(self._ended)
+        self._progress.update(self._bar, completed=done, best=best, eta=f"{duration(left_s)} left")
+        if self._progress.disable or record.state == "failed":
             outcome = (
                 f"failed: {record.reason}"
                 if record.state == "failed"
                 else f"{percent(record.accuracy)} at cost {record.cost:.4f}"
                 + (", stopped" if record.state == "stopped" else "")
             )
-            self.console.print(
-                f"[{done}/{total}] trial {record.number} ({record.origin}): {outcome}, {record.wall.total_s:.1f} s",
+            self._console.print(
+                f"[{done}/{self._trials}] trial {record.number} ({record.origin}): {outcome}, "
+                f"{record.wall.total_s:.1f} s",
                 style="yellow" if record.state == "failed" else None,
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
             )
 
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+        self._progress.stop()
+
+
+class FinalProgress(Observer):
+    """A line per final training."""
+
+    def on_final_started(self, trial: TrialRecord, seed: int, done: int, total: int) -> None:
+        """A training starts."""
+        line = f"[{done + 1}/{total}] trial {trial.number} (cost {trial.cost:.3f}), seed {seed}"
+        make_console(stderr=True).print(line, highlight=False, markup=False)
+
+
+class StageProgress(Observer):
+    """A line per stage."""
+
+    def on_stage(self, stage: str, done: int, total: int) -> None:
+        """A stage starts or goes on."""
+        if done == 0:
+            parts = f" ({total})" if total > 1 else ""
+            make_console(stderr=True).print(f"{stage}{parts}", style="dim", highlight=False, markup=False)
+
 
 @contextmanager
-def training_progress(name: str) -> Iterator[Callable[[int, int, float], None]]:
-    """Progress of one training: (step, steps, loss) in a terminal, silence elsewhere."""
+def training_progress(name: str) -> Iterator[Observer]:
+    """Progress of one training: steps and loss in a terminal, silence elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = make_console(stderr=True)
@@ -115,8 +129,13 @@ def training_progress(name: str) -> Iterator[Callable[[int, int, float], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        job = progress.add_task(name, total=None, loss=float("nan"))
-        yield lambda step, steps, loss: progress.update(job, completed=step + 1, total=steps, loss=loss)
+        bar = progress.add_task(name, total=None, loss=float("nan"))
+
+        class Steps(Observer):
+            def on_step(self, step: int, steps: int, loss: float) -> None:
+                progress.update(bar, completed=step, total=steps, loss=loss)
+
+        yield Steps()
 
 
 def _log_to(folder: RunFolder) -> None:

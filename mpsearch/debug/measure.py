@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from mpsearch.debug.diagnosis import (
 from mpsearch.errors import PrecisionError, TaskError
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.inputs import layer_input
+from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import FLOAT, LayerPrecision, PrecisionConfig
 from mpsearch.ptq.bias import correct_bias_empirically
 from mpsearch.ptq.equalize import equalize
@@ -60,22 +61,20 @@ BINS = 80
 HISTOGRAM_SAMPLES = 4096  # activations kept of each layer and batch
 
 
-def diagnose(
-    task: Task, config: PrecisionConfig | LayerPrecision, on_stage: Callable[[str], None] = lambda stage: None
-) -> Diagnosis:
+def diagnose(task: Task, config: PrecisionConfig | LayerPrecision, observer: Observer = SILENT) -> Diagnosis:
     """Measure where `config` costs the task's network its accuracy.
 
     Args:
         task: its val split is scored some (2 x layers + 10) times: give a sampled one.
         config: a precision for each quantizable layer, or one for all of them.
-        on_stage: told what is measured next.
+        observer: told of its stages: the sanity check, the parts, the layers, the remedies.
 
     Raises:
         PrecisionError: the config does not fit the network.
         TaskError: the network cannot be inspected.
     """
     began = time.perf_counter()
-    on_stage("float model, and quantizers at 32 bits")
+    observer.on_stage("float model, and quantizers at 32 bits", 0, 1)
     model, calibration_input = task.float_model(), task.calibration_input(CALIBRATION_SAMPLES)
     graph = inspect_network(model, calibration_input)
     layers = graph.layers
@@ -83,32 +82,40 @@ def diagnose(
     net = fold_batch_norms(model, layers, calibration_input)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer = _Scorer(task, model.to(device))
-    bench = _Bench(net, layers, config, calibration_input, scorer, device)
-    sanity = bench.score(_keep(config, None))
-    found = Diagnosis(
+    workbench = _Workbench(net, layers, config, calibration_input, scorer, device)
+    sanity = workbench.score(_keep(config, None))
+    diagnosis = Diagnosis(
         config, task.metric, scorer.samples, scorer.float_accuracy, sanity, {}, (), (), (), graph.notes + net.notes, 0.0
     )
-    if found.sane:
-        on_stage("weights, activations, all")
-        found = replace(
-            found,
+    observer.on_stage("float model, and quantizers at 32 bits", 1, 1)
+    if diagnosis.sane:
+        observer.on_stage("weights, activations, all", 0, 1)
+        diagnosis = replace(
+            diagnosis,
             parts={
-                "weights": bench.score(_keep(config, "weight")),
-                "activations": bench.score(_keep(config, "activation")),
-                "all": bench.score(config),
+                "weights": workbench.score(_keep(config, "weight")),
+                "activations": workbench.score(_keep(config, "activation")),
+                "all": workbench.score(config),
             },
         )
-        on_stage(f"{len(config)} layers one by one")
-        found = replace(found, layers=tuple(bench.facts(layer) for layer in layers if layer.name in config))
-        on_stage("remedies")
+        observer.on_stage("weights, activations, all", 1, 1)
+        facts: list[LayerFacts] = []
+        for layer in layers:
+            if layer.name in config:
+                observer.on_stage("layers one by one", len(facts), len(config))
+                facts.append(workbench.facts(layer))
+        diagnosis = replace(diagnosis, layers=tuple(facts))
+        observer.on_stage("layers one by one", len(config), len(config))
+        observer.on_stage("remedies", 0, 1)
         untraced = () if trace(net.model) else ("no cross-layer equalization: torch.fx cannot trace the model",)
-        found = replace(
-            found,
-            notes=found.notes + untraced,
-            histograms=tuple(bench.histogram(name, side) for side in SIDES for name in found.worst(side)),
-            attempts=tuple(_attempts(found, bench)),
+        diagnosis = replace(
+            diagnosis,
+            notes=diagnosis.notes + untraced,
+            histograms=tuple(workbench.histogram(name, side) for side in SIDES for name in diagnosis.worst(side)),
+            attempts=tuple(_attempts(diagnosis, workbench)),
         )
-    return replace(found, seconds=time.perf_counter() - began)
+        observer.on_stage("remedies", 1, 1)
+    return replace(diagnosis, seconds=time.perf_counter() - began)
 
 
 class _Scorer:
@@ -141,7 +148,7 @@ class _Scorer:
         return accuracy, torch.cat(kept)
 
 
-class _Bench:
+class _Workbench:
     """One float network, prepared once: every config is a matter of buffers."""
 
     def __init__(
@@ -169,13 +176,13 @@ class _Bench:
         set_precision(self._quantized, config, self._ranges)
         return self._quantized
 
-    def equalized(self) -> _Bench | None:
+    def equalized(self) -> _Workbench | None:
         """The same after cross-layer equalization; None where there is nothing to equalize."""
         flow = trace(self.net.model)
         if flow is None or not flow.chains():
             return None
         net = equalize(self.net)
-        return _Bench(net, self.layers, self.config, self.calibration_input, self._scorer, self._device)
+        return _Workbench(net, self.layers, self.config, self.calibration_input, self._scorer, self._device)
 
     def facts(self, layer: LayerInfo) -> LayerFacts:
         """One layer's two tensors, each quantized alone."""
@@ -245,25 +252,25 @@ class _Bench:
         return {name: (_decibel(power[name], noise[name]), torch.cat(samples[name])) for name in layers}
 
 
-def _attempts(found: Diagnosis, bench: _Bench) -> Iterator[Attempt]:
+def _attempts(diagnosis: Diagnosis, workbench: _Workbench) -> Iterator[Attempt]:
     """The remedies of each side that is a problem, in the order of the flow."""
-    sides = [side for side in SIDES if found.harmful(SIDES[side])]
-    equalized = bench.equalized() if sides else None
+    sides = [side for side in SIDES if diagnosis.harmful(SIDES[side])]
+    equalized = workbench.equalized() if sides else None
     for side in sides:
-        config = _keep(bench.config, side)
+        config = _keep(workbench.config, side)
         if equalized is not None:
             yield Attempt("cle", side, (), equalized.score(config))
         if side == "weight":
-            yield from _weight_attempts(bench, config)
+            yield from _weight_attempts(workbench, config)
         elif all(layer.activation.quantizer in ("uniform", "float") for layer in config.values()):
-            model = copy.deepcopy(bench.under(_keep(config, None))).cpu()
-            set_activation_ranges(model, config, bench.calibration_input, "min_max")
-            yield Attempt("min_max", side, (), bench.score_model(model))
-        worst = found.worst(side)
-        yield Attempt("more_bits", side, worst, bench.score(widened(config, worst)))
+            model = copy.deepcopy(workbench.under(_keep(config, None))).cpu()
+            set_activation_ranges(model, config, workbench.calibration_input, "min_max")
+            yield Attempt("min_max", side, (), workbench.score_model(model))
+        worst = diagnosis.worst(side)
+        yield Attempt("more_bits", side, worst, workbench.score(widened(config, worst)))
 
 
-def _weight_attempts(bench: _Bench, config: PrecisionConfig) -> Iterator[Attempt]:
+def _weight_attempts(workbench: _Workbench, config: PrecisionConfig) -> Iterator[Attempt]:
     shared = tuple(
         n for n, layer in config.items() if not layer.weight.is_float and layer.weight.granularity == "tensor"
     )
@@ -271,10 +278,10 @@ def _weight_attempts(bench: _Bench, config: PrecisionConfig) -> Iterator[Attempt
         per_channel = config.replace(
             **{n: LayerPrecision(replace(config[n].weight, granularity="channel"), FLOAT) for n in shared}
         )
-        yield Attempt("per_channel", "weight", shared, bench.score(per_channel))
-    model = copy.deepcopy(bench.under(config)).cpu()
-    correct_bias_empirically(model, bench.net.model, bench.calibration_input)
-    yield Attempt("bias_correction", "weight", (), bench.score_model(model))
+        yield Attempt("per_channel", "weight", shared, workbench.score(per_channel))
+    model = copy.deepcopy(workbench.under(config)).cpu()
+    correct_bias_empirically(model, workbench.net.model, workbench.calibration_input)
+    yield Attempt("bias_correction", "weight", (), workbench.score_model(model))
 
 
 def channel_ratio(rows: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.problem import Problem
 from mpsearch.qat.gdnsq import gdnsq
@@ -14,9 +15,6 @@ from mpsearch.quant.prepare import check_names
 from mpsearch.space.space import SearchSpace
 from mpsearch.study import TrialSpec
 from mpsearch.workbench import Workbench
-
-OnStep = Callable[[int, int, float], None]
-"""(step, steps, training loss) -> None."""
 
 METHODS: Mapping[str, Callable[[Problem, PrecisionConfig, TrialSpec, Callable[[int, float], None]], Trained]] = {
     "qat": lambda problem, config, settings, on_step: qat(problem.task, config, settings, on_step),
@@ -48,7 +46,7 @@ def train_one(
     method: str,
     epochs: float,
     seed: int,
-    on_step: OnStep = lambda _i, _n, _loss: None,
+    observer: Observer = SILENT,
 ) -> Scored:
     """Train the network of a study at one target and score val and test.
 
@@ -58,7 +56,7 @@ def train_one(
         method: one of METHODS.
         epochs: passes over the training data.
         seed: of the batches and of whatever is random.
-        on_step: called after every step.
+        observer: told after every step.
 
     Raises:
         PrecisionError: the target does not fit the network or the method.
@@ -68,7 +66,7 @@ def train_one(
     config, fixed = target_config(problem.space, target)
     steps = max(1, round(epochs * task.steps_per_epoch(problem.spec.trial.batch_size)))
     settings = problem.spec.trial.model_copy(update={"steps": steps, "seed": seed})
-    trained = METHODS[method](problem, config, settings, lambda step, loss: on_step(step, steps, loss))
+    trained = METHODS[method](problem, config, settings, lambda step, loss: observer.on_step(step + 1, steps, loss))
     float_model = task.float_model()
     return Scored(
         trained,

@@ -21,12 +21,12 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from mpsearch.errors import MpsearchError, RunError, WriteError
+from mpsearch.observer import SILENT, Observer
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.view import OptunaView
@@ -37,24 +37,6 @@ logger = logging.getLogger(__name__)
 Runner = Callable[[Proposal], TrialRecord]
 
 
-@dataclass(frozen=True)
-class Started:
-    """A trial has been proposed and starts."""
-
-    proposal: Proposal
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A trial has ended, whatever became of it, and is on the disk."""
-
-    proposal: Proposal
-    record: TrialRecord
-
-
-Event = Started | Finished
-
-
 def run_trials(
     controller: SearchController,
     folder: RunFolder,
@@ -62,7 +44,7 @@ def run_trials(
     make_runner: Callable[[], Runner],
     engine: EngineSpec,
     concurrency: int = 1,
-    on_event: Callable[[Event], None] = lambda _: None,
+    observer: Observer = SILENT,
 ) -> None:
     """Run trials until the controller has no more; then `controller.stop_reason` says why.
 
@@ -77,14 +59,14 @@ def run_trials(
             picklable where Ray is used.
         engine: `address: none` runs one trial at a time in this process and ignores `concurrency`.
         concurrency: workers, each with its share of the CPUs (and GPUs).
-        on_event: called in this process when a trial starts and when it has ended.
+        observer: told in this process when a trial starts and when it has ended.
 
     Raises:
         RunError: a trial could not be recorded, or Ray cannot be started or reached.
         WriteError: weights could not be written; the trial is on no record, and is proposed again by a resumed run.
         KeyboardInterrupt: as given; the trials that ran are dropped, those that had ended are on the disk.
     """
-    book = _Book(controller, folder, view, on_event)
+    book = _Book(controller, folder, view, observer)
     try:
         if engine.address == "none":
             _run_here(book, make_runner)
@@ -125,12 +107,12 @@ class _Book:
         controller: SearchController,
         folder: RunFolder,
         view: OptunaView | None,
-        on_event: Callable[[Event], None],
+        observer: Observer,
     ) -> None:
         self._controller = controller
         self._folder = folder
         self._view = view
-        self._on_event = on_event
+        self._observer = observer
         self._running: dict[int, RunningTrial] = {}
 
     def start(self) -> Proposal | None:
@@ -140,7 +122,7 @@ class _Book:
             trial = RunningTrial(proposal.number, proposal.origin, proposal.cost, time.time())
             self._running[proposal.number] = trial
             self._folder.running = tuple(self._running.values())
-            self._on_event(Started(proposal))
+            self._observer.on_trial_started(trial)
         return proposal
 
     def finish(self, proposal: Proposal, record: TrialRecord) -> None:
@@ -151,7 +133,7 @@ class _Book:
         self._folder.running = tuple(self._running.values())
         if self._view is not None:
             self._view.add(record)
-        self._on_event(Finished(proposal, record))
+        self._observer.on_trial_ended(record)
 
 
 def _run_here(book: _Book, make_runner: Callable[[], Runner]) -> None:

@@ -7,13 +7,14 @@ the same way: a mixed config that does not beat its baseline is then seen not to
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mpsearch.errors import RunError
+from mpsearch.observer import SILENT, Observer
 from mpsearch.problem import Problem, write_facts
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord, checkpoint_path, final_path
 from mpsearch.search.finals import FinalRow, plan_finals, planned_rows
@@ -27,7 +28,7 @@ from mpsearch.workbench import Workbench
 def finalize(
     problem: Problem,
     folder: RunFolder,
-    on_progress: Callable[[int, int, TrialRecord, int], None] = lambda done, total, trial, seed: None,
+    observer: Observer = SILENT,
     trials: Sequence[TrialRecord] | None = None,
 ) -> list[FinalRow]:
     """Train and score the picked points and their baselines; what was done before an interruption is not done again.
@@ -35,7 +36,7 @@ def finalize(
     Args:
         problem: the study.
         folder: its run.
-        on_progress: called before each training with (done, total, trial, seed).
+        observer: told before each training.
         trials: train these instead.
 
     Returns:
@@ -57,7 +58,7 @@ def finalize(
         for position, (trial, seed) in enumerate(jobs):
             if (trial.number, seed) in done:
                 continue
-            on_progress(position, len(jobs), trial, seed)
+            observer.on_final_started(trial, seed, position, len(jobs))
             settings = problem.spec.trial.model_copy(update={"steps": steps})
             workbench = workbench or Workbench(problem.task, settings, offers=problem.space.offers, graph=problem.graph)
             kept = checkpoint_path(folder.checkpoints, trial.number)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mpsearch.errors import RunError, SpaceError
+from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem, open_problem, reopen, write_facts
-from mpsearch.record import RunFolder, TrialRecord, checkpoint_path
+from mpsearch.record import RunFolder, RunningTrial, TrialRecord, checkpoint_path
 from mpsearch.search.controller import Proposal, SearchController
-from mpsearch.search.engine import Event, Finished, run_trials
+from mpsearch.search.engine import run_trials
 from mpsearch.search.front import ParetoFront, front_rows, pareto_front
 from mpsearch.search.kept import FrontWeights
 from mpsearch.search.knee import keep_values
@@ -29,25 +30,13 @@ from mpsearch.workbench import Workbench
 logger = logging.getLogger(__name__)
 
 
-OnProgress = Callable[[str, int, int], None]
-"""(stage, done, total) -> None."""
-
-
-def run_study(
-    spec: StudySpec,
-    out: str | Path | None = None,
-    on_event: Callable[[Event], None] = lambda event: None,
-    on_ready: Callable[[Problem, RunFolder], None] = lambda problem, folder: None,
-    on_progress: OnProgress = lambda stage, done, total: None,
-) -> ParetoFront:
+def run_study(spec: StudySpec, out: str | Path | None = None, observer: Observer = SILENT) -> ParetoFront:
     """Run a study in a new run folder and return its front.
 
     Args:
         spec: the study.
         out: the run folder; default `runs/<name>`.
-        on_event: called when a trial starts or has ended.
-        on_ready: called once when everything is loaded and checked.
-        on_progress: called during the warm start with (stage, done, total).
+        observer: told when everything is loaded and checked, of the warm start, and of every trial.
 
     Raises:
         MpsearchError: the study cannot be used, or the search had to be given up.
@@ -56,17 +45,16 @@ def run_study(
     problem = replace(problem, notes=tuple(problem.warnings()))
     space_yaml = shipped("search_spaces", spec.space, SpaceError).read_text(encoding="utf-8")
     folder = RunFolder.create(out or Path("runs") / spec.name, spec.to_yaml(), space_yaml)
-    return _search(problem, folder, on_event, on_ready, on_progress)
+    return _search(problem, folder, observer)
 
 
-def resume_study(
-    run: str | Path,
-    on_event: Callable[[Event], None] = lambda event: None,
-    on_ready: Callable[[Problem, RunFolder], None] = lambda problem, folder: None,
-    trials: int | None = None,
-    on_progress: OnProgress = lambda stage, done, total: None,
-) -> ParetoFront:
-    """Go on with a run, whatever ended it; `trials` changes how many are wanted in all.
+def resume_study(run: str | Path, trials: int | None = None, observer: Observer = SILENT) -> ParetoFront:
+    """Go on with a run, whatever ended it.
+
+    Args:
+        run: its folder.
+        trials: the number of trials in all, earlier ones included; default: the study's.
+        observer: as for `run_study`.
 
     Raises:
         MpsearchError: as `run_study`.
@@ -75,26 +63,20 @@ def resume_study(
     spec = read_spec(folder)
     if trials is not None:
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": trials})})
-    return _search(reopen(folder, spec), folder, on_event, on_ready, on_progress)
+    return _search(reopen(folder, spec), folder, observer)
 
 
-def _search(
-    problem: Problem,
-    folder: RunFolder,
-    on_event: Callable[[Event], None],
-    on_ready: Callable[[Problem, RunFolder], None],
-    on_progress: OnProgress,
-) -> ParetoFront:
+def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFront:
     spec = problem.spec
     with folder.driving():
         records = folder.records()
         write_facts(folder, problem)
         view = open_view(spec.storage, folder, spec.name, problem.space, spec.cost.budget, records, problem.cost)
         folder.checkpoints.mkdir(exist_ok=True)
-        on_ready(problem, folder)
+        observer.on_ready(problem, folder)
         began = time.monotonic()
         initial_configs = warm_start(
-            spec, problem.task, problem.graph, problem.space, problem.cost, folder.warmstart, on_progress
+            spec, problem.task, problem.graph, problem.space, problem.cost, folder.warmstart, observer
         )
         controller = SearchController(
             problem.space,
@@ -105,27 +87,36 @@ def _search(
             records,
             started=began,
         )
-        weights = FrontWeights(folder, records)
-        keep_values(problem, folder, weights.front)
-
-        def ended(event: Event) -> None:
-            if isinstance(event, Finished):
-                weights.keep(event.record)
-                write_front(problem, folder, weights.front)
-                keep_values(problem, folder, weights.front)
-            on_event(event)
-
+        front = _FrontKeeper(problem, folder, records, observer)
         make_runner = functools.partial(
             trial_runner, spec, str(folder.checkpoints.resolve()), str(folder.warmstart.resolve())
         )
         try:
-            run_trials(controller, folder, view, make_runner, spec.engine, spec.search.concurrency, ended)
+            run_trials(controller, folder, view, make_runner, spec.engine, spec.search.concurrency, front)
         finally:
             if folder.records():
                 folder.write_parquet()
     if controller.broken:
         raise RunError(f"the search was given up: {controller.stop_reason}")
     return pareto_front(folder.records())
+
+
+class _FrontKeeper(Observer):
+    """Keeps weights and `front.json` current after every trial, and then tells the observer."""
+
+    def __init__(self, problem: Problem, folder: RunFolder, records: Sequence[TrialRecord], observer: Observer) -> None:
+        self._problem, self._folder, self._observer = problem, folder, observer
+        self._weights = FrontWeights(folder, records)
+        keep_values(problem, folder, self._weights.front)
+
+    def on_trial_started(self, trial: RunningTrial) -> None:
+        self._observer.on_trial_started(trial)
+
+    def on_trial_ended(self, record: TrialRecord) -> None:
+        self._weights.keep(record)
+        write_front(self._problem, self._folder, self._weights.front)
+        keep_values(self._problem, self._folder, self._weights.front)
+        self._observer.on_trial_ended(record)
 
 
 def trial_runner(spec: StudySpec, checkpoints: str, warmstart: str) -> Callable[[Proposal], TrialRecord]:

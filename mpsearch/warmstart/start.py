@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.facts import ModelGraph
+from mpsearch.observer import SILENT, Observer
 from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import Origin
@@ -50,7 +51,7 @@ def warm_start(
     space: SearchSpace,
     cost: RelativeCost,
     folder: Path,
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    observer: Observer = SILENT,
 ) -> list[InitialConfig]:
     """Configs to try after the uniform ladder, the most telling first; descends and measures where `folder` has not.
 
@@ -61,7 +62,7 @@ def warm_start(
         space: the configs that there are.
         cost: prices them.
         folder: of the warm start, made where it is missing.
-        on_progress: called with (stage, done, total).
+        observer: told of its stages, `sensitivity` and `descent`.
 
     Raises:
         MpsearchError: the space or the cost model cannot be descended.
@@ -74,12 +75,12 @@ def warm_start(
     table: SensitivityTable | None = None
     descends = settings.method == "gdnsq"
     if settings.ilp or settings.combinations or (descends and space.several_types):
-        on_progress("sensitivity", 0, 1)
+        observer.on_stage("sensitivity", 0, 1)
         table = sensitivity_table("kl", task, graph, space, folder)
-        on_progress("sensitivity", 1, 1)
+        observer.on_stage("sensitivity", 1, 1)
         combined = global_combinations(space, cost, table, settings.combinations)
     if descends:
-        descent = _descent(spec, task, space, cost, folder, on_progress)
+        descent = _descent(spec, task, space, cost, folder, observer)
         if count := settings.neighbours:
             descended = [rounded(descent, s.budget, space, cost, count, table) for s in descent.snapshots]
     if settings.ilp and table is not None:
@@ -176,12 +177,13 @@ def _descent(
     space: SearchSpace,
     cost: RelativeCost,
     folder: Path,
-    on_progress: Callable[[str, int, int], None],
+    observer: Observer,
 ) -> Descent:
     if (folder / "descent.json").exists():
         return Descent.load(folder)
     settings = spec.warm_start
     torch.manual_seed(settings.seed)
+    observer.on_stage("descent", 0, settings.steps)
     workbench = Workbench(task, spec.trial.model_copy(update={"steps": settings.steps}))
     descent = descend(
         workbench,
@@ -191,7 +193,7 @@ def _descent(
         settings.steps,
         settings.seed,
         spread=settings.spread,
-        on_step=lambda step, _loss: on_progress("descent", step + 1, settings.steps),
+        on_step=lambda step, _loss: observer.on_stage("descent", step + 1, settings.steps),
     )
     descent.save(folder)
     logger.info("descent: %d snapshots in %.0f s", len(descent.snapshots), descent.seconds)

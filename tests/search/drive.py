@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpsearch.errors import TaskError
+from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
-from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.record import RunFolder, RunningTrial, TrialRecord
 from mpsearch.search.controller import Proposal, SearchController
-from mpsearch.search.engine import Event, run_trials
+from mpsearch.search.engine import run_trials
 from mpsearch.search.view import open_view
 from mpsearch.space.choices import parse_choices
 from mpsearch.space.space import SearchSpace, Slot
@@ -87,7 +88,7 @@ def drive(
     sleep_s: float = 0.0,
     concurrency: int = 2,
     storage: str = "sqlite",
-    on_event: Callable[[Event], None] = lambda _: None,
+    observer: Observer = SILENT,
 ) -> SearchController:
     """Start a run in `path`, or go on with it."""
     folder = RunFolder.open(path) if (path / "run.json").exists() else RunFolder.create(path, "name: toy\n")
@@ -97,10 +98,20 @@ def drive(
         controller = SearchController(space, relative_cost, SearchSpec(trials=trials), records=records)
         view = open_view(storage, folder, "toy", space, None, records)
         runner = functools.partial(make_runner, path, sleep_s)
-        run_trials(controller, folder, view, runner, EngineSpec(address=address), concurrency, on_event)
+        run_trials(controller, folder, view, runner, EngineSpec(address=address), concurrency, observer)
     return controller
+
+
+class Printed(Observer):
+    """A line per event."""
+
+    def on_trial_started(self, trial: RunningTrial) -> None:
+        print(f"started {trial.number}", flush=True)
+
+    def on_trial_ended(self, record: TrialRecord) -> None:
+        print(f"ended {record.number}", flush=True)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts tests in the background has it ignored
-    drive(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), on_event=lambda e: print(e, flush=True))
+    drive(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), observer=Printed())

@@ -19,9 +19,10 @@ import pytest
 from drive import make_space, relative_cost, truth
 
 from mpsearch.errors import RunError, TaskError
+from mpsearch.observer import Observer
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.controller import SearchController
-from mpsearch.search.engine import Finished, Started, explain, run_trials
+from mpsearch.search.engine import explain, run_trials
 from mpsearch.search.view import open_view
 from mpsearch.study import EngineSpec, SearchSpec
 
@@ -94,15 +95,22 @@ assert not any(name == "ray" or name.startswith("ray.") for name in sys.modules)
     assert len(worker_pids(tmp_path / "run")) == 1  # the runner is made once
 
 
-def test_events_tell_of_every_trial_once_it_is_on_the_disk(tmp_path):
+def test_observer_is_told_of_every_trial_once_it_is_on_the_disk(tmp_path):
     events = []
 
-    def watch(event):
+    def note(event, number):
         folder = RunFolder.open(tmp_path)
-        events.append((type(event), event.proposal.number, len(folder.records()), [t.number for t in folder.running]))
+        events.append((event, number, len(folder.records()), [t.number for t in folder.running]))
 
-    drive.drive(tmp_path, trials=2, on_event=watch)
-    assert events == [(Started, 0, 0, [0]), (Finished, 0, 1, []), (Started, 1, 1, [1]), (Finished, 1, 2, [])]
+    class Noted(Observer):
+        def on_trial_started(self, trial):
+            note("started", trial.number)
+
+        def on_trial_ended(self, record):
+            note("ended", record.number)
+
+    drive.drive(tmp_path, trials=2, observer=Noted())
+    assert events == [("started", 0, 0, [0]), ("ended", 0, 1, []), ("started", 1, 1, [1]), ("ended", 1, 2, [])]
 
 
 def test_failed_trials_are_recorded_with_their_reason_and_the_search_goes_on(tmp_path):
@@ -229,7 +237,7 @@ def test_ray_runs_the_same_trials_and_survives_its_workers(tmp_path):
     assert records[3].reason.startswith("ValueError: trial 3 will not do")
     assert all(r.accuracy == truth(r.config) for r in records.values() if r.state == "complete")
     assert len(worker_pids(path)) <= 5  # two, and some for the death: workers keep their runner
-    assert {line.partition("(")[0] for line in output.splitlines()} == {"Started", "Finished"}  # and no word of Ray's
+    assert {line.partition(" ")[0] for line in output.splitlines()} == {"started", "ended"}  # and no word of Ray's
     assert errors == ""
     assert not (path / "ray").exists()
     assert not Path("/tmp", f"mpsearch-{RunFolder.open(path).id}").exists()

@@ -12,6 +12,7 @@ import torch
 import mpsearch
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import SpaceError, StudyError
+from mpsearch.observer import Observer
 from mpsearch.precision import Precision, PrecisionConfig
 from mpsearch.problem import Problem, open_problem
 from mpsearch.quant.uniform import UniformQuantizer
@@ -213,13 +214,15 @@ def test_a_study_tries_what_was_learned_and_resumes_without_a_second_descent(
 ) -> None:
     overrides = ["task.float_epochs=5", "engine.address=none", "trial.steps=2", "search.trials=10"]
     warm = [*WITHOUT_CONTROLS, "warm_start.steps=20", "warm_start.budgets=[0.5]", "warm_start.neighbours=2"]
-    seen: list[tuple[str, int, int]] = []
-    mpsearch.run_study(
-        mpsearch.load_study("digits", [*overrides, *warm]),
-        tmp_path / "run",
-        on_progress=lambda *progress: seen.append(progress),
-    )
-    assert seen[-1] == ("descent", 20, 20)
+    stages: list[tuple[str, int, int]] = []
+
+    class Stages(Observer):
+        def on_stage(self, stage: str, done: int, total: int) -> None:
+            stages.append((stage, done, total))
+
+    mpsearch.run_study(mpsearch.load_study("digits", [*overrides, *warm]), tmp_path / "run", Stages())
+    assert stages[0] == ("descent", 0, 20)
+    assert stages[-1] == ("descent", 20, 20)
     monkeypatch.setattr(start, "descend", None)
     resume_study(tmp_path / "run", trials=11)
     origins = [record.origin for record in RunFolder.open(tmp_path / "run").records()]

@@ -1,0 +1,320 @@
+"""One network without a search: ptq, train, debug."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mpsearch.api.studies import read_study
+from mpsearch.errors import MpsearchError, RunError, nearest
+from mpsearch.observer import SILENT, Observer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mpsearch.debug.advice import Advice
+    from mpsearch.debug.diagnosis import Diagnosis
+    from mpsearch.ptq.pipeline import PtqMethod
+    from mpsearch.quant.network import QuantizedNetwork
+    from mpsearch.study import StudySpec
+
+SPLITS: tuple[Literal["val", "test"], ...] = ("val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredNetwork:
+    """A quantized network and its scores.
+
+    Attributes:
+        network: model (in eval mode) with its scales; what `mpsearch.export` takes.
+        float_scores: of the float network, by split (val, test); the task's metric as a share.
+        scores: of the quantized one.
+        seconds: that each stage took.
+        notes: what was left out and why.
+        path: the native export, where one was asked for.
+    """
+
+    network: QuantizedNetwork
+    float_scores: Mapping[str, float]
+    scores: Mapping[str, float]
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...]
+    path: Path | None
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Rows float and quantized, columns val and test; shares."""
+        import pandas as pd
+
+        return pd.DataFrame([self.float_scores, self.scores], index=["float", "quantized"], columns=list(SPLITS))
+
+    def _percent(self) -> dict[str, float]:
+        return {f"float_{split}": 100 * self.float_scores[split] for split in SPLITS} | {
+            split: 100 * self.scores[split] for split in SPLITS
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PtqScores(ScoredNetwork):
+    """A network quantized without training; `method` is what was done, with nothing left open."""
+
+    method: PtqMethod
+
+    def to_json(self) -> dict[str, Any]:
+        """What `mpsearch ptq --json` prints: scores in percent."""
+        return {
+            **self._percent(),
+            "seconds": dict(self.seconds),
+            "method": asdict(self.method),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainScores(ScoredNetwork):
+    """A network trained at one config.
+
+    Attributes:
+        cost: relative.
+        fixed: layers that keep the precision that the search space fixes, as `name precision`.
+        log: of the training, in order: step, loss and what the method adds.
+    """
+
+    cost: float
+    fixed: tuple[str, ...]
+    log: tuple[Mapping[str, float], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `mpsearch train --json` prints: scores in percent."""
+        return {
+            **self._percent(),
+            "cost": self.cost,
+            "seconds": dict(self.seconds),
+            "notes": list(self.notes),
+            "log": list(self.log),
+        }
+
+
+@dataclass(frozen=True)
+class DebugResult:
+    """Where a config loses its score.
+
+    Attributes:
+        diagnosis: everything that was measured.
+        advice: what to try, in order.
+        page: the HTML page.
+        study: what the commands of the advice name.
+    """
+
+    diagnosis: Diagnosis
+    advice: tuple[Advice, ...]
+    page: Path
+    study: str
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """A row per layer, each quantized alone.
+
+        Columns: layer, kind, channel_ratio (max|w| of the largest output channel over that of the median one), and for
+        weight_ and activation_: precision, sqnr_db, drop (points), divergence (nats). NaN where a tensor stays float.
+        """
+        from mpsearch.report.debug_page import sweep_table
+
+        return sweep_table(self.diagnosis)
+
+    def text_table(self) -> list[dict[str, str]]:
+        """The stages of the flow as `mpsearch debug` prints them: column -> text."""
+        from mpsearch.report.debug_page import STAGE_COLUMNS, stage_rows
+
+        return [dict(zip(STAGE_COLUMNS, row, strict=True)) for row in stage_rows(self.diagnosis)]
+
+    def summary(self) -> list[str]:
+        """What was scored and on what, and the layers that stand out, in words."""
+        from mpsearch.report.debug_page import summary
+
+        return summary(self.diagnosis)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `mpsearch debug --json` prints; `mpsearch.debug.advice.document` lists the keys."""
+        from mpsearch.debug.advice import document
+
+        return {**document(self.diagnosis, self.study), "page": str(self.page)}
+
+
+def ptq(
+    study: str | Path | StudySpec,
+    bits: str,
+    data_free: bool = False,
+    rounding: str | None = None,
+    bias_correction: str | None = None,
+    samples: int = 512,
+    out: str | Path | None = None,
+    set: Sequence[str] = (),
+) -> PtqScores:
+    """Quantize without training (the white paper's PTQ pipeline, arXiv 2106.08295) and score val and test.
+
+    Args:
+        study: a shipped study by name, the path of a study file, or a StudySpec; its task is used.
+        bits: of weights and activations, as w4a8.
+        data_free: quantize from the model alone, without calibration samples.
+        rounding: adaround (default with data, arXiv 2004.10568) or nearest (default without).
+        bias_correction: none, analytic or empirical (default: none with adaround, else analytic).
+        samples: unlabelled calibration samples from train.
+        out: folder for a native export (default: none is written).
+        set: `key.path=value` to override values of the study file.
+
+    Raises:
+        MpsearchError: the study, the precision or the method cannot be used, or the export cannot be written.
+
+    >>> import mpsearch
+    >>> result = mpsearch.ptq("digits", "w8a8", rounding="nearest", samples=64)
+    >>> bool(abs(result.table.loc["quantized", "val"] - result.table.loc["float", "val"]) < 0.05)
+    True
+    """
+    from typing import cast
+
+    from mpsearch.exporters import native
+    from mpsearch.precision import LayerPrecision
+    from mpsearch.ptq.pipeline import BiasCorrection, PtqMethod, Rounding
+    from mpsearch.ptq.pipeline import ptq as quantize
+    from mpsearch.task.load import load_task
+
+    precision = LayerPrecision.shorthand(bits)
+    method = PtqMethod(
+        rounding=cast(Rounding | None, rounding), bias_correction=cast(BiasCorrection | None, bias_correction)
+    ).resolved(data_free)
+    spec = read_study(study, set)
+    task = load_task(spec.task)
+    model = task.float_model()
+    result = quantize(model, precision, None if data_free else task.calibration_input(samples), method)
+    float_scores: dict[str, float] = {split: task.evaluate(model, split) for split in SPLITS}
+    scores: dict[str, float] = {split: task.evaluate(result.model, split) for split in SPLITS}
+    network = result.network(
+        name=spec.task.model or task.name, task=task.name, metric=task.metric, accuracy=dict(scores)
+    )
+    if out is not None:
+        native.save(network, Path(out))
+    return PtqScores(
+        network=network,
+        float_scores=float_scores,
+        scores=scores,
+        seconds=result.seconds,
+        notes=result.notes,
+        path=None if out is None else Path(out),
+        method=result.method,
+    )
+
+
+def train(
+    study: str | Path | StudySpec,
+    target: str,
+    method: str = "qat",
+    epochs: float = 5.0,
+    seed: int = 0,
+    out: str | Path | None = None,
+    set: Sequence[str] = (),
+    observer: Observer = SILENT,
+) -> TrainScores:
+    """Train one config, the study's fixed layers aside, and score val and test: no search.
+
+    Args:
+        study: a shipped study by name, the path of a study file, or a StudySpec.
+        target: w4a4, 'apot:4 x uniform:4' (weight x activation), or the path of a precision config.
+        method: qat (any quantizer, arXiv 2106.08295) or gdnsq (learned bit-widths, uniform only).
+        epochs: passes over the training data.
+        seed: of the batches and of whatever is random.
+        out: folder for a native export, which must not exist (default: none is written).
+        set: `key.path=value` to override values of the study file.
+        observer: told after every step.
+
+    Raises:
+        MpsearchError: the study, the target or the method cannot be used, or `out` exists.
+        FloatingPointError: the loss became NaN or infinite.
+
+    >>> import mpsearch
+    >>> result = mpsearch.train("digits", "w4a4", epochs=0.1)
+    >>> sorted(result.scores), 0 < result.cost < 1
+    (['test', 'val'], True)
+    """
+    from mpsearch.exporters import native
+    from mpsearch.exporters.read import read_precisions
+    from mpsearch.problem import open_problem
+    from mpsearch.qat.train import METHODS, train_one
+
+    if method not in METHODS:
+        raise MpsearchError(f"unknown method '{method}': {nearest(method, METHODS)}")
+    if out is not None and Path(out).exists():
+        raise MpsearchError(f"{out} exists already: give --out a folder that does not")
+    problem = open_problem(read_study(study, set))
+    result = train_one(problem, read_precisions(target), method, epochs, seed, observer)
+    trained, task = result.trained, problem.task
+    network = trained.network(
+        name=problem.spec.task.model or task.name, task=task.name, metric=task.metric, accuracy=dict(result.accuracy)
+    )
+    if out is not None:
+        native.save(network, Path(out))
+    return TrainScores(
+        network=network,
+        float_scores=result.float_accuracy,
+        scores=result.accuracy,
+        seconds=trained.seconds,
+        notes=trained.notes,
+        path=None if out is None else Path(out),
+        cost=result.cost,
+        fixed=result.fixed,
+        log=trained.log,
+    )
+
+
+def debug(
+    study: str | Path | StudySpec,
+    config: str,
+    samples: int = 1000,
+    out: str | Path = "debug.html",
+    set: Sequence[str] = (),
+    observer: Observer = SILENT,
+) -> DebugResult:
+    """Find where a config loses its score (the debugging flow of arXiv 2106.08295) and what to try; scores val only.
+
+    Weights or activations, which layers, what their values look like, and which remedies help.
+
+    Args:
+        study: a shipped study by name, the path of a study file, or a StudySpec; its task is used.
+        config: w4a8, w4a8/tensor (one scale for a whole weight), or the path of a precision config.
+        samples: validation samples to score, evenly spread.
+        out: the HTML page to write.
+        set: `key.path=value` to override values of the study file.
+        observer: told of its stages.
+
+    Raises:
+        MpsearchError: the study or the config cannot be used, or the page cannot be written.
+
+    >>> import mpsearch
+    >>> result = mpsearch.debug("digits", "w2a32/tensor", samples=100, out="debug.html")
+    >>> result.layers.loc[0, "layer"], result.page.name
+    ('conv1', 'debug.html')
+    """
+    from mpsearch.debug.advice import advise
+    from mpsearch.debug.measure import diagnose
+    from mpsearch.exporters.read import read_precisions
+    from mpsearch.report.debug_page import write_debug_page
+    from mpsearch.task.load import load_task
+    from mpsearch.task.task import Sampling
+
+    page = Path(out)
+    if not page.parent.is_dir() or page.is_dir():
+        raise RunError(f"--out got '{out}': give the page as a file in a folder that exists")
+    precisions = read_precisions(config)
+    spec = read_study(study, set)
+    task = load_task(spec.task)
+    if isinstance(task, Sampling):  # another task scores all of its validation split
+        task = task.sampled(samples)
+    diagnosis = diagnose(task, precisions, observer)
+    name = str(study) if isinstance(study, str | Path) else spec.name
+    again = ["mpsearch", "debug", name, config, "--samples", str(samples)]
+    again += [part for override in set for part in ("--set", override)]
+    write_debug_page(page, diagnosis, study=name, config=config, commands=[shlex.join(again)])
+    return DebugResult(diagnosis, advise(diagnosis, name), page, name)

@@ -1,0 +1,178 @@
+"""What comes out of a run and goes into it: report, dashboard, export_run, import_config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpsearch.observer import SILENT, Observer
+
+if TYPE_CHECKING:
+    from mpsearch.precision import PrecisionConfig
+    from mpsearch.record import TrialRecord
+
+
+@dataclass(frozen=True)
+class ExportedTrial:
+    """A trial that was exported.
+
+    Attributes:
+        path: the folder.
+        trial: the trial.
+        scores: of the weights that were exported, by split (val; test where they were trained finally); shares.
+        conversions: what the format could not hold and was converted, in words.
+    """
+
+    path: Path
+    trial: TrialRecord
+    scores: Mapping[str, float | None]
+    conversions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ImportedConfig:
+    """A config made elsewhere, as a run sees it.
+
+    Attributes:
+        config: a precision for each layer of the run's network.
+        cost: relative to `reference`.
+        reference: the config that costs 1, as w8a8.
+        left_float: layers whose weight or activation the config leaves float.
+        path: where the config was written as JSON, if that was asked for.
+        trial: it as a trial of the run, if it was scored.
+        on_front: whether that trial is on the front.
+    """
+
+    config: PrecisionConfig
+    cost: float
+    reference: str
+    left_float: tuple[str, ...]
+    path: Path | None
+    trial: TrialRecord | None
+    on_front: bool
+
+
+def report(run: str | Path, watch: bool = False, observer: Observer = SILENT) -> Path:
+    """Write `report.html` in the run folder: one file that opens without a network.
+
+    Args:
+        run: a run folder; it may be driven by another process.
+        watch: write it again after every trial, until no process drives the run any more.
+        observer: told whenever it has been written.
+
+    Returns:
+        The file.
+
+    Raises:
+        MpsearchError: there is no run, or it cannot be read or written.
+
+    >>> import mpsearch
+    >>> mpsearch.report("runs/tiny").name
+    'report.html'
+    """
+    from mpsearch.record import RunFolder
+    from mpsearch.report import write
+
+    folder = RunFolder.open(run)
+    for path in write.watch(folder) if watch else (write.report_of(folder),):
+        observer.on_report(path)
+    return folder.report_html
+
+
+def dashboard(
+    run: str | Path, host: str = "127.0.0.1", port: int = 8080, token: str | None = None, open: bool = True
+) -> None:
+    """Show a run in the Optuna dashboard until interrupted: figures, notes, every trial's config and charts.
+
+    Prints its address. `mpsearch.report.dashboard.serving` serves it for the time of a block instead.
+
+    Args:
+        run: a run folder, which may be driven by another process, or the URL of an Optuna storage.
+        host: address to listen on; one that is reached from beyond this machine needs a token.
+        port: port to listen on; 0 for any that is free.
+        token: what visitors must give (default: none is asked for, and only this machine can visit).
+        open: open it in the browser.
+
+    Raises:
+        MpsearchError: no such run or storage, optuna-dashboard is not installed, or the port is taken.
+
+    >>> import mpsearch
+    >>> mpsearch.dashboard("runs/tiny", host="0.0.0.0")
+    Traceback (most recent call last):
+        ...
+    mpsearch.errors.RunError: --host 0.0.0.0 can be reached by others, ...
+    """
+    from mpsearch.report.dashboard import show
+
+    show(str(run), host, port, token, open)
+
+
+def export_run(
+    run: str | Path, out: str | Path, pick: str = "knee", to: str = "native", allow_lossy: bool = False
+) -> ExportedTrial:
+    """Export a config of a run with its weights and scales, the finally trained ones if it was finalized.
+
+    Args:
+        run: a run folder.
+        out: folder to write.
+        pick: the trial: knee, best, trial:7, cost<=0.5 or accuracy>=0.87.
+        to: format: native, packed, onnx, qonnx, brevitas, torchao, modelopt, aimet or mhaq.
+        allow_lossy: convert what the format cannot hold, and list it, instead of refusing.
+
+    Raises:
+        MpsearchError: no such run, trial or format, the format cannot hold the config, or it cannot be written.
+
+    >>> import mpsearch
+    >>> exported = mpsearch.export_run("runs/tiny", "exported", pick="best")
+    >>> sorted(path.name for path in exported.path.iterdir())
+    ['model.safetensors', 'precision.json']
+    """
+    from mpsearch.exporters.run import export_run as export_trial
+
+    exported, trial, scores = export_trial(run, pick, to, out, allow_lossy=allow_lossy)
+    return ExportedTrial(exported.path, trial, scores, tuple(map(str, exported.conversions)))
+
+
+def import_config(
+    run: str | Path, config: str | Path, out: str | Path | None = None, score: bool = True
+) -> ImportedConfig:
+    """Read a config that was made elsewhere, and score it as a trial: it joins the front if it belongs there.
+
+    Args:
+        run: a run folder.
+        config: an export, AIMET encodings, or a table of bits by layer (JSON or YAML).
+        out: file to write the config to as JSON (default: none is written).
+        score: run it as a trial of the run; a config that was tried before is not run again.
+
+    Raises:
+        MpsearchError: no such run or config, it does not fit the network, or another process drives the run.
+
+    >>> import mpsearch
+    >>> imported = mpsearch.import_config("runs/tiny", "exported", score=False)
+    >>> len(imported.config), imported.trial
+    (11, None)
+    """
+    from mpsearch.exporters.read import complete, read_config
+    from mpsearch.files import write_json
+    from mpsearch.problem import reopen
+    from mpsearch.record import RunFolder
+    from mpsearch.search.front import pareto_front
+    from mpsearch.search.run import score_config
+
+    folder = RunFolder.open(run)
+    problem = reopen(folder)
+    precisions = complete(read_config(config), list(problem.layers))
+    if out is not None:
+        write_json(out, {"layers": precisions.to_json()})
+    trial = score_config(problem, folder, precisions) if score else None
+    return ImportedConfig(
+        config=precisions,
+        cost=problem.cost(precisions),
+        reference=problem.spec.cost.reference,
+        left_float=tuple(n for n, layer in precisions.items() if layer.weight.is_float or layer.activation.is_float),
+        path=None if out is None else Path(out),
+        trial=trial,
+        on_front=trial is not None and trial in pareto_front(folder.records()).trials,
+    )

@@ -1,0 +1,418 @@
+"""Runs of a study: run, resume, status, front, rank, finalize."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpsearch.api.studies import read_study
+from mpsearch.errors import MpsearchError
+from mpsearch.observer import SILENT, Observer
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from mpsearch.record import RunFolder, RunningTrial, TrialRecord
+    from mpsearch.search.finals import FinalRow, Proxies
+    from mpsearch.search.front import ParetoFront
+    from mpsearch.study import StudySpec
+
+
+@dataclass(frozen=True)
+class Front:
+    """The Pareto front of a run.
+
+    Attributes:
+        pareto: the front as records, with `knee`, `best`, `at_most(cost)`, `at_least(score)`.
+        records: every trial of any state, in the order of the run's record.
+        gains: trial number -> score over the uniform baseline nearest in cost, in points with its 95 % interval, for
+            trials of the front.
+        hypervolume: in [0, 1], as last written by the run; None before that.
+    """
+
+    pareto: ParetoFront
+    records: tuple[TrialRecord, ...]
+    gains: Mapping[int, str]
+    hypervolume: float | None
+
+    @cached_property
+    def trials(self) -> pd.DataFrame:
+        """A row per record.
+
+        Columns: number, origin, state, accuracy_percent (score on val), relative_cost, weight_bits and activation_bits
+        (means over the layers), on_front, knee, reason, gain (as in `gains`; empty off the front).
+        """
+        from mpsearch.report.tables import trials_table
+
+        trials = trials_table(self.records)
+        return trials.assign(gain=[self.gains.get(number, "") for number in trials.number])
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The rows of `trials` that are on the front or complete rungs of the uniform ladder, by rising cost."""
+        trials = self.trials
+        shown = trials.on_front | ((trials.origin == "uniform") & (trials.state == "complete"))
+        return trials[shown].sort_values("relative_cost", ignore_index=True)
+
+    def figure(self) -> go.Figure:
+        """Score over relative cost: the front, the uniform ladder and every other trial."""
+        from mpsearch.report import figures
+
+        return figures.front(self.trials)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `mpsearch front --json` prints."""
+        from mpsearch.search.front import front_rows
+
+        ladder = [
+            {"number": trial.number, "accuracy": trial.accuracy, "cost": trial.cost} for trial in self.pareto.ladder
+        ]
+        return {"hypervolume": self.hypervolume, "front": front_rows(self.pareto), "uniform": ladder}
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is.
+
+    Attributes:
+        study: its name.
+        trials: how many are asked for.
+        counts: ended trials by state: complete, failed, stopped.
+        running: trials under way.
+        failures: the failed trials, oldest first.
+        pareto: the front so far; empty before the first complete trial.
+        hypervolume: as in `Front`.
+    """
+
+    study: str
+    trials: int
+    counts: Mapping[str, int]
+    running: tuple[RunningTrial, ...]
+    failures: tuple[TrialRecord, ...]
+    pareto: ParetoFront
+    hypervolume: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """What `mpsearch status --json` prints."""
+        best = self.pareto.best if self.pareto.trials else None
+        return {
+            "study": self.study,
+            "trials": self.trials,
+            "completed": self.counts["complete"],
+            "failed": self.counts["failed"],
+            "stopped": self.counts["stopped"],
+            "running": len(self.running),
+            "best": best and {"number": best.number, "accuracy": best.accuracy, "cost": best.cost},
+            "hypervolume": self.hypervolume,
+        }
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that has ended.
+
+    Attributes:
+        folder: the run folder, which `resume`, `front`, `finalize`, `export_run`, ... take.
+        front: its Pareto front.
+        counts: trials by state: complete, failed, stopped.
+        report: its report, one HTML file.
+    """
+
+    folder: Path
+    front: Front
+    counts: Mapping[str, int]
+    report: Path
+
+
+@dataclass(frozen=True)
+class Finals:
+    """The picked front after its final trainings, beside its baselines.
+
+    Attributes:
+        rows: a config each, by rising cost; scores are shares.
+        float_val: score of the float model on val, a share.
+        float_test: on test.
+        proxies: how well the trials foretold the final order.
+        report: the report, one HTML file.
+    """
+
+    rows: tuple[FinalRow, ...]
+    float_val: float
+    float_test: float
+    proxies: Proxies
+    report: Path
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """A row per config.
+
+        Columns: number, cost (relative), proxy_val (score on val after the trial), baseline (number of the uniform
+        trial nearest in cost, or None), val_mean, val_std, test_mean, test_std (over seeds; std None for a single
+        seed), seeds, gain (over the baseline on test, paired by sample: mean, low and high of the 95 % interval, or
+        None). Scores are shares.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self._documents())
+
+    def text_table(self) -> list[dict[str, str]]:
+        """The rows as `mpsearch finalize` prints them: column -> text."""
+        from mpsearch.search.finals import final_table
+
+        return final_table(self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `mpsearch finalize --json` prints."""
+        return {
+            "float_val": self.float_val,
+            "float_test": self.float_test,
+            "rows": self._documents(),
+            "tau": dict(self.proxies.tau),
+        }
+
+    def _documents(self) -> list[dict[str, Any]]:
+        return [
+            {"number": row.trial.number, "cost": row.trial.cost, "proxy_val": row.trial.accuracy}
+            | {f.name: getattr(row, f.name) for f in fields(row) if f.name not in ("trial", "correct", "gain")}
+            | {"gain": row.gain and asdict(row.gain)}
+            for row in self.rows
+        ]
+
+
+def run(
+    study: str | Path | StudySpec,
+    out: str | Path | None = None,
+    trials: int | None = None,
+    time_limit: str | float | None = None,
+    set: Sequence[str] = (),
+    observer: Observer = SILENT,
+) -> RunResult:
+    """Run a study: propose, fine-tune and score configs until it has its trials.
+
+    Args:
+        study: a shipped study by name, the path of a study file, or a StudySpec.
+        out: the run folder, which must not hold a run (default `runs/NAME`).
+        trials: number of trials (overrides search.trials).
+        time_limit: no new trial starts after this: seconds, or text as 90s, 10m, 2h (overrides search.time_limit_s;
+            default: no limit).
+        set: `key.path=value` to override values of the study file.
+        observer: told when everything is loaded, of the warm start, and of every trial.
+
+    Raises:
+        MpsearchError: the study cannot be used, the folder holds a run or is not writable, or the search was given up.
+        KeyboardInterrupt: as given; trials that had ended are on the disk, and `resume` goes on.
+
+    >>> import mpsearch
+    >>> tiny = ["trial.steps=4", "warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0"]
+    >>> result = mpsearch.run("digits", out="runs/tiny", trials=4, set=[*tiny, "engine.address=none"])
+    >>> sum(result.counts.values()), result.report.name
+    (4, 'report.html')
+    """
+    from mpsearch.record import RunFolder
+    from mpsearch.search.run import run_study
+    from mpsearch.study import parse_study
+
+    spec = read_study(study, set)
+    changes: dict[str, Any] = {}
+    if trials is not None:
+        changes["trials"] = trials
+    if time_limit is not None:
+        changes["time_limit_s"] = _seconds(time_limit)
+    if changes:
+        document = spec.model_dump(mode="json")
+        spec = parse_study(document | {"search": document["search"] | changes})  # checks the changes
+    path = Path(out) if out is not None else Path("runs") / spec.name
+    run_study(spec, path, observer)
+    return _result(RunFolder.open(path))
+
+
+def resume(run: str | Path, trials: int | None = None, observer: Observer = SILENT) -> RunResult:
+    """Go on with a run that was killed, interrupted or finished; no finished trial is lost or repeated.
+
+    Args:
+        run: a run folder.
+        trials: number of trials in all, finished ones included (default: the study's search.trials).
+        observer: as for `run`.
+
+    Raises:
+        MpsearchError: there is no run, another process drives it, or as `run`.
+
+    >>> import mpsearch
+    >>> result = mpsearch.resume("runs/tiny", trials=5)
+    >>> sum(result.counts.values())
+    5
+    """
+    from mpsearch.record import RunFolder
+    from mpsearch.search.run import resume_study
+
+    resume_study(run, trials, observer)
+    return _result(RunFolder.open(run))
+
+
+def status(run: str | Path) -> Status:
+    """Say how far a run is; works while it runs.
+
+    Args:
+        run: a run folder.
+
+    Raises:
+        MpsearchError: there is no run, or it cannot be read.
+
+    >>> import mpsearch
+    >>> status = mpsearch.status("runs/tiny")
+    >>> status.study, status.counts["failed"], len(status.running)
+    ('digits', 0, 0)
+    """
+    from mpsearch.record import RunFolder
+    from mpsearch.search.front import pareto_front
+    from mpsearch.study import read_spec
+
+    folder = RunFolder.open(run)
+    spec, records = read_spec(folder), folder.records()
+    return Status(
+        study=spec.name,
+        trials=spec.search.trials,
+        counts=_counts(records),
+        running=tuple(folder.running),
+        failures=tuple(record for record in records if record.state == "failed"),
+        pareto=pareto_front(records),
+        hypervolume=_hypervolume(folder),
+    )
+
+
+def front(run: str | Path) -> Front:
+    """Give the Pareto front, and the uniform ladder beside it; works while the run runs.
+
+    Args:
+        run: a run folder.
+
+    Raises:
+        MpsearchError: there is no run, or it cannot be read.
+
+    >>> import mpsearch
+    >>> front = mpsearch.front("runs/tiny")
+    >>> bool(front.pareto.best.accuracy == max(front.trials.accuracy_percent) / 100)
+    True
+    >>> front.figure().write_html("front.html")
+    """
+    from mpsearch.record import RunFolder
+
+    return _front(RunFolder.open(run))
+
+
+def rank(run: str | Path, proxies: str = "kl,sqnr", strata: int = 3) -> pd.DataFrame:
+    """Say how well each proxy ranks the trials that were fine-tuned: Kendall's tau-b, by stratum of cost.
+
+    Args:
+        run: a run folder; it keeps what is measured.
+        proxies: sensitivities to measure, separated by commas: kl, jeffreys, sqnr, fit.
+        strata: number of groups of about equally many trials, by cost.
+
+    Returns:
+        A row per stratum and proxy. Columns: stratum (`all`, or its costs as `0.1-0.25`), proxy, tau (1: the same
+        order, 0: none), n (trials), low and high (95 % interval by bootstrap); NaN where nothing can be ranked.
+
+    Raises:
+        MpsearchError: there is no run, its study cannot be opened, or no such proxy.
+
+    >>> import mpsearch
+    >>> taus = mpsearch.rank("runs/tiny", proxies="sqnr", strata=1)
+    >>> sorted(taus.proxy)
+    ['before', 'divergence', 'halfway', 'sqnr', 'start']
+    """
+    from mpsearch.warmstart.table import check_proxy
+
+    names = [name.strip() for name in proxies.split(",") if name.strip()]
+    for name in names:
+        check_proxy(name)
+
+    from mpsearch.problem import reopen
+    from mpsearch.record import RunFolder
+    from mpsearch.warmstart.rank import ACCURACIES, proxy_tau, trials_frame
+    from mpsearch.warmstart.start import sensitivity_table
+
+    folder = RunFolder.open(run)
+    problem = reopen(folder)
+    tables = [sensitivity_table(name, problem.task, problem.graph, problem.space, folder.warmstart) for name in names]
+    trials = trials_frame(folder.records(), tables)
+    columns = [name for name in trials.columns if name not in ("cost", "accuracy")]
+    return proxy_tau(trials, columns, more_is_better=ACCURACIES, strata=strata, seed=problem.spec.search.seed)
+
+
+def finalize(run: str | Path, observer: Observer = SILENT) -> Finals:
+    """Train the picked front longer over several seeds, beside its uniform baseline, and score the test split.
+
+    What was trained before an interruption is not trained again. This alone sees test data.
+
+    Args:
+        run: a run folder.
+        observer: told before each training.
+
+    Raises:
+        MpsearchError: there is no run, it has no complete trial, or it cannot be written.
+
+    >>> import mpsearch
+    >>> tiny = ["final.pick=1", "final.epochs=0.1", "final.seeds=1", "trial.steps=2", "warm_start.method=none"]
+    >>> _ = mpsearch.run("digits", out="runs/brief", trials=2, set=[*tiny, "engine.address=none"])
+    >>> finals = mpsearch.finalize("runs/brief")
+    >>> finals.table.seeds.to_list()[:1]
+    [1]
+    """
+    from mpsearch.problem import reopen
+    from mpsearch.record import RunFolder
+    from mpsearch.report.write import report_of
+    from mpsearch.search.finalize import finalize as train_finally
+    from mpsearch.search.finalize import float_scores
+    from mpsearch.search.finals import proxies
+
+    folder = RunFolder.open(run)
+    problem = reopen(folder)
+    rows = train_finally(problem, folder, observer)
+    scores = float_scores(problem, folder)
+    return Finals(tuple(rows), scores["val"], scores["test"], proxies(rows), report_of(folder))
+
+
+def _result(folder: RunFolder) -> RunResult:
+    from mpsearch.report.write import report_of
+
+    return RunResult(folder.path, _front(folder), _counts(folder.records()), report_of(folder))
+
+
+def _front(folder: RunFolder) -> Front:
+    from mpsearch.search.front import gains_over_baselines, pareto_front
+
+    records = folder.records()
+    return Front(pareto_front(records), tuple(records), gains_over_baselines(records), _hypervolume(folder))
+
+
+def _counts(records: Sequence[TrialRecord]) -> dict[str, int]:
+    return {state: sum(record.state == state for record in records) for state in ("complete", "failed", "stopped")}
+
+
+def _hypervolume(folder: RunFolder) -> float | None:
+    """Of the front as last written; None before that."""
+    try:
+        document = json.loads(folder.front_json.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    value = document.get("hypervolume") if isinstance(document, dict) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _seconds(limit: str | float) -> float:
+    """Seconds of `90s`, `10m`, `2h` or a number."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    text = str(limit)
+    number, unit = (text[:-1], text[-1]) if text and text[-1] in units else (text, "s")
+    try:
+        seconds = float(number) * units[unit]
+    except ValueError:
+        seconds = 0
+    if not seconds > 0:
+        raise MpsearchError(f"--time-limit got '{limit}': write seconds, minutes or hours as 90s, 10m or 2h")
+    return seconds
