@@ -1,7 +1,5 @@
 """Whether the controller stays fast and whole as a study grows: simulated trials, no network.
 
-    python benchmarks/controller_scale.py [--layers 200] [--trials 10000] [--workers 64] [--sampler surrogate]
-
 Simulated workers hold `--workers` proposals at a time; the oldest ends when the next is asked for. Each trial is asked
 for, told and recorded on the disk, as in a run. The process is killed (`kill -9`) in the middle and resumed. Prints one
 table: time of a trial (ask + tell + record) as the study grows, memory, repeats, and whether the front of the
@@ -10,23 +8,24 @@ interrupted study is that of an uninterrupted one.
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import deque
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import psutil
-from rich.console import Console
-from rich.table import Table
+import typer
 
+from benchmarks.options import RESULTS, Results
+from benchmarks.printing import print_table
+from benchmarks.rows import MEASURED, Row, Rows
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.controller import Proposal, SearchController
@@ -34,6 +33,33 @@ from mpsearch.search.front import pareto_front
 from mpsearch.space.choices import parse_choices
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.study import SearchSpec
+
+
+def controller_scale(
+    layers: Annotated[int, typer.Option(help="layers of the simulated network", min=1)] = 200,
+    trials: Annotated[int, typer.Option(help="number of trials", min=2)] = 10_000,
+    workers: Annotated[int, typer.Option(help="trials at a time", min=1)] = 64,
+    sampler: Annotated[str, typer.Option(help="sampler, by its name in a study file")] = "surrogate",
+    every: Annotated[int, typer.Option(help="trials between two lines of the table", min=1)] = 1000,
+    results: Results = RESULTS / "controller_scale.jsonl",
+) -> None:
+    study = Simulation(layers, trials, workers, sampler, every)
+    rows = Rows(results, key=(*asdict(study), *MEASURED))
+    for missing in rows.missing([asdict(study)]):
+        rows.append(missing | measure(study))
+    for row in rows.select([asdict(study)]):
+        show(row)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A simulated study."""
+
+    layers: int
+    trials: int
+    workers: int
+    sampler: str
+    every: int  # trials between two measurements
 
 
 class Network:
@@ -68,12 +94,13 @@ class Network:
         return np.array([(layer.weight.bits, layer.activation.bits) for layer in config.values()], dtype=float)
 
 
-def drive(folder: Path, options: argparse.Namespace, die_at: int | None = None) -> list[tuple[int, float, float]]:
-    """Run or resume a study; (trials, milliseconds a trial, MiB) for each of its last thousands."""
-    network = Network(options.layers)
+def drive(folder: Path, study: Simulation, die_at: int | None = None) -> list[tuple[int, float, float]]:
+    """Run or resume a study; (trials, milliseconds a trial, MiB) each time that `study.every` trials have ended."""
+    network = Network(study.layers)
     run = RunFolder.open(folder) if (folder / "run.json").exists() else RunFolder.create(folder, "name: simulated\n")
-    spec = SearchSpec(sampler=options.sampler, trials=options.trials, seed=0, stop_dominated=False)
-    rows, times = [], list[float]()
+    settings = {"sampler": study.sampler, "trials": study.trials, "seed": 0, "stop_dominated": False}
+    spec = SearchSpec.model_validate(settings)
+    rows, times = list[tuple[int, float, float]](), list[float]()
     with run.driving():
         records = run.records()
         search = SearchController(network.space, network.cost, spec, records=records)
@@ -91,61 +118,66 @@ def drive(folder: Path, options: argparse.Namespace, die_at: int | None = None) 
 
         while True:
             began = time.perf_counter()
-            proposal = search.ask() if len(held) < options.workers else None
+            proposal = search.ask() if len(held) < study.workers else None
             if proposal is not None:
                 held.append(proposal)
-            if held and (proposal is None or len(held) == options.workers):
+            if held and (proposal is None or len(held) == study.workers):
                 end()
             times.append(time.perf_counter() - began)
+            if done and done % study.every == 0 and (not rows or rows[-1][0] != done):
+                rows.append((done, 1000 * statistics.median(times[-500:]), psutil.Process().memory_info().rss / 2**20))
             if proposal is None and not held:
                 break
-            if done and done % 1000 == 0 and (not rows or rows[-1][0] != done):
-                rows.append((done, 1000 * statistics.median(times[-500:]), psutil.Process().memory_info().rss / 2**20))
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=200)
-    parser.add_argument("--trials", type=int, default=10_000)
-    parser.add_argument("--workers", type=int, default=64)
-    parser.add_argument("--sampler", default="surrogate")
-    parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--die-at", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.resume is not None:
-        drive(options.resume, options, options.die_at)
-        return
+def measure(study: Simulation) -> Row:
+    """The study uninterrupted, and once more with a kill in the middle."""
     with tempfile.TemporaryDirectory() as place:
         whole, broken = Path(place, "whole"), Path(place, "broken")
-        rows = drive(whole, options)
-        command = [sys.executable, *sys.argv, "--resume", str(broken)]
-        killed = subprocess.run([*command, "--die-at", str(options.trials // 2)], check=False)
-        assert killed.returncode == -signal.SIGKILL, killed.returncode
+        growth = drive(whole, study)
+        process = get_context("spawn").Process(target=drive, args=(broken, study, study.trials // 2))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, process.exitcode
         left = len(RunFolder.open(broken).records())
-        subprocess.run(command, check=True)
+        drive(broken, study)
         records, again = (RunFolder.open(path).records() for path in (whole, broken))
-    table = Table(title=f"{options.layers} layers, {options.workers} workers, sampler {options.sampler}")
-    for column in ("trials", "ms a trial (median of 500)", "memory, MiB"):
-        table.add_column(column, justify="right")
-    for trials, milliseconds, memory in rows:
-        table.add_row(f"{trials:,}", f"{milliseconds:.1f}", f"{memory:.0f}")
-    console = Console(width=120)
-    console.print(table)
-    for name, found in (("uninterrupted", records), (f"killed with {left:,} trials on the disk and resumed", again)):
-        cheapest = min(r.cost for r in found if r.cost is not None)
-        console.print(
-            f"{name}: {len(found):,} trials, {len(found) - len({r.config.digest for r in found})} repeats, "
-            f"{len(pareto_front(found))} on the front, hypervolume {pareto_front(found).hypervolume(cheapest):.4f}"
-        )
     before = {(r.config.digest, r.accuracy) for r in pareto_front(records[:left])}
     kept = {(r.config.digest, r.accuracy) for r in pareto_front(again[:left])}
-    console.print(
-        f"front at the kill, interrupted against uninterrupted: {'identical' if before == kept else 'DIFFERENT'}"
+    return {
+        "growth": [{"trials": done, "trial_ms": ms, "memory_mib": mib} for done, ms, mib in growth],
+        "uninterrupted": facts(records),
+        "killed_at": left,
+        "resumed": facts(again),
+        "same_front_at_kill": before == kept,
+    }
+
+
+def facts(records: list[TrialRecord]) -> Row:
+    """How a study ended."""
+    front = pareto_front(records)
+    return {
+        "trials": len(records),
+        "repeats": len(records) - len({record.config.digest for record in records}),
+        "front": len(front),
+        "hypervolume": front.hypervolume(min(record.cost for record in records if record.cost is not None)),
+    }
+
+
+def show(row: Row) -> None:
+    """The table of one study."""
+    print_table(
+        f"{row['layers']} layers, {row['workers']} workers, sampler {row['sampler']}",
+        ("trials", "ms a trial (median of 500)", "memory, MiB"),
+        ((f"{at['trials']:,}", f"{at['trial_ms']:.1f}", f"{at['memory_mib']:.0f}") for at in row["growth"]),
+        left=(),
     )
-    assert not math.isnan(rows[-1][1])
-    print("command: python " + " ".join(sys.argv))
-
-
-if __name__ == "__main__":
-    main()
+    resumed = f"killed with {row['killed_at']:,} trials on the disk and resumed"
+    for name, end in (("uninterrupted", row["uninterrupted"]), (resumed, row["resumed"])):
+        print(
+            f"{name}: {end['trials']:,} trials, {end['repeats']} repeats, {end['front']} on the front, "
+            f"hypervolume {end['hypervolume']:.4f}"
+        )
+    same = "identical" if row["same_front_at_kill"] else "DIFFERENT"
+    print(f"front at the kill, interrupted against uninterrupted: {same}")

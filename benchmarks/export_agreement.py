@@ -1,37 +1,32 @@
 """Does each export, loaded or executed by the library that it is for, answer as our network does?
 
-    python benchmarks/export_agreement.py [--only qonnx onnx] [--networks resnet20 digits vit] [--print]
-        [--study resnet20-cifar10-jpeg] [--results benchmarks/results/export_agreement.jsonl]
-
 Needs `mpsearch[targets]`, and for `resnet20` the data and the checkpoint that its study file names; `vit` is a small
 torchvision VisionTransformer of random weights on the same images. Configs are made by hand, with ranges set and
 nothing trained. Prints one table over 1,000 images: in how many the answer (the largest logit) is the same; by how much
 we preferred ours where it is another; in how many images any logit differs by more than 1e-3, because another order
 of summation has turned the rounding of some input over; and the largest such difference.
-
-Rows that the results file has are not made again; `--print` makes none.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+import typer
 from torch import Tensor, nn
 
 import mpsearch
+from benchmarks.options import RESULTS, PrintOnly, Results, Study, several
+from benchmarks.printing import print_table, say
+from benchmarks.rows import Row, Rows
+from benchmarks.stopwatch import Stopwatch
+from mpsearch.errors import nearest
 from mpsearch.graph.facts import ModelGraph
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, PrecisionConfig
@@ -127,13 +122,13 @@ TARGETS: dict[str, tuple[Run, str, tuple[str, ...]]] = {
 """How each runs, the package that runs it, and the configs that it can hold. `mhaq` has no package to run it in."""
 
 
-class Bench:
+class Networks:
     """The networks, quantized once for each config, with our answers."""
 
     def __init__(self, study: str) -> None:
         self.study = study
 
-    @cache  # noqa: B019 - there is one workbench
+    @cache  # noqa: B019 - there is one Networks
     def network(self, name: str) -> tuple[nn.Module, Tensor, Tensor, ModelGraph]:
         """The float network, images to set ranges on, images to compare on, and the layers."""
         task = load_task(load_study("digits" if name == "digits" else self.study).task)
@@ -165,14 +160,13 @@ class Bench:
         prepared = mpsearch.prepare(model, PrecisionConfig(chosen | rest), calibration, graph.layers).eval()
         return mpsearch.QuantizedNetwork(prepared, graph.layers, name, name, example_input=x[:2]), answers(prepared, x)
 
-    def row(self, target: str, name: str, config: str) -> dict[str, Any]:
+    def row(self, target: str, network: str, config: str) -> Row:
         """One line of the table."""
         run, package, _ = TARGETS[target]
-        model, _, x, _ = self.network(name)
-        network, ours = self.quantized(name, config)
-        began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = mpsearch.export(network, target, Path(temporary) / "out").path
+        model, _, x, _ = self.network(network)
+        quantized, ours = self.quantized(network, config)
+        with Stopwatch() as watch, tempfile.TemporaryDirectory() as temporary:
+            folder = mpsearch.export(quantized, target, Path(temporary) / "out").path
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             theirs = answers(run(model, folder, x[:2]), x)
         difference = (ours - theirs).abs()
@@ -188,74 +182,74 @@ class Bench:
             "bytes": size,
             "float_bytes": sum(4 * value.numel() for value in model.state_dict().values()),
             "version": f"{package} {version(package)}",
-            "seconds": round(time.perf_counter() - began, 1),
+            "seconds": round(watch.wall_s, 1),
         }
+
+
+def export_agreement(
+    only: Annotated[Sequence[str], several(str, "export targets")] = tuple(TARGETS),
+    networks: Annotated[Sequence[str], several(str, "networks")] = tuple(NETWORKS),
+    study: Study = "resnet20-cifar10-jpeg",
+    results: Results = RESULTS / "export_agreement.jsonl",
+    only_print: PrintOnly = False,
+) -> None:
+    for names, valid in ((only, TARGETS), (networks, NETWORKS)):
+        if unknown := [name for name in names if name not in valid]:
+            raise typer.BadParameter(f"unknown {unknown[0]}: {nearest(unknown[0], valid)}")
+    rows = Rows(results, key=("target", "network", "config"))
+    cases = [
+        {"target": target, "network": name, "config": config}
+        for name in networks
+        for target in only
+        for config in NETWORKS[name]
+        if config in TARGETS[target][2]
+    ]
+    quantized = Networks(study)
+    for case in rows.missing([] if only_print else cases):
+        names = ", ".join(case.values())
+        try:
+            row = quantized.row(**case)
+        except Exception as error:  # one row's failure is said, the others are made
+            say(f"{names}: {type(error).__name__}: {error}")
+            continue
+        rows.append(case | row)
+        say(f"{names}: {row['same_answer']}")
+    show(rows.read())
 
 
 @torch.no_grad()
 def answers(run: Callable[[Tensor], Any], x: Tensor) -> Tensor:
     """Logits `(n, classes)`."""
-    return torch.cat([run(part).cpu() for part in x.split(BATCH)])
+    return torch.cat([run(part).cpu() for part in torch.split(x, BATCH)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=NETWORKS)
-    parser.add_argument("--study", default="resnet20-cifar10-jpeg")
-    results = Path(__file__).parent / "results" / "export_agreement.jsonl"
-    parser.add_argument("--results", type=Path, default=results)
-    parser.add_argument("--print", action="store_true", dest="only_print")
-    options = parser.parse_args()
-    workbench = Bench(options.study)
-    for name in [] if options.only_print else options.networks:
-        for target in options.only:
-            for config in (config for config in NETWORKS[name] if config in TARGETS[target][2]):
-                key = {"target": target, "network": name, "config": config}
-                if any(all(row[k] == v for k, v in key.items()) for row in read(options.results)):
-                    continue
-                try:
-                    row = key | workbench.row(target, name, config)
-                except Exception as error:  # one row's failure is said, the others are made
-                    print(f"{target}, {name}, {config}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                    continue
-                with options.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(f"{target}, {name}, {config}: {row['same_answer']}", file=sys.stderr, flush=True)
-    show(read(options.results))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: list[Row]) -> None:
     """The table."""
-    table = Table(title="answers of each export, in its own library, compared with ours")
-    columns = ("network", "config", "target", ">same answer", ">preferred by", ">images off", ">by up to", ">median")
-    for column in (*columns, ">logits up to", ">KiB", ">float32 KiB", "with"):
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    words = ("network", "config", "target", "with")
+    columns = ("same answer", "preferred by", "images off", "by up to", "median", "logits up to", "KiB", "float32 KiB")
     networks, configs, targets = list(NETWORKS), list(CONFIGS), list(TARGETS)
-    for row in sorted(
-        rows,
-        key=lambda r: (networks.index(r["network"]), configs.index(r["config"]), targets.index(r["target"])),
-    ):
-        table.add_row(
-            row["network"],
-            row["config"],
-            row["target"],
-            f"{row['same_answer']} of {row['images']}",
-            "" if row["same_answer"] == row["images"] else f"{row['max_preference']:.2f}",
-            str(row["turned_over"]),
-            f"{row['max_difference']:.1e}",
-            f"{row['median_difference']:.1e}",
-            f"{row['max_logit']:.1f}",
-            f"{row['bytes'] / 1024:.1f}",
-            f"{row['float_bytes'] / 1024:.1f}",
-            row["version"],
-        )
-    Console(width=150).print(table)
-
-
-if __name__ == "__main__":
-    main()
+    print_table(
+        "answers of each export, in its own library, compared with ours",
+        (*words[:3], *columns, words[3]),
+        (
+            (
+                row["network"],
+                row["config"],
+                row["target"],
+                f"{row['same_answer']} of {row['images']}",
+                "" if row["same_answer"] == row["images"] else f"{row['max_preference']:.2f}",
+                str(row["turned_over"]),
+                f"{row['max_difference']:.1e}",
+                f"{row['median_difference']:.1e}",
+                f"{row['max_logit']:.1f}",
+                f"{row['bytes'] / 1024:.1f}",
+                f"{row['float_bytes'] / 1024:.1f}",
+                row["version"],
+            )
+            for row in sorted(
+                rows,
+                key=lambda r: (networks.index(r["network"]), configs.index(r["config"]), targets.index(r["target"])),
+            )
+        ),
+        left=words,
+    )

@@ -1,30 +1,25 @@
 """What each method of the three documents costs in accuracy and time: one row a method.
 
-    python benchmarks/methods.py [--rows gdnsq-w4a4,...] [--study resnet20-cifar10-jpeg] [--seeds 0] [--threads 1]
-        [--epochs N] [--results benchmarks/results/methods.jsonl] [--print]
-
-Rows that the results file has (same row, seed, study and epochs) are not run again; `--print` runs none. Prints one
-table: validation and test accuracy, the difference from the float network (mean and deviation over seeds), minutes,
-command. `--epochs` replaces those of the rows: other networks need other ones. The teacher's answers to the
+Prints one table: validation and test accuracy, the difference from the float network (mean and deviation over seeds),
+minutes, command. `--epochs` replaces those of the rows: other networks need other ones. The teacher's answers to the
 training batches are computed by the first row of a process and kept for the others, as trials of a search keep them.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+import typer
 
+from benchmarks.options import RESULTS, PrintOnly, Results, Seeds, Study, Threads, several
+from benchmarks.printing import print_table, say, spread
+from benchmarks.rows import Row, Rows
+from benchmarks.stopwatch import Stopwatch
+from mpsearch.errors import nearest
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.problem import Problem, open_problem
 from mpsearch.ptq.pipeline import PtqMethod, ptq
@@ -33,12 +28,13 @@ from mpsearch.qat.pipeline import qat
 from mpsearch.qat.trained import Trained
 from mpsearch.quant.shift import SlopeSchedule
 from mpsearch.study import load_study
+from mpsearch.task.task import Split
 from mpsearch.train import Teacher
 from mpsearch.workbench import Workbench
 
 
 @dataclass(frozen=True)
-class Row:
+class Method:
     """One training or quantization."""
 
     method: str
@@ -53,29 +49,31 @@ class Row:
         return LayerPrecision.parse(weight, activation) if x else LayerPrecision.shorthand(self.target)
 
 
-def _gdnsq(target: str, epochs: float, **options: Any) -> Row:
-    return Row("gdnsq", target, epochs, options)
+def _gdnsq(target: str, epochs: float, **options: Any) -> Method:
+    return Method("gdnsq", target, epochs, options)
 
+
+SPLITS: tuple[Split, ...] = ("val", "test")
 
 SHORT = 1.5  # epochs of the rows that are only compared with each other
 
-ROWS: dict[str, Row] = {
-    "ptq-w8a8": Row("ptq", "w8a8"),
-    "ptq-w4a8-adaround": Row("ptq", "w4a8"),
-    "ptq-w4a8-nearest": Row("ptq", "w4a8", options={"rounding": "nearest"}),
-    "ptq-w8a8-data-free": Row("ptq", "w8a8", options={"data_free": True}),
-    "qat-w4a4": Row("qat", "w4a4", 5),
-    "qat-w4a4-per-tensor": Row("qat", "uniform:4/tensor x uniform:4", 5),
-    "apot-w4a4": Row("qat", "apot:4 x apot:4", 3),
-    "shift-w4": Row("qat", "shift:4 x float", 4, {"slope": (4, 64)}),
-    "shift-w4-ste": Row("qat", "shift:4 x float", SHORT, {"shift_gradient": "ste"}),
-    "shift-w4-dsq": Row("qat", "shift:4 x float", SHORT, {"shift_gradient": "dsq", "slope": (4, 64)}),
-    "shift-w4a4": Row("qat", "shift:4 x shift:4", SHORT, {"shift_gradient": "ste"}),
+ROWS: dict[str, Method] = {
+    "ptq-w8a8": Method("ptq", "w8a8"),
+    "ptq-w4a8-adaround": Method("ptq", "w4a8"),
+    "ptq-w4a8-nearest": Method("ptq", "w4a8", options={"rounding": "nearest"}),
+    "ptq-w8a8-data-free": Method("ptq", "w8a8", options={"data_free": True}),
+    "qat-w4a4": Method("qat", "w4a4", 5),
+    "qat-w4a4-per-tensor": Method("qat", "uniform:4/tensor x uniform:4", 5),
+    "apot-w4a4": Method("qat", "apot:4 x apot:4", 3),
+    "shift-w4": Method("qat", "shift:4 x float", 4, {"slope": (4, 64)}),
+    "shift-w4-ste": Method("qat", "shift:4 x float", SHORT, {"shift_gradient": "ste"}),
+    "shift-w4-dsq": Method("qat", "shift:4 x float", SHORT, {"shift_gradient": "dsq", "slope": (4, 64)}),
+    "shift-w4a4": Method("qat", "shift:4 x shift:4", SHORT, {"shift_gradient": "ste"}),
     **{
-        f"ablation-shift-w4-slope-{start}-{end}": Row("qat", "shift:4 x float", SHORT, {"slope": (start, end)})
+        f"ablation-shift-w4-slope-{start}-{end}": Method("qat", "shift:4 x float", SHORT, {"slope": (start, end)})
         for start, end in ((4, 16), (4, 64), (4, 128), (16, 64), (64, 64))
     },
-    "ablation-qat-w3a3": Row("qat", "w3a3", SHORT),
+    "ablation-qat-w3a3": Method("qat", "w3a3", SHORT),
     "gdnsq-w4a4": _gdnsq("w4a4", 5),
     "gdnsq-w3a3": _gdnsq("w3a3", 6),
     "gdnsq-w2a2": _gdnsq("w2a2", 8),
@@ -94,6 +92,38 @@ ROWS: dict[str, Row] = {
 }
 
 
+def methods(
+    rows: Annotated[Sequence[str], several(str, "methods, by the names of their rows")] = tuple(ROWS),
+    study: Study = "resnet20-cifar10-jpeg",
+    seeds: Seeds = (0,),
+    epochs: Annotated[float | None, typer.Option(help="epochs of training, in place of those of each row")] = None,
+    threads: Threads = 1,
+    results: Results = RESULTS / "methods.jsonl",
+    only_print: PrintOnly = False,
+) -> None:
+    torch.set_num_threads(threads)
+    if unknown := [name for name in rows if name not in ROWS]:
+        raise typer.BadParameter(f"unknown row {unknown[0]}: {nearest(unknown[0], ROWS)}")
+    kept = Rows(results, key=("row", "study", "seed", "epochs"))
+    wanted = {name: ROWS[name] if epochs is None else replace(ROWS[name], epochs=epochs) for name in rows}
+    cases = [
+        {"row": name, "study": study, "seed": seed, "epochs": row.epochs}
+        for seed in seeds
+        for name, row in wanted.items()
+    ]
+    runner: Runner | None = None
+    for case in kept.missing([] if only_print else cases):
+        row = wanted[case["row"]]
+        runner = runner or Runner(study)
+        say(f"{case['row']}: {row}, seed {case['seed']}")
+        command = f"python -m benchmarks methods --study {study} --rows {case['row']}"
+        command += "" if epochs is None else f" --epochs {epochs:g}"
+        line = case | runner.run(row, case["seed"]) | {"command": command}
+        kept.append(line)
+        say(f"{case['row']}: val {line['val']:.2f}, test {line['test']:.2f}")
+    show(kept.read(), study)
+
+
 class Runner:
     """Runs rows; what they share is made once."""
 
@@ -101,28 +131,27 @@ class Runner:
         self.problem: Problem = open_problem(load_study(study))
         self.task = self.problem.task
         float_model = self.task.float_model()
-        self.float = {split: self.task.evaluate(float_model, split) for split in ("val", "test")}
+        self.float = {split: self.task.evaluate(float_model, split) for split in SPLITS}
         self.teacher: Teacher | None = None
 
-    def run(self, row: Row, seed: int) -> dict[str, Any]:
+    def run(self, row: Method, seed: int) -> Row:
         """A line of the results file."""
-        began, cpu = time.perf_counter(), time.process_time()
         torch.manual_seed(seed)
-        trained = self._train(row, seed)
-        minutes, cpu_minutes = (time.perf_counter() - began) / 60, (time.process_time() - cpu) / 60
+        with Stopwatch() as watch:
+            trained = self._train(row, seed)
         return {
             "val": 100 * self.task.evaluate(trained.model, "val"),
             "test": 100 * self.task.evaluate(trained.model, "test"),
             "float_val": 100 * self.float["val"],
             "float_test": 100 * self.float["test"],
-            "minutes": minutes,
-            "cpu_minutes": cpu_minutes,
+            "minutes": watch.wall_s / 60,
+            "cpu_minutes": watch.cpu_s / 60,
             "threads": torch.get_num_threads(),
             "notes": list(trained.notes),
             "log": list(trained.log),
         }
 
-    def _train(self, row: Row, seed: int) -> Trained:
+    def _train(self, row: Method, seed: int) -> Trained:
         config = self.problem.space.everywhere(row.precision)
         options = dict(row.options)
         if row.method == "ptq":
@@ -150,67 +179,31 @@ class Runner:
 
 def _say(step: int, loss: float) -> None:
     if step % 200 == 0:
-        print(f"  step {step}, loss {loss:.4f}, {time.strftime('%H:%M:%S')}", file=sys.stderr, flush=True)
+        say(f"  step {step}, loss {loss:.4f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS))
-    parser.add_argument("--study", default="resnet20-cifar10-jpeg")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--epochs", type=float)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "methods.jsonl")
-    parser.add_argument("--print", action="store_true", dest="only_print")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    options.results.parent.mkdir(exist_ok=True)
-    runner: Runner | None = None
-    rows = [] if options.only_print else options.rows.split(",")
-    for name, seed in ((name, int(seed)) for seed in options.seeds.split(",") for name in rows):
-        row = ROWS[name] if options.epochs is None else replace(ROWS[name], epochs=options.epochs)
-        key = {"row": name, "study": options.study, "seed": seed, "epochs": row.epochs}
-        if any(all(line[k] == v for k, v in key.items()) for line in _read(options.results)):
-            continue
-        runner = runner or Runner(options.study)
-        print(f"{name}: {row}, seed {seed}", file=sys.stderr, flush=True)
-        command = f"python benchmarks/methods.py --study {options.study} --rows {name}"
-        command += "" if options.epochs is None else f" --epochs {options.epochs:g}"
-        line = {**key, **runner.run(row, seed), "command": command}
-        with options.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"{name}: val {line['val']:.2f}, test {line['test']:.2f}", file=sys.stderr, flush=True)
-    _print(_read(options.results), options.study)
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _print(lines: list[dict[str, Any]], study: str) -> None:
+def show(lines: list[Row], study: str) -> None:
+    """The table of one study."""
     lines = [line for line in lines if line["study"] == study]
     if not lines:
         return
-    title = f"{study}: float {lines[0]['float_val']:.2f} % val, {lines[0]['float_test']:.2f} % test"
-    table = Table(title=title)
-    for column in ("method", "epochs", "seeds", "val - float", "test - float", "minutes", "command"):
-        table.add_column(column, justify="left" if column in ("method", "command") else "right")
     order = {name: index for index, name in enumerate(ROWS)}
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, float], list[Row]] = {}
     for line in sorted(lines, key=lambda line: order.get(line["row"], len(order))):
         groups.setdefault((line["row"], line["epochs"]), []).append(line)
-    for (name, epochs), seeds in groups.items():
-        losses = [_spread([line[split] - line[f"float_{split}"] for line in seeds]) for split in ("val", "test")]
-        minutes = statistics.fmean(line["minutes"] for line in seeds)
-        table.add_row(name, f"{epochs:g}", str(len(seeds)), *losses, f"{minutes:.1f}", seeds[0]["command"])
-    Console(width=150).print(table)
-    print("command: python " + " ".join(sys.argv))
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.fmean(values):+.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
-
-
-if __name__ == "__main__":
-    main()
+    print_table(
+        f"{study}: float {lines[0]['float_val']:.2f} % val, {lines[0]['float_test']:.2f} % test",
+        ("method", "epochs", "seeds", "val - float", "test - float", "minutes", "command"),
+        (
+            (
+                name,
+                f"{epochs:g}",
+                str(len(seeds)),
+                *(spread([line[split] - line[f"float_{split}"] for line in seeds], sign="+") for split in SPLITS),
+                f"{statistics.fmean(line['minutes'] for line in seeds):.1f}",
+                seeds[0]["command"],
+            )
+            for (name, epochs), seeds in groups.items()
+        ),
+        left=("method", "command"),
+    )

@@ -1,42 +1,76 @@
 """How long the report of a large study takes, how much memory, and how large it is: made-up trials, no training.
 
-    python benchmarks/report_speed.py --trials 2000 --layers 100
-
 Prints one table. Each size runs in a process of its own, because memory is its largest resident size, imports included.
 """
 
 from __future__ import annotations
 
-import argparse
-import resource
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
+
+from benchmarks.options import RESULTS, Results, several
+from benchmarks.printing import print_table
+from benchmarks.rows import MEASURED, Row, Rows
+from benchmarks.stopwatch import Stopwatch
 
 
-def measure(trials: int, layers: int) -> list[str]:
+def report_speed(
+    trials: Annotated[Sequence[int], several(int, "numbers of trials, a report each")] = (60, 2000),
+    layers: Annotated[int, typer.Option(help="layers of the made-up network", min=1)] = 100,
+    results: Results = RESULTS / "report_speed.jsonl",
+) -> None:
+    rows = Rows(results, key=("trials", "layers", *MEASURED))
+    cases = [{"trials": count, "layers": layers} for count in trials]
+    for case in rows.missing(cases):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            rows.append(case | process.submit(measure, case["trials"], layers).result())
+    columns = ("trials", "layers", "wall, s", "CPU, s", "peak memory, MiB", "of which before, MiB")
+    print_table(
+        "reports",
+        (*columns, "page without plotly, MiB"),
+        (
+            (
+                f"{row['trials']:,}",
+                str(row["layers"]),
+                f"{row['wall_s']:.1f}",
+                f"{row['cpu_s']:.1f}",
+                f"{row['peak_mib']:.0f}",
+                f"{row['before_mib']:.0f}",
+                f"{row['page_mib']:.2f}",
+            )
+            for row in rows.select(cases)
+        ),
+        left=(),
+    )
+
+
+def measure(trials: int, layers: int) -> Row:
     """Seconds (wall, CPU), peak memory and size of one report, from the written record to the written page."""
     from plotly.offline import get_plotlyjs
 
     from mpsearch.cost.model import RelativeCost
     from mpsearch.graph.facts import LayerInfo
     from mpsearch.precision import LayerPrecision, PrecisionConfig
-    from mpsearch.record import RunFolder, TrialRecord, WallTime
+    from mpsearch.record import Origin, RunFolder, TrialRecord, WallTime
     from mpsearch.report.data import RunData
     from mpsearch.report.page import write_report
     from mpsearch.report.tables import descent_table
+    from mpsearch.search.trial import peak_memory_bytes
     from mpsearch.space.choices import parse_choices
     from mpsearch.space.space import Slot
 
     random = np.random.default_rng(0)
     names = [f"stage{i // 25}.block{i // 3 % 8}.conv{i % 3}.{i}" for i in range(layers)]
     infos = [
-        LayerInfo(name, "conv2d", (64, 64, 3, 3), (64, 8, 8), (64, 8, 8), int(random.integers(1e5, 1e7)), 36928, 576)
-        for name in names
+        LayerInfo(name, "conv2d", (64, 64, 3, 3), (64, 8, 8), (64, 8, 8), int(macs), 36928, 576)
+        for name, macs in zip(names, random.integers(100_000, 10_000_000, layers), strict=True)
     ]
     cost = RelativeCost(infos)
     choices = [
@@ -58,7 +92,7 @@ def measure(trials: int, layers: int) -> list[str]:
             for number, config in enumerate([*ladder, *drawn]):
                 price = cost(config)
                 accuracy = float(np.clip(1 - 0.05 / price + 0.02 * random.normal(), 0, 1))
-                origin = "uniform" if number < len(ladder) else "sampler"
+                origin: Origin = "uniform" if number < len(ladder) else "sampler"
                 wall = WallTime(train_s=9.0)
                 folder.append(
                     TrialRecord(
@@ -81,42 +115,15 @@ def measure(trials: int, layers: int) -> list[str]:
             {"step": step, "loss": 1.0, "cost": 0.99**step, "bits": {slot.name: 8 * 0.99**step for slot in slots}}
             for step in range(200)
         ]
-        before_mib = _peak_mib()
-        wall, cpu = time.perf_counter(), time.process_time()
-        run = RunData.of("made-up", folder.records(), infos, cost, 0.05, descent=descent_table(log, slots))
-        path = write_report(Path(temporary) / "report.html", run)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        before_mib = peak_memory_bytes() / 2**20
+        with Stopwatch() as watch:
+            run = RunData.of("made-up", folder.records(), infos, cost, 0.05, descent=descent_table(log, slots))
+            path = write_report(Path(temporary) / "report.html", run)
         size = (len(path.read_bytes()) - len(get_plotlyjs().encode())) / 2**20
-    return [
-        f"{trials:,}",
-        f"{layers}",
-        f"{wall:.1f}",
-        f"{cpu:.1f}",
-        f"{_peak_mib():.0f}",
-        f"{before_mib:.0f}",
-        f"{size:.2f}",
-    ]
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, nargs="+", default=[60, 2000])
-    parser.add_argument("--layers", type=int, default=100)
-    parser.add_argument("--one", action="store_true", help="measure in this process and print the row alone")
-    given = parser.parse_args()
-    if given.one:
-        print(" | ".join(measure(given.trials[0], given.layers)))
-        return
-    print("| trials | layers | wall, s | CPU, s | peak memory, MiB | of which before, MiB | page without plotly, MiB |")
-    print("|--:|--:|--:|--:|--:|--:|--:|")
-    for trials in given.trials:
-        command = [sys.executable, __file__, "--one", "--trials", str(trials), "--layers", str(given.layers)]
-        print(f"| {subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        "wall_s": watch.wall_s,
+        "cpu_s": watch.cpu_s,
+        "peak_mib": peak_memory_bytes() / 2**20,
+        "before_mib": before_mib,
+        "page_mib": size,
+    }

@@ -1,9 +1,5 @@
 """What each part of the search is worth: arms of equal wall time, finally trained the same way, scored on test.
 
-    python benchmarks/search_quality.py [--study resnet20-cifar10-jpeg] [--arms full,cold,...] [--seeds 0,1,2]
-        [--minutes 8] [--epochs 1] [--final-seeds 1] [--bits 4,3,2] [--work .search_quality]
-        [--results benchmarks/results/search_quality] [--print] [--picture search_quality.html]
-
 Each arm is a run of the command line with a compiler cache of its own, so that its time holds everything: descent,
 sensitivities, compilation, trials, in one process with all threads. Then points of its front are trained for `--epochs`
 and scored on val and on test, which no arm has seen: of the trials that cost no more than WxAx, for each of `--bits`,
@@ -21,7 +17,6 @@ done twice: arms that share the ladder and a seed share its rungs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -30,16 +25,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import moocore
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
+import typer
 
+from benchmarks.options import RESULTS, PrintOnly, Seeds, Set, Study, several
+from benchmarks.printing import print_table, say, spread
+from benchmarks.rows import Row, Rows
+from mpsearch.errors import nearest
 from mpsearch.problem import Problem, open_problem
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord, checkpoint_path
 from mpsearch.search.finalize import finalize
@@ -85,23 +83,67 @@ ARMS: dict[str, list[str]] = {
     ],
 }
 
-
 BOOTSTRAPS = 4000
 ONE_COST = 0.03  # difference of log cost below which points are compared
 SHARES = (1.0, 0.8)  # of a budget, at which points are trained
 
+KEY = ("study", "minutes", "epochs", "arm", "seed")
 
-def search(study: str, arm: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Settings:
+    """What all arms of one comparison have in common."""
+
+    study: str
+    minutes: float
+    epochs: float
+    final_seeds: int
+    bits: Sequence[int]
+    overrides: Sequence[str]
+    work: Path
+    points: Rows  # a row a trained point
+    timeline: Rows  # a row a step of the hypervolume
+
+
+def search_quality(
+    study: Study = "resnet20-cifar10-jpeg",
+    arms: Annotated[Sequence[str], several(str, "arms of the comparison")] = tuple(ARMS),
+    seeds: Seeds = (0, 1, 2),
+    minutes: Annotated[float, typer.Option(help="minutes of one search, warm start included")] = 8.0,
+    epochs: Annotated[float, typer.Option(help="epochs of a final training")] = 1.0,
+    final_seeds: Annotated[int, typer.Option(help="final trainings of a point; their mean counts", min=1)] = 1,
+    bits: Annotated[Sequence[int], several(int, "bits of the uniform configs whose costs are the budgets")] = (4, 3, 2),
+    set_: Set = None,
+    work: Annotated[Path, typer.Option(help="folder that keeps the searches")] = Path(".search_quality"),
+    results: Annotated[
+        Path, typer.Option(help="files of rows, without `.csv` and `-time.csv`; arms with rows are not run again")
+    ] = RESULTS / "search_quality",
+    picture: Annotated[Path | None, typer.Option(help="HTML file for the picture; none by default")] = None,
+    only_print: PrintOnly = False,
+) -> None:
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise typer.BadParameter(f"unknown arm '{unknown[0]}': {nearest(unknown[0], ARMS)}")
+    points, timeline = (Rows(results.with_name(f"{results.name}{end}"), KEY) for end in (".csv", "-time.csv"))
+    settings = Settings(study, minutes, epochs, final_seeds, bits, set_ or [], work, points, timeline)
+    about = {"study": study, "minutes": minutes, "epochs": epochs}
+    cases = [about | {"arm": arm, "seed": seed} for seed in seeds for arm in arms]
+    for case in points.missing([] if only_print else cases):
+        say(f"{study}: {case['arm']}, seed {case['seed']}")
+        run_arm(settings, case)
+    report(settings, picture)
+
+
+def search(settings: Settings, arm: str, seed: int, folder: Path) -> Row:
     """Run the search of one arm with one seed, if it has not ended yet. Returns its command, begin and seconds."""
-    own = [override.replace("UNIFORM", UNIFORM.get(study, "uniform")) for override in ARMS[arm]]
-    overrides = [*own, f"search.seed={seed}", f"warm_start.seed={seed}", f"trial.seed={seed}", *options.set]
-    overrides += ["search.trials=100000", "engine.address=none"]
-    command = [str(Path(sys.executable).parent / "mpsearch"), "run", study, "--out", str(folder / "run"), "--json"]
-    command += ["--time-limit", f"{round(60 * options.minutes)}s"]
+    own = [override.replace("UNIFORM", UNIFORM.get(settings.study, "uniform")) for override in ARMS[arm]]
+    overrides = [*own, f"search.seed={seed}", f"warm_start.seed={seed}", f"trial.seed={seed}"]
+    overrides += [*settings.overrides, "search.trials=100000", "engine.address=none"]
+    command = [str(Path(sys.executable).parent / "mpsearch"), "run", settings.study]
+    command += ["--out", str(folder / "run"), "--json", "--time-limit", f"{round(60 * settings.minutes)}s"]
     command += [part for override in overrides for part in ("--set", override)]
     ended = folder / "searched.json"
     if ended.exists() and (searched := json.loads(ended.read_text()))["command"] == command:
-        return searched
+        return dict(searched)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
@@ -114,21 +156,21 @@ def search(study: str, arm: str, seed: int, folder: Path, options: argparse.Name
     return searched
 
 
-def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> None:
+def run_arm(settings: Settings, key: Row) -> None:
     """Search with one arm and seed, train what it found, and append its rows."""
-    folder = options.work / f"{study}-{options.minutes:g}min-{arm.replace(' ', '-')}-{seed}"
-    searched = search(study, arm, seed, folder, options)
+    study, arm, seed = settings.study, key["arm"], key["seed"]
+    folder = settings.work / f"{study}-{settings.minutes:g}min-{arm.replace(' ', '-')}-{seed}"
+    searched = search(settings, arm, seed, folder)
     run = RunFolder.open(folder / "run")
     spec = read_spec(run)
-    final = spec.final.model_copy(update={"epochs": options.epochs, "seeds": options.final_seeds})
+    final = spec.final.model_copy(update={"epochs": settings.epochs, "seeds": settings.final_seeds})
     problem = open_problem(spec.model_copy(update={"final": final}))
     records = run.records()
-    costs = [share * cost for cost in budgets(problem, options.bits).values() for share in SHARES]
+    costs = [share * cost for cost in budgets(problem, settings.bits).values() for share in SHARES]
     chosen = best_within(records, costs)
-    ended = [path.parent for path in sorted(options.work.glob(f"{study}-*/searched.json"))]
+    ended = [path.parent for path in sorted(settings.work.glob(f"{study}-*/searched.json"))]
     share_finals(run, chosen, [RunFolder.open(other / "run") for other in ended if other != folder])
     rows = finalize(problem, run, trials=chosen)
-    key = {"study": study, "minutes": options.minutes, "epochs": options.epochs, "arm": arm, "seed": seed}
     points = [
         key
         | {
@@ -151,8 +193,8 @@ def run_arm(study: str, arm: str, seed: int, options: argparse.Namespace) -> Non
         key | {"elapsed_s": waited + step.elapsed_s, "hypervolume": step.hypervolume}
         for step in hypervolume_over_time(records, lowest(problem))
     ]
-    _append(_time_path(options.results), steps)
-    _append(options.results.with_suffix(".csv"), points)  # last: with these rows the arm is done
+    settings.timeline.append(*steps)
+    settings.points.append(*points)  # last: with these rows the arm is done
 
 
 def budgets(problem: Problem, bits: Sequence[int]) -> dict[int, float]:
@@ -200,15 +242,6 @@ def _begin(run: RunFolder, trial: TrialRecord) -> str:
     return content_key(study, trial.config.digest, weights)
 
 
-def _time_path(results: Path) -> Path:
-    return results.with_name(f"{results.name}-time.csv")
-
-
-def _append(path: Path, rows: list[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(path, mode="a", header=not path.exists(), index=False)
-
-
 def quality(points: pd.DataFrame, lowest: float) -> pd.DataFrame:
     """A row per arm and seed: hypervolume on val and test, IGD+ on test, in the range of costs from `lowest` to 1."""
 
@@ -227,64 +260,51 @@ def quality(points: pd.DataFrame, lowest: float) -> pd.DataFrame:
 def accuracy_at(points: pd.DataFrame, cost: float) -> float:
     """The test accuracy that an arm has at a cost: of its best point on val that costs no more; NaN without any."""
     within = points[points.cost <= cost * (1 + 1e-9)]
-    return math.nan if within.empty else float(within.test[within.val.idxmax()])
+    return math.nan if within.empty else float(within.test.iloc[within.val.argmax()])
 
 
-def report(options: argparse.Namespace) -> None:
+def report(settings: Settings, picture: Path | None) -> None:
     """Print the tables of one study."""
-    path = options.results.with_suffix(".csv")
-    if not path.exists():
-        return
-    points = pd.read_csv(path)
-    same = (points.study == options.study) & (points.minutes == options.minutes) & (points.epochs == options.epochs)
-    points = points[same]
+    study, minutes, epochs = settings.study, settings.minutes, settings.epochs
+    searched = [row for row in settings.timeline.read() if (row["study"], row["minutes"]) == (study, minutes)]
+    trained = [row for row in settings.points.read() if (row["study"], row["minutes"]) == (study, minutes)]
+    points = pd.DataFrame([row for row in trained if row["epochs"] == epochs])
     if points.empty:
         return
-    spec = load_study(options.study)
-    problem = open_problem(spec)
-    rungs = budgets(problem, options.bits)
-    found = quality(points, lowest(problem))
-    table = Table(
-        title=f"{options.study}, {options.minutes:g} minutes a run, {options.epochs:g} epochs of final training"
-    )
-    for column in (
-        "arm",
-        "seeds",
-        "hypervolume, val",
-        "test",
-        "IGD+",
-        *(f"test within {share:g}x W{b}A{b}" for b in rungs for share in SHARES),
-        "trials",
-    ):
-        table.add_column(column, justify="left" if column == "arm" else "right")
+    problem = open_problem(load_study(study, settings.overrides))
+    costs = {
+        f"{share:g}x W{b}A{b}": share * cost for b, cost in budgets(problem, settings.bits).items() for share in SHARES
+    }
+    qualities = quality(points, lowest(problem))
+    lines = []
     for arm in ARMS:
-        rows = found[found.arm == arm]
+        rows = qualities[qualities.arm == arm]
         if rows.empty:
             continue
-        own = points[points.arm == arm]
-        costs = [share * cost for cost in rungs.values() for share in SHARES]
-        at = [[accuracy_at(group, cost) for _, group in own.groupby("seed")] for cost in costs]
-        table.add_row(
-            arm,
-            str(len(rows)),
-            _spread(rows.val, 4),
-            _spread(rows.test, 4),
-            _spread(rows.igd_plus, 4),
-            *(_spread(100 * pd.Series(values), 2) for values in at),
-            f"{rows.trials.mean():.0f}",
+        runs = [group for _, group in points[points.arm == arm].groupby("seed")]
+        lines.append(
+            (
+                arm,
+                str(len(rows)),
+                *(_spread(rows[name], 4) for name in ("val", "test", "igd_plus")),
+                *(_spread(100 * pd.Series([accuracy_at(run, cost) for run in runs]), 2) for cost in costs.values()),
+                f"{rows.trials.mean():.0f}",
+            )
         )
-    Console(width=200).print(table)
-    timeline = pd.read_csv(_time_path(options.results))
-    timeline = timeline[(timeline.study == options.study) & (timeline.minutes == options.minutes)]
-    timeline = timeline.drop_duplicates(["arm", "seed", "elapsed_s"])  # other epochs of final training: the same search
+    print_table(
+        f"{study}, {minutes:g} minutes a run, {epochs:g} epochs of final training",
+        ("arm", "seeds", "hypervolume, val", "test", "IGD+", *(f"test within {cost}" for cost in costs), "trials"),
+        lines,
+    )
+    # Other epochs of final training: the same search.
+    timeline = pd.DataFrame(searched).drop_duplicates(["arm", "seed", "elapsed_s"])
     _print_speed(timeline)
     _print_proxies(points)
-    if options.picture is not None:
-        picture(points, timeline, options.picture)
-    print("command: python " + " ".join(sys.argv))
+    if picture is not None:
+        draw(points, timeline, picture)
 
 
-def picture(points: pd.DataFrame, timeline: pd.DataFrame, path: Path) -> None:
+def draw(points: pd.DataFrame, timeline: pd.DataFrame, path: Path) -> None:
     """Test accuracy against cost after the final training, and hypervolume on val over time: a line an arm and seed."""
     import plotly.colors
     import plotly.graph_objects as go
@@ -342,7 +362,8 @@ def _print_proxies(points: pd.DataFrame) -> None:
         return
 
     def signs(values: pd.Series) -> np.ndarray:
-        return np.sign(values.to_numpy()[first] - values.to_numpy()[second])
+        sign: np.ndarray = np.sign(values.to_numpy()[first] - values.to_numpy()[second])
+        return sign
 
     order = signs(points.test)
     accuracy, divergence = signs(points.proxy_val) * order, signs(-points.divergence) * order
@@ -359,41 +380,5 @@ def _print_proxies(points: pd.DataFrame) -> None:
     print(f"  divergence minus accuracy (95 %, over {runs} runs): {low:+.2f} to {high:+.2f}")
 
 
-def _spread(values: pd.Series, digits: int) -> str:
-    values = values.dropna()
-    if values.empty:
-        return ""
-    mean = f"{values.mean():.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {values.std():.{digits}f}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", default="resnet20-cifar10-jpeg")
-    parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--final-seeds", type=int, default=1, help="final trainings of a point; their mean counts")
-    parser.add_argument("--bits", type=lambda text: [int(b) for b in text.split(",")], default=[4, 3, 2])
-    parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--work", type=Path, default=Path(".search_quality"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "search_quality")
-    parser.add_argument("--picture", type=Path, help="an HTML file to write")
-    parser.add_argument("--print", action="store_true", dest="only_print")
-    options = parser.parse_args()
-    path = options.results.with_suffix(".csv")
-    for seed in map(int, options.seeds.split(",")):
-        for arm in [] if options.only_print else options.arms.split(","):
-            if path.exists():
-                done = pd.read_csv(path)
-                same = (done.study == options.study) & (done.arm == arm) & (done.seed == seed)
-                if (same & (done.minutes == options.minutes) & (done.epochs == options.epochs)).any():
-                    continue
-            print(f"{options.study}: {arm}, seed {seed}, {time.strftime('%H:%M:%S')}", file=sys.stderr, flush=True)
-            run_arm(options.study, arm, seed, options)
-    report(options)
-
-
-if __name__ == "__main__":
-    main()
+def _spread(values: pd.Series[float], digits: int) -> str:
+    return spread(list(values.dropna()), digits)

@@ -1,25 +1,25 @@
-"""Does a trial's start foretell its end? Configs of about one cost, scored at the start and trained, some repeatedly.
+"""Does a trial's start foretell its end?
 
-    mpsearch run resnet20-cifar10-jpeg --trials 1 --out RUN
-    python benchmarks/starts.py RUN [--budget 0.307] [--configs 12] [--repeats 4]
-
-The configs are the roundings of the run's descent at a budget and random moves from them, up to a tenth cheaper. The
-first is trained `--repeats` times with the same seed: what these differ by is what threads' order of summation does,
-and no proxy can foretell. Prints the configs, and Kendall's tau of each proxy against both ends.
+Configs of about one cost are scored at the start and trained, some repeatedly. Make the run by `mpsearch run
+resnet20-cifar10-jpeg --trials 1 --out RUN`. The configs are the roundings of its descent at a budget and random moves
+from them, up to a tenth cheaper. The first is trained `--repeats` times with the same seed: what these differ by is
+what threads' order of summation does, and no proxy can foretell. Prints the configs, and Kendall's tau of each proxy
+against both ends.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
+import typer
 
+from benchmarks.options import RESULTS, Results
+from benchmarks.printing import print_table, say, spread
+from benchmarks.rows import MEASURED, Rows
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem, open_problem
 from mpsearch.record import RunFolder
@@ -39,38 +39,41 @@ SHOWN = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--budget", type=float, default=0.307)
-    parser.add_argument("--configs", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=4)
-    options = parser.parse_args()
-    folder = RunFolder.open(options.run)
+def starts(
+    run: Annotated[Path, typer.Argument(help="run folder with a descent")],
+    budget: Annotated[float, typer.Option(help="relative cost of the configs, a budget of the descent")] = 0.307,
+    configs: Annotated[int, typer.Option(help="number of configs", min=1)] = 12,
+    repeats: Annotated[int, typer.Option(help="trainings of the first config", min=1)] = 4,
+    results: Results = RESULTS / "starts.jsonl",
+) -> None:
+    folder = RunFolder.open(run)
     problem = open_problem(read_spec(folder))
     table = sensitivity_table("kl", problem.task, problem.graph, problem.space, folder.warmstart)
-    near = rounded(Descent.load(folder.warmstart), options.budget, problem.space, problem.cost, 4, table)
-    configs = moved(problem, near, options.budget, options.configs)
-    weights = StartWeights(folder.warmstart).at(options.budget)
+    near = rounded(Descent.load(folder.warmstart), budget, problem.space, problem.cost, 4, table)
+    picked = moved(problem, near, budget, configs)
+    weights = StartWeights(folder.warmstart).at(budget)
     workbench = Workbench(problem.task, problem.spec.trial, offers=problem.space.offers)
-    rows = []
-    for config in [*configs[:1] * (options.repeats - 1), *configs]:
+    rows = Rows(results, key=("run", "budget", "digest", "repeat", *MEASURED))
+    cases = [
+        {"run": folder.id, "budget": budget, "config": index, "digest": config.digest, "repeat": repeat}
+        for index, config in enumerate(picked)
+        for repeat in range(1 if index else repeats)
+    ]
+    for case in rows.missing(cases):
+        config = picked[case["config"]]
         began = time.perf_counter()
         record = run_trial(problem.task, config, problem.spec.trial, weights, workbench=workbench)
-        rows.append(
-            {
-                "config": configs.index(config),
-                "cost": problem.cost(config),
-                "kl": table.total(config),
-                "start": record.start_divergence,
-                "start_accuracy": 100 * record.curve[0][1],
-                "end": record.divergence,
-                "accuracy": 100 * (record.accuracy or 0.0),
-            }
-        )
-        print(rows[-1], f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    show(pd.DataFrame(rows))
-    print("command: python " + " ".join(sys.argv))
+        row = {
+            "cost": problem.cost(config),
+            "kl": table.total(config),
+            "start": record.start_divergence,
+            "start_accuracy": 100 * record.curve[0][1],
+            "end": record.divergence,
+            "accuracy": 100 * (record.accuracy or 0.0),
+        }
+        rows.append(case | row)
+        say(f"config {case['config']}: {row}, {time.perf_counter() - began:.0f} s")
+    show(pd.DataFrame(rows.select(cases)))
 
 
 def moved(problem: Problem, near: list[PrecisionConfig], budget: float, count: int) -> list[PrecisionConfig]:
@@ -89,25 +92,19 @@ def moved(problem: Problem, near: list[PrecisionConfig], budget: float, count: i
 
 def show(rows: pd.DataFrame) -> None:
     """The configs, and the taus."""
-    table = Table(title="configs of about one cost")
-    for column in ("config", *SHOWN.values()):
-        table.add_column(column, justify="right")
-    for row in rows.itertuples():
-        table.add_row(str(row.config), *(f"{getattr(row, name):.4g}" for name in SHOWN))
-    Console(width=120).print(table)
+    print_table(
+        "configs of about one cost",
+        ("config", *SHOWN.values()),
+        ((str(row.config), *(f"{getattr(row, name):.4g}" for name in SHOWN)) for row in rows.itertuples()),
+    )
     same = rows[rows.config == 0]
     others = rows[rows.config > 0]
     for name, group in ((f"the same config, {len(same)} times", same), (f"the {len(others)} others", others)):
-        ends = f"{group.end.mean():.3f} ± {group.end.std():.3f} nats"
-        print(f"{name}: {ends}, {group.accuracy.mean():.2f} ± {group.accuracy.std():.2f} %")
-    once = rows.groupby("config").mean()
+        print(f"{name}: {spread(list(group.end), 3)} nats, {spread(list(group.accuracy))} %")
+    once = rows.groupby("config")[list(SHOWN)].mean()
     for end, better in (("end", 1), ("accuracy", -1)):
         taus = {
             SHOWN[proxy]: better * sign * once[proxy].corr(once[end], "kendall")
             for proxy, sign in (("kl", 1), ("start", 1), ("start_accuracy", -1))
         }
         print(f"Kendall's tau against {SHOWN[end]}: " + ", ".join(f"{name} {tau:+.2f}" for name, tau in taus.items()))
-
-
-if __name__ == "__main__":
-    main()

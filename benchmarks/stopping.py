@@ -1,49 +1,66 @@
 """What stopping dominated trials saves, and whether it costs a point of the front: a replay of studies without it.
 
-    mpsearch run STUDY --set search.stop_dominated=false --out RUN
-    python benchmarks/stopping.py RUN [RUN ...]
-
-Prints one table. `lost`: trials of the front that would have been stopped; there should be none.
+Make the runs by `mpsearch run STUDY --set search.stop_dominated=false --out RUN`. Prints one table. `lost`: trials of
+the front that would have been stopped; there should be none.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
+from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-from rich.table import Table
+import typer
 
+from benchmarks.options import RESULTS, Results
+from benchmarks.printing import print_table
+from benchmarks.rows import Rows
+from mpsearch.errors import RunError
 from mpsearch.record import RunFolder
 from mpsearch.search.front import pareto_front
 from mpsearch.search.stopping import replay
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+")
-    options = parser.parse_args()
-    table = Table(title="stopping, replayed")
-    for column in ("run", "trials", "stopped", "trial time, s", "saved, s", "saved", "front", "lost"):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for run in options.runs:
-        records = RunFolder.open(run).records()
-        if any(record.state == "stopped" for record in records):
-            sys.exit(f"{run} was run with stopping: run it again with --set search.stop_dominated=false")
-        found = replay(records)
-        table.add_row(
-            run,
-            str(len(records)),
-            str(len(found.stopped)),
-            f"{found.total_s:.0f}",
-            f"{found.saved_s:.0f}",
-            f"{found.saved_s / found.total_s:.0%}",
-            str(len(pareto_front(records))),
-            ", ".join(map(str, found.lost)) or "none",
-        )
-    Console(width=140).print(table)
-    print("command: python " + " ".join(sys.argv))
-
-
-if __name__ == "__main__":
-    main()
+def stopping(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, made without stopping")],
+    results: Results = RESULTS / "stopping.jsonl",
+) -> None:
+    rows = Rows(results, key=("run", "trials", "commit"))
+    folders = [RunFolder.open(run) for run in runs]
+    cases = [{"run": folder.id, "trials": len(folder.records())} for folder in folders]
+    for folder, case in zip(folders, cases, strict=True):
+        for missing in rows.missing([case]):
+            records = folder.records()
+            if any(record.state == "stopped" for record in records):
+                raise RunError(
+                    f"{folder.path} was run with stopping: run it again with --set search.stop_dominated=false"
+                )
+            found = replay(records)
+            rows.append(
+                missing
+                | {
+                    "folder": str(folder.path),
+                    "stopped": len(found.stopped),
+                    "total_s": found.total_s,
+                    "saved_s": found.saved_s,
+                    "front": len(pareto_front(records)),
+                    "lost": list(found.lost),
+                }
+            )
+    columns = ("run", "trials", "stopped", "trial time, s", "saved, s", "saved", "front", "lost")
+    print_table(
+        "stopping, replayed",
+        columns,
+        (
+            (
+                row["folder"],
+                str(row["trials"]),
+                str(row["stopped"]),
+                f"{row['total_s']:.0f}",
+                f"{row['saved_s']:.0f}",
+                f"{row['saved_s'] / row['total_s']:.0%}",
+                str(row["front"]),
+                ", ".join(map(str, row["lost"])) or "none",
+            )
+            for row in rows.select(cases)
+        ),
+    )

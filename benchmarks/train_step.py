@@ -1,7 +1,5 @@
 """How much slower is a quantized training step than a float one?
 
-    python benchmarks/train_step.py [--threads 2] [--batch 128] [--rounds 5] [--model cifar_resnet20]
-
 Prints one table: images/s of the float step, of the quantized step and of the quantized step with the teacher's
 forward pass, all bfloat16 and channels last, with the same loop (`mpsearch.train.fit`) in the same run. The float step
 is compiled as a whole, the quantized one as trials are: its quantizers alone. Rounds of the three alternate, so that a
@@ -11,19 +9,20 @@ only; here it is computed at every step.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, cast
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
+import typer
 from torch import Tensor, nn
 
+from benchmarks.options import RESULTS, Model, Results, Shape, Threads
+from benchmarks.printing import print_table
+from benchmarks.rows import MEASURED, Row, Rows
 from mpsearch.compiler import compiler_missing
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, PrecisionConfig
@@ -35,31 +34,43 @@ from mpsearch.train import FitSettings, Teacher, bf16_is_fast, fit, jeffreys
 from mpsearch.workbench import channels_last
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="cifar_resnet20")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8, help="steps of one round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--bits", default="w4a4")
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
+def train_step(
+    model: Model = "cifar_resnet20",
+    shape: Shape = (3, 32, 32),
+    threads: Threads = 2,
+    batch: Annotated[int, typer.Option(help="images of a batch", min=1)] = 128,
+    steps: Annotated[int, typer.Option(help="steps of one round", min=1)] = 8,
+    rounds: Annotated[int, typer.Option(help="rounds of all kinds of step", min=1)] = 5,
+    bits: Annotated[str, typer.Option(help="precision of every layer, as w4a4")] = "w4a4",
+    eager: Annotated[bool, typer.Option(help="without torch.compile")] = False,
+    results: Results = RESULTS / "train_step.jsonl",
+) -> None:
+    torch.set_num_threads(threads)
+    case = {"model": model, "shape": list(shape), "threads": threads, "batch": batch, "steps": steps, "rounds": rounds}
+    case |= {"bits": bits, "eager": eager}
+    rows = Rows(results, key=(*case, *MEASURED))
+    for missing in rows.missing([case]):
+        rows.append(missing | measure(model, shape, batch, steps, rounds, bits, eager))
+    for row in rows.select([case]):
+        show(row)
 
-    spec = TaskSpec(model=options.model, data=DataSpec(kind="digits"))
+
+def measure(model: str, shape: Sequence[int], batch: int, steps: int, rounds: int, bits: str, eager: bool) -> Row:
+    """Seconds of a step in each round, by kind of step."""
+    torch.manual_seed(0)
+    spec = TaskSpec(model=model, data=DataSpec(kind="digits"))
     network = channels_last(build_model(spec, num_classes=10))
-    x = torch.randn(options.batch, 3, 32, 32)
-    y = torch.randint(0, 10, (options.batch,))
+    x = torch.randn(batch, *shape)
+    y = torch.randint(0, 10, (batch,))
     layers = inspect_model(network.eval(), x[:8]).layers
-    config = PrecisionConfig.uniform([layer.name for layer in layers], LayerPrecision.shorthand(options.bits))
+    config = PrecisionConfig.uniform([layer.name for layer in layers], LayerPrecision.shorthand(bits))
     quantized = prepare(network, config, x, layers)
     bf16 = bf16_is_fast()
 
-    eager = options.eager or compiler_missing()
+    eager = eager or bool(compiler_missing())
     baseline = copy.deepcopy(network)
-    baseline = baseline if eager else torch.compile(baseline, dynamic=False)
+    if not eager:
+        baseline = cast(nn.Module, torch.compile(baseline, dynamic=False))
     quantized = quantized if eager else fuse(quantized)
     teachers = copy.deepcopy(network)
 
@@ -72,39 +83,37 @@ def main() -> None:
 
     cases: dict[str, tuple[nn.Module, Callable[[int, Tensor, Tensor, Tensor], Tensor]]] = {
         "float": (baseline, cross_entropy),
-        f"quantized {options.bits}": (quantized, cross_entropy),
-        f"quantized {options.bits} + teacher": (copy.deepcopy(quantized), distilled),
+        f"quantized {bits}": (quantized, cross_entropy),
+        f"quantized {bits} + teacher": (copy.deepcopy(quantized), distilled),
     }
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             yield x, y
 
-    settings = FitSettings(options.steps, lr=1e-4, bf16=bf16)
+    settings = FitSettings(steps, lr=1e-4, bf16=bf16)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for model, loss in cases.values():  # compile, warm up
-        fit(model, batches(), loss, FitSettings(2, lr=1e-4, bf16=bf16))
-    for _ in range(options.rounds):
-        for name, (model, loss) in cases.items():
+    for trained, loss in cases.values():  # compile, warm up
+        fit(trained, batches(), loss, FitSettings(2, lr=1e-4, bf16=bf16))
+    for _ in range(rounds):
+        for name, (trained, loss) in cases.items():
             began = time.perf_counter()
-            fit(model, batches(), loss, settings)
-            seconds[name].append((time.perf_counter() - began) / options.steps)
+            fit(trained, batches(), loss, settings)
+            seconds[name].append((time.perf_counter() - began) / steps)
+    return {"bf16": bf16, "compiled": not eager, "step_s": seconds}
 
-    table = Table(title=f"{options.model}, batch {options.batch}, {options.threads} threads, bf16 {bf16}")
-    for column in ("step", "images/s", "ms a step, median (min-max)", "times float, median of rounds"):
-        table.add_column(column, justify="left" if column == "step" else "right")
-    for name, times in seconds.items():
-        ratio = statistics.median(t / f for t, f in zip(times, seconds["float"], strict=True))
+
+def show(row: Row) -> None:
+    """The table of one run."""
+
+    def line(name: str, times: list[float]) -> tuple[str, ...]:
+        ratio = statistics.median(t / f for t, f in zip(times, row["step_s"]["float"], strict=True))
         middle = statistics.median(times)
-        table.add_row(
-            name,
-            f"{options.batch / middle:.0f}",
-            f"{1e3 * middle:.0f} ({1e3 * min(times):.0f}-{1e3 * max(times):.0f})",
-            f"{ratio:.2f}",
-        )
-    Console(width=120).print(table)
-    print("command: python " + " ".join(sys.argv))
+        range_ms = f"{1e3 * middle:.0f} ({1e3 * min(times):.0f}-{1e3 * max(times):.0f})"
+        return name, f"{row['batch'] / middle:.0f}", range_ms, f"{ratio:.2f}"
 
-
-if __name__ == "__main__":
-    main()
+    print_table(
+        f"{row['model']}, batch {row['batch']}, {row['threads']} threads, bf16 {row['bf16']}",
+        ("step", "images/s", "ms a step, median (min-max)", "times float, median of rounds"),
+        (line(name, times) for name, times in row["step_s"].items()),
+    )

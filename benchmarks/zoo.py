@@ -1,33 +1,34 @@
-"""Does it work on every classification model of torchvision? Random weights, mixed bits and types, smallest first.
+"""Does mpsearch work on every classification model of torchvision?
 
-For each: inspect, prepare, one forward and backward pass, cost, native export and load with equal outputs. The table
-has a line per model: pass, or the reason why not; what stays float is named below the table, with its reason.
+Random weights, mixed bits and types, smallest first. For each: inspect, prepare, one forward and backward pass, cost,
+native export and load with equal outputs. The table has a line per model: pass, or the reason why not; what stays float
+is named below the table, with its reason.
 
-    python benchmarks/zoo.py [--only vit swin] [--max-params 300e6] [--minutes 30] [--print]
-        [--results benchmarks/results/zoo.jsonl]
-
-Models that passed according to the results file are not run again; `--print` runs none. Images are of 64 pixels where
-the network takes them, and ranges are the best of a few candidates: what is asked is whether it works, not how well.
-A network of n parameters needs about 20 n bytes: itself, its quantized copy, gradients, and the copies of an export.
+Models that passed according to the results file are not run again. Images are of 64 pixels where the network takes
+them, and ranges are the best of a few candidates: what is asked is whether it works, not how well. A network of n
+parameters needs about 20 n bytes: itself, its quantized copy, gradients, and the copies of an export.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from unittest.mock import patch
 
 import torch
 import torchvision
+import typer
 from torch import nn
 
 import mpsearch
+from benchmarks.options import RESULTS, PrintOnly, Results, several
+from benchmarks.printing import say
+from benchmarks.rows import Row, Rows
 from mpsearch.quant import ranges
 
 WEIGHTS = ["uniform:4", "shift:3", "apot:4", "uniform:8/tensor"]
@@ -37,7 +38,39 @@ W8A8 = mpsearch.LayerPrecision.shorthand("w8a8")
 SIZES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56}
 """Where 64 does not do: auxiliary classifiers, windows of a fixed number, patches of 14."""
 
-ranges.COARSE, ranges.FINE, ranges.ENDS = 4, 1, 4
+
+def zoo(
+    only: Annotated[Sequence[str], several(str, "beginnings of model names; all models if none is given")] = (),
+    max_params: Annotated[float, typer.Option(help="largest number of parameters")] = float("inf"),
+    minutes: Annotated[float, typer.Option(help="minutes after which no model is started")] = float("inf"),
+    results: Results = RESULTS / "zoo.jsonl",
+    only_print: PrintOnly = False,
+) -> None:
+    sizes = {
+        name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
+        for name in torchvision.models.list_models(module=torchvision.models)
+    }
+    wanted = [
+        {"model": name, "params": sizes[name]}
+        for name in sorted(sizes, key=sizes.__getitem__)
+        if (not only or name.startswith(tuple(only))) and sizes[name] <= max_params
+    ]
+    rows = Rows(results, key=("model",))
+    began = time.perf_counter()
+    for case in rows.missing([] if only_print else wanted, done=lambda row: bool(row["outcome"] == "pass")):
+        if time.perf_counter() - began > 60 * minutes:
+            break
+        name = case["model"]
+        clock = time.perf_counter()
+        try:
+            with patch.multiple(ranges, COARSE=4, FINE=1, ENDS=4):
+                outcome = {"outcome": "pass", **check(name)}
+        except Exception as error:  # one model's failure is a line of the table
+            outcome = {"outcome": "FAIL", "reason": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"}
+        seconds = round(time.perf_counter() - clock)
+        rows.append(case | outcome | {"seconds": seconds, "torchvision": torchvision.__version__})
+        say(f"{outcome['outcome']}  {name}, {seconds} s  {outcome.get('reason', '')}")
+    show({row["model"]: row for row in rows.read()}, sizes)
 
 
 def build(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -49,7 +82,7 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     return model, torch.randn(2, 3, size, size)
 
 
-def check(name: str) -> dict[str, Any]:
+def check(name: str) -> Row:
     """What the model passed with; raises where it does not pass."""
     model, x = build(name)
     graph = mpsearch.inspect_model(model, x)
@@ -86,45 +119,7 @@ def check(name: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], help="beginnings of names")
-    parser.add_argument("--max-params", type=float, default=float("inf"))
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no model after this")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "zoo.jsonl")
-    parser.add_argument("--print", action="store_true", dest="only_print")
-    options = parser.parse_args()
-    sizes = {
-        name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]  # type: ignore[attr-defined]
-        for name in torchvision.models.list_models(module=torchvision.models)
-    }
-    passed = {name for name, row in read(options.results).items() if row["outcome"] == "pass"}
-    began = time.perf_counter()
-    for name in sorted(sizes, key=sizes.__getitem__):
-        late = time.perf_counter() - began > 60 * options.minutes
-        unwanted = options.only and not name.startswith(tuple(options.only))
-        if options.only_print or late or unwanted or name in passed or sizes[name] > options.max_params:
-            continue
-        clock = time.perf_counter()
-        row: dict[str, Any] = {"model": name, "params": sizes[name]}
-        try:
-            row |= {"outcome": "pass", **check(name)}
-        except Exception as error:  # one model's failure is a line of the table
-            row |= {"outcome": "FAIL", "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"}
-        row |= {"seconds": round(time.perf_counter() - clock), "torchvision": torchvision.__version__}
-        with options.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{row['outcome']}  {name}, {row['seconds']} s  {row.get('reason', '')}", file=sys.stderr, flush=True)
-    show(read(options.results), sizes)
-
-
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The last row of each model."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {row["model"]: row for row in map(json.loads, lines)}
-
-
-def show(rows: dict[str, dict[str, Any]], sizes: dict[str, int]) -> None:
+def show(rows: dict[str, Row], sizes: dict[str, int]) -> None:
     """The table."""
     stays: dict[str, set[str]] = defaultdict(set)
     for name, params in sorted(sizes.items(), key=lambda item: item[1]):
@@ -141,7 +136,3 @@ def show(rows: dict[str, dict[str, Any]], sizes: dict[str, int]) -> None:
     print(", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()), f"of {len(sizes)}")
     for reason, models in sorted(stays.items()):
         print(f"layers stay float in {len(models)} models ({', '.join(sorted(models))}): {reason}")
-
-
-if __name__ == "__main__":
-    main()

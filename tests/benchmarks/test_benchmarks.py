@@ -1,0 +1,218 @@
+"""Every benchmark is behind the one command, says what it does, and runs, on the digits study where it has a study."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import benchmarks
+from benchmarks.__main__ import found, main
+from mpsearch.search.run import run_study
+from mpsearch.study import load_study
+
+SHARED = {"__init__", "__main__", "options", "printing", "rows", "stopwatch"}
+QUICK = ["trial.compile=false", "trial.steps=2", "trial.bn_batches=1", "engine.address=none"]
+SETS = [part for override in QUICK for part in ("--set", override)]
+
+Bench = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """Run a benchmark by its command; the rows that it kept. Repeated, it measures nothing and prints the same."""
+
+    def run(name: str, *options: str) -> list[dict[str, Any]]:
+        results = tmp_path / f"{name}.jsonl"
+        threads = torch.get_num_threads()
+        outputs = []
+        try:
+            for _ in range(2):
+                assert main([name, *options, "--results", str(results)]) == 0
+                outputs.append((capsys.readouterr().out, results.read_text()))
+        finally:
+            torch.set_num_threads(threads)
+        assert outputs[0] == outputs[1]
+        assert f"command: python -m benchmarks {name}" in outputs[0][0]
+        rows = [json.loads(line) for line in outputs[0][1].splitlines()]
+        assert all({"commit", "processor", "threads", "date"} <= set(row) for row in rows)
+        return rows
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run of the digits study, with a descent and without stopping."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    quick = ["search.trials=6", "search.stop_dominated=false", "search.concurrency=1"]
+    warm = ["warm_start.steps=20", "warm_start.budgets=[0.4]", "warm_start.ilp=false", "warm_start.combinations=0"]
+    run_study(load_study("digits", [*QUICK, *quick, *warm]), folder)
+    return folder
+
+
+def test_every_module_is_shared_or_a_benchmark_that_is_listed_with_a_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    modules = {path.stem for path in Path(benchmarks.__path__[0]).glob("*.py")}
+    sentences = found()
+    assert modules - SHARED == set(sentences)
+    assert main(["list"]) == 0
+    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert listed == sentences
+    for name, sentence in listed.items():
+        assert sentence[-1] in ".?", name
+        assert len(sentence) > 20, name
+
+
+@pytest.mark.parametrize("name", sorted(found()))
+def test_every_option_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert " ".join(found()[name].split()) in " ".join(shown.split())
+    options = shown.partition("Options:")[2].split("\n  -")[1:]
+    assert options
+    for option in options:
+        assert "  " in option.strip(), option
+
+
+def test_command_list_imports_no_benchmark() -> None:
+    code = (
+        "import sys\nfrom benchmarks.__main__ import main\n"
+        "assert main(['list']) == 0\nassert not {'torch', 'torchvision', 'benchmarks.zoo'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(benchmarks.__path__[0]).parent)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tran_step"], "tran_step"),
+        (["methods", "--rows", "qat-w9"], "unknown row qat-w9"),
+        (["train_step", "--shape", "1,x"], "--shape"),
+        (["stopping", "nowhere"], "nowhere holds no run"),
+    ],
+)
+def test_command_wrong_input_exits_with_2_and_says_what(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert "command:" not in printed.out
+
+
+def test_controller_scale_survives_its_kill(bench: Bench) -> None:
+    (row,) = bench("controller_scale", "--layers", "3", "--trials", "24", "--workers", "4", "--every", "8")
+    assert row["killed_at"] == 12
+    assert row["same_front_at_kill"]
+    assert row["uninterrupted"]["trials"] == row["resumed"]["trials"] == 24
+    assert [at["trials"] for at in row["growth"]][-1] == 24
+
+
+def test_descent_compares_two_seeds(bench: Bench, tmp_path: Path) -> None:
+    options = ["--study", "digits", *SETS, "--steps", "12", "--budgets", "0.5,0.4", "--work", str(tmp_path)]
+    (row,) = bench("descent", *options, "--seeds", "0,1", "--threads", "1")
+    assert [at["budget"] for at in row["snapshots"]] == [0.5, 0.4]
+    assert -1 <= row["snapshots"][0]["rank_correlation"] <= 1
+    assert set(row["descents"]) == {"seed 0", "seed 1"}
+
+
+def test_descent_of_runs_is_their_own(bench: Bench, run_folder: Path) -> None:
+    (row,) = bench("descent", "--runs", str(run_folder), "--threads", "1")
+    assert list(row["descents"]) == [str(run_folder)]
+
+
+def test_export_agreement_native_answers_as_we_do(bench: Bench) -> None:
+    rows = bench("export_agreement", "--networks", "digits", "--only", "native")
+    assert {row["config"] for row in rows} == {"mixed", "types"}
+    assert all(row["same_answer"] == row["images"] for row in rows)
+
+
+def test_methods_makes_a_row_a_method(bench: Bench) -> None:
+    rows = bench("methods", "--study", "digits", "--rows", "ptq-w8a8-data-free,qat-w4a4", "--epochs", "0.1")
+    assert [row["row"] for row in rows] == ["ptq-w8a8-data-free", "qat-w4a4"]
+    assert rows[0]["val"] == pytest.approx(rows[0]["float_val"], abs=5)
+
+
+def test_report_speed_measures_in_a_process_of_its_own(bench: Bench) -> None:
+    (row,) = bench("report_speed", "--trials", "10", "--layers", "3")
+    assert row["peak_mib"] >= row["before_mib"] > 50
+
+
+def test_sensitivity_both_ways_give_one_table(bench: Bench) -> None:
+    options = ["--samples", "16", "--widths", "3-4", "--batch", "8", "--threads", "1"]
+    (row,) = bench("sensitivity", "--model", "digits_cnn", "--shape", "3,8,8", *options)
+    assert row["largest_difference"] < 1e-5
+    assert row["stages"]["KL, naive"]["entries"] == row["stages"]["KL, prefix reuse"]["entries"] > 0
+
+
+def test_starts_trains_the_first_config_again(bench: Bench, run_folder: Path) -> None:
+    rows = bench("starts", str(run_folder), "--budget", "0.4", "--configs", "3", "--repeats", "2")
+    assert [(row["config"], row["repeat"]) for row in rows[:2]] == [(0, 0), (0, 1)]
+    assert len(rows) >= 4
+
+
+def test_stopping_replays_a_run(bench: Bench, run_folder: Path) -> None:
+    (row,) = bench("stopping", str(run_folder))
+    assert row["trials"] == 6
+    assert 0 <= row["saved_s"] <= row["total_s"]
+
+
+def test_train_step_times_three_kinds_of_step(bench: Bench) -> None:
+    options = ["--batch", "8", "--steps", "1", "--rounds", "2", "--eager", "--threads", "1"]
+    (row,) = bench("train_step", "--model", "digits_cnn", "--shape", "3,8,8", *options)
+    assert {name: len(times) for name, times in row["step_s"].items()} == {
+        "float": 2,
+        "quantized w4a4": 2,
+        "quantized w4a4 + teacher": 2,
+    }
+
+
+def test_trial_overhead_adds_up_to_worker_time(bench: Bench) -> None:
+    options = ["--trials", "2", "--concurrency", "1", "--seconds", "0.2", "--set", "warm_start.method=none"]
+    (row,) = bench("trial_overhead", *SETS, *options)
+    assert row["records"] == 2
+    assert 0 < row["train_s"] + row["evaluate_s"] + row["prepare_s"] <= row["worker_s"]
+
+
+def test_uniform_ladder_makes_a_row_a_config_and_seed(bench: Bench) -> None:
+    options = ["--study", "digits", *SETS, "--configs", "w8a8:0,w4a4", "--steps", "2", "--threads", "1"]
+    rows = bench("uniform_ladder", *options, "--seeds", "0,1")
+    assert [(row["config"], row["steps"], row["seed"]) for row in rows] == [
+        ("w8a8", 0, 0),
+        ("w8a8", 0, 1),
+        ("w4a4", 2, 0),
+        ("w4a4", 2, 1),
+    ]
+    assert rows[0]["val"] == pytest.approx(rows[0]["float_val"], abs=0.05)
+    assert rows[0]["cost"] > rows[2]["cost"]
+
+
+def test_zoo_smallest_model_passes(bench: Bench) -> None:
+    (row,) = bench("zoo", "--only", "squeezenet1_1")
+    assert row["outcome"] == "pass", row
+
+
+@pytest.mark.slow  # a search by the command line, and final trainings
+def test_search_quality_searches_once_and_peers_reads_its_points(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--study", "digits", "--arms", "random", "--seeds", "0", "--minutes", "0.1", "--epochs", "0.1", *SETS]
+    command = ["search_quality", *options, "--work", str(tmp_path / "work"), "--results", str(tmp_path / "rows")]
+    picture = tmp_path / "picture.html"
+    assert main([*command, "--picture", str(picture)]) == 0
+    assert "random" in capsys.readouterr().out
+    before = (tmp_path / "rows.csv").read_text()
+    assert main(command) == 0
+    assert (tmp_path / "rows.csv").read_text() == before
+    assert picture.stat().st_size > 1e6
+    capsys.readouterr()
+    assert main(["peers", "--points", str(tmp_path / "rows.csv"), "--arm", "random", "--study", "digits", *SETS]) == 0
+    assert "AIMET" in capsys.readouterr().out
