@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mpsearch.cost.model import RelativeCost
+from mpsearch.documents import explain
 from mpsearch.errors import MpsearchError, PrecisionError, RunError
 from mpsearch.graph.facts import ModelGraph
 from mpsearch.precision import Precision
@@ -100,13 +101,13 @@ class ProblemFacts:
             document = _Document.model_validate_json(text, strict=True)
             slots = tuple(slot.built() for slot in document.slots)
         except ValidationError as error:
-            raise RunError("; ".join(map(_explain, error.errors()[:3]))) from None
+            raise RunError(explain(error, _Document, "problem")) from None
         except PrecisionError as error:
-            raise RunError(str(error)) from None
+            raise RunError(f"  slots: {error}") from None
         names = tuple(layer.name for layer in document.graph.quantizable)
         decided = sorted((name, slot.tensor) for slot in slots for name in slot.layers)
         if decided != sorted((name, tensor) for name in names for tensor in TENSORS):
-            raise RunError("its slots are not those of its layers: every tensor of every layer is in exactly one")
+            raise RunError("  slots: they are not those of its layers: every tensor of every layer is in exactly one")
         return ProblemFacts(
             spec=spec,
             task_name=document.task,
@@ -130,7 +131,7 @@ def read_facts(folder: RunFolder) -> ProblemFacts:
         StudyError: its study is none.
     """
     spec = read_spec(folder)
-    text = folder.read_view(folder.problem_json)
+    text = folder.read_file(folder.problem_json)
     rewrite = (
         f"write it once with `mpsearch resume {folder.path} --trials {max(1, len(folder.records()))}`, which runs no "
         "trial again but loads the model and the data that the study names"
@@ -143,7 +144,7 @@ def read_facts(folder: RunFolder) -> ProblemFacts:
     try:
         return ProblemFacts.from_json(text, spec)
     except MpsearchError as error:
-        raise RunError(f"{folder.problem_json} cannot be used: {error}; {rewrite}") from None
+        raise RunError(f"{folder.problem_json} cannot be used:\n{error}\n{rewrite}") from None
 
 
 class _Section(BaseModel):
@@ -178,11 +179,6 @@ class _Document(_Section):
     float_digest: str
     float_scores: dict[str, float]
     notes: tuple[str, ...]
-
-
-def _explain(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
-    return f"{key}: {item['msg'][:1].lower()}{item['msg'][1:]}" if key else str(item["msg"])
 
 
 def scientific(count: int) -> str:

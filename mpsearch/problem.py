@@ -119,5 +119,5 @@ def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
 
 
 def write_facts(folder: RunFolder, facts: ProblemFacts) -> None:
-    """Write `problem.json`. Raises RunError where it cannot."""
+    """Write `problem.json`, whole or not at all. Raises WriteError where it cannot."""
     write_text(folder.problem_json, facts.to_json(), sync=True)

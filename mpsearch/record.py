@@ -334,8 +334,8 @@ class RunFolder:
         """Write `front.json`, whole or not at all. Raises WriteError where it cannot."""
         write_json(self.front_json, front, sync=True)
 
-    def read_view(self, path: Path) -> bytes | None:
-        """A file that can be made again; None where there is none. Raises RunError where it cannot be read."""
+    def read_file(self, path: Path) -> bytes | None:
+        """The content of a file of the folder; None where there is none. Raises RunError where it cannot be read."""
         try:
             return path.read_bytes()
         except FileNotFoundError:

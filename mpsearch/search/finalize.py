@@ -76,7 +76,7 @@ def float_scores(problem: Problem, folder: RunFolder) -> Mapping[str, float]:
     """The metric of the float network on val and on test: measured once, and among the facts of the run from then on.
 
     Raises:
-        RunError: the run folder cannot be written.
+        WriteError: the run folder cannot be written.
     """
     if problem.float_scores.keys() >= {"val", "test"}:
         return problem.float_scores

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mpsearch.errors import RunError
+from mpsearch.errors import RunError, WriteError
 from mpsearch.problem import Problem
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.prepare import insert_quantizers, quant_layers
@@ -69,7 +69,7 @@ def keep_values(problem: Problem, folder: RunFolder, front: ParetoFront, anew: b
             histograms=histograms(layers),
         )
         write_values(folder, values)
-    except (OSError, SafetensorError, RuntimeError, ValidationError, RunError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValidationError, WriteError) as error:
         logger.warning("the report will be without the weights of the knee (%s): %s", checkpoint, error)
 
 

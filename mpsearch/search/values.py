@@ -6,10 +6,11 @@ that whoever looks at a run needs none. This module needs no torch.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mpsearch.documents import explain
 from mpsearch.errors import RunError
 from mpsearch.files import write_text
 from mpsearch.record import RunFolder
@@ -63,16 +64,14 @@ def read_values(folder: RunFolder) -> KneeValues | None:
     Raises:
         RunError: the file is not mpsearch's; the message says how to make it again.
     """
-    text = folder.read_view(folder.knee_json)
+    text = folder.read_file(folder.knee_json)
     if text is None:
         return None
     try:
         return KneeValues.model_validate_json(text, strict=True)
     except ValidationError as error:
-        item: Any = error.errors()[0]
-        key = ".".join(map(str, item["loc"]))
         raise RunError(
-            f"{folder.knee_json} cannot be used: {f'{key}: ' if key else ''}{item['msg']}; delete it, or let "
+            f"{folder.knee_json} cannot be used:\n{explain(error, KneeValues, 'values')}\ndelete it, or let "
             f"`mpsearch resume {folder.path}` write it again"
         ) from None
 

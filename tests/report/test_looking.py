@@ -208,12 +208,12 @@ def broken(document: dict[str, Any], where: tuple[Any, ...], value: Any) -> str:
 @pytest.mark.parametrize(
     ("where", "value", "said"),
     [
-        (("schema",), "mpsearch/problem/2", "schema: input should be 'mpsearch/problem/1'"),
+        (("schema",), "mpsearch/problem/2", "schema: got 'mpsearch/problem/2'; did you mean 'mpsearch/problem/1'"),
         (("graph", "layers", 0, "macs"), "600", "graph.layers.0.macs: input should be a valid integer"),
         (("slots", 0, "choices"), ["uniform:99"], "no 99-bit form"),
-        (("slots", 0, "layers"), ["head"], "slots are not those of its layers"),
+        (("slots", 0, "layers"), ["head"], "slots: they are not those of its layers"),
         (("cheapest",), -1.0, "cheapest: input should be greater than 0"),
-        (("invented",), 1, "invented: extra inputs are not permitted"),
+        (("invented",), 1, "invented: no such key"),
     ],
 )
 def test_broken_facts_are_refused_by_file_and_key(
