@@ -359,14 +359,6 @@ def test_an_unwritable_place_is_refused(home: Path) -> None:
     refused(typed("run", "quick.yaml", "--out", "file/run", cwd=home), "cannot write", "--out")
 
 
-def test_import_is_light() -> None:
-    script = (
-        "import mpsearch, sys; print([m for m in ('ray', 'plotly', 'onnx', 'optuna', 'torch') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "[]"
-
-
 def test_python_api_runs_a_study(home: Path, tmp_path: Path) -> None:
     import mpsearch as library
 

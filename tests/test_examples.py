@@ -22,6 +22,8 @@ ROOT = Path(mpsearch.__file__).parent.parent
 def test_docstring_examples_hold() -> None:
     examples = 0
     for module in pkgutil.walk_packages(mpsearch.__path__, "mpsearch."):
+        if module.name.startswith("mpsearch.api."):  # these make runs: test_api.py
+            continue
         result = doctest.testmod(importlib.import_module(module.name))
         assert result.failed == 0, module.name
         examples += result.attempted
