@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import isfinite, log2
+from math import isfinite, isnan, log2
 from typing import Any
 
 from mpsearch.errors import CostError, RunError
@@ -191,10 +191,7 @@ def hypervolume_over_time(records: Sequence[TrialRecord], cheapest: float) -> li
     return progress
 
 
-_PICK = re.compile(
-    r"(?P<property>knee|best)|trial:(?P<number>\d+)"
-    r"|(?P<bound>cost<=|accuracy>=)(?P<value>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)"
-)
+_PICK = re.compile(r"(?P<property>knee|best)|trial:(?P<number>\d+)|(?P<bound>cost<=|accuracy>=)(?P<value>.+)")
 
 
 def pick(records: Sequence[TrialRecord], text: str) -> TrialRecord:
@@ -206,8 +203,9 @@ def pick(records: Sequence[TrialRecord], text: str) -> TrialRecord:
     Raises:
         RunError: the text has another form, or there is no such trial.
     """
-    match = _PICK.fullmatch(text.replace(" ", ""))
-    if match is None:
+    match = _PICK.fullmatch("".join(text.split()))
+    value = _number(match["value"]) if match is not None and match["bound"] else 0.0
+    if match is None or value is None:
         raise RunError(f"cannot pick '{text}': write knee, best, trial:7, cost<=0.5 or accuracy>=0.87")
     if match["number"] is not None:
         number = int(match["number"])
@@ -220,10 +218,19 @@ def pick(records: Sequence[TrialRecord], text: str) -> TrialRecord:
         return found
     front = pareto_front(records)
     if match["bound"] == "cost<=":
-        return front.at_most(float(match["value"]))
+        return front.at_most(value)
     if match["bound"] == "accuracy>=":
-        return front.at_least(float(match["value"]))
+        return front.at_least(value)
     return front.knee if match["property"] == "knee" else front.best
+
+
+def _number(text: str) -> float | None:
+    """A number as Python reads it, of either sign; None where it is none, or NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return None if isnan(value) else value
 
 
 def _complete(records: Sequence[TrialRecord]) -> list[TrialRecord]:

@@ -172,6 +172,11 @@ def test_ladder_keeps_dominated_uniform_trials() -> None:
         ("cost<=1e3", 0),
         ("accuracy>=0.8", 1),
         ("accuracy>=0.81", 2),
+        ("accuracy>=-3.5", 4),
+        ("accuracy >= - 3.5", 4),
+        ("accuracy>=+.81", 2),
+        ("accuracy>=-1E+1", 4),
+        ("cost<=inf", 0),
     ],
 )
 def test_pick_finds(text: str, expected: int) -> None:
@@ -182,6 +187,10 @@ def test_pick_finds(text: str, expected: int) -> None:
     ("text", "message"),
     [
         ("cost<0.5", r"cannot pick 'cost<0.5': write knee, best, trial:7, cost<=0.5 or accuracy>=0.87"),
+        ("cost<=much", r"cannot pick 'cost<=much': write"),
+        ("cost<=nan", r"cannot pick 'cost<=nan': write"),
+        ("accuracy>=87%", r"cannot pick 'accuracy>=87%': write"),
+        ("accuracy>=", r"cannot pick 'accuracy>=': write"),
         ("knees", r"cannot pick 'knees'"),
         ("trial:9", r"no trial 9: the trials are 0 to 7"),
         ("trial:5", r"trial 5 is failed: out of memory; it has no accuracy and cost: pick a complete one"),
