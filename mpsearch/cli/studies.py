@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -140,7 +139,12 @@ def _compact(choices: Sequence[Precision], usual: str) -> str:
     """`uniform:2-8` for a run of bits of one quantizer; a granularity other than the usual one is named."""
     runs: list[list[Precision]] = []
     for choice in sorted(choices, key=lambda c: (c.quantizer, c.granularity, c.bits)):
-        if runs and replace(runs[-1][-1], bits=choice.bits) == choice and runs[-1][-1].bits == choice.bits - 1:
+        last = runs[-1][-1] if runs else None
+        if last is not None and (last.quantizer, last.granularity, last.bits + 1) == (
+            choice.quantizer,
+            choice.granularity,
+            choice.bits,
+        ):
             runs[-1].append(choice)
         else:
             runs.append([choice])
