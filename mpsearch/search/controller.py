@@ -251,6 +251,9 @@ class SearchController:
         if self._search.sampler == "none":
             self.stop_reason = "all baselines and initial configs have been tried, and there is no sampler"
             return None
+        if not self._space.free:
+            self.stop_reason = "the space leaves nothing to choose, and its one config has been tried"
+            return None
         for _ in range(self._sampler.draws):
             trial = self._study.ask()
             # A sampler answers with all parameters, or with none before it has learned anything.

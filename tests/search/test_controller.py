@@ -132,9 +132,13 @@ def test_space_is_searched_to_its_last_config_where_chance_would_hardly_find_it(
     assert search.stop_reason == f"no config is left to try after {space.size}"
 
 
-def test_space_with_nothing_to_choose_has_one_trial():
-    search = controller(make_space(2, ["uniform:4"]))
-    assert len(run(search)) == 1
+@every_sampler
+def test_space_with_nothing_to_choose_has_one_trial_and_says_so(sampler):
+    space = make_space(2, ["uniform:4"])
+    records = run(search := controller(space, sampler))
+    assert [r.config for r in records] == space.ladder()
+    assert search.stop_reason == "the space leaves nothing to choose, and its one config has been tried"
+    assert run(controller(space, sampler, records=records)) == []  # resumed
 
 
 @every_sampler
