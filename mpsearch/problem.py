@@ -37,14 +37,21 @@ class Problem(ProblemFacts):
     task: Task
 
     def warnings(self) -> list[str]:
-        """What about the network and the task looks wrong, in words: a forward pass or two."""
-        notes = list(self.graph.notes)
+        """What about the study and its network looks wrong, in words: a forward pass or two."""
+        warnings = [*self.graph.notes, *self.space.notes]
+        if not self.space.free:
+            warnings.append(
+                f"space '{self.space.name}' leaves nothing to choose: its one config is trained and scored, and that "
+                "is all; to search, give some layer more than one precision"
+            )
+        return warnings + self._norm_warnings()
+
+    def _norm_warnings(self) -> list[str]:
         x, _ = next(iter(self.task.train_batches(256, 1, seed=0)))
         gap = batch_norm_gap(self.task.float_model(), x, self.task.logits)
         if gap < WIDE_GAP:
-            return notes
+            return []
         return [
-            *notes,
             "with the BatchNorm statistics of a training batch the float network answers otherwise than with its own "
             f"({gap:.2f} nats; a few hundredths are usual): it was trained on batches made in another way "
             "(normalization, order of colours, margins), and trials lose accuracy at first; see task.data",

@@ -35,9 +35,10 @@ def build_space(spec: SpaceSpec, layers: Iterable[LayerInfo]) -> SearchSpace:
         _check_pattern(pattern, layers, spec.name)
     choices = _choices(spec, free)
     slots = [slot for tensor in TENSORS for slot in _slots(tensor, spec, free, choices)]
+    notes = tuple(note for slot in slots if (note := _forced(slot, choices, spec.tied)))
     position = {layer.name: index for index, layer in enumerate(free)}
     slots.sort(key=lambda slot: (position[slot.layers[0]], TENSORS.index(slot.tensor)))
-    return SearchSpace(spec.name, tuple(position), tuple(slots))
+    return SearchSpace(spec.name, tuple(position), tuple(slots), notes)
 
 
 def _check_pattern(pattern: str, layers: Sequence[LayerInfo], space: str) -> None:
@@ -121,6 +122,28 @@ def _slots(tensor: TensorName, spec: SpaceSpec, layers: Sequence[LayerInfo], cho
         signed = {tensor == "weight" or by_name[name].signed_input for name in names}
         doubled = {c for c in common if all(_as_shift(c, s) in common for s in signed)}
         yield Slot(tensor, tuple(names), tuple(sorted(common - doubled, key=precision_order)))
+
+
+def _forced(slot: Slot, choices: _ChoicesOf, ties: Sequence[Sequence[str]]) -> str:
+    """In words, what layers lose of their own choices by having to agree with others; empty if nothing."""
+    own = {name: choices[name, slot.tensor] for name in slot.layers}
+    common = set.intersection(*map(set, own.values()))
+    losing = [name for name in own if set(own[name]) - common]
+    if not losing:
+        return ""
+    least = min(own, key=lambda name: len(own[name]))
+    tied = any(any(fnmatchcase(least, pattern) for pattern in tie) for tie in ties)
+    why = "`tied`" if tied else "the same weight" if slot.tensor == "weight" else "the same input tensor"
+    of_their_own = listing(f"'{name}' ({_count(own[name])})" for name in losing)
+    return (
+        f"{len(own)} layers must share one {slot.tensor} precision ({why}) and have {_count(slot.choices)} left, as "
+        f"'{least}' has {_count(own[least])}; by the rules alone there is more for {of_their_own}: give '{least}' more "
+        "choices" + (", or take it out of `tied`" if tied else "")
+    )
+
+
+def _count(choices: Sequence[Precision]) -> str:
+    return str(choices[0]) if len(choices) == 1 else f"{len(choices)} choices"
 
 
 def _as_shift(choice: Precision, signed: bool) -> Precision | None:

@@ -82,6 +82,7 @@ class SearchSpace:
     name: str
     layers: tuple[str, ...]  # every quantizable layer, in execution order
     slots: tuple[Slot, ...]  # every tensor of every layer is in exactly one
+    notes: tuple[str, ...] = ()  # what layers that must agree have lost of their own choices, in words
 
     @cached_property
     def free(self) -> tuple[Slot, ...]:

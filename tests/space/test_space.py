@@ -311,6 +311,26 @@ def test_layers_that_share_a_choice_may_take_what_all_of_them_may():
     assert texts(built, "layer1.0.conv1/activation") == [a(4)]
 
 
+def test_what_a_tie_takes_from_layers_is_noted_by_name():
+    free = space(STEM, A, B, C, HEAD, tied=[["layer1.*"]])
+    assert free.notes == ()  # tied layers with the same choices lose none
+    fixed = {"layer1.0.conv2": {"weight": "uniform:8", "activation": "uniform:8"}}
+    (weight, activation) = space(STEM, A, B, C, HEAD, tied=[["layer1.*"]], fixed=fixed).notes
+    assert weight == (
+        "2 layers must share one weight precision (`tied`) and have uniform:8/channel left, as 'layer1.0.conv2' has "
+        "uniform:8/channel; by the rules alone there is more for 'layer1.0.conv1' (7 choices): give 'layer1.0.conv2' "
+        "more choices, or take it out of `tied`"
+    )
+    assert "one activation precision (`tied`)" in activation
+
+
+def test_what_a_shared_tensor_takes_from_layers_is_noted_by_name():
+    rules = [ANY, {"match": "layer2.*", "activation": ["uniform:4-5", "float"]}]
+    (note,) = space(STEM, A, fed_alike(A, C), HEAD, rules=rules).notes
+    assert "(the same input tensor) and have 2 choices left, as 'layer2.0.conv1' has 3 choices" in note
+    assert "'layer1.0.conv1' (7 choices), 'layer2.0.conv1' (3 choices)" in note  # it loses float
+
+
 def test_layers_that_share_a_choice_but_have_none_in_common_are_refused_by_name():
     with pytest.raises(SpaceError, match=r"the same input tensor.*'layer1\.0\.conv1': .*; 'layer2\.0\.conv1': float"):
         space(STEM, A, fed_alike(A, C), HEAD, fixed={"layer2.*": {"activation": "float"}})

@@ -253,7 +253,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("image", "name", "keys", "message"), REFUSED, ids=[f"{r[0].mode}" for r in REFUSED])
+@pytest.mark.parametrize(("image", "name", "keys", "message"), REFUSED, ids=[r[0].mode for r in REFUSED])
 def test_images_without_a_known_white_or_background_are_refused_by_name(
     tmp_path: Path, image: Image.Image, name: str, keys: dict[str, object], message: str
 ):
