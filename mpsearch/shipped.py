@@ -16,7 +16,7 @@ _KINDS: Mapping[Folder, tuple[str, str, str]] = {
     "studies": ("study", ".yaml", "a YAML file"),
     "search_spaces": ("search space", ".yaml", "a YAML file"),
     "dashboards": ("dashboard", ".yaml", "a YAML file"),
-    "checkpoints": ("checkpoint", ".safetensors", "a .pt, .pth or .safetensors file"),
+    "checkpoints": ("checkpoint", ".safetensors", "a file with a state dict"),
 }
 """What a folder's files are called, how they end, and what else can be given."""
 

@@ -95,7 +95,7 @@ class TaskSpec(_Section):
         default=None, description="cifar_resnet20/32/44/56, digits_cnn, a torchvision name, module:factory"
     )
     checkpoint: str | None = Field(
-        default=None, description="state dict (.pt, .pth, .safetensors), or a shipped name; null: train the float model"
+        default=None, description="file with a state dict, or a shipped name; null: train the float model"
     )
     data: DataSpec | None = None
     metric: Literal["top1", "top5"] = "top1"

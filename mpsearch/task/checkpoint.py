@@ -1,15 +1,20 @@
-"""Reading trained weights from a file, and saying precisely why they cannot be used."""
+"""Reading trained weights from a file, and saying precisely why they cannot be used.
+
+A file is known by its content; its name may end in anything.
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -17,25 +22,72 @@ from torch import Tensor, nn
 from mpsearch.errors import TaskError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-"""Keys under which training scripts store the state dict."""
-PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DataParallel, torch.compile and Lightning write before every key."""
+"""Keys under which training scripts store the state dict: of several that fit, the first counts."""
+DEPTH = 3  # dicts within dicts in which weights are looked for
+WRITTEN_IN = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What DataParallel, torch.compile, FSDP and activation checkpointing write into keys, wherever they wrap a module."""
+
+FOREIGN: Mapping[bytes, str] = {
+    b"version https://git-lfs": "a Git LFS pointer in the place of the file: fetch it with `git lfs pull`",
+    b"<": "text (HTML or XML), as a failed download leaves it: download the file again",
+    b"\x89HDF": "HDF5, as Keras writes: give a state dict of the PyTorch model",
+    b"\x08": "probably ONNX: give a state dict of the PyTorch model",
+    b"\x1f\x8b": "compressed by gzip: unpack it",
+}
+"""How files that are no checkpoints begin, what they are, and what to do."""
+
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bhilqBHILQefd"},
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+]
+"""What lies beside the weights of many a checkpoint: options, and numbers of NumPy. Reading them runs no code."""
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load a state dict (.pt, .pth, .safetensors) into `model`, in place and on the CPU; every key must match.
+def load_checkpoint(model: nn.Module, path: str | Path) -> str:
+    """Load a state dict into `model`, in place and on the CPU; every key must match.
 
-    Pickles are read by torch's weights-only reader, which runs no code. A state dict inside a dict of `WRAPPERS`, and
-    keys that all begin with one of `PREFIXES`, are understood.
+    A safetensors file, or one of torch.save; pickles are read by torch's weights-only reader, which runs no code. The
+    state dict may lie in dicts (`WRAPPERS` first), its keys may have one prefix in common that those of other networks
+    in the same dict have not (Lightning's `model.`), and what wrappers write into keys (`WRITTEN_IN`) is passed over.
+
+    Returns:
+        where the weights lie in the file, as `state_dict`, with the places of others that fit; empty for a bare one.
 
     Raises:
-        TaskError: no such file, not a state dict, code inside, keys or shapes that do not match, or weights that are
-            not finite; the message names them.
+        TaskError: no such file, not a state dict, code inside, keys or shapes that do not match, several networks that
+            fit, or weights that are not finite or of another kind of number; the message names them.
     """
     path = Path(path)
-    state = _unprefixed(_state_dict(_read(path), path), set(model.state_dict()))
-    _check_fit(model.state_dict(), state, path)
-    model.load_state_dict(state)
+    content = _read(path)
+    expected = model.state_dict()
+    places = dict(_places(content))
+    if not places:
+        raise TaskError(
+            f"checkpoint '{path}' holds {_outline(content)}: expected a state dict (parameter name -> tensor), bare or "
+            f"in a dict, as under {', '.join(WRAPPERS)}"
+        )
+    fitting = {
+        "/".join(filter(None, (place, prefix))): state
+        for place, tensors in places.items()
+        for prefix, state in _networks(tensors, expected)
+        if not _missing(state, expected) and not _misshapen(state, expected)
+    }
+    if not fitting:
+        raise TaskError(f"checkpoint '{path}' " + _misfit(places, expected, content))
+    first = next((name for name in ("", *WRAPPERS) if name in fitting), None)
+    if first is None and len(fitting) > 1:
+        raise TaskError(
+            f"checkpoint '{path}' holds {len(fitting)} networks that fit, {_few(fitting)}: save the one that is meant "
+            "in a file of its own"
+        )
+    first = next(iter(fitting)) if first is None else first
+    _check_values(fitting[first], expected, path)
+    model.load_state_dict(fitting[first])
+    others = [name for name in fitting if name != first]
+    return f"'{first}'" * bool(first) + f" (not {_few(others)}, which would fit too)" * bool(others)
 
 
 def file_sha256(path: str | Path) -> str:
@@ -46,15 +98,21 @@ def file_sha256(path: str | Path) -> str:
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise TaskError(f"no checkpoint '{path}': give the path of a .pt, .pth or .safetensors file")
+        inside = f"a folder that holds {_few(sorted(p.name for p in path.iterdir()))}" if path.is_dir() else "no file"
+        raise TaskError(f"no checkpoint '{path}', it is {inside}: give the path of a file with a state dict")
     try:
-        match path.suffix:
-            case ".safetensors":
-                return load_file(path)
-            case ".pt" | ".pth":
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # that a foreign pickle may hold what cannot be read: it is refused
-                    return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            head = file.read(32)
+        if what := next((what for begin, what in FOREIGN.items() if head.startswith(begin)), None):
+            raise TaskError(f"checkpoint '{path}' is no checkpoint: it is {what}")
+        # A safetensors file begins with the length of its header, a JSON object.
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+            return load_file(path)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
+            warnings.simplefilter("ignore")  # that a foreign pickle may hold what cannot be read: it is refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except TaskError:
+        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise TaskError(
@@ -65,61 +123,93 @@ def _read(path: Path) -> Any:
         ) from None
     except Exception as error:  # what a damaged file raises depends on where the damage is
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "TorchScript" in said:
+            said = "it is a TorchScript archive, which holds code"
         raise TaskError(
             f"checkpoint '{path}' cannot be read, it is damaged or of another format: {said[:120]}; save the "
             "weights again with torch.save(model.state_dict(), path)"
         ) from None
-    raise TaskError(f"checkpoint '{path}' ends in '{path.suffix}': give a .pt, .pth or .safetensors file")
 
 
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, Mapping):
-        for key in WRAPPERS:
-            if isinstance(content.get(key), Mapping):
-                content = content[key]
-                break
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise TaskError(
-            f"checkpoint '{path}' holds {_outline(content)}: expected a state dict (parameter name -> tensor), bare or "
-            f"under one of the keys {', '.join(WRAPPERS)}"
-        )
-    return {str(key): value for key, value in content.items()}
-
-
-def _outline(content: Any) -> str:
+def _places(content: Any, name: str = "", depth: int = DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every dict in the file that holds tensors, by its path of keys."""
     if not isinstance(content, Mapping):
-        return f"a {type(content).__name__}"
-    return "a dict of " + _few(f"{key} ({type(value).__name__})" for key, value in content.items())
+        return
+    if tensors := {str(key): value for key, value in content.items() if isinstance(value, Tensor)}:
+        yield name, tensors
+    if depth:
+        for key, value in content.items():
+            yield from _places(value, f"{name}/{key}".removeprefix("/"), depth - 1)
 
 
-def _unprefixed(state: dict[str, Tensor], expected: set[str]) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
-        if state and expected.isdisjoint(state) and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+State = Mapping[str, Tensor]
 
 
-def _check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+def _networks(tensors: State, expected: State) -> Iterator[tuple[str, State]]:
+    """What in one dict may be the network: all of it or, of what lies under one prefix, all that does.
+
+    Yields:
+        (`PREFIX.*`, or nothing where it is all of the dict; the state dict without the prefix).
+    """
+    yield "", tensors
+    plain = {WRITTEN_IN.sub("", key): value for key, value in tensors.items()}
+    if plain.keys() != tensors.keys():
+        if not _missing(tensors, expected):
+            return
+        yield "", plain
+    sought = next(iter(expected), "")
+    for prefix in sorted(key.removesuffix(sought) for key in plain if key.endswith("." + sought)):
+        state = {key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)}
+        yield ("" if len(state) == len(plain) else f"{prefix}*"), state
+
+
+def _missing(state: State, expected: State) -> list[str]:
+    """Keys that only one of the two has."""
     # Checkpoints from before PyTorch 0.4.1 count no batches; torch fills the counter in.
     missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in expected]
-    if missing or unexpected:
-        raise TaskError(
-            f"checkpoint '{path}' is of another network: {len(missing)} of the model's {len(expected)} keys are missing"
+    return missing + [key for key in state if key not in expected]
+
+
+def _misshapen(state: State, expected: State) -> list[str]:
+    return [
+        f"{key}: {tuple(value.shape)} instead of {tuple(expected[key].shape)}"
+        for key, value in state.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+
+
+def _misfit(places: Mapping[str, State], expected: State, content: Any) -> str:
+    """Why nothing in the file is the network, said of what is most like it."""
+    states = [state for tensors in places.values() for _, state in _networks(tensors, expected)]
+    state = min(states, key=lambda s: (len(_missing(s, expected)), len(_misshapen(s, expected))))
+    holds = f"; it holds {_outline(content)}" if "" not in places else ""
+    if odd := _missing(state, expected):
+        missing, unexpected = [k for k in odd if k in expected], [k for k in odd if k not in expected]
+        return (
+            f"is of another network: {len(missing)} of the model's {len(expected)} keys are missing"
             + (f" ({_few(missing)})" if missing else "")
             + f", {len(unexpected)} keys are unexpected"
             + (f" ({_few(unexpected)})" if unexpected else "")
+            + holds
             + "; give the checkpoint of `task.model`, or change the model"
         )
-    shapes = [
-        f"{key}: {tuple(value.shape)} instead of {tuple(expected[key].shape)}"
+    shapes = _misshapen(state, expected)
+    return (
+        f"has other shapes than the model in {len(shapes)} tensors: {_few(shapes)}{holds}; if only the classifier "
+        "differs, the checkpoint was trained on another number of classes than the data has: set task.num_classes"
+    )
+
+
+def _check_values(state: State, expected: State, path: Path) -> None:
+    kinds = [
+        f"{key}: {str(value.dtype).removeprefix('torch.')} instead of {str(expected[key].dtype).removeprefix('torch.')}"
         for key, value in state.items()
-        if value.shape != expected[key].shape
+        if expected[key].is_floating_point() and not value.is_floating_point()
     ]
-    if shapes:
+    if kinds:
         raise TaskError(
-            f"checkpoint '{path}' has other shapes than the model in {len(shapes)} tensors: {_few(shapes)}; if only "
-            "the classifier differs, the checkpoint was trained on another number of classes than the data has"
+            f"checkpoint '{path}' has other numbers than the model's floats in {len(kinds)} tensors: {_few(kinds)}; "
+            "give the float network's weights, not those of a quantized one"
         )
     bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
@@ -127,6 +217,12 @@ def _check_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], path
             f"checkpoint '{path}' has NaN or infinite values in {len(bad)} tensors: {_few(bad)}; its training "
             "diverged, give an earlier checkpoint"
         )
+
+
+def _outline(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    return "a dict of " + _few((f"{key} ({type(value).__name__})" for key, value in content.items()), most=8)
 
 
 def _few(items: Iterable[str], most: int = 3) -> str:

@@ -70,9 +70,11 @@ class ClassificationTask:
         self.float_model_source = "not trained yet"
         if spec.checkpoint is not None:
             path = shipped("checkpoints", spec.checkpoint, TaskError)
-            load_checkpoint(self._model, path)
+            where = load_checkpoint(self._model, path)
             self._trained = True
-            self.float_model_source = f"checkpoint {spec.checkpoint}, sha256 {file_sha256(path)}"
+            self.float_model_source = (
+                f"checkpoint {spec.checkpoint}{where and f', {where}'}, sha256 {file_sha256(path)}"
+            )
 
     def float_model(self) -> nn.Module:
         """A fresh copy of the trained float network, in eval mode, on the CPU; the first call may train it.
