@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,14 @@ from mpsearch.task.images import open_rgb
 from mpsearch.task.task import Split
 
 logger = logging.getLogger(__name__)
+
+_SPLIT_LIKE: Mapping[Split, re.Pattern[str]] = {
+    "train": re.compile(r"tra?in(ing)?|trn|fit(ting)?"),
+    "val": re.compile(r"val(id(ation)?)?|dev(el(opment)?)?|eval(uation)?"),
+    "test": re.compile(r"te?st(ing)?|holdout"),
+}
+"""What people call their splits, between whatever else is in the name: Train, validation, seg_test, trainset."""
+_AROUND = re.compile(r"[^a-z]+|(?:set|split|data|images?|imgs?)(?=[^a-z]|$)")
 
 DECODER = 2  # raise when decoding or resizing changes: entries of the cache are made again
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
@@ -55,14 +64,17 @@ def list_images(root: Path) -> Listing:
         raise TaskError(f"task.data.root: no folder '{root}': give the folder that holds train/<class>/ or <class>/")
     below = _subfolders(root)
     splits: list[Split] = [split for split in get_args(Split) if split in below]
-    if splits:
-        others = sorted(set(below) - set(splits))
-        if others or "train" not in splits:
-            raise TaskError(
-                f"'{root}' holds the folders {', '.join(sorted(below))}: expected train, val and test, of which only "
-                "train must exist"
-                + (f"; rename '{others[0]}': {nearest(others[0], get_args(Split))}" if others else "")
-            )
+    others = [name for name in below if name not in splits]
+    # A folder of another name is a split where it looks like one and holds folders, which would be the classes.
+    likely = {name: meant for name in others if (meant := split_meant(name)) and _subfolders(root / name)}
+    if likely or (splits and (others or "train" not in splits)):
+        advice = [f"'{name}' to '{split}'" for name, split in likely.items() if split not in splits]
+        advice += [f"'{name}': {nearest(name, get_args(Split))}" for name in others if name not in likely]
+        raise TaskError(
+            f"'{root}' holds the folders {', '.join(below)}: expected train, val and test in lower case and nothing "
+            "else, of which only train must exist, with a folder for each class in each (train/<class>/*)"
+            + (f"; rename {', '.join(advice[:3])}" if advice else "")
+        )
     folders = {split: root / split for split in splits} or {"train": root}
     classes = _subfolders(folders["train"])
     if len(classes) < 2:
@@ -81,11 +93,27 @@ def list_images(root: Path) -> Listing:
             )
         start = len(paths)
         for label, name in enumerate(classes):
+            inside = _subfolders(folder / name)
+            if len(set(map(split_meant, inside)) - {None}) > 1:
+                raise TaskError(
+                    f"class folder '{folder / name}' holds the splits {', '.join(inside)}: expected them above the "
+                    "classes, as train/<class>/* and val/<class>/*"
+                )
             images = _images(folder / name)
             paths += images
             labels += [label] * len(images)
         parts[split] = torch.arange(start, len(paths))
     return Listing(root, paths, torch.tensor(labels), classes, parts)
+
+
+def split_meant(name: str) -> Split | None:
+    """Which split a folder's name stands for in any spelling that people use; None for any other name.
+
+    >>> [split_meant(name) for name in ("Train", "validation", "seg_test", "trainset2017", "trains", "cat")]
+    ['train', 'val', 'test', 'train', None, None]
+    """
+    words = _AROUND.sub(" ", name.lower()).split()
+    return next((split for split, like in _SPLIT_LIKE.items() if any(map(like.fullmatch, words))), None)
 
 
 def _subfolders(folder: Path) -> list[str]:

@@ -96,6 +96,40 @@ def test_a_split_under_another_name_is_not_passed_over(make_folder):
         list_images(root)
 
 
+@pytest.mark.parametrize(
+    ("splits", "advice"),
+    [
+        (("Train", "Val", "Test"), "rename 'Test' to 'test', 'Train' to 'train', 'Val' to 'val'"),
+        (("TRAIN", "TEST"), "rename 'TEST' to 'test', 'TRAIN' to 'train'"),
+        (("training", "validation"), "rename 'training' to 'train', 'validation' to 'val'"),
+        (("train", "dev"), "rename 'dev' to 'val'"),
+        (("train", "Val"), "rename 'Val' to 'val'"),
+        (("seg_train", "seg_test"), "rename 'seg_test' to 'test', 'seg_train' to 'train'"),
+        (("trainset2017", "valset2017"), "rename 'trainset2017' to 'train', 'valset2017' to 'val'"),
+        (("training_data", "eval"), "rename 'eval' to 'val', 'training_data' to 'train'"),
+        (("Valid",), "rename 'Valid' to 'val'"),
+        (("val", "test"), r"train/<class>/\*\)$"),
+    ],
+)
+def test_splits_under_other_names_are_not_taken_for_classes(make_folder, splits: tuple[str, ...], advice: str):
+    with pytest.raises(TaskError, match=f"expected train, val and test in lower case.*{advice}"):
+        list_images(make_folder(splits=splits))
+
+
+@pytest.mark.parametrize("classes", [("valid", "invalid"), ("Train", "car", "plane"), ("contest", "trained")])
+def test_a_class_may_be_called_like_a_split_where_it_holds_images(make_folder, classes: tuple[str, ...]):
+    assert list_images(make_folder(splits=(), classes=classes)).classes == sorted(classes)
+
+
+def test_splits_below_the_classes_are_refused(make_folder):
+    root = make_folder(splits=())
+    for name in ("train", "test"):
+        (root / "ant" / name).mkdir()
+        Image.new("RGB", (8, 8)).save(root / "ant" / name / "a.png")
+    with pytest.raises(TaskError, match="ant' holds the splits test, train: expected them above the classes"):
+        list_images(root)
+
+
 def test_val_without_train_is_refused(make_folder):
     with pytest.raises(TaskError, match="of which only train must exist"):
         list_images(make_folder(splits=("val", "test")))
