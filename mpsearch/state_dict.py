@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpsearch.files import replacing
+from mpsearch.private.torch import carry_versions, without_compiled_prefix
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict, each tensor with memory of its own (safetensors refuses shared memory)."""
     return {
-        name.removeprefix("_orig_mod."): value.detach().cpu().clone().contiguous()
+        without_compiled_prefix(name): value.detach().cpu().clone().contiguous()
         for name, value in model.state_dict().items()
     }
 
@@ -45,7 +46,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool =
     """
     current = model.state_dict()
     given = OrderedDict(tensors)
-    given._metadata = getattr(current, "_metadata", {})  # type: ignore[attr-defined]
+    carry_versions(given, current)
     return list(model.load_state_dict(given, strict=strict).unexpected_keys)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mpsearch.errors import TaskError
 from mpsearch.graph.inputs import call as call
 from mpsearch.graph.inputs import map_tensors, tensors
+from mpsearch.private.torch import BatchNormNd
 from mpsearch.quant.quantizer import Quantizer
 from mpsearch.quant.shift import DEFAULT_SLOPE, ShiftQuantizer, SlopeSchedule, set_slope
 
@@ -210,7 +211,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[tuple[Any, Any]]) 
     (white paper, arXiv 2106.08295, §4.3). Everything but the norms is in eval mode: the network that is scored, with
     hard quantizers.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BatchNormNd) and m.track_running_stats]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
@@ -239,7 +240,7 @@ def batch_norm_gap(model: nn.Module, x: Any, logits: Callable[[Any], Tensor]) ->
     model = copy.deepcopy(model).eval()
     own = logits(call(model, x))
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNormNd):
             module.train()
     return float(jeffreys(logits(call(model, x)), own))
 

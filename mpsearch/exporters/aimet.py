@@ -23,6 +23,7 @@ from mpsearch.exporters.native import network_parts, plain_state
 from mpsearch.exporters.packages import need
 from mpsearch.exporters.reload import TENSORS_FILE, float_network
 from mpsearch.files import write_json
+from mpsearch.private.torch import ConvTransposeNd
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
 from mpsearch.state_dict import save_tensors
@@ -105,7 +106,7 @@ def _scale_shape(module: nn.Module, granularity: str) -> tuple[int, ...]:
     if granularity == "tensor":
         return ()
     weight = cast(Tensor, module.weight)
-    axis = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+    axis = 1 if isinstance(module, ConvTransposeNd) else 0
     return tuple(size if i == axis else 1 for i, size in enumerate(weight.shape))
 
 

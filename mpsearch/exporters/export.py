@@ -15,6 +15,7 @@ from mpsearch.exporters.fit import Conversion, fit
 from mpsearch.exporters.manifest import MANIFEST, SCHEMA
 from mpsearch.exporters.targets import find_target
 from mpsearch.files import filling, write_json
+from mpsearch.private.torch import COMPILED
 from mpsearch.quant.network import QuantizedNetwork
 
 
@@ -41,7 +42,7 @@ def export(network: QuantizedNetwork, to: str, path: str | Path, *, allow_lossy:
         WriteError: it cannot be written; nothing of it is left.
     """
     target = find_target(to)
-    model = copy.deepcopy(getattr(network.model, "_orig_mod", network.model)).eval()  # a soft quantizer is not exported
+    model = copy.deepcopy(getattr(network.model, COMPILED, network.model)).eval()  # a soft quantizer is not exported
     network = replace(network, model=model)
     fitted, conversions = fit(network, to, target.holds, allow_lossy)
     path = Path(path)

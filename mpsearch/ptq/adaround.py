@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mpsearch.graph.inputs import call, layer_input
 from mpsearch.graph.kinds import is_transposed_linear, kind_of, weight_of
+from mpsearch.private.torch import padding_for_pad
 from mpsearch.ptq.flow import blocks
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.prepare import quant_layers
@@ -197,7 +198,7 @@ def _patches(layer: nn.Module, x: Tensor) -> Tensor:
         return x.reshape(1, -1, x.shape[-1])
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    x = F.pad(x, padding_for_pad(layer), mode=mode)
     kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
     if isinstance(layer, nn.Conv1d):  # an image one pixel high
         x, kernel, stride, dilation = x.unsqueeze(2), (1, *kernel), (1, *stride), (1, *dilation)

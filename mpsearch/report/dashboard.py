@@ -23,6 +23,8 @@ from optuna.storages import BaseStorage
 
 from mpsearch.errors import RunError
 from mpsearch.facts import ProblemFacts, read_facts
+from mpsearch.private.optuna import storage_of, study_id
+from mpsearch.private.optuna_dashboard import replace_trial_note
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.report.artifacts import RunArtifacts
 from mpsearch.report.data import RunData, read_run
@@ -77,7 +79,7 @@ def serving(target: str, host: str = "127.0.0.1", port: int = 8080, token: str |
             folder = RunFolder.open(target)
             facts = read_facts(folder)
             study = stack.enter_context(_kept_current(folder, facts))
-            app = wsgi(study._storage, artifact_store=RunArtifacts(folder, facts))
+            app = wsgi(storage_of(study), artifact_store=RunArtifacts(folder, facts))
         try:
             listening = stack.enter_context(server(Gate(app, token), host, port))
         except OSError as error:
@@ -133,7 +135,7 @@ class Prepared:
         note = study_note(run, self._facts, self._folder)
         if self._ours(get_note(self._study)) and self._changed("note", note):
             save_note(self._study, note)
-            self._study._storage.set_study_system_attr(self._study._study_id, _OUR_NOTE, _digest(note))
+            storage_of(self._study).set_study_system_attr(study_id(self._study), _OUR_NOTE, _digest(note))
         for name, value in study_attributes(run, self._facts).items():
             if self._changed(f"attribute {name}", str(value)):
                 self._study.set_user_attr(name, value)
@@ -145,7 +147,7 @@ class Prepared:
 
     def _ours(self, note: str) -> bool:
         """Whether the study's note is what we wrote, or nothing: what somebody else has written stays."""
-        attributes = self._study._storage.get_study_system_attrs(self._study._study_id)
+        attributes = storage_of(self._study).get_study_system_attrs(study_id(self._study))
         return not note or attributes.get(_OUR_NOTE) == _digest(note)
 
     def _changed(self, key: str, text: str) -> bool:
@@ -154,23 +156,17 @@ class Prepared:
         return before != self._written[key]
 
     def _note_trials(self, run: RunData) -> None:
-        from optuna_dashboard import _note
-
         by_number = {record.number: record for record in run.records}
         latest = [record.number for record in run.records[-NOTES:]]
         wanted = [*(r.number for r in (*run.front.trials, *run.front.ladder)), *reversed(latest)]
         chosen = set(list(dict.fromkeys(wanted))[:NOTES])
-        storage, study_id = self._study._storage, self._study._study_id
-        attributes = storage.get_study_system_attrs(study_id)
         for trial in self._study.get_trials(deepcopy=False):
             record = by_number.get(trial.user_attrs.get("number", -1))
             if record is None or record.number not in chosen:
                 continue
             note = trial_note(record, run, self._folder)
             if self._changed(f"trial {record.number}", note):
-                held = _note.get_note_from_system_attrs(attributes, trial._trial_id)
-                if not held["body"] or held["body"].startswith(_TRIAL_NOTE):
-                    _note.save_note_with_version(storage, study_id, trial._trial_id, held["version"] + 1, note)
+                replace_trial_note(self._study, trial, note, ours=_TRIAL_NOTE)
 
 
 _OUR_NOTE = "mpsearch:note"

@@ -20,6 +20,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,11 +28,12 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from mpsearch.errors import CostError
 from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
+from mpsearch.private.optuna import generation_key
 from mpsearch.record import Origin, TrialRecord
 from mpsearch.search.front import BETTER
 from mpsearch.search.stopping import BASELINES, NO_THRESHOLDS, Stopping, Thresholds
@@ -83,7 +85,7 @@ SAMPLERS: Mapping[str, SamplerKind] = {
 
 # NSGA-II counts generations by an attribute of its trials. All that it is told are of generation 0, so that what it
 # proposes are children of the best of them.
-_GENERATION = {NSGAIISampler._get_generation_key(): 0}
+_GENERATION = {generation_key(): 0}
 
 
 class _Breed:
@@ -326,14 +328,23 @@ class SearchController:
         accuracy = self._stopping.foreseen(record)
         if accuracy is None or record.cost is None or not self._space.contains(record.config):
             return None
-        trial = create_trial(
+        now = datetime.now()
+        trial = _Learned(
+            number=-1,  # the study gives it one
+            trial_id=-1,
+            state=TrialState.COMPLETE,
+            value=None,
             values=[accuracy, math.log2(record.cost)],
+            datetime_start=now,
+            datetime_complete=now,
             params=dict(self._space.params_of(record.config)),
             distributions=self._distributions,
+            user_attrs={},
             system_attrs=dict(_GENERATION),
-            constraints=budget_constraint(record.cost, self._budget),
+            intermediate_values={},
         )
-        trial.__class__ = _Learned
+        for name, value in (budget_constraint(record.cost, self._budget) or {}).items():
+            trial.set_constraint(name, value)
         point = _Point(record.config, accuracy, record.cost, trial)
         self._latest.append(point)
         reached = record.state == "complete" and point.cost <= self._budget
@@ -350,8 +361,8 @@ class SearchController:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler = self._sampler.make(seed, self._space, self._cost)
         self._study = optuna.create_study(sampler=_WholeSpace(sampler, self._distributions), directions=DIRECTIONS)
-        latest = set(map(id, self._latest))
-        kept = [*(point for point in self._front if id(point) not in latest), *self._latest]
+        latest = {point.config.digest for point in self._latest}
+        kept = [*(point for point in self._front if point.config.digest not in latest), *self._latest]
         self._study.add_trials([point.trial for point in kept])
         self._asked = dict.fromkeys(self._asked)  # their questions went with the old study
 

@@ -22,11 +22,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from mpsearch.errors import MpsearchError, RunError, WriteError
 from mpsearch.observer import SILENT, Observer
+from mpsearch.private.ray import TUNE_HERE, files_in, mute_workers, session_of_client
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.view import OptunaView
@@ -263,7 +263,7 @@ def _run_on_ray(
             callbacks=[Died()],
             stop=Stop(),
             verbose=0,
-            _remote=False,  # with ray:// too: disk and controller are here
+            **TUNE_HERE,
         )
         if failure:
             raise failure[0]
@@ -291,14 +291,14 @@ def _ray(address: str, folder: RunFolder) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    ray._private.worker._worker_logs_enabled = False  # what the cluster prints, deaths of workers too: we report those
+    mute_workers(ray)
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     temporary = None
     if address == "local":
         # Short, because sockets live there; the run's own, so that what a killed driver left is found and removed.
         temporary = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), f"mpsearch-{folder.id}")
         shutil.rmtree(temporary, ignore_errors=True)
-        options |= {"include_dashboard": False, "_temp_dir": str(temporary), "object_store_memory": 2**27}
+        options |= {"include_dashboard": False, **files_in(temporary), "object_store_memory": 2**27}
         # A cluster listens on the network: it gets a secret of its own, and so needs no home to keep one in.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
@@ -311,29 +311,12 @@ def _ray(address: str, folder: RunFolder) -> Iterator[Any]:
                 f"cannot {doing} ({explain(error)}): check engine.address, or run the trials in this process with "
                 "`--set engine.address=none`"
             ) from None
-        with _session_of_client(ray):
+        with session_of_client(ray):
             yield ray
     finally:
         ray.shutdown()
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _session_of_client(ray: Any) -> Iterator[None]:
-    """With ray://, a place for Tune's files: they go beside those of this machine's Ray node, and here is none.
-
-    Tune's own answer is to move the whole search to the cluster, away from the run folder.
-    """
-    if not ray.util.client.ray.is_connected():
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="mpsearch-") as path:
-        ray._private.worker._global_node = SimpleNamespace(get_session_dir_path=lambda: path)
-        try:
-            yield
-        finally:
-            ray._private.worker._global_node = None
 
 
 def _knock(address: str) -> None:

@@ -141,7 +141,7 @@ class SurrogateSampler(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the most promising child; none before the first trial has ended."""
-        trials = study._get_trials(deepcopy=False, states=(TrialState.COMPLETE,), use_cache=True)
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         best = _front(trials)
         if not best:
             return {}

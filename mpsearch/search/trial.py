@@ -9,11 +9,11 @@ recompiled.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import psutil
 from torch import Tensor
 
 from mpsearch.precision import PrecisionConfig
@@ -162,6 +162,10 @@ def _better(workbench: Workbench, start: Mapping[str, Tensor], end: Score) -> Sc
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """The largest resident size that this process has had; on macOS, where no peak is known, its size now."""
+    memory = psutil.Process().memory_info()
+    if (peak := getattr(memory, "peak_wset", None)) is not None:  # Windows
+        return int(peak)
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8", errors="replace").splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), int(memory.rss))

@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any, cast
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise
 from mpsearch.record import unpack
 from mpsearch.search.stopping import Thresholds
-from mpsearch.search.trial import NEAR, SETTLED, run_trial
+from mpsearch.search.trial import NEAR, SETTLED, peak_memory_bytes, run_trial
 from mpsearch.space.build import build_space
 from mpsearch.space.spec import load_space
 from mpsearch.study import TrialSpec, load_study
@@ -292,3 +293,11 @@ def test_before_and_halfway_a_sample_is_scored_and_at_the_end_everything(task: T
     before, halfway, end = (accuracy for _, accuracy in record.curve)
     assert {before, halfway} <= {i / 20 for i in range(21)}
     assert end == record.accuracy == workbench.score("val").accuracy
+
+
+def test_peak_memory_is_the_largest_size_and_not_the_present_one() -> None:
+    before = peak_memory_bytes()
+    block = bytearray(max(0, before - psutil.Process().memory_info().rss) + 2**26)  # beyond the peak until now
+    block[::4096] = bytes(len(block[::4096]))  # every page
+    del block
+    assert peak_memory_bytes() >= before + 2**25

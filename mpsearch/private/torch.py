@@ -1,0 +1,31 @@
+"""torch 2.12: base classes of layers, and what state dicts and compiled modules carry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+COMPILED = "_orig_mod"
+"""The child of `torch.compile(module)` that is the module; names in its state dict begin with it."""
+
+BatchNormNd = nn.modules.batchnorm._BatchNorm
+"""BatchNorm of any dimension, synchronized or not."""
+
+ConvTransposeNd = nn.modules.conv._ConvTransposeNd
+"""Transposed convolution of any dimension."""
+
+
+def without_compiled_prefix(name: str) -> str:
+    """A name of a state dict, as the module that was compiled has it."""
+    return name.removeprefix(f"{COMPILED}.")
+
+
+def carry_versions(state: Any, like: Any) -> None:
+    """Give a state dict, in place, the version numbers of another: by these some modules convert old ones."""
+    state._metadata = getattr(like, "_metadata", {})
+
+
+def padding_for_pad(layer: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """A convolution's padding as `F.pad` takes it, `same` included."""
+    return layer._reversed_padding_repeated_twice

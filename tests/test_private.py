@@ -1,0 +1,149 @@
+"""What mpsearch uses of libraries that is not public: each test says what is lost where a new version lacks it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.samplers import NSGAIISampler
+from optuna.trial import create_trial
+from torch import nn
+
+import mpsearch
+from mpsearch.private.optuna import generation_key, storage_of, study_id, trial_id
+from mpsearch.private.optuna_dashboard import replace_trial_note
+from mpsearch.private.ray import TUNE_HERE, files_in, mute_workers, session_of_client
+from mpsearch.private.torch import (
+    COMPILED,
+    BatchNormNd,
+    ConvTransposeNd,
+    carry_versions,
+    padding_for_pad,
+    without_compiled_prefix,
+)
+
+
+def test_optuna_nsga2_takes_its_parents_from_trials_with_the_generation_key():
+    study = optuna.create_study(directions=["maximize"], sampler=NSGAIISampler(population_size=2, seed=0))
+    space = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    study.add_trials(
+        create_trial(value=1, params={"x": 0.5}, distributions=space, system_attrs={generation_key(): 0})
+        for _ in range(2)
+    )
+    study.ask(space)
+    broken = "NSGA-II no longer knows a generation by this key: the sampler nsga2 starts anew at random each time"
+    assert study.trials[-1].system_attrs.get(generation_key()) == 1, broken
+
+
+def test_optuna_study_gives_its_storage_and_ids():
+    study = optuna.create_study()
+    study.add_trial(create_trial(value=1.0))
+    broken = "storage or ids are elsewhere: the dashboard serves nothing and writes no notes"
+    assert storage_of(study).get_study_name_from_id(study_id(study)) == study.study_name, broken
+    assert storage_of(study).get_trial(trial_id(study.trials[0])).value == 1.0, broken
+
+
+def test_optuna_dashboard_takes_notes_of_trials_that_have_ended():
+    dashboard = pytest.importorskip("optuna_dashboard")
+    study = optuna.create_study()
+    study.add_trial(create_trial(value=1.0))
+    trial = study.get_trials()[0]
+    for text in ("**Trial 1** a", "**Trial 1** b"):
+        replace_trial_note(study, trial, text, ours="**Trial")
+        broken = "notes of trials are stored in another way: the dashboard shows none of ours"
+        assert (
+            dashboard._note.get_note_from_system_attrs(storage_of(study).get_study_system_attrs(study_id(study)), 0)[
+                "body"
+            ]
+            == text
+        ), broken
+    replace_trial_note(study, trial, "somebody else's", ours="**Trial")
+    replace_trial_note(study, trial, "**Trial 1** c", ours="**Trial")
+    held = dashboard._note.get_note_from_system_attrs(storage_of(study).get_study_system_attrs(study_id(study)), 0)
+    assert held["body"] == "somebody else's", "what a person has written is overwritten"
+
+
+def test_ray_still_has_what_we_set():
+    import ray
+    from ray import tune
+
+    def arguments(function: Any) -> set[str]:
+        return set(inspect.signature(function).parameters)
+
+    assert set(TUNE_HERE) <= arguments(tune.run), "tune.run moves the search to the cluster with ray://"
+    # `ray.init` passes unknown keywords on; what it knows is in its signature or read from them by name.
+    assert set(files_in(Path("a"))) <= arguments(ray.init) or "_temp_dir" in inspect.getsource(ray.init), (
+        "a cluster keeps its sockets in /tmp/ray: left behind by killed drivers, and shared by all runs"
+    )
+    worker = ray._private.worker
+    assert hasattr(worker, "_worker_logs_enabled"), "the output of workers appears between our progress lines"
+    assert hasattr(worker, "_global_node"), "with ray://, Tune finds no folder for its session and stops"
+
+
+def test_ray_modules_are_set_and_put_back():
+    import ray
+
+    worker, before = ray._private.worker, ray._private.worker._worker_logs_enabled
+    try:
+        mute_workers(ray)
+        assert worker._worker_logs_enabled is False
+    finally:
+        worker._worker_logs_enabled = before
+    with session_of_client(ray):  # not connected: nothing to do
+        assert worker._global_node is None or not ray.util.client.ray.is_connected()
+
+
+def test_torch_base_classes_cover_every_dimension():
+    for d in (1, 2, 3):
+        assert issubclass(getattr(nn, f"BatchNorm{d}d"), BatchNormNd), "BatchNorm is not re-estimated"
+        assert issubclass(getattr(nn, f"ConvTranspose{d}d"), ConvTransposeNd), "AIMET scales lie on the wrong axis"
+    assert issubclass(nn.SyncBatchNorm, BatchNormNd), "BatchNorm is not re-estimated"
+    assert not issubclass(nn.Conv2d, ConvTransposeNd)
+    assert not issubclass(nn.LayerNorm, BatchNormNd)
+
+
+def test_torch_compiled_module_keeps_the_original_under_its_name():
+    compiled = torch.compile(nn.Linear(1, 1))
+    broken = "exports of compiled modules have names that nobody else knows"
+    assert isinstance(getattr(compiled, COMPILED), nn.Linear), broken
+    assert [without_compiled_prefix(name) for name in compiled.state_dict()] == ["weight", "bias"], broken
+
+
+def test_torch_state_dict_carries_versions():
+    norm = nn.BatchNorm1d(1)
+    state: Any = dict(norm.state_dict())
+
+    class Plain(dict[str, Any]):
+        pass
+
+    state = Plain(state)
+    del state["num_batches_tracked"]
+    versions: list[Any] = []
+    norm.register_load_state_dict_pre_hook(lambda _m, _s, _p, local, *_: versions.append(local.get("version")))
+    carry_versions(state, norm.state_dict())
+    norm.load_state_dict(state, strict=False)
+    assert versions == [2], "loaded weights count as of an old version, and some modules convert them wrongly"
+
+
+@pytest.mark.parametrize("padding", [0, 2, (1, 2), "same"])
+def test_torch_convolution_gives_its_padding_as_pad_takes_it(padding: Any):
+    layer, x = nn.Conv2d(1, 1, (3, 2), padding=padding), torch.rand(1, 1, 8, 8)
+    padded = nn.functional.pad(x, padding_for_pad(layer))
+    unpadded = nn.functional.conv2d(padded, layer.weight, layer.bias)
+    assert torch.allclose(unpadded, layer(x)), "AdaRound sees other patches than the convolution"
+
+
+def test_ray_and_optuna_are_touched_in_private_only():
+    package = Path(mpsearch.__file__).parent
+    pattern = re.compile(r"ray\._private|_get_generation_key|study\._\w+|trial\._trial_id|optuna_dashboard import _")
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if path.parent.name != "private" and pattern.search(path.read_text(encoding="utf-8"))
+    }
+    assert not found
