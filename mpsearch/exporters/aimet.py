@@ -77,10 +77,10 @@ def load(model: nn.Module, folder: str | Path, dummy_input: Any) -> Any:
     from aimet_torch import QuantizationSimModel
     from aimet_torch.quantization.affine import QuantizeDequantize
 
-    folder = Path(folder)
-    network, document = float_network(model, folder, "aimet")
+    network, export = float_network(model, folder, "aimet")
+    export.json(ENCODINGS_FILE)  # AIMET's own message would be a traceback
     sim: Any = QuantizationSimModel(network, dummy_input=dummy_input)
-    layers = document["layers"]
+    layers = export.document["layers"]
     for name, module in sim.model.named_modules():
         if not hasattr(module, "param_quantizers"):
             continue
@@ -95,7 +95,8 @@ def load(model: nn.Module, folder: str | Path, dummy_input: Any) -> Any:
             module.param_quantizers["weight"] = QuantizeDequantize(shape, weight["bits"], symmetric=True)
         if activation["quantizer"] != "float":
             module.input_quantizers[0] = QuantizeDequantize((), activation["bits"], symmetric=False)
-    sim.load_encodings(str(folder / ENCODINGS_FILE), strict=True, partial=False)
+    with export.fitting():
+        sim.load_encodings(str(export.folder / ENCODINGS_FILE), strict=True, partial=False)
     return sim
 
 

@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps
-from mpsearch.exporters.manifest import read_manifest
+from mpsearch.exporters.manifest import open_export
 from mpsearch.exporters.native import network_parts, restored
 from mpsearch.exporters.packages import need
 from mpsearch.exporters.plain import per_channel, plain_layer, with_layers
 from mpsearch.quant.modules import QuantLayer, plain_class
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
-from mpsearch.state_dict import load_tensors, save_tensors, state
+from mpsearch.state_dict import save_tensors, state
 
 TENSORS_FILE = "model.safetensors"
 
@@ -55,16 +53,12 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         ExportError: the folder holds no such export, a damaged one, or one of another network.
     """
-    folder = Path(folder)
-    document = read_manifest(folder, target="brevitas")
-    quantized, config = restored(model, document, folder)
+    export = open_export(folder, "brevitas")
+    quantized, config = restored(model, export)
     for name, layer in quant_layers(quantized).items():
         layer.set_precision(config[name])
     model = to_brevitas(quantized)
-    try:
-        load_tensors(model, load_file(folder / document["tensors"]["file"]))
-    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ExportError(f"{folder} is damaged, or of another network than the model given: {error}") from None
+    export.fill(model, export.tensors())
     return model
 
 

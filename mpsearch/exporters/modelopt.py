@@ -9,13 +9,10 @@ In the last line o is the grid shift round(beta/s): shifted by the bias, our uns
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
@@ -63,20 +60,16 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     need("modelopt")
     import modelopt.torch.quantization as mtq
 
-    folder = Path(folder)
-    network, _ = float_network(model, folder, "modelopt")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        ranges = load_file(folder / RANGES_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ExportError(f"cannot read {folder}: {error}") from None
-    for entry in config["quant_cfg"]:
-        if bias := entry.get("cfg", {}).get("bias"):  # JSON has no numbers as keys
-            entry["cfg"]["bias"] = {int(k) if k.lstrip("-").isdigit() else k: v for k, v in bias.items()}
-    quantized: nn.Module = mtq.quantize(network, config, forward_loop=None)
-    for name, value in ranges.items():
-        path, _, attribute = name.rpartition(".")
-        setattr(quantized.get_submodule(path), attribute, value)
+    network, export = float_network(model, folder, "modelopt")
+    config, ranges = export.json(CONFIG_FILE), export.tensors(RANGES_FILE)
+    with export.fitting():
+        for entry in config["quant_cfg"]:
+            if bias := entry.get("cfg", {}).get("bias"):  # JSON has no numbers as keys
+                entry["cfg"]["bias"] = {int(k) if k.lstrip("-").isdigit() else k: v for k, v in bias.items()}
+        quantized: nn.Module = mtq.quantize(network, config, forward_loop=None)
+        for name, value in ranges.items():
+            path, _, attribute = name.rpartition(".")
+            setattr(quantized.get_submodule(path), attribute, value)
     return quantized.eval()
 
 

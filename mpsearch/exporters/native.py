@@ -6,18 +6,14 @@ machine. Reading needs torch and safetensors alone, and nothing is ever unpickle
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError, PrecisionError, nearest
+from mpsearch.exporters.manifest import NATIVE_MANIFEST, NATIVE_SCHEMA, OpenExport, first_lines, open_export, sha256
 from mpsearch.exporters.plain import plain_layer, with_layers
 from mpsearch.files import filling, write_json
 from mpsearch.graph.attention import open_attention
@@ -28,10 +24,10 @@ from mpsearch.ptq.fold import restructure
 from mpsearch.quant.modules import without_quantizers
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import insert_quantizers, quant_layers
-from mpsearch.state_dict import load_tensors, save_tensors, state
+from mpsearch.state_dict import save_tensors, state
 
-SCHEMA = "mpsearch/precision-config/1"
-CONFIG_FILE = "precision.json"
+SCHEMA = NATIVE_SCHEMA
+CONFIG_FILE = NATIVE_MANIFEST
 TENSORS_FILE = "model.safetensors"
 
 
@@ -50,7 +46,7 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
         document = {
             **network.document(SCHEMA),
             **network_parts(network),
-            "tensors": {"file": TENSORS_FILE, "sha256": _sha256(folder / TENSORS_FILE)},
+            "tensors": {"file": TENSORS_FILE, "sha256": sha256(folder / TENSORS_FILE)},
         }
         write_json(folder / CONFIG_FILE, document)
     return {}
@@ -77,111 +73,57 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         ExportError: the folder holds no export, a damaged one, one of another schema, or one of another network.
     """
-    folder = Path(folder)
-    document = read_document(folder)
-    quantized, config = restored(model, document, folder)
+    export = open_export(folder, "native")
+    quantized, config = restored(model, export)
     for name, layer in quant_layers(quantized).items():
         layer.set_precision(config[name])
-    tensors = _read_tensors(folder, document)
-    try:
-        load_tensors(quantized, tensors)
-    except RuntimeError as error:
-        raise ExportError(f"{folder} is of another network than the model given: {_first_lines(error)}") from None
+    export.fill(quantized, export.tensors())
     return quantized.eval()
 
 
-def restored(model: nn.Module, document: Mapping[str, Any], folder: Path) -> tuple[nn.Module, PrecisionConfig]:
+def restored(model: nn.Module, export: OpenExport) -> tuple[nn.Module, PrecisionConfig]:
     """A copy of the float network with the structure of an export, at float precision, and the export's config.
 
     Raises:
-        ExportError: the document does not fit the network, or itself.
+        ExportError: the manifest does not fit the network, or itself.
     """
-    config = _checked_config(document, folder)
-    model = _restructured(model, document, folder)
+    config = _checked_config(export)
+    model = _restructured(model, export)
     model = open_attention(model)
     modules = dict(model.named_modules())
-    infos = [_info(name, modules, document, folder) for name in config]
+    infos = [_info(name, modules, export) for name in config]
     return insert_quantizers(model, infos, config.offers), config
 
 
-def read_document(folder: str | Path) -> dict[str, Any]:
-    """The JSON of an export (its folder, or the file itself), its schema checked.
-
-    Raises:
-        ExportError: there is none, it cannot be read, or its schema is foreign or of another version.
-    """
-    path = _config_file(Path(folder))
+def _checked_config(export: OpenExport) -> PrecisionConfig:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(f"{folder} holds no export (no {CONFIG_FILE}): give the folder that export wrote") from None
-    except (OSError, ValueError) as error:
-        raise ExportError(f"cannot read {path}: {error}") from None
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if schema != SCHEMA:
-        raise ExportError(f"{path} has schema {schema!r}, this mpsearch {version('mpsearch')} reads {SCHEMA!r}")
-    assert isinstance(document, dict)
-    return document
-
-
-def _checked_config(document: Mapping[str, Any], folder: Path) -> PrecisionConfig:
-    try:
-        return PrecisionConfig.from_json(document.get("layers"))
+        return PrecisionConfig.from_json(export.document.get("layers"))
     except PrecisionError as error:
-        raise ExportError(f"{_config_file(folder)}: {error}") from None
+        raise ExportError(f"{export.folder / export.manifest}: {error}") from None
 
 
-def _config_file(path: Path) -> Path:
-    return path if path.is_file() else path / CONFIG_FILE
-
-
-def _restructured(model: nn.Module, document: Mapping[str, Any], folder: Path) -> nn.Module:
+def _restructured(model: nn.Module, export: OpenExport) -> nn.Module:
     """The network with the structure that the export has: BatchNorms folded by PTQ, say."""
-    if "structure" not in document:
+    if "structure" not in export.document:
         return model
     try:
-        return restructure(model, **document["structure"])
+        return restructure(model, **export.document["structure"])
     except (AttributeError, AssertionError, TypeError, RuntimeError) as error:
-        raise ExportError(f"{folder}: 'structure' does not fit the model given: {_first_lines(error)}") from None
+        raise ExportError(f"{export.folder}: 'structure' does not fit the model given: {first_lines(error)}") from None
 
 
-def _info(name: str, modules: Mapping[str, nn.Module], document: Mapping[str, Any], folder: Path) -> LayerInfo:
+def _info(name: str, modules: Mapping[str, nn.Module], export: OpenExport) -> LayerInfo:
+    folder = export.folder
     module = modules.get(name)
     if module is None:
         raise ExportError(f"{folder} names a layer '{name}' that the model does not have: {nearest(name, modules)}")
     if kind_of(module) is None:
         raise ExportError(f"layer '{name}' of the model is a {type(module).__name__}, which has no quantized form")
     try:
-        facts = document["inputs"][name]
+        facts = export.document["inputs"][name]
         shape, signed = tuple(int(size) for size in facts["shape"]), bool(facts["signed"])
     except (KeyError, TypeError, ValueError):
         raise ExportError(f"{folder}: 'inputs' must give shape and signed for layer '{name}'") from None
     weight = module.weight
     assert isinstance(weight, Tensor)
     return LayerInfo(name, "", tuple(weight.shape), shape, (), 0, 0, 0, signed_input=signed)
-
-
-def _read_tensors(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
-    entry = document.get("tensors")
-    file = entry.get("file") if isinstance(entry, Mapping) else None
-    if not isinstance(file, str) or Path(file).name != file:
-        raise ExportError(
-            f"{folder / CONFIG_FILE}: 'tensors.file' must be a file name in the same folder, got {file!r}"
-        )
-    path = folder / file
-    try:
-        if _sha256(path) != entry["sha256"]:  # type: ignore[index]
-            raise ExportError(f"{path} is not the file that {CONFIG_FILE} was written with: its SHA-256 differs")
-        return load_file(path)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise ExportError(f"cannot read {path}: {error}") from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_lines(error: Exception, count: int = 3) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:count])[:400]

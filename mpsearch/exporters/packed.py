@@ -29,13 +29,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps, weight_codes
-from mpsearch.exporters.manifest import read_manifest
+from mpsearch.exporters.manifest import open_export
 from mpsearch.exporters.native import network_parts, restored
 from mpsearch.exporters.plain import per_channel
 from mpsearch.precision import FLOAT, Precision
@@ -149,12 +146,11 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises:
         ExportError: the folder holds no packed export, a damaged one, or one of another network.
     """
-    folder = Path(folder)
-    document = read_manifest(folder, target="packed")
-    quantized, config = restored(model, document, folder)
-    try:
-        tensors = load_file(folder / document["tensors"]["file"])
-        table = document["packed"]
+    export = open_export(folder, "packed")
+    quantized, config = restored(model, export)
+    tensors = export.tensors()
+    with export.fitting():
+        table = export.document["packed"]
         for name, layer in quant_layers(quantized).items():
             layer.weight_quantizer.set_precision(FLOAT)  # what is read is on the grid already
             layer.input_quantizer.set_precision(config[name].activation)
@@ -162,8 +158,6 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
         others = {name: value for name, value in tensors.items() if name not in _BLOBS}
         if strange := load_tensors(quantized, others, strict=False):
             raise ValueError(f"it has no {strange[0]}")
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ExportError(f"{folder} is damaged, or of another network than the model given: {error}") from None
     return quantized.eval()
 
 

@@ -9,16 +9,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps
 from mpsearch.exporters.native import network_parts, plain_state
 from mpsearch.exporters.packages import need
@@ -73,16 +70,13 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     need("torchao")
     from torchao.core.config import config_from_dict
 
-    folder = Path(folder)
-    network, _ = float_network(model, folder, "torchao")
-    try:
-        config: Any = config_from_dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-        scales = load_file(folder / SCALES_FILE)
-    except (OSError, ValueError) as error:
-        raise ExportError(f"cannot read {folder}: {error}") from None
-    for name, layer_config in config.fqn_to_config.items():
-        layer: Any = network.get_submodule(name)
-        layer.weight = nn.Parameter(_quantized(layer.weight, layer_config, scales[name]), requires_grad=False)
+    network, export = float_network(model, folder, "torchao")
+    document, scales = export.json(CONFIG_FILE), export.tensors(SCALES_FILE)
+    with export.fitting():
+        config: Any = config_from_dict(document)
+        for name, layer_config in config.fqn_to_config.items():
+            layer: Any = network.get_submodule(name)
+            layer.weight = nn.Parameter(_quantized(layer.weight, layer_config, scales[name]), requires_grad=False)
     return network
 
 

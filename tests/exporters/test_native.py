@@ -174,7 +174,7 @@ def test_damaged_files_are_refused(exported: tuple[Path, nn.Module], tmp_path: P
     with pytest.raises(ExportError, match="file name in the same folder"):
         mpsearch.load(network(), folder)
     (folder / "precision.json").write_text("{")
-    with pytest.raises(ExportError, match="cannot read"):
+    with pytest.raises(ExportError, match="is damaged, it is no JSON"):
         mpsearch.load(network(), folder)
 
 
