@@ -4,16 +4,22 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 UV = $(PYTHON) -m uv
 
-.PHONY: demo test test-all lint setup clean
+# Workers take tests from each other, so that none is left with the long ones: tests must not need an order.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal --max-worker-restart 0
+
+.PHONY: demo test test-unit test-all lint setup clean
 
 demo: setup  ## run the digits study end to end; prints the front and where the report is
 	$(BIN)/mpsearch run digits --out runs/digits-$$(date +%Y%m%d-%H%M%S)
 
-test: setup  ## the default tests, a few minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
+test: setup  ## all tests but the slow ones: at most 4 minutes on 2 idle cores
+	$(PYTEST)
+
+test-unit: setup  ## those that compile nothing and need neither Ray nor a browser: at most 90 s
+	$(PYTEST) -m unit
 
 test-all: $(VENV)/.targets  ## the slow tests too, and those of the export targets' libraries, which it installs
-	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What tests share: a cache and a working folder of their own, and a small trained task."""
+"""What tests share: a cache and a folder of the whole run, tiers, and a compiler that is not asked twice."""
 
 from __future__ import annotations
 
@@ -11,11 +11,31 @@ import pytest
 # Workers that share two cores must not spin-wait for each other; set before torch starts its threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+TIERS = ("compile", "ray", "browser", "slow")
+"""Markers of what takes long or needs a tool; a test that has none of them is in the tier `unit`."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(map(item.get_closest_marker, TIERS)):
+            item.add_marker("unit")
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this test run that all its workers have."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of the test run: nothing is read from, or left in, the user's."""
-    folder = Path(os.environ.get("MPSEARCH_TEST_CACHE") or tmp_path_factory.mktemp("cache"))
+def cache(shared: Path) -> Iterator[Path]:
+    """The cache of the test run, one for all workers: nothing is read from, or left in, the user's.
+
+    Compiled code lies in torch's own folder, which workers share too and which is kept: its names are its content.
+    """
+    folder = Path(os.environ.get("MPSEARCH_TEST_CACHE") or shared / "cache")
     before = os.environ.get("MPSEARCH_CACHE")
     os.environ["MPSEARCH_CACHE"] = str(folder)
     yield folder
@@ -23,3 +43,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["MPSEARCH_CACHE"]
     else:
         os.environ["MPSEARCH_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def _compiler(request: pytest.FixtureRequest) -> None:
+    """Tests marked `compile` are skipped where there is no compiler; vector units are not tried out: 30 s a process."""
+    if request.node.get_closest_marker("compile"):
+        from mpsearch.compiler import compiler_missing, trust_vector_units
+
+        if reason := compiler_missing():
+            pytest.skip(reason)
+        trust_vector_units()

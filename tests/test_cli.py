@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout
@@ -14,12 +15,13 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from mpsearch.cli import main
 
 QUICK = """
 name: quick
-task: {model: digits_cnn, float_epochs: 2, data: {kind: digits}}
+task: {model: digits_cnn, checkpoint: digits_cnn, data: {kind: digits, val_fraction: 0.2, test_fraction: 0.2}}
 space: digits
 search: {trials: 9, seed: 1, stop_dominated: false}
 trial: {steps: 2, batch_size: 16, bn_batches: 1, calibration_samples: 32, precision: fp32}
@@ -56,15 +58,19 @@ def mpsearch(*arguments: str | Path, cwd: Path) -> Done:
     return Done(command, int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with a quick study and a finished run of it."""
-    folder = tmp_path_factory.mktemp("cli")
-    (folder / "quick.yaml").write_text(QUICK)
-    done = typed("run", "quick.yaml", "--out", "run", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    (folder / "printed.txt").write_text(done.stdout)
-    return folder
+@pytest.fixture
+def home(shared: Path, tmp_path: Path) -> Path:
+    """A working folder with a quick study and a finished run of it: each test has a copy, the run is made once."""
+    folder = shared / "cli"
+    with FileLock(shared / "cli.lock"):
+        if not (folder / "printed.txt").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            (folder / "quick.yaml").write_text(QUICK)
+            done = typed("run", "quick.yaml", "--out", "run", cwd=folder)
+            assert done.returncode == 0, done.stderr
+            (folder / "printed.txt").write_text(done.stdout)
+    return Path(shutil.copytree(folder, tmp_path / "home"))
 
 
 def refused(done: Done, *words: str) -> None:
@@ -158,6 +164,7 @@ def test_export_to_other_formats_writes_a_manifest(home: Path) -> None:
 
 
 def test_import_scores_a_config_made_elsewhere(home: Path) -> None:
+    assert mpsearch("export", "run", "--pick", "trial:0", "--to", "mhaq", "-o", "mhaq", cwd=home).returncode == 0
     exported = json.loads((home / "mhaq" / "export.json").read_text())["layers"]
     table = {name: {"weight_bit_width": 5, "input_bit_width": 6} for name in exported}
     (home / "table.json").write_text(json.dumps(table))
@@ -344,19 +351,21 @@ def test_a_network_without_layers_is_refused(home: Path) -> None:
         "def build():\n"
         "    return Sums()\n"
     )
-    done = mpsearch("check", "quick.yaml", "--set", "task.model=nothing:build", cwd=home)
+    done = mpsearch(
+        "check", "quick.yaml", "--set", "task.model=nothing:build", "--set", "task.checkpoint=null", cwd=home
+    )
     refused(done, "no", "layer")
 
 
 def test_a_foreign_run_folder_is_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "run.json").write_text('{"schema": "mpsearch/run/0", "mpsearch": "0.0.1"}')
-    refused(mpsearch("status", "old", cwd=tmp_path), "mpsearch/run/0", "mpsearch/run/1")
+    refused(typed("status", "old", cwd=tmp_path), "mpsearch/run/0", "mpsearch/run/1")
 
 
 def test_an_unwritable_place_is_refused(home: Path) -> None:
     (home / "file").write_text("")
-    refused(typed("run", "quick.yaml", "--out", "file/run", cwd=home), "cannot write", "--out")
+    refused(mpsearch("run", "quick.yaml", "--out", "file/run", cwd=home), "cannot write", "--out")
 
 
 def test_python_api_runs_a_study(home: Path, tmp_path: Path) -> None:
@@ -369,12 +378,12 @@ def test_python_api_runs_a_study(home: Path, tmp_path: Path) -> None:
 
 
 def test_rank_says_how_well_proxies_foretold_the_trials(home: Path) -> None:
-    done = typed("rank", "run", "--proxies", "sqnr", "--strata", "1", "--json", cwd=home)
+    done = mpsearch("rank", "run", "--proxies", "sqnr", "--strata", "1", "--json", cwd=home)
     assert done.returncode == 0, done.stderr
     rows = {row["proxy"]: row for row in json.loads(done.stdout)["rows"]}
     assert set(rows) == {"before", "halfway", "start", "divergence", "sqnr"}
     assert rows["sqnr"]["n"] >= 8
     assert rows["sqnr"]["tau"] > 0.3  # fewer bits, less accuracy
     assert (home / "run" / "warmstart" / "sensitivity-sqnr.json").exists()
-    assert "Kendall's tau" in typed("rank", "run", "--proxies", "sqnr", cwd=home).stdout
-    refused(typed("rank", "run", "--proxies", "hawq", cwd=home), "hawq", "jeffreys")
+    assert "Kendall's tau" in mpsearch("rank", "run", "--proxies", "sqnr", cwd=home).stdout
+    refused(mpsearch("rank", "run", "--proxies", "hawq", cwd=home), "hawq", "jeffreys")

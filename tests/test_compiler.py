@@ -10,10 +10,10 @@ import pytest
 from torch._inductor import config
 from torch._inductor.cpu_vec_isa import VecISA, supported_vec_isa_list, valid_vec_isa_list, x86_isa_checker
 
-from mpsearch.compiler import compiler_missing, trust_vector_units
+from mpsearch.compiler import trust_vector_units
 
 pytestmark = [
-    pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing())),
+    pytest.mark.compile,
     pytest.mark.skipif(sys.platform != "linux" or not x86_isa_checker(), reason="they are tried out on x86 only"),
 ]
 

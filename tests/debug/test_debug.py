@@ -17,7 +17,7 @@ from mpsearch.debug.measure import channel_ratio, diagnose
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.quant.prepare import prepare
-from mpsearch.study import DataSpec, TaskSpec
+from mpsearch.study import load_study
 from mpsearch.task import ClassificationTask, load_task
 
 
@@ -41,7 +41,7 @@ def with_model(task: ClassificationTask, model: nn.Module) -> Broken:
 
 @pytest.fixture(scope="module")
 def task() -> ClassificationTask:
-    loaded = load_task(TaskSpec(model="digits_cnn", data=DataSpec(kind="digits"), float_epochs=12))
+    loaded = load_task(load_study("digits").task)
     assert isinstance(loaded, ClassificationTask)
     return loaded
 

@@ -21,7 +21,7 @@ Quantize = Callable[..., mpsearch.QuantizedNetwork]
 @pytest.fixture(scope="session")
 def digits(cache: object) -> tuple[nn.Module, Tensor, ModelGraph]:
     """The float network, 1,000 images, and its layers."""
-    task = load_task(load_study("digits", ["task.float_epochs=5"]).task)
+    task = load_task(load_study("digits").task)
     model, images = task.float_model(), task.calibration_input(1000)
     assert len(images) == 1000
     return model, images, inspect_model(model, images[:64])

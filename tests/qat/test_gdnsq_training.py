@@ -34,7 +34,7 @@ STEPS = 100
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     torch.set_num_threads(1)
-    return open_problem(mpsearch.load_study("digits", ["task.float_epochs=3"]))
+    return open_problem(mpsearch.load_study("digits"))
 
 
 @pytest.fixture(scope="module")

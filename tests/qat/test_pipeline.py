@@ -23,7 +23,7 @@ from mpsearch.quant.shift import SlopeSchedule
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     torch.set_num_threads(1)
-    return open_problem(mpsearch.load_study("digits", ["task.float_epochs=3", "trial.steps=40"]))
+    return open_problem(mpsearch.load_study("digits", ["trial.steps=40"]))
 
 
 def everywhere(problem: Problem, weight: str, activation: str) -> PrecisionConfig:
@@ -87,7 +87,7 @@ def test_train_one_scores_both_splits_and_prices_the_config(problem: Problem, me
 
 
 def test_a_target_is_for_every_layer_that_the_space_does_not_fix() -> None:
-    study = mpsearch.load_study("digits", ["task.float_epochs=1", "space=digits_mixed"])
+    study = mpsearch.load_study("digits", ["space=digits_mixed"])
     space = open_problem(study).space
     config, fixed = target_config(space, read_precisions("w1a1"))
     assert set(config.values()) == {LayerPrecision.shorthand("w1a1")}
@@ -102,7 +102,7 @@ def test_layers_that_the_space_fixes_are_named(problem: Problem, tmp_path: Path)
         "name: s\nrules:\n  - {match: '*', weight: ['uniform:2-8'], activation: ['uniform:2-8']}\n"
         "first: {weight: ['uniform:8'], activation: ['uniform:8']}\n"
     )
-    space = open_problem(mpsearch.load_study("digits", ["task.float_epochs=3", f"space={path}"])).space
+    space = open_problem(mpsearch.load_study("digits", [f"space={path}"])).space
     config, fixed = target_config(space, read_precisions("w1a1"))
     assert f"{space.layers[0]} uniform:8/channel x uniform:8/tensor" in fixed
     assert str(config[space.layers[1]]) == "uniform:1/channel x uniform:1/tensor"

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpsearch.compiler import compiler_missing
 from mpsearch.cost.energy import mac_pj
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import BITS, FLOAT, LayerPrecision, Precision
@@ -248,7 +247,7 @@ def compiled(quantizer: Quantizer, backend: Any) -> Callable[[Tensor], Tensor]:
     return torch.compile(quantizer, backend=backend, dynamic=False, fullgraph=True)
 
 
-@pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
+@pytest.mark.compile
 @pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_one_compiled_switch_agrees_with_eager_for_every_type_and_width(training: bool) -> None:
     """Within 1e-5 of the largest level, but for one element in a hundred that a last-bit difference puts elsewhere."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mpsearch.compiler import compiler_missing
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
+from mpsearch.quant import fused
 from mpsearch.quant.fused import Elementwise, as_rows, fuse
 from mpsearch.quant.gdnsq import GdnsqQuantizer
 from mpsearch.quant.prepare import prepare
-
-needs_compiler = pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 1, 1), (3, 1, 3, 3), (2, 3, 2, 2, 2)])
@@ -71,15 +73,34 @@ def config(model: nn.Module, shift: int) -> PrecisionConfig:
     )
 
 
-@needs_compiler
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_a_fused_network_computes_what_the_eager_one_does(channels_last: bool) -> None:
-    """Within 1e-4 of the largest output, but for a few elements that a last-bit difference rounds elsewhere."""
-    model = network()
-    x = torch.randn(16, 3, 8, 8)
-    if channels_last:
-        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    for shift in range(3):
+@pytest.fixture
+def compiled_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Has quantizers compiled by another backend: `aot_eager` traces as inductor does, and generates no code."""
+
+    def choose(backend: str) -> None:
+        torch._dynamo.reset()
+        fused._compiled.cache_clear()
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+
+    yield choose
+    torch._dynamo.reset()
+    fused._compiled.cache_clear()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("backend", "shifts"), [("inductor", (0,)), ("aot_eager", (1, 2))])
+def test_a_fused_network_computes_what_the_eager_one_does(
+    compiled_by: Callable[[str], None], backend: str, shifts: tuple[int, ...]
+) -> None:
+    """Within 1e-4 of the largest output, but for a few elements that a last-bit difference rounds elsewhere.
+
+    Code is generated for every type of weights and of activations; which of them meet in a layer is traced alone.
+    """
+    compiled_by(backend)
+    torch.manual_seed(0)
+    for shift, layout in itertools.product(shifts, (torch.contiguous_format, torch.channels_last)):
+        model = network().to(memory_format=layout)
+        x = torch.randn(16, 3, 8, 8).contiguous(memory_format=layout)
         eager = prepare(model, config(model, shift), x)
         fast = fuse(prepare(model, config(model, shift), x))
         assert any(m.fused for m in fast.modules() if isinstance(m, Elementwise))
@@ -100,12 +121,12 @@ def test_a_fused_network_computes_what_the_eager_one_does(channels_last: bool) -
                     )
 
 
-@needs_compiler
-def test_layers_of_all_shapes_share_a_few_graphs() -> None:
+@pytest.mark.compile
+def test_layers_of_all_shapes_share_a_few_graphs(compiled_by: Callable[[str], None]) -> None:
     from torch._dynamo.utils import counters
 
+    compiled_by("aot_eager")  # graphs are counted, not run
     counters.clear()
-    torch._dynamo.reset()
     torch.manual_seed(0)
     model = nn.Sequential(*(layer for n in range(2, 12) for layer in (nn.Conv2d(n, n + 1, 1 + n % 3), nn.ReLU())))
     x = torch.randn(4, 2, 24, 24)
@@ -119,15 +140,15 @@ def test_layers_of_all_shapes_share_a_few_graphs() -> None:
     assert counters["stats"]["unique_graphs"] <= 8  # of 40 pairs of layer and batch size
 
 
-@needs_compiler
+@pytest.mark.compile
 @pytest.mark.parametrize("grid", ["symmetric", "min", None])
 def test_a_fused_gdnsq_quantizer_computes_what_the_eager_one_does(grid: str | None) -> None:
     x = torch.randn(6, 5, 3, 3)
     step = torch.rand(6, 1, 1, 1) / 4 + 0.1 if grid else torch.tensor(0.2)
     gradients: list[list[Tensor]] = []
-    for fused in (False, True):
+    for compiled in (False, True):
         quantizer = GdnsqQuantizer(step, torch.tensor(16.0), weight_grid=grid)  # type: ignore[arg-type]
-        quantizer.fused = fused
+        quantizer.fused = compiled
         w = x.clone().requires_grad_()
         y = quantizer(w)
         y.square().sum().backward()

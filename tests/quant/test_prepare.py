@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpsearch.compiler import compiler_missing
 from mpsearch.errors import PrecisionError
 from mpsearch.graph import kinds
 from mpsearch.graph.inputs import call
@@ -178,7 +177,7 @@ def test_a_module_used_under_two_names_stays_one(batch: Tensor) -> None:
     assert prepared[0] is prepared[2]  # type: ignore[index]
 
 
-@pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
+@pytest.mark.compile
 def test_one_compiled_model_serves_every_config(model: nn.Module, batch: Tensor) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -32,7 +32,7 @@ from mpsearch.study import parse_study, read_spec
 
 STUDY = {
     "name": "quick",
-    "task": {"model": "digits_cnn", "float_epochs": 2, "data": {"kind": "digits"}},
+    "task": {"model": "digits_cnn", "checkpoint": "digits_cnn", "data": {"kind": "digits"}},
     "space": "digits",
     "search": {"trials": 10, "seed": 1},
     "trial": {"steps": 2, "batch_size": 16, "bn_batches": 1, "calibration_samples": 32, "precision": "fp32"},
@@ -272,6 +272,7 @@ def test_commands_lead_here(folder: RunFolder) -> None:
     assert reported.stdout.count("report.html") == 1
 
 
+@pytest.mark.browser
 def test_study_page_in_a_browser_shows_note_figures_and_artifacts(address: str, folder: RunFolder) -> None:
     with chromium() as browser, page_of(browser, color_scheme="dark") as (page, errors):
         page.goto(f"{address}/dashboard/studies/1")

@@ -34,6 +34,8 @@ DESCENT = pd.DataFrame(
     columns=["step", "budget", "loss", "layer", "tensor", "bits"],
 )
 
+pytestmark = pytest.mark.browser
+
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:

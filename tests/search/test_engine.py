@@ -183,12 +183,13 @@ def test_every_storage_gives_the_same_trials(tmp_path, storage):
     assert [(r.number, r.config, r.accuracy) for r in first] == [(r.number, r.config, r.accuracy) for r in second]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_driver_ended_at_any_time_is_resumed_with_nothing_lost(tmp_path, how):
+def test_driver_ended_at_any_time_is_resumed_with_nothing_lost_and_a_second_one_is_refused(tmp_path):
     path = tmp_path / "run"
-    for count in (3, 9):  # in the ladder, and while the sampler proposes
+    for count, how in ((3, signal.SIGKILL), (9, signal.SIGINT)):  # in the ladder, and while the sampler proposes
         driver = start(path, "none", trials=14, sleep_s=0.2)
         wait_for_records(path, count, driver)
+        with pytest.raises(RunError, match=f"driven by process {driver.pid} "):
+            drive.drive(path, trials=14)
         os.kill(driver.pid, how)
         _, errors = driver.communicate()
         assert driver.returncode == -how
@@ -197,16 +198,6 @@ def test_driver_ended_at_any_time_is_resumed_with_nothing_lost(tmp_path, how):
         assert RunFolder.open(path).running == []
     drive.drive(path, trials=14)
     assert_whole(path, 14)
-
-
-def test_second_driver_is_refused_and_disturbs_nothing(tmp_path):
-    path = tmp_path / "run"
-    driver = start(path, "none", trials=12, sleep_s=0.1)
-    wait_for_records(path, 1, driver)
-    with pytest.raises(RunError, match=f"driven by process {driver.pid} "):
-        drive.drive(path, trials=12)
-    assert driver.wait() == 0
-    assert_whole(path, 12)
 
 
 def test_time_limit_lets_running_trials_end(tmp_path):
@@ -223,6 +214,7 @@ def test_time_limit_lets_running_trials_end(tmp_path):
 # Ray takes some ten seconds to start: few tests, and much in each.
 
 
+@pytest.mark.ray
 def test_ray_runs_the_same_trials_and_survives_its_workers(tmp_path):
     path = tmp_path / "run"
     fates(path, "nan-2", "raise-3", "die_once-5")
@@ -243,6 +235,7 @@ def test_ray_runs_the_same_trials_and_survives_its_workers(tmp_path):
     assert not Path("/tmp", f"mpsearch-{RunFolder.open(path).id}").exists()
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_ray_trial_that_kills_its_worker_twice_is_recorded_as_failed(tmp_path):
     fates(tmp_path, "die-4")
@@ -253,6 +246,7 @@ def test_ray_trial_that_kills_its_worker_twice_is_recorded_as_failed(tmp_path):
     assert failed == [(4, "its worker process died twice (killed, or out of memory)")]
 
 
+@pytest.mark.ray
 def test_ray_driver_killed_takes_its_workers_along_and_is_resumed_with_nothing_lost(tmp_path):
     path = tmp_path / "run"
     driver = start(path, "local", trials=500, sleep_s=0.1)
@@ -268,6 +262,7 @@ def test_ray_driver_killed_takes_its_workers_along_and_is_resumed_with_nothing_l
     assert_whole(path, before + 5)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_ray_driver_interrupted_ends_in_good_order(tmp_path):
     path = tmp_path / "run"
@@ -284,6 +279,7 @@ def test_ray_driver_interrupted_ends_in_good_order(tmp_path):
     assert_whole(path, before + 5)
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_runner", "error", "message"),
@@ -338,6 +334,7 @@ def is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("client", [False, True], ids=["node", "client"])
 def test_ray_cluster_runs_trials_while_disk_and_controller_stay_here(tmp_path, cluster, client):
@@ -353,6 +350,7 @@ def test_ray_cluster_runs_trials_while_disk_and_controller_stay_here(tmp_path, c
     assert driver.pid not in worker_pids(path)
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
 def test_ray_that_is_not_there_is_refused_at_once(tmp_path, address):
     folder = RunFolder.create(tmp_path / "run", "")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from mpsearch.compiler import compiler_missing
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise
@@ -74,16 +73,17 @@ def test_a_reused_bench_gives_what_a_fresh_one_gives(task: Task, workbench: Work
 
 
 MIXED = [("shift:4", "uniform:8"), ("apot:4", "apot:4"), ("uniform:4", "shift:4"), ("shift:3/tensor", "uniform:4")]
+BRIEF = SETTINGS.model_copy(update={"steps": 4})
 
 
 def test_one_bench_switches_types_and_gives_what_a_fresh_one_gives(task: Task, workbench: Workbench) -> None:
     space = build_space(load_space("digits_mixed"), workbench.layers)
-    switching = Workbench(task, SETTINGS, offers=space.offers)
+    switching = Workbench(task, BRIEF, offers=space.offers)
     names = [layer.name for layer in workbench.graph.quantizable]
     for weight, activation in MIXED:
         config = PrecisionConfig.uniform(names, LayerPrecision.parse(weight, activation))
-        reused = run_trial(task, config, SETTINGS, workbench=switching)
-        fresh = run_trial(task, config, SETTINGS)
+        reused = run_trial(task, config, BRIEF, workbench=switching)
+        fresh = run_trial(task, config, BRIEF)
         assert (reused.accuracy, reused.end_loss) == (fresh.accuracy, fresh.end_loss), f"{weight} x {activation}"
         assert reused.accuracy is not None
         assert reused.accuracy > 0.5, f"{weight} x {activation}"
@@ -158,7 +158,7 @@ def test_compilation_is_not_asked_for_where_it_does_not_pay(workbench: Workbench
     assert not fused(workbench)  # `auto`, and digits are small
 
 
-@pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
+@pytest.mark.compile
 def test_compilation_is_asked_for_where_quantizers_have_enough_to_do(
     task: Task, workbench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +179,7 @@ def test_a_missing_compiler_means_eager_trials_and_is_said(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(compiler_missing() is not None, reason=str(compiler_missing()))
+@pytest.mark.compile
 def test_a_compiled_trial_scores_like_an_eager_one(task: Task, workbench: Workbench) -> None:
     compiled = Workbench(task, SETTINGS.model_copy(update={"compile": True}))
     for text in ("w8a8", "w3a3"):

@@ -31,7 +31,7 @@ WITHOUT_CONTROLS = ("warm_start.ilp=false", "warm_start.combinations=0")
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     torch.set_num_threads(1)
-    overrides = ["task.float_epochs=5", f"warm_start.steps={STEPS}", "trial.steps=4", *WITHOUT_CONTROLS]
+    overrides = [f"warm_start.steps={STEPS}", "trial.steps=4", *WITHOUT_CONTROLS]
     return open_problem(mpsearch.load_study("digits", [*overrides, f"warm_start.budgets={list(BUDGETS)}"]))
 
 
@@ -199,7 +199,7 @@ def test_a_warm_start_is_paid_for_once(problem: Problem, tmp_path: Path, monkeyp
 
 
 def test_the_cheap_end_of_several_types_is_tried_after_the_snapshots(tmp_path: Path) -> None:
-    overrides = ["task.float_epochs=5", "warm_start.steps=4", "warm_start.budgets=[0.4]", *WITHOUT_CONTROLS]
+    overrides = ["warm_start.steps=4", "warm_start.budgets=[0.4]", *WITHOUT_CONTROLS]
     problem = open_problem(mpsearch.load_study("digits", ["space=digits_mixed", *overrides]))
     folder = tmp_path / "warmstart"
     initial_configs = warm_start(problem.spec, problem.task, problem.graph, problem.space, problem.cost, folder)
@@ -212,7 +212,7 @@ def test_the_cheap_end_of_several_types_is_tried_after_the_snapshots(tmp_path: P
 def test_a_study_tries_what_was_learned_and_resumes_without_a_second_descent(
     problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = ["task.float_epochs=5", "engine.address=none", "trial.steps=2", "search.trials=10"]
+    overrides = ["engine.address=none", "trial.steps=2", "search.trials=10"]
     warm = [*WITHOUT_CONTROLS, "warm_start.steps=20", "warm_start.budgets=[0.5]", "warm_start.neighbours=2"]
     stages: list[tuple[str, int, int]] = []
 
