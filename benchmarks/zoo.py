@@ -1,138 +1,222 @@
-"""Does mpsearch work on every classification model of torchvision?
+"""Does mpsearch work on networks of other people? torchvision, timm and transformers, random weights, mixed bits.
 
-Random weights, mixed bits and types, smallest first. For each: inspect, prepare, one forward and backward pass, cost,
-native export and load with equal outputs. The table has a line per model: pass, or the reason why not; what stays float
-is named below the table, with its reason.
+For each network and stage (inspect, prepare at float, fold, a training step, PTQ, native, packed, ONNX in a default
+onnxruntime session): `ok`, a reason that mpsearch gives (`refused`), an error that it did not foresee (`crash`), or an
+answer that is not the network's (`WRONG`), which no network may have. Networks with a row of this commit are not run
+again. What stays float is named below the table, with its reason.
 
-Models that passed according to the results file are not run again. Images are of 64 pixels where the network takes
-them, and ranges are the best of a few candidates: what is asked is whether it works, not how well. A network of n
-parameters needs about 20 n bytes: itself, its quantized copy, gradients, and the copies of an export.
+Ranges are the best of a few candidates: what is asked is whether it works, not how well. A network of n parameters
+needs about 20 n bytes.
 """
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
 
 import torch
-import torchvision
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 import mpsearch
+from benchmarks.families import FAMILIES
 from benchmarks.options import RESULTS, PrintOnly, Results, several
 from benchmarks.printing import say
 from benchmarks.rows import Row, Rows
+from mpsearch.errors import MpsearchError
+from mpsearch.exporters import packed
+from mpsearch.graph.inputs import tensors
+from mpsearch.precision import FLOAT, LayerPrecision, PrecisionConfig
+from mpsearch.ptq.fold import fold_batch_norms
+from mpsearch.ptq.pipeline import PtqMethod, ptq
 from mpsearch.quant import ranges
+from mpsearch.quant.prepare import inspect_network
+from mpsearch.train import call
 
+STAGES = ("inspect", "prepare", "fold", "train", "ptq", "native", "packed", "onnx")
 WEIGHTS = ["uniform:4", "shift:3", "apot:4", "uniform:8/tensor"]
 ACTIVATIONS = ["uniform:8", "shift:4", "uniform:4", "apot:5", "uniform:6"]
-W8A8 = mpsearch.LayerPrecision.shorthand("w8a8")
+W8A8 = LayerPrecision.shorthand("w8a8")
 
-SIZES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56}
-"""Where 64 does not do: auxiliary classifiers, windows of a fixed number, patches of 14."""
+FLOAT_NOISE = 1e-4
+"""Relative to the norm of the outputs: other orders of float32 sums in networks of some hundred layers."""
+AGREE = 0.02
+"""The same between runtimes at 8 bits, where a code on a boundary may fall either way, which later layers see."""
 
 
 def zoo(
-    only: Annotated[Sequence[str], several(str, "beginnings of model names; all models if none is given")] = (),
-    max_params: Annotated[float, typer.Option(help="largest number of parameters")] = float("inf"),
-    minutes: Annotated[float, typer.Option(help="minutes after which no model is started")] = float("inf"),
-    results: Results = RESULTS / "zoo.jsonl",
+    family: Annotated[str, typer.Option(help=f"whose networks: {', '.join(FAMILIES)}")] = "torchvision",
+    only: Annotated[Sequence[str], several(str, "beginnings of names; all networks if none is given")] = (),
+    stages: Annotated[Sequence[str], several(str, "stages after inspect to run")] = STAGES[1:],
+    minutes: Annotated[float, typer.Option(help="minutes after which no network is started")] = float("inf"),
+    results: Results = RESULTS / "zoo-families.jsonl",
     only_print: PrintOnly = False,
 ) -> None:
-    sizes = {
-        name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
-        for name in torchvision.models.list_models(module=torchvision.models)
-    }
-    wanted = [
-        {"model": name, "params": sizes[name]}
-        for name in sorted(sizes, key=sizes.__getitem__)
-        if (not only or name.startswith(tuple(only))) and sizes[name] <= max_params
-    ]
-    rows = Rows(results, key=("model",))
+    if family not in FAMILIES:
+        raise MpsearchError(f"there is no family '{family}': choose from {', '.join(FAMILIES)}")
+    networks = {} if only_print else FAMILIES[family]()
+    cases = [{"family": family, "network": name} for name in networks if not only or name.startswith(tuple(only))]
+    rows = Rows(results, key=("family", "network", "commit"))
     began = time.perf_counter()
-    for case in rows.missing([] if only_print else wanted, done=lambda row: bool(row["outcome"] == "pass")):
+    for case in rows.missing(cases):
         if time.perf_counter() - began > 60 * minutes:
             break
-        name = case["model"]
         clock = time.perf_counter()
+        with patch.multiple(ranges, COARSE=4, FINE=1, ENDS=4):
+            outcome = check(networks[case["network"]], stages)
+        row = case | outcome | {"seconds": round(time.perf_counter() - clock)}
+        rows.append(row)
+        remarks = [f"{stage} {row[stage]}" for stage in STAGES if row.get(stage, "ok") != "ok"]
+        say(f"{row['network']}, {row['seconds']} s: {'; '.join(remarks) or 'pass'}")
+    show([row for row in rows.read() if row["family"] == family])
+
+
+def check(make: Callable[[], tuple[nn.Module, Any]], stages: Sequence[str]) -> Row:
+    """What becomes of a network at each stage."""
+    row: Row = {}
+
+    def stage(name: str, run: Callable[[], Any]) -> Any:
+        if name != "inspect" and name not in stages:
+            return None
         try:
-            with patch.multiple(ranges, COARSE=4, FINE=1, ENDS=4):
-                outcome = {"outcome": "pass", **check(name)}
-        except Exception as error:  # one model's failure is a line of the table
-            outcome = {"outcome": "FAIL", "reason": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"}
-        seconds = round(time.perf_counter() - clock)
-        rows.append(case | outcome | {"seconds": seconds, "torchvision": torchvision.__version__})
-        say(f"{outcome['outcome']}  {name}, {seconds} s  {outcome.get('reason', '')}")
-    show({row["model"]: row for row in rows.read()}, sizes)
+            result = run()
+            row[name] = "ok"
+        except MpsearchError as error:
+            row[name] = f"refused: {_first_line(error)}"
+        except AssertionError as error:
+            row[name] = f"WRONG: {_first_line(error)}"
+        except Exception as error:  # one network's failure is a cell of the table
+            row[name] = f"crash: {type(error).__name__}: {_first_line(error)}"
+        else:
+            return result
+        return None
 
-
-def build(name: str) -> tuple[nn.Module, torch.Tensor]:
-    """A network of random weights and a batch of two for it."""
-    size = SIZES.get(name, 64)
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"image_size": size} if name.startswith("vit") else {}
-    model = torchvision.models.get_model(name, weights=None, **options).eval()
-    return model, torch.randn(2, 3, size, size)
-
-
-def check(name: str) -> Row:
-    """What the model passed with; raises where it does not pass."""
-    model, x = build(name)
-    graph = mpsearch.inspect_model(model, x)
-    layers = zip(graph.quantizable, cycle(WEIGHTS), cycle(ACTIVATIONS), strict=False)
-    config = mpsearch.PrecisionConfig(
-        (layer.name, mpsearch.LayerPrecision.parse(weight, activation)) for layer, weight, activation in layers
+    try:
+        model, batch = make()
+        expected = _outputs(model, batch)
+    except Exception as error:  # the network itself does not run here
+        return {"inspect": f"crash: not built: {_first_line(error)}"}
+    graph = stage("inspect", lambda: inspect_network(model, batch))
+    if graph is None:
+        return row
+    row |= {"layers": len(graph.quantizable), "float": sorted({f"{x.kind}: {x.reason}" for x in graph.unhandled})}
+    names = [layer.name for layer in graph.quantizable]
+    floats = PrecisionConfig.uniform(names, LayerPrecision(FLOAT, FLOAT))
+    mixed = PrecisionConfig(
+        (layer.name, LayerPrecision.parse(weight, activation))
+        for layer, weight, activation in zip(graph.quantizable, cycle(WEIGHTS), cycle(ACTIVATIONS), strict=False)
     )
-    model_q = mpsearch.prepare_for_training(model, config, x, graph.layers)
-    output = model_q(x)
-    logits = output if isinstance(output, torch.Tensor) else output.logits  # Inception and GoogLeNet have more outputs
-    loss = logits.square().mean()
-    loss.backward()
-    gradients = [parameter.grad for parameter in model_q.parameters() if parameter.grad is not None]
-    assert torch.isfinite(loss), "the loss is not finite"
-    assert all(torch.isfinite(gradient).all() for gradient in gradients), "a gradient is not finite"
-    del gradients, output, logits, loss
-    model_q.zero_grad(set_to_none=True)
-    relative = (
-        mpsearch.cost_of(graph.layers, config).total
-        / mpsearch.cost_of(graph.layers, mpsearch.PrecisionConfig.uniform(config, W8A8)).total
-    )
-    model_q.eval()
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        network = mpsearch.QuantizedNetwork(model_q, graph.layers, name, "noise")
-        mpsearch.export(network, "native", Path(folder) / "out")
-        expected = model_q(x)
-        del model_q, network
-        assert torch.equal(mpsearch.load(model, Path(folder) / "out")(x), expected), "another output after loading"
-    return {
-        "size": x.shape[-1],
-        "layers": len(graph.quantizable),
-        "float": sorted({f"{layer.kind}: {layer.reason}" for layer in graph.unhandled}),
-        "cost": relative,
-    }
 
+    def prepare() -> nn.Module:
+        prepared = mpsearch.prepare(model, floats, batch, graph.layers).eval()
+        _agree(_outputs(prepared, batch), expected, FLOAT_NOISE)
+        return mpsearch.prepare(model, mixed, batch, graph.layers).eval()
 
-def show(rows: dict[str, Row], sizes: dict[str, int]) -> None:
-    """The table."""
-    stays: dict[str, set[str]] = defaultdict(set)
-    for name, params in sorted(sizes.items(), key=lambda item: item[1]):
-        row = rows.get(name, {"outcome": "not run", "reason": ""})
-        said = (
-            f"{row['layers']:4d} layers, {row['size']} pixels, cost {row['cost']:.2f} of W8A8"
-            if row["outcome"] == "pass"
-            else row["reason"]
+    def fold() -> None:
+        _agree(_outputs(fold_batch_norms(model, graph.layers, batch).model, batch), expected, FLOAT_NOISE)
+
+    quantized = stage("prepare", prepare)
+    stage("fold", fold)
+    stage("ptq", lambda: ptq(model, W8A8, batch, PtqMethod(rounding="nearest")))
+    if quantized is None:
+        return row
+
+    def train() -> None:
+        training = copy.deepcopy(quantized)
+        loss = sum(
+            (x.float().square().mean() for x in tensors(_values(call(training, batch))) if x.requires_grad),
+            torch.zeros(()),
         )
-        print(f"{row['outcome']:8s}{name:24s}{params / 1e6:6.1f} M  {said}")
+        torch.autograd.backward(loss)
+        assert torch.isfinite(loss), "the loss is not finite"
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in training.parameters()), (
+            "a gradient is not finite"
+        )
+
+    stage("train", train)
+    with tempfile.TemporaryDirectory() as folder:
+        network = mpsearch.QuantizedNetwork(quantized, graph.layers, "zoo", "noise", example_input=batch)
+        answers = _outputs(quantized, batch)
+
+        def native() -> None:
+            mpsearch.export(network, "native", Path(folder) / "native")
+            assert torch.equal(_outputs(mpsearch.load(model, Path(folder) / "native"), batch), answers), (
+                "not bit for bit"
+            )
+
+        def pack() -> None:
+            mpsearch.export(network, "packed", Path(folder) / "packed")
+            _agree(_outputs(packed.load(model, Path(folder) / "packed"), batch), answers, AGREE)
+
+        stage("native", native)
+        stage("packed", pack)
+        stage("onnx", lambda: _onnx(model, batch, graph, Path(folder) / "onnx"))
+    return row
+
+
+def _onnx(model: nn.Module, batch: Any, graph: Any, folder: Path) -> None:
+    """Export at W8A8 and run in a default session."""
+    import onnxruntime as ort
+
+    eight = PrecisionConfig.uniform([layer.name for layer in graph.quantizable], W8A8)
+    prepared = mpsearch.prepare(model, eight, batch, graph.layers).eval()
+    network = mpsearch.QuantizedNetwork(prepared, graph.layers, "zoo", "noise", example_input=batch)
+    file = mpsearch.export(network, "onnx", folder).path / "model.onnx"
+    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), tensors(batch), strict=True)}
+    answer = torch.from_numpy(session.run(None, feed)[0]).double().flatten()
+    expected = next(x for x in tensors(_values(_call(prepared, batch))) if x.is_floating_point()).double().flatten()
+    _agree(answer, expected, AGREE)
+
+
+@torch.no_grad()
+def _call(model: nn.Module, batch: Any) -> Any:
+    torch.manual_seed(0)
+    return call(model, batch)
+
+
+def _values(output: Any) -> Any:
+    """Of a ModelOutput, its values."""
+    return tuple(output.values()) if hasattr(output, "values") else output
+
+
+def _outputs(model: nn.Module, batch: Any) -> Tensor:
+    """All that a network gives back, as one row of float64."""
+    parts = [x.double().flatten() for x in tensors(_values(_call(model, batch))) if x.is_floating_point()]
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def _agree(given: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert given.shape == expected.shape, f"{tuple(given.shape)} outputs for {tuple(expected.shape)}"
+    distance = float((given - expected).norm() / expected.norm().clamp_min(1e-12))
+    assert distance <= tolerance, f"differs by {distance:.2g} of the norm"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def show(rows: list[Row]) -> None:
+    """A line a network that has anything to say, the totals, and what stays float."""
+    latest = {row["network"]: row for row in rows}
+    stays: dict[str, list[str]] = defaultdict(list)
+    for name, row in latest.items():
+        said = {stage: row[stage] for stage in STAGES if row.get(stage, "ok") != "ok"}
+        if said:
+            print(f"{name}: " + "; ".join(f"{stage}: {text}" for stage, text in said.items()))
         for reason in row.get("float", ()):
-            stays[reason].add(name)
-    outcomes = Counter(rows[name]["outcome"] if name in rows else "not run" for name in sizes)
-    print(", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()), f"of {len(sizes)}")
-    for reason, models in sorted(stays.items()):
-        print(f"layers stay float in {len(models)} models ({', '.join(sorted(models))}): {reason}")
+            stays[reason].append(name)
+    for stage in STAGES:
+        outcomes = Counter(row[stage].partition(":")[0] for row in latest.values() if stage in row)
+        print(f"{stage:8s} " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common()))
+    whole = [row for row in latest.values() if all(row.get(stage) == "ok" for stage in STAGES[:-1])]
+    print(f"{len(whole)} of {len(latest)} pass all but ONNX, {sum(r.get('onnx') == 'ok' for r in whole)} ONNX too")
+    for reason, names in sorted(stays.items()):
+        print(f"float in {len(names)} networks ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}): {reason}")
