@@ -214,7 +214,7 @@ def inspect(
     >>> import mpsearch
     >>> layers = mpsearch.inspect("digits").layers
     >>> layers.loc[0, ["layer", "kind", "macs"]].to_list()
-    ['conv1', 'conv', 9216]
+    ['conv1', 'conv2d', 6912]
     """
     import pandas as pd
 

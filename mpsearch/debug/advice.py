@@ -48,22 +48,22 @@ class Advice:
     command: str | None = None  # that does it, where there is one
 
 
-def advise(found: Diagnosis, study: str = "STUDY") -> tuple[Advice, ...]:
+def advise(diagnosis: Diagnosis, study: str = "STUDY") -> tuple[Advice, ...]:
     """What to try next, in the order of the white paper's flow; a remedy that was tried has to have helped.
 
     `study` is what the commands name.
     """
-    bits = _shorthand(found.config)
+    bits = _shorthand(diagnosis.config)
 
     def command(action: Action) -> str | None:
         if bits is None or action not in COMMANDS:
             return None
         return COMMANDS[action].format(study=study, bits=bits, per_channel=bits.removesuffix("/tensor"))
 
-    return tuple(replace(item, command=command(item.action)) for item in _steps(found))
+    return tuple(replace(item, command=command(item.action)) for item in _steps(diagnosis))
 
 
-def document(found: Diagnosis, study: str = "STUDY") -> dict[str, Any]:
+def document(diagnosis: Diagnosis, study: str = "STUDY") -> dict[str, Any]:
     """The diagnosis for programs; what is not a number (SQNR of a tensor that loses nothing, say) is null.
 
     - `metric`, `samples` of val, `float_val`, `seconds`, `notes`; `sane` and `sanity`; `parts`: `weights`,
@@ -80,8 +80,8 @@ def document(found: Diagnosis, study: str = "STUDY") -> dict[str, Any]:
     def score(value: Score) -> dict[str, float | None]:
         return {
             "accuracy": _number(100 * value.accuracy),
-            "drop": _number(100 * found.drop(value)),
-            "drop_error": _number(100 * found.drop_error(value)),
+            "drop": _number(100 * diagnosis.drop(value)),
+            "drop_error": _number(100 * diagnosis.drop_error(value)),
             "divergence": _number(value.divergence),
             "changed": _number(100 * value.changed),
         }
@@ -92,12 +92,14 @@ def document(found: Diagnosis, study: str = "STUDY") -> dict[str, Any]:
         return {"precision": str(facts.precision), "sqnr_db": _number(facts.sqnr_db), **score(facts.alone)}
 
     return {
-        "metric": found.metric,
-        "samples": found.samples,
-        "float_val": _number(100 * found.float_accuracy),
-        "sane": found.sane,
-        "sanity": score(found.sanity),
-        "parts": {part: {**score(value), "harmful": found.harmful(part)} for part, value in found.parts.items()},
+        "metric": diagnosis.metric,
+        "samples": diagnosis.samples,
+        "float_val": _number(100 * diagnosis.float_accuracy),
+        "sane": diagnosis.sane,
+        "sanity": score(diagnosis.sanity),
+        "parts": {
+            part: {**score(value), "harmful": diagnosis.harmful(part)} for part, value in diagnosis.parts.items()
+        },
         "layers": [
             {
                 "layer": layer.name,
@@ -106,12 +108,12 @@ def document(found: Diagnosis, study: str = "STUDY") -> dict[str, Any]:
                 "weight": tensor(layer.weight),
                 "activation": tensor(layer.activation),
             }
-            for layer in found.layers
+            for layer in diagnosis.layers
         ],
-        "worst": {side: list(found.worst(side)) for side in SIDES},
+        "worst": {side: list(diagnosis.worst(side)) for side in SIDES},
         "attempts": [
             {"action": tried.action, "side": tried.side, "layers": list(tried.layers), **score(tried.score)}
-            for tried in found.attempts
+            for tried in diagnosis.attempts
         ],
         "histograms": [
             {
@@ -122,47 +124,47 @@ def document(found: Diagnosis, study: str = "STUDY") -> dict[str, Any]:
                 "before": list(histogram.before),
                 "after": list(histogram.after),
             }
-            for histogram in found.histograms
+            for histogram in diagnosis.histograms
         ],
-        "advice": [asdict(item) for item in advise(found, study)],
-        "notes": list(found.notes),
-        "seconds": found.seconds,
+        "advice": [asdict(item) for item in advise(diagnosis, study)],
+        "notes": list(diagnosis.notes),
+        "seconds": diagnosis.seconds,
     }
 
 
-def _steps(found: Diagnosis) -> list[Advice]:
+def _steps(diagnosis: Diagnosis) -> list[Advice]:
     """The advice without its commands."""
-    if not found.sane:
+    if not diagnosis.sane:
         text = (
-            f"Inserting quantizers that do nothing already moves the logits by {found.sanity.divergence:.2g} nats "
-            f"({_scored(found, found.sanity)}): before anything else, look for what the network does differently with "
-            "quantized layers (a forward that asks for a layer's class, randomness in eval mode)."
+            f"Inserting quantizers that do nothing already moves the logits by {diagnosis.sanity.divergence:.2g} nats "
+            f"({_scored(diagnosis, diagnosis.sanity)}): before anything else, look for what the network does "
+            "differently with quantized layers (a forward that asks for a layer's class, randomness in eval mode)."
         )
         return [Advice("harness", text)]
-    if not found.harmful("all"):
-        scored = _scored(found, found.parts["all"])
+    if not diagnosis.harmful("all"):
+        scored = _scored(diagnosis, diagnosis.parts["all"])
         return [Advice("none", f"Nothing: the whole config is within {TOLERANCE:.0%} of the float score ({scored}).")]
-    steps = {side: list(_side_steps(found, side)) for side in SIDES if found.harmful(SIDES[side])}
+    steps = {side: list(_side_steps(diagnosis, side)) for side in SIDES if diagnosis.harmful(SIDES[side])}
     reasons = [
-        f"Nothing that was tried helps the {SIDES[side]}, which lose most in {', '.join(found.worst(side))}."
+        f"Nothing that was tried helps the {SIDES[side]}, which lose most in {', '.join(diagnosis.worst(side))}."
         for side, remedies in steps.items()
         if not remedies
     ]
     if not steps:
         reasons = [
-            f"Weights alone ({_scored(found, found.parts['weights'])}) and activations alone "
-            f"({_scored(found, found.parts['activations'])}) are fine, together they are not."
+            f"Weights alone ({_scored(diagnosis, diagnosis.parts['weights'])}) and activations alone "
+            f"({_scored(diagnosis, diagnosis.parts['activations'])}) are fine, together they are not."
         ]
     how = "Train with the quantizers in place (QAT)" + ("." if reasons else " if that is not enough.")
-    layers = tuple(name for side, remedies in steps.items() if not remedies for name in found.worst(side))
+    layers = tuple(name for side, remedies in steps.items() if not remedies for name in diagnosis.worst(side))
     return [*chain.from_iterable(steps.values()), Advice("qat", " ".join([*reasons, how]), layers)]
 
 
-def _side_steps(found: Diagnosis, side: Side) -> Iterator[Advice]:
+def _side_steps(diagnosis: Diagnosis, side: Side) -> Iterator[Advice]:
     """What is to be tried for one side that is a problem."""
     part = SIDES[side]
-    without = found.parts[part]
-    tried = {attempt.action: attempt for attempt in found.attempts if attempt.side == side}
+    without = diagnosis.parts[part]
+    tried = {attempt.action: attempt for attempt in diagnosis.attempts if attempt.side == side}
 
     def outcome(attempt: Attempt) -> str:
         return (
@@ -178,20 +180,22 @@ def _side_steps(found: Diagnosis, side: Side) -> Iterator[Advice]:
         return None if worse or attempt.score.divergence >= HELPS * without.divergence else attempt
 
     if attempt := helped("cle"):
-        bad = _badly_scaled(found)
-        where = f" Channels are badly scaled in {_listed(found, bad)}." if bad else ""
+        bad = _badly_scaled(diagnosis)
+        where = f" Channels are badly scaled in {_listed(diagnosis, bad)}." if bad else ""
         yield Advice("cle", f"Cross-layer equalization: {outcome(attempt)}.{where}", bad)
     if attempt := helped("per_channel"):
-        bad = tuple(name for name in _badly_scaled(found) if name in attempt.layers) or found.worst(side)
+        bad = tuple(name for name in _badly_scaled(diagnosis) if name in attempt.layers) or diagnosis.worst(side)
         yield Advice(
             "per_channel",
             f"One scale per output channel instead of one per weight: {outcome(attempt)}. It matters most in "
-            f"{_listed(found, bad)}.",
+            f"{_listed(diagnosis, bad)}.",
             bad,
         )
-    worst = found.worst(side)
+    worst = diagnosis.worst(side)
     if side == "weight":
-        uniform = [layer for layer in found.layers if layer.weight and layer.weight.precision.quantizer == "uniform"]
+        uniform = [
+            layer for layer in diagnosis.layers if layer.weight and layer.weight.precision.quantizer == "uniform"
+        ]
         if uniform:
             bits = min(layer.weight.precision.bits for layer in uniform if layer.weight)
             yield Advice(
@@ -205,26 +209,26 @@ def _side_steps(found: Diagnosis, side: Side) -> Iterator[Advice]:
     elif attempt := helped("min_max"):
         yield Advice("min_max", f"Ranges by min-max instead of least squared error: {outcome(attempt)}.")
     if attempt := helped("more_bits"):
-        what = "weights" if side == "weight" else "inputs"
-        wider = widened(found.config, worst)
+        what = "weights" if side == "weight" else "activations"
+        wider = widened(diagnosis.config, worst)
         widths = ", ".join(dict.fromkeys(str(getattr(wider[name], side)) for name in worst))
         text = f"More bits ({widths}) for the {what} of {', '.join(worst)}: {outcome(attempt)}."
         yield Advice("more_bits", text, worst)
 
 
-def _badly_scaled(found: Diagnosis) -> tuple[str, ...]:
-    layers = [layer for layer in found.layers if layer.weight and layer.channel_ratio >= BADLY_SCALED]
+def _badly_scaled(diagnosis: Diagnosis) -> tuple[str, ...]:
+    layers = [layer for layer in diagnosis.layers if layer.weight and layer.channel_ratio >= BADLY_SCALED]
     return tuple(layer.name for layer in sorted(layers, key=lambda layer: -layer.channel_ratio))
 
 
-def _listed(found: Diagnosis, names: Sequence[str]) -> str:
-    ratios = {layer.name: layer.channel_ratio for layer in found.layers}
+def _listed(diagnosis: Diagnosis, names: Sequence[str]) -> str:
+    ratios = {layer.name: layer.channel_ratio for layer in diagnosis.layers}
     texts = [f"{name} (largest channel {ratios[name]:.1f} times the median)" for name in names[:WORST]]
     return ", ".join(texts) + (f" and {len(names) - WORST} more" if len(names) > WORST else "")
 
 
-def _scored(found: Diagnosis, score: Score) -> str:
-    return f"{100 * score.accuracy:.2f} %, float {100 * found.float_accuracy:.2f} %"
+def _scored(diagnosis: Diagnosis, score: Score) -> str:
+    return f"{100 * score.accuracy:.2f} %, float {100 * diagnosis.float_accuracy:.2f} %"
 
 
 def _shorthand(config: PrecisionConfig) -> str | None:

@@ -35,10 +35,10 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class TensorFacts:
-    """One layer's weight or input, quantized alone in a network that is float otherwise."""
+    """One layer's weight or activation, quantized alone in a network that is float otherwise."""
 
     precision: Precision
-    sqnr_db: float  # 10 log10(E[x^2] / E[(x - q(x))^2]); of an input over all its values on val
+    sqnr_db: float  # 10 log10(E[x^2] / E[(x - q(x))^2]); of an activation over all its values on val
     alone: Score
 
 
@@ -114,20 +114,20 @@ class Diagnosis:
 
     def ranked(self, side: Side) -> list[tuple[LayerFacts, TensorFacts]]:
         """The layers quantized on this side, the one that moves the logits most first."""
-        found = [(layer, facts) for layer in self.layers if (facts := layer.side(side)) is not None]
-        return sorted(found, key=lambda pair: worst_first(pair[1].alone.divergence))
+        quantized = [(layer, facts) for layer in self.layers if (facts := layer.side(side)) is not None]
+        return sorted(quantized, key=lambda pair: worst_first(pair[1].alone.divergence))
 
     def worst(self, side: Side) -> tuple[str, ...]:
         """The first layers of `ranked`, until they have half of the sum of all divergences, `WORST` at most."""
         ranked = self.ranked(side)
         half = sum(facts.alone.divergence for _, facts in ranked) / 2
-        chosen: list[str] = []
+        names: list[str] = []
         for layer, facts in ranked[:WORST]:
-            chosen.append(layer.name)
+            names.append(layer.name)
             half -= facts.alone.divergence
             if half <= 0:
                 break
-        return tuple(chosen)
+        return tuple(names)
 
 
 def widened(config: PrecisionConfig, names: Sequence[str]) -> PrecisionConfig:

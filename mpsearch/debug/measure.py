@@ -133,19 +133,19 @@ class _Scorer:
 
     def _run(self, model: nn.Module) -> tuple[float, Tensor]:
         """The accuracy on val, and the logits `(n, classes)` that it came from."""
-        kept: list[Tensor] = []
+        batches: list[Tensor] = []
 
         def keep(_model: nn.Module, _args: Any, output: Any) -> None:
-            kept.append(self.task.logits(output).detach().float().cpu())
+            batches.append(self.task.logits(output).detach().float().cpu())
 
         handle = model.register_forward_hook(keep)
         try:
             accuracy = self.task.evaluate(model, "val")
         finally:
             handle.remove()
-        if not kept:
+        if not batches:
             raise TaskError(f"evaluate of task '{self.task.name}' did not call the model that it was given")
-        return accuracy, torch.cat(kept)
+        return accuracy, torch.cat(batches)
 
 
 class _Workbench:
@@ -164,7 +164,7 @@ class _Workbench:
         self._scorer, self._device = scorer, device
         self._ranges = RangeSetter(net.model, layers, calibration_input)
         self._quantized = insert_quantizers(net.model, layers, config.offers).to(device)
-        self._inputs: dict[str, tuple[float, Tensor]] = {}
+        self._activations: dict[str, tuple[float, Tensor]] = {}
 
     def score(self, config: PrecisionConfig) -> Score:
         return self._scorer(self.under(config))
@@ -195,19 +195,19 @@ class _Workbench:
         if not precision.weight.is_float:
             weight = TensorFacts(precision.weight, _sqnr_db(*self._weights(layer.name)), alone("weight"))
         if not precision.activation.is_float:
-            activation = TensorFacts(precision.activation, self._input(layer.name)[0], alone("activation"))
+            activation = TensorFacts(precision.activation, self._activation(layer.name)[0], alone("activation"))
         kind = "depthwise" if layer.depthwise else layer.kind
         ratio = channel_ratio(weight_rows(quant_layers(self._quantized)[layer.name]))
         return LayerFacts(layer.name, kind, ratio, weight, activation)
 
     @torch.no_grad()
     def histogram(self, name: str, side: Side) -> Histogram:
-        """A layer's weight, or a sample of its input on val, before and after quantization."""
+        """A layer's weight, or a sample of its activation on val, before and after quantization."""
         if side == "weight":
             before, after = self._weights(name)
             precision = self.config[name].weight
         else:
-            before, precision = self._input(name)[1], self.config[name].activation
+            before, precision = self._activation(name)[1], self.config[name].activation
             self.under(self.config)
             after = quant_layers(self._quantized)[name].input_quantizer(before)
         values = torch.stack([before.flatten(), after.flatten()]).float().cpu()
@@ -221,11 +221,11 @@ class _Workbench:
         assert isinstance(layer.weight, Tensor)
         return layer.weight.detach(), layer.quantized_weight()
 
-    def _input(self, name: str) -> tuple[float, Tensor]:
-        """SQNR of a layer's input on val, over all values, and a sample of these; one pass serves all layers."""
-        if not self._inputs:
-            self._inputs = self._listen()
-        return self._inputs[name]
+    def _activation(self, name: str) -> tuple[float, Tensor]:
+        """SQNR of a layer's activation on val, over all values, and a sample of these; one pass serves all layers."""
+        if not self._activations:
+            self._activations = self._listen()
+        return self._activations[name]
 
     @torch.no_grad()
     def _listen(self) -> dict[str, tuple[float, Tensor]]:

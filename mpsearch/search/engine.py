@@ -171,7 +171,7 @@ def _run_on_ray(
         asked: dict[str, Proposal] = {}  # by Tune's trial id
 
         @contextlib.contextmanager
-        def kept() -> Iterator[None]:
+        def failure_noted() -> Iterator[None]:
             try:
                 yield
             except Exception as error:
@@ -182,7 +182,7 @@ def _run_on_ray(
 
             def suggest(self, trial_id: str) -> Any:
                 proposal = None
-                with kept():
+                with failure_noted():
                     proposal = None if failure else book.start()
                 if proposal is None:
                     return Searcher.FINISHED
@@ -194,7 +194,7 @@ def _run_on_ray(
             ) -> None:
                 if failure or error or not result:  # an error comes again below, with what is known of it
                     return
-                with kept():
+                with failure_noted():
                     if result["refused"] is not None:
                         raise result["refused"]
                     book.finish(asked.pop(trial_id), result["record"])
@@ -203,7 +203,7 @@ def _run_on_ray(
             """Trials that took their worker process with them, twice."""
 
             def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-                with kept():
+                with failure_noted():
                     said = Path(trial.error_file).read_text(encoding="utf-8").strip() if trial.error_file else "nothing"
                     logger.info("Ray says of trial %d: %s", asked[trial.trial_id].number, said)
                     killed = "killed, or out of memory" if "worker process has died" in said else said.splitlines()[-1]

@@ -61,8 +61,8 @@ def finalize(
             observer.on_final_started(trial, seed, position, len(jobs))
             settings = problem.spec.trial.model_copy(update={"steps": steps})
             workbench = workbench or Workbench(problem.task, settings, offers=problem.space.offers, graph=problem.graph)
-            kept = checkpoint_path(folder.checkpoints, trial.number)
-            start = load_file(kept) if kept.exists() else nearest(trial.cost or 1.0)
+            checkpoint = checkpoint_path(folder.checkpoints, trial.number)
+            start = load_file(checkpoint) if checkpoint.exists() else nearest(trial.cost or 1.0)
             record = _train(workbench, trial, seed, steps, final.lr, start)
             if record.val > max((f.val for f in done.values() if f.number == trial.number), default=-math.inf):
                 save_weights(workbench.model, final_path(folder.checkpoints, trial.number))

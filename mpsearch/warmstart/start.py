@@ -113,11 +113,11 @@ def rounded(
     members = [(slot, name) for slot in space.slots for name in slot.layers]
     equivalent = None if table is None else equivalent_bits(table)
 
-    def near(snapshot: Snapshot, wanted: int) -> list[Allocation]:
+    def near(snapshot: Snapshot, count: int) -> list[Allocation]:
         bits = {(name, slot.tensor): snapshot.bits[slot.name] for slot, name in members}
         marginals = {(name, slot.tensor): -snapshot.slopes[slot.name] / len(slot.layers) for slot, name in members}
         return round_bits(
-            space, cost, bits, marginals, budget, wanted, reach=REACH, distance=DISTANCE, equivalent=equivalent
+            space, cost, bits, marginals, budget, count, reach=REACH, distance=DISTANCE, equivalent=equivalent
         )
 
     snapshots = [s for s in descent.snapshots if s.budget == budget or (s.budget > budget and space.several_types)]
@@ -142,12 +142,12 @@ def global_combinations(
     priced = sorted((cost(c), harm, i, c) for i, c, harm in totals if math.isfinite(harm))
     ladder = set(space.ladder())
     best = [priced[i] for i in non_dominated([(price, harm) for price, harm, _, _ in priced], (False, False))]
-    found = [(math.log2(price), config) for price, _, _, config in best if config not in ladder]
-    if len(found) > count:
-        wanted = np.linspace(found[0][0], found[-1][0], count)
-        nearest = {min(range(len(found)), key=lambda i: abs(found[i][0] - at)) for at in wanted}
-        found = [found[i] for i in sorted(nearest)]
-    return [config for _, config in reversed(found)]
+    candidates = [(math.log2(price), config) for price, _, _, config in best if config not in ladder]
+    if len(candidates) > count:
+        places = np.linspace(candidates[0][0], candidates[-1][0], count)
+        nearest = {min(range(len(candidates)), key=lambda i: abs(candidates[i][0] - at)) for at in places}
+        candidates = [candidates[i] for i in sorted(nearest)]
+    return [config for _, config in reversed(candidates)]
 
 
 def _known(sensitivity: float) -> float:

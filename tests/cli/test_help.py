@@ -111,3 +111,13 @@ def test_output_without_unicode_gets_replaced_characters() -> None:
     done = module(*arguments, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0, done.stderr
     assert "4: uniform, 4 bits ? 4s: shift" in done.stdout
+
+
+def test_glossary_has_each_word_once_in_order() -> None:
+    text = (Path(mpsearch.__file__).parent.parent / "docs" / "glossary.md").read_text()
+    words = re.findall(r"^\| ([^|]+?) \| [A-Z`][^|]*\. \|$", text, re.MULTILINE)
+    assert len(words) == text.count("\n|") - 2  # all rows but the head, each with a sentence
+    assert words == sorted(set(words), key=str.lower)
+    assert {"activation", "baseline", "initial config", "workbench", "threshold", "warning", "metric", "score"} < set(
+        words
+    )
