@@ -46,6 +46,10 @@ class ExportError(MpsearchError):
     """A configuration cannot be written to, or read from, the format that was asked for."""
 
 
+class VerificationError(ExportError):
+    """What was exported does not answer in its own runtime as the network does: the CLI exits with 1."""
+
+
 def nearest(given: str, valid: Iterable[str]) -> str:
     """The tail of an error message: the valid names, the most similar one first if any is similar.
 

@@ -23,12 +23,14 @@ class ExportedTrial:
         trial: the trial.
         scores: of the weights that were exported, by split (val; test where they were trained finally); shares.
         conversions: what the format could not hold and was converted, in words.
+        verified: how it answered in its own runtime, or why it was not run there, in words.
     """
 
     path: Path
     trial: TrialRecord
     scores: Mapping[str, float | None]
     conversions: tuple[str, ...]
+    verified: str
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,12 @@ def dashboard(
 
 
 def export_run(
-    run: str | Path, out: str | Path, pick: str = "knee", to: str = "native", allow_lossy: bool = False
+    run: str | Path,
+    out: str | Path,
+    pick: str = "knee",
+    to: str = "native",
+    allow_lossy: bool = False,
+    verify: bool = True,
 ) -> ExportedTrial:
     """Export a config of a run with its weights and scales, the finally trained ones if it was finalized.
 
@@ -120,8 +127,10 @@ def export_run(
         pick: the trial: knee, best, trial:7, cost<=0.5 or accuracy>=0.87.
         to: format: native, packed, onnx, qonnx, brevitas, torchao, modelopt, aimet or mhaq.
         allow_lossy: convert what the format cannot hold, and list it, instead of refusing.
+        verify: run it in its own runtime, in a process of its own, and compare its answers with the network's.
 
     Raises:
+        VerificationError: it does not load there, or answers otherwise; its files are kept in a folder `*.failed`.
         MpsearchError: no such run, trial or format, the format cannot hold the config, or it cannot be written.
 
     >>> import mpsearch
@@ -131,8 +140,8 @@ def export_run(
     """
     from mpsearch.exporters.run import export_run as export_trial
 
-    exported, trial, scores = export_trial(run, pick, to, out, allow_lossy=allow_lossy)
-    return ExportedTrial(exported.path, trial, scores, tuple(map(str, exported.conversions)))
+    exported, trial, scores = export_trial(run, pick, to, out, allow_lossy=allow_lossy, verify=verify)
+    return ExportedTrial(exported.path, trial, scores, tuple(map(str, exported.conversions)), str(exported.verified))
 
 
 def import_config(

@@ -13,7 +13,7 @@ import typer
 
 from mpsearch import __version__
 from mpsearch.cli.printing import replace_unprintable
-from mpsearch.errors import MpsearchError
+from mpsearch.errors import MpsearchError, VerificationError
 
 app = typer.Typer(
     name="mpsearch",
@@ -69,7 +69,7 @@ def main() -> None:
         app(standalone_mode=True)
     except MpsearchError as error:
         print(f"mpsearch: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, VerificationError) else 2)
     except KeyboardInterrupt:
         print("mpsearch: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -67,13 +67,17 @@ def export(
     allow_lossy: Annotated[
         bool, typer.Option("--allow-lossy", help="Convert what the format cannot hold, and list it.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Run it in its own runtime and compare its answers.")
+    ] = True,
 ) -> None:
     """Export a config with its weights and scales."""
-    exported = api.results.export_run(run, out, pick, to, allow_lossy)
+    exported = api.results.export_run(run, out, pick, to, allow_lossy, verify)
     scores = ", ".join(f"{split} {percent(score)}" for split, score in exported.scores.items())
     print(f"trial {exported.trial.number}, cost {exported.trial.cost:.4f}: {scores}; written to {exported.path}")
     for conversion in exported.conversions:
         print(f"converted: {conversion}")
+    print(exported.verified)
 
 
 @app.command("import")

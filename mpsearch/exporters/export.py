@@ -1,33 +1,43 @@
 """Export: a picked config arrives in the library that trains or runs the final model.
 
 `export` fits a network to what the target can hold (`fit`), lets the target write its files, and puts a manifest,
-`export.json`, beside them. Targets and what they hold: `targets.TARGETS`.
+`export.json`, beside them. Then it has them run by what they are meant for and compares the answers (`verify`).
+Targets and what they hold: `targets.TARGETS`.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mpsearch.errors import ExportError
+from mpsearch.errors import ExportError, VerificationError
+from mpsearch.exporters import verify as verification
 from mpsearch.exporters.fit import Conversion, fit
-from mpsearch.exporters.manifest import MANIFEST, SCHEMA
+from mpsearch.exporters.manifest import MANIFEST, NATIVE_MANIFEST, SCHEMA
 from mpsearch.exporters.targets import find_target
-from mpsearch.files import filling, write_json
+from mpsearch.exporters.verify import Unverified, Verified
+from mpsearch.files import filling, write_error, write_json
 from mpsearch.private.torch import COMPILED
 from mpsearch.quant.network import QuantizedNetwork
+
+NOT_ASKED_FOR = Unverified("it was not asked for")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Where an export is, and what was converted for it."""
+    """Where an export is, what was converted for it, and how it answered in its own runtime."""
 
     path: Path
     conversions: tuple[Conversion, ...] = ()
+    verified: Verified | Unverified = NOT_ASKED_FOR
 
 
-def export(network: QuantizedNetwork, to: str, path: str | Path, *, allow_lossy: bool = False) -> Exported:
+def export(
+    network: QuantizedNetwork, to: str, path: str | Path, *, allow_lossy: bool = False, verify: bool = True
+) -> Exported:
     """Write a quantized network in the format `to` into the folder `path`, which is made if absent.
 
     Args:
@@ -35,10 +45,12 @@ def export(network: QuantizedNetwork, to: str, path: str | Path, *, allow_lossy:
         to: a name in `targets.TARGETS`.
         path: the folder.
         allow_lossy: convert what the format cannot hold, and list it, instead of refusing.
+        verify: run it in its own runtime on the network's samples, and compare the answers.
 
     Raises:
         ExportError: no such format, a package is missing, the folder is not empty, or the format cannot hold the
             config.
+        VerificationError: the export does not load or answers otherwise; its files are kept in a folder `*.failed`.
         WriteError: it cannot be written; nothing of it is left.
     """
     target = find_target(to)
@@ -46,17 +58,52 @@ def export(network: QuantizedNetwork, to: str, path: str | Path, *, allow_lossy:
     network = replace(network, model=model)
     fitted, conversions = fit(network, to, target.holds, allow_lossy)
     path = Path(path)
+    before = set(path.iterdir()) if path.is_dir() else set()
     if to == "native":
         target.save(fitted, path)
-        return Exported(path)
-    with filling(path):
-        if any(path.iterdir()):
-            raise ExportError(f"{path} is not empty: give another folder, or empty it first")
-        document = {
-            **fitted.document(SCHEMA),
-            "target": to,
-            "converted": [conversion.to_json() for conversion in conversions],  # accuracy was measured before this
-            **target.save(fitted, path),
-        }
-        write_json(path / MANIFEST, document)
-    return Exported(path, conversions)
+    else:
+        with filling(path):
+            if before:
+                raise ExportError(f"{path} is not empty: give another folder, or empty it first")
+            document = {
+                **fitted.document(SCHEMA),
+                "target": to,
+                "converted": [conversion.to_json() for conversion in conversions],  # accuracy was measured before this
+                **target.save(fitted, path),
+            }
+            write_json(path / MANIFEST, document)
+    verified = NOT_ASKED_FOR if not verify else _verified(fitted, to, path, before)
+    manifest = path / (NATIVE_MANIFEST if to == "native" else MANIFEST)
+    write_json(manifest, json.loads(manifest.read_text(encoding="utf-8")) | {"verified": verified.to_json()})
+    return Exported(path, conversions, verified)
+
+
+def _verified(network: QuantizedNetwork, to: str, path: Path, before: Iterable[Path]) -> Verified | Unverified:
+    samples = network.example_input if network.samples is None else network.samples
+    if samples is None:
+        return Unverified("there are no samples: give QuantizedNetwork a batch of model input")
+    try:
+        expected = verification.reference(network.model, samples)
+        return verification.verify(to, path, samples, expected, network.float_model)
+    except VerificationError as error:
+        kept = _set_aside(path, set(path.iterdir()) - set(before))
+        raise VerificationError(
+            f"{error}\nIts files were moved to {kept}. They are not what was measured: pick another config or format, "
+            "or give --no-verify (verify=False) to have them all the same."
+        ) from None
+
+
+def _set_aside(path: Path, files: Iterable[Path]) -> Path:
+    """Move the files of a failed export into a new folder beside it, `out.failed`, `out.failed2`, ...; returns it."""
+    whole = path.resolve()
+    names = (whole.with_name(f"{whole.name}.failed{number}") for number in ("", *range(2, 1000)))
+    kept = next(name for name in names if not name.exists())
+    try:
+        kept.mkdir()
+        for file in files:
+            file.rename(kept / file.name)
+        if not any(path.iterdir()):
+            path.rmdir()
+    except OSError as error:
+        raise write_error(kept, error) from None
+    return kept

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps, weight_codes
 from mpsearch.exporters.packed import pack_bits, terms_of, unsigned_codes
+from mpsearch.exporters.verify import arguments
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import places, quant_layers
@@ -81,16 +82,6 @@ def trace(network: QuantizedNetwork, opset: int) -> ModelProto:
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
     return proto
-
-
-def arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with: a tuple is its arguments, `(tuple, dict)` those and its keyword arguments."""
-    match example_input:
-        case (tuple() as args, dict() as kwargs):
-            return args, kwargs
-        case tuple():
-            return example_input, {}
-    return (example_input,), {}
 
 
 def _of_two(x: Tensor) -> Tensor:

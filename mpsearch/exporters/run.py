@@ -13,9 +13,12 @@ from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.front import pick as pick_trial
 from mpsearch.search.kept import trained_model
 
+VERIFIED_ON = 64
+"""Calibration samples that an export is verified on."""
+
 
 def export_run(
-    run: str | Path, pick: str, to: str, path: str | Path, *, allow_lossy: bool = False
+    run: str | Path, pick: str, to: str, path: str | Path, *, allow_lossy: bool = False, verify: bool = True
 ) -> tuple[Exported, TrialRecord, Mapping[str, float | None]]:
     """Export the trial of a run that `pick` names, with its finally trained weights if it was finalized.
 
@@ -23,7 +26,7 @@ def export_run(
         where it is and what was converted, the trial, and the accuracies by split of the weights that were exported.
 
     Raises:
-        MpsearchError: no such run, trial or format, or the export cannot be written.
+        MpsearchError: no such run, trial or format, the export cannot be written, or answers otherwise.
     """
     find_target(to)  # before anything is trained again
     folder = RunFolder.open(run)
@@ -40,5 +43,7 @@ def export_run(
         accuracy=measured,
         cost={"model": spec.cost.model, "reference": spec.cost.reference, "relative": problem.cost(record.config)},
         example_input=problem.task.calibration_input(2),
+        samples=problem.task.calibration_input(VERIFIED_ON),
+        float_model=problem.task.float_model(),
     )
-    return export(network, to, path, allow_lossy=allow_lossy), record, measured
+    return export(network, to, path, allow_lossy=allow_lossy, verify=verify), record, measured

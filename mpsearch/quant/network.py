@@ -27,6 +27,8 @@ class QuantizedNetwork:
         cost: `{"model", "reference", "relative"}`.
         structure: how the network was changed before it was quantized, as `mpsearch.ptq.fold.structure_of` says it.
         example_input: one batch of model input, for the targets that trace (`onnx`, `qonnx`).
+        samples: a batch of model input that an export is verified on, some 64 samples; default: `example_input`.
+        float_model: what the network was made from, for verifying the targets that are loaded into PyTorch.
     """
 
     model: nn.Module
@@ -38,6 +40,8 @@ class QuantizedNetwork:
     cost: Mapping[str, Any] | None = None
     structure: Mapping[str, Any] | None = None
     example_input: Any = None
+    samples: Any = None
+    float_model: nn.Module | None = None
 
     @property
     def config(self) -> PrecisionConfig:
