@@ -18,7 +18,7 @@ from mpsearch.space.spec import load_space
 from mpsearch.state_dict import digest
 from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.load import load_task
-from mpsearch.task.task import Task
+from mpsearch.task.task import Task, Warns
 from mpsearch.train import batch_norm_gap
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ class Problem(ProblemFacts):
                 f"space '{self.space.name}' leaves nothing to choose: its one config is trained and scored, and that "
                 "is all; to search, give some layer more than one precision"
             )
+        if isinstance(self.task, Warns):
+            warnings += self.task.warnings()
         return warnings + self._norm_warnings()
 
     def _norm_warnings(self) -> list[str]:

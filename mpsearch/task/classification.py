@@ -19,7 +19,7 @@ from mpsearch.shipped import shipped
 from mpsearch.study import TaskSpec
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.checkpoint import file_sha256, load_checkpoint
-from mpsearch.task.images import Images, SampledImages
+from mpsearch.task.images import Images, SampledImages, StoredImages
 from mpsearch.task.models import build_model
 from mpsearch.task.task import Answers, Batch, Split
 from mpsearch.train import FitSettings, fit
@@ -121,6 +121,12 @@ class ClassificationTask:
         said, correct = [], []
         for x, labels in self.images.batches(split, batch_size):
             logits = self.logits(model(x.to(device))).float()
+            if labels.min() < 0 or labels.max() >= logits.shape[1]:
+                raise TaskError(
+                    f"the labels of {split} go from {int(labels.min())} to {int(labels.max())}, and the model answers "
+                    f"{logits.shape[1]} classes, 0 to {logits.shape[1] - 1}: number the classes from 0, or change the "
+                    "model"
+                )
             first = logits.topk(self._top).indices
             said.append(logits)
             correct.append((first == labels.to(device).unsqueeze(1)).any(dim=1))
@@ -139,6 +145,16 @@ class ClassificationTask:
     def steps_per_epoch(self, batch_size: int) -> int:
         """How many batches make one pass over the training data."""
         return -(-self.images.size("train") // batch_size)
+
+    def warnings(self) -> list[str]:
+        """What about the data looks wrong, in words: images that are in two splits."""
+        if not isinstance(self.images, StoredImages):
+            return []
+        return [
+            f"{count} of the {self.images.size(other)} images of {other} are in {one} too, pixel for pixel: "
+            f"what is measured on {other} is better than on images that the network has not seen; take them out"
+            for (one, other), count in self.images.overlaps().items()
+        ]
 
     def _check_output(self) -> None:
         shape = self.images.input_shape

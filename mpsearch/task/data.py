@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -61,7 +61,17 @@ def load_data(spec: DataSpec, workers: int | None = None) -> Images:
     Raises:
         TaskError: no such kind, missing or damaged files, classes or splits that do not fit; the message names them.
     """
-    workers = workers or min(os.cpu_count() or 1, 8)
+    images = _load(spec, workers or min(os.cpu_count() or 1, 8))
+    if images.num_classes < 2:
+        raise TaskError(f"task.data: '{images.name}' has {images.num_classes} class: give images of two or more")
+    if empty := [split for split in get_args(Split) if images.size(split) < 1]:
+        raise TaskError(
+            f"task.data: '{images.name}' has no image in {' and '.join(empty)}: train, val and test need some each"
+        )
+    return images
+
+
+def _load(spec: DataSpec, workers: int) -> Images:
     if ":" in spec.kind:
         return _from_factory(spec)
     if spec.kind in TORCHVISION:
@@ -178,7 +188,8 @@ def _from_factory(spec: DataSpec) -> Images:
             x, y = torch.as_tensor(pair[0]), torch.as_tensor(pair[1])
         except (TypeError, ValueError, IndexError, KeyError) as error:
             raise TaskError(f"{spec.kind}: {split} is not a pair of tensors (pixels, labels): {error}") from None
-        if x.ndim != 4 or y.shape != x.shape[:1] or y.is_floating_point() or not len(y) or y.min() < 0:
+        whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+        if x.ndim != 4 or y.shape != x.shape[:1] or not whole or not len(y) or y.min() < 0:
             raise TaskError(
                 f"{spec.kind}: {split} has pixels {tuple(x.shape)} and labels {tuple(y.shape)} {y.dtype}: expected "
                 "(n, c, h, w) and (n,) whole numbers from 0, n > 0"
@@ -187,6 +198,16 @@ def _from_factory(spec: DataSpec) -> Images:
             raise TaskError(
                 f"{spec.kind}: {split} has images {tuple(x.shape[1:])} {x.dtype}, other splits "
                 f"{tuple(pixels[0].shape[1:])} {pixels[0].dtype}: give all splits one shape and type"
+            )
+        if x.dtype != torch.uint8 and not x.is_floating_point():
+            raise TaskError(
+                f"{spec.kind}: {split} has pixels of {x.dtype}: expected uint8, whose white is 255, or floats, whose "
+                "white is 1.0"
+            )
+        if x.is_floating_point() and len(bad := (~x.isfinite().flatten(1).all(dim=1)).nonzero().flatten()):
+            raise TaskError(
+                f"{spec.kind}: {len(bad)} of {len(x)} images of {split} have pixels that are NaN or infinite, the "
+                f"first is number {int(bad[0])}: repair or leave them out"
             )
         pixels.append(x)
         labels.append(y.long())

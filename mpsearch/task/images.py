@@ -7,10 +7,12 @@ sets that do not fit.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -142,6 +144,19 @@ class StoredImages:
         """See `Images`."""
         for chosen in torch.split(self._splits[split], batch_size):
             yield self._to_input(self._pixels[chosen]), self._labels[chosen]
+
+    def overlaps(self) -> Mapping[tuple[Split, Split], int]:
+        """How many images of the second split are in the first too, pixel for pixel; pairs without any are left out."""
+        digests = {
+            split: [hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest() for image in self._pixels[part]]
+            for split, part in self._splits.items()
+        }
+        counts: dict[tuple[Split, Split], int] = {}
+        for one, other in itertools.combinations(get_args(Split), 2):
+            known = set(digests[one])
+            if count := sum(digest in known for digest in digests[other]):
+                counts[one, other] = count
+        return counts
 
     def _to_input(self, pixels: Tensor) -> Tensor:
         x = self._normalize(pixels)

@@ -49,6 +49,15 @@ class Sampling(Protocol):
 
 
 @runtime_checkable
+class Warns(Protocol):
+    """A task that can say what about its data looks wrong."""
+
+    def warnings(self) -> list[str]:
+        """What looks wrong and what to do, in words."""
+        ...
+
+
+@runtime_checkable
 class Task(Protocol):
     """A trained network with its data and metric.
 

@@ -69,6 +69,22 @@ def test_a_model_that_answers_nan_scores_nan():
     assert math.isnan(task.evaluate(nn.Sequential(Answers(), nn.Threshold(1.5, math.nan)), "val"))
 
 
+def test_a_label_that_no_answer_stands_for_is_refused_instead_of_counted_as_wrong():
+    task = task_of_known_answers("top1", RANKS)
+    task.images._labels = task.images._labels + 7
+    with pytest.raises(TaskError, match=r"labels of val go from 7 .* answers 7 classes, 0 to 6: number the classes"):
+        task.evaluate(Answers(), "val")
+
+
+def test_a_task_warns_of_images_in_two_splits():
+    task = task_of_known_answers("top1", RANKS)
+    task.images._splits = dict.fromkeys(("train", "val", "test"), torch.tensor([0]))
+    warnings = task.warnings()
+    assert len(warnings) == 3
+    assert warnings[0].startswith("1 of the 1 images of val are in train too, pixel for pixel")
+    assert digits_task().warnings() == []
+
+
 def test_evaluation_runs_in_eval_mode_without_gradients_and_leaves_modes_as_they_were():
     seen = []
 

@@ -166,6 +166,13 @@ def pair(n: int = 20, side: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels, torch.arange(n) % 4
 
 
+def with_nan() -> torch.Tensor:
+    pixels = pair()[0].float()
+    pixels[7, 0, 1, 1] = float("nan")
+    pixels[9, 0, 1, 1] = float("inf")
+    return pixels
+
+
 BROUGHT = {
     "good": {"train": pair(400), "val": pair(8)},
     "a number": 3,
@@ -173,6 +180,12 @@ BROUGHT = {
     "flat": {"train": (torch.zeros(4, 8), torch.zeros(4))},
     "too few labels": {"train": (pair()[0], pair(7)[1])},
     "no pair": {"train": 5},
+    "one class": {"train": (pair()[0], torch.zeros(20, dtype=torch.long))},
+    "empty val": {"train": pair(), "val": (pair()[0][:0], pair()[1][:0])},
+    "labels from -1": {"train": (pair()[0], pair()[1] - 1)},
+    "yes and no": {"train": (pair()[0], pair()[1] > 1)},
+    "sixteen bits": {"train": (pair()[0].to(torch.int16), pair()[1])},
+    "a NaN": {"train": (pair()[0].float(), pair()[1]), "val": (with_nan(), pair()[1])},
     "two sizes": {"train": pair(), "val": pair(8, side=6)},
 }
 
@@ -204,8 +217,45 @@ def test_tensors_from_a_function_become_images_normalized_by_what_they_hold():
         ("too few labels", r"labels \(7,\)"),
         ("no pair", "train is not a pair of tensors"),
         ("two sizes", r"val has images \(1, 6, 6\)"),
+        ("one class", "'brought' has 1 class: give images of two or more"),
+        ("empty val", r"val has pixels \(0, 1, 8, 8\) and labels \(0,\) .*n > 0"),
+        ("labels from -1", "whole numbers from 0"),
+        ("yes and no", r"labels \(20,\) torch.bool: expected"),
+        ("sixteen bits", "train has pixels of torch.int16: expected uint8, whose white is 255, or floats"),
+        ("a NaN", "2 of 20 images of val have pixels that are NaN or infinite, the first is number 7"),
     ],
 )
 def test_what_a_function_should_have_given_is_said(which: str, message: str):
     with pytest.raises(TaskError, match=message):
         load_data(own(which))
+
+
+class NoVal:
+    """Somebody's own images, without any for validation."""
+
+    name, key, num_classes, input_shape = "mine", "mine", 3, (1, 8, 8)
+
+    def size(self, split: str) -> int:
+        return 0 if split == "val" else 5
+
+    def train_batches(self, batch_size: int, steps: int, seed: int) -> None: ...
+
+    def calibration_input(self, samples: int, seed: int) -> None: ...
+
+    def batches(self, split: str, batch_size: int) -> None: ...
+
+
+def test_own_images_without_a_validation_image_are_refused():
+    with pytest.raises(TaskError, match="'mine' has no image in val: train, val and test need some each"):
+        load_data(DataSpec(kind=f"{__name__}:NoVal"))
+
+
+def test_images_that_are_in_two_splits_are_counted_pixel_for_pixel(make_folder):
+    root = make_folder(classes=("ant", "bee"), per_class=3)
+    for i, path in enumerate(sorted(root.rglob("*.png"))):
+        Image.effect_noise((8, 8), 50 + i).convert("RGB").save(path)
+    assert load_data(folder_spec(root)).overlaps() == {}
+    Image.open(root / "train" / "ant" / "0.png").save(root / "test" / "bee" / "0.bmp")  # another file, another label
+    Image.open(root / "train" / "ant" / "1.png").save(root / "test" / "ant" / "1.png")
+    Image.open(root / "val" / "ant" / "1.png").save(root / "test" / "ant" / "2.png")
+    assert load_data(folder_spec(root)).overlaps() == {("train", "test"): 2, ("val", "test"): 1}
