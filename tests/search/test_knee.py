@@ -136,6 +136,18 @@ def test_weights_that_cannot_be_read_cost_the_report_its_figures_alone(
     assert read_run(folder).ranges.empty
 
 
+def test_a_full_disk_costs_the_report_its_figures_alone(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, sync: bool) -> None:
+        raise WriteError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("mpsearch.search.values.write_text", full)
+    with caplog.at_level(logging.WARNING):
+        keep_values(reopen(folder), folder, front_of(folder), anew=True)
+    assert "No space left on device" in caplog.text
+
+
 def test_resume_writes_what_an_older_run_lacks_and_runs_nothing(folder: RunFolder) -> None:
     expected = {path: path.read_bytes() for path in (folder.problem_json, folder.knee_json, folder.trials_jsonl)}
     folder.problem_json.unlink()
