@@ -103,11 +103,11 @@ def _read(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             head = file.read(32)
-        if what := next((what for begin, what in FOREIGN.items() if head.startswith(begin)), None):
-            raise TaskError(f"checkpoint '{path}' is no checkpoint: it is {what}")
-        # A safetensors file begins with the length of its header, a JSON object.
+        # A safetensors file begins with the length of its header, any bytes, and then the header, a JSON object.
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
             return load_file(path)
+        if what := next((what for begin, what in FOREIGN.items() if head.startswith(begin)), None):
+            raise TaskError(f"checkpoint '{path}' is no checkpoint: it is {what}")
         with warnings.catch_warnings(), torch.serialization.safe_globals(HARMLESS):
             warnings.simplefilter("ignore")  # that a foreign pickle may hold what cannot be read: it is refused
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -113,6 +113,17 @@ def test_a_checkpoint_is_read_by_its_content_under_any_name(
     assert same(model, trained)
 
 
+def test_safetensors_are_known_whatever_the_length_of_their_header(trained: nn.Module, tmp_path: Path):
+    begins = set()
+    for length in range(0, 256, 8):
+        save_file(trained.state_dict(), tmp_path / "a.pt", metadata={"note": "x" * length})
+        begins.add((tmp_path / "a.pt").read_bytes()[:1])
+        model = network()
+        load_checkpoint(model, tmp_path / "a.pt")
+        assert same(model, trained)
+    assert b"\x08" in begins  # as ONNX begins
+
+
 def test_where_the_weights_were_and_what_else_would_fit_is_told(trained: nn.Module, tmp_path: Path):
     state = dict(trained.state_dict())
     torch.save({"state_dict": state, "state_dict_ema": {k: 0 * v for k, v in state.items()}}, tmp_path / "a.pth")
