@@ -11,6 +11,7 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import CostError, RunError, WriteError
 from mpsearch.facts import ProblemFacts, read_facts
 from mpsearch.files import write_text
+from mpsearch.private.torch import BatchNormNd
 from mpsearch.quant.prepare import inspect_network
 from mpsearch.record import RunFolder
 from mpsearch.space.build import build_space
@@ -19,7 +20,7 @@ from mpsearch.state_dict import digest
 from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.load import load_task
 from mpsearch.task.task import Task, Warns
-from mpsearch.train import batch_norm_gap
+from mpsearch.train import batch_norm_gap, samples_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +50,24 @@ class Problem(ProblemFacts):
         return warnings + self._norm_warnings()
 
     def _norm_warnings(self) -> list[str]:
-        x, _ = next(iter(self.task.train_batches(256, 1, seed=0)))
-        gap = batch_norm_gap(self.task.float_model(), x, self.task.logits)
-        if gap < WIDE_GAP:
+        model, settings = self.task.float_model(), self.spec.trial
+        if not any(isinstance(module, BatchNormNd) for module in model.modules()):
             return []
-        return [
-            "with the BatchNorm statistics of a training batch the float network answers otherwise than with its own "
-            f"({gap:.2f} nats; a few hundredths are usual): it was trained on batches made in another way "
-            "(normalization, order of colours, margins), and trials lose accuracy at first; see task.data",
-        ]
+        found = []
+        if settings.batch_size == 1 and (settings.steps or settings.bn_batches):
+            found.append(
+                "trial.batch_size is 1, so that BatchNorm normalizes each sample by itself: trials train another "
+                "network than the one that is scored; set it to 2 or more (16 is usual)"
+            )
+        x, _ = next(iter(self.task.train_batches(256, 1, seed=0)))
+        gap = batch_norm_gap(model, x, self.task.logits) if samples_of(x) > 1 else 0.0
+        if gap >= WIDE_GAP:
+            found.append(
+                "with the BatchNorm statistics of a training batch the float network answers otherwise than with its "
+                f"own ({gap:.2f} nats; a few hundredths are usual): it was trained on batches made in another way "
+                "(normalization, order of colours, margins), and trials lose accuracy at first; see task.data"
+            )
+        return found
 
 
 def open_problem(spec: StudySpec) -> Problem:

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
 from mpsearch.graph.inputs import call as call
-from mpsearch.graph.inputs import map_tensors, tensors
+from mpsearch.graph.inputs import evaluating, layer_input, map_tensors, tensors
 from mpsearch.private.torch import BatchNormNd
 from mpsearch.quant.quantizer import Quantizer
 from mpsearch.quant.shift import DEFAULT_SLOPE, ShiftQuantizer, SlopeSchedule, set_slope
@@ -243,6 +243,37 @@ def batch_norm_gap(model: nn.Module, x: Any, logits: Callable[[Any], Tensor]) ->
         if isinstance(module, BatchNormNd):
             module.train()
     return float(jeffreys(logits(call(model, x)), own))
+
+
+def single_value_norms(model: nn.Module, x: Any) -> tuple[str, ...]:
+    """The BatchNorms that get one value a channel from each sample of `x`, by name.
+
+    They cannot be trained on a batch of one sample, as there is no variance: torch raises.
+    """
+    found: dict[str, None] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if math.prod(layer_input(args, kwargs).shape[2:]) == 1:
+                found[name] = None
+
+        return hook
+
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, BatchNormNd)]
+    hooks = [norm.register_forward_pre_hook(look(name), with_kwargs=True) for name, norm in norms]
+    try:
+        if norms:
+            with evaluating(model):
+                call(model, x)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return tuple(found)
+
+
+def samples_of(x: Any) -> int:
+    """How many samples a batch has: the length of its first tensor with an axis; 0 where there is none."""
+    return next((len(tensor) for tensor in tensors(x) if tensor.dim()), 0)
 
 
 def autocast(x: Any, bf16: bool) -> torch.autocast:

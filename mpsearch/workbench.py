@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.compiler import compiler_missing
+from mpsearch.errors import TaskError
 from mpsearch.graph.facts import LayerInfo, ModelGraph
 from mpsearch.precision import Offer, PrecisionConfig
 from mpsearch.quant.fused import fuse
@@ -21,8 +23,18 @@ from mpsearch.quant.shift import DEFAULT_SLOPE, SlopeSchedule
 from mpsearch.record import pack
 from mpsearch.state_dict import load_tensors
 from mpsearch.study import TrialSpec
-from mpsearch.task.task import Answering, Answers, Sampling, Split, Task
-from mpsearch.train import FitResult, FitSettings, Teacher, bf16_is_fast, fit, jeffreys, reestimate_batch_norm
+from mpsearch.task.task import Answering, Answers, Batch, Sampling, Split, Task
+from mpsearch.train import (
+    FitResult,
+    FitSettings,
+    Teacher,
+    bf16_is_fast,
+    fit,
+    jeffreys,
+    reestimate_batch_norm,
+    samples_of,
+    single_value_norms,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +78,12 @@ class Workbench:
         self.graph: ModelGraph = graph or inspect_network(float_model, calibration)
         self.layers: tuple[LayerInfo, ...] = self.graph.layers
         self.ranges = RangeSetter(float_model, self.layers, calibration)
+        self._single = single_value_norms(float_model, calibration)
+        if self._single and settings.batch_size == 1 and (settings.steps or settings.bn_batches):
+            raise TaskError(
+                f"trial.batch_size is 1, and {len(self._single)} BatchNorms get one value a channel from a sample and "
+                f"cannot be trained on it, '{self._single[0]}' for one: set trial.batch_size to 2 or more (16 is usual)"
+            )
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and bf16_is_fast())
         self.model = insert_quantizers(float_model, self.layers, offers).to(self.device)
         self._start = {name: value.detach().clone() for name, value in float_model.state_dict().items()}
@@ -111,6 +129,18 @@ class Workbench:
             return lambda _step, _x, output, target: self.task.loss(output, target)
         return lambda step, x, output, _target: jeffreys(self.task.logits(output), self.teacher(seed, step, x))
 
+    def train_batches(self, steps: int, seed: int) -> Iterator[Batch]:
+        """`steps` batches to train on. A batch of one sample is passed over where a BatchNorm cannot train on it.
+
+        It is what is left of a task's data at the end of an epoch, if the task does not drop or fill it.
+        """
+        size = self.settings.batch_size
+        if not self._single:
+            return self.task.train_batches(size, steps, seed)
+        spare = steps // max(1, self.task.steps_per_epoch(size)) + 1
+        batches = self.task.train_batches(size, steps + spare, seed)
+        return islice((batch for batch in batches if samples_of(batch[0]) != 1), steps)
+
     def fit(
         self,
         steps: int,
@@ -127,14 +157,14 @@ class Workbench:
             bf16=self.bf16,
             slope=slope,
         )
-        batches = self.task.train_batches(self.settings.batch_size, steps, seed)
+        batches = self.train_batches(steps, seed)
         return fit(self.model, batches, self.loss(seed), settings, on_step)
 
     def reestimate(self, seed: int) -> None:
         """Re-estimate BatchNorm statistics on training batches."""
         count = self.settings.bn_batches
         if count:
-            reestimate_batch_norm(self.model, self.task.train_batches(self.settings.batch_size, count, seed + 1))
+            reestimate_batch_norm(self.model, self.train_batches(count, seed + 1))
 
     def score(self, split: Split) -> Score:
         """How the hard-quantized model fares on a split, in float32; its mode stays as it was."""

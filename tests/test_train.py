@@ -22,6 +22,8 @@ from mpsearch.train import (
     jeffreys,
     one_cycle,
     reestimate_batch_norm,
+    samples_of,
+    single_value_norms,
     steps,
 )
 
@@ -200,3 +202,26 @@ def test_no_training_has_a_loop_of_its_own():
     package = Path(mpsearch.__file__).parent
     own = {str(path.relative_to(package)) for path in package.rglob("*.py") if ".backward()" in path.read_text()}
     assert own == {"train.py", "ptq/adaround.py"}  # AdaRound has no batches: it works on two matrices a layer
+
+
+def test_norms_that_get_one_value_a_sample_are_found_by_name():
+    flat = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(2))
+    model = nn.Sequential(flat, nn.Flatten(), nn.BatchNorm1d(2)).eval()
+    assert single_value_norms(model, torch.rand(3, 1, 5, 5)) == ("0.3", "2")
+    assert single_value_norms(model[0][:2], torch.rand(1, 1, 5, 5)) == ()
+    tokens = nn.BatchNorm1d(4).eval()
+    assert single_value_norms(tokens, torch.rand(2, 4, 6)) == ()
+
+
+@pytest.mark.parametrize(
+    ("x", "count"),
+    [
+        (torch.zeros(3, 2), 3),
+        ((torch.zeros(2), {"mask": torch.zeros(5)}), 2),
+        ({"ids": torch.zeros(4, 7), "length": 3}, 4),
+        ([None, torch.zeros(1, 2)], 1),
+        ("text", 0),
+    ],
+)
+def test_a_batch_has_as_many_samples_as_its_first_tensor(x: object, count: int):
+    assert samples_of(x) == count

@@ -106,3 +106,25 @@ def test_check_says_what_a_tie_takes_from_layers(here: Path) -> None:
     said = " ".join(json.loads(done.stdout)["warnings"])
     assert "2 layers must share one weight precision (`tied`) and have uniform:8/channel left" in said
     assert "'down.pointwise' (7 choices)" in said
+
+
+POOLED = """
+from torch import nn
+def build():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten(),
+                         nn.Linear(8, 10))
+"""
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_batch_norm_that_a_batch_of_one_cannot_train_stops_the_study(here: Path, command: str) -> None:
+    (here / "pooled_net.py").write_text(POOLED)
+    sets = ("task.model=pooled_net:build", "task.checkpoint=null", "task.float_epochs=1", "trial.batch_size=1")
+    done = mpsearch(command, "quick.yaml", *(part for text in sets for part in ("--set", text)), cwd=here)
+    refused(done, "trial.batch_size is 1", "'3' for one", "set trial.batch_size to 2 or more")
+
+
+def test_check_warns_of_batch_norm_on_single_samples(here: Path) -> None:
+    done = mpsearch("check", "quick.yaml", "--json", "--set", "trial.batch_size=1", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert any("BatchNorm normalizes each sample by itself" in text for text in json.loads(done.stdout)["warnings"])

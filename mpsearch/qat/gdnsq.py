@@ -158,7 +158,7 @@ def gdnsq(
         else:
             notes = (*notes, "the weight grid starts at the smallest weight: no other format of ours can hold it")
         if workbench.settings.bn_batches:
-            batches = task.train_batches(workbench.settings.batch_size, workbench.settings.bn_batches, seed + 1)
+            batches = workbench.train_batches(workbench.settings.bn_batches, seed + 1)
             reestimate_batch_norm(model, batches)
     return Trained(model.eval(), workbench.layers, config, seconds, tuple(log), notes)
 
@@ -210,7 +210,7 @@ def _train(
     def excess_penalty(step: int, base: Tensor) -> Tensor:
         return penalty(base, layers, START_BITS - speed * step if method.gradual else 0.0)
 
-    batches = task.train_batches(workbench.settings.batch_size, steps, seed)
+    batches = workbench.train_batches(steps, seed)
     for step, value in training_steps(
         model,
         batches,

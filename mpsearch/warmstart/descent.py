@@ -289,7 +289,7 @@ def descend(
     def schedule(step: int) -> None:
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / (0.1 * steps))
 
-    batches = task.train_batches(workbench.settings.batch_size, steps, seed)
+    batches = workbench.train_batches(steps, seed)
     for step, value in training_steps(
         model, batches, workbench.loss(seed), [optimizer], steps, schedule, bf16=workbench.bf16
     ):

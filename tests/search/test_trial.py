@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpsearch.errors import PrecisionError
+from mpsearch.errors import PrecisionError, TaskError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise
 from mpsearch.record import unpack
@@ -301,3 +301,61 @@ def test_peak_memory_is_the_largest_size_and_not_the_present_one() -> None:
     block[::4096] = bytes(len(block[::4096]))  # every page
     del block
     assert peak_memory_bytes() >= before + 2**25
+
+
+class Pooled(nn.Module):
+    """BatchNorm behind global pooling: one value a channel from each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 8, 3), nn.BatchNorm1d(8)
+        self.linear = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.linear(self.bn(torch.relu(self.conv(x)).mean(dim=(2, 3)))))
+
+
+class Undropped:
+    """The digits task as a DataLoader without `drop_last` gives it: 33 images, so that each epoch ends with one."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def float_model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return Pooled().eval()
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return -(-33 // batch_size)
+
+    def train_batches(self, batch_size: int, steps: int, seed: int) -> Any:
+        x, y = next(iter(self._task.train_batches(33, 1, seed)))
+        epoch = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+        return (epoch[i % len(epoch)] for i in range(steps))
+
+
+def test_a_batch_of_one_sample_is_passed_over_where_a_norm_cannot_train_on_it(task: Task) -> None:
+    undropped = Undropped(task)
+    sizes = [len(x) for x, _ in undropped.train_batches(16, 5, 0)]
+    assert sizes == [16, 16, 1, 16, 16]
+    settings = SETTINGS.model_copy(update={"batch_size": 16, "steps": 7})
+    workbench = Workbench(undropped, settings)
+    assert [len(x) for x, _ in workbench.train_batches(7, 0)] == [16] * 7
+    workbench.reset(uniform(workbench, "w4a4"))
+    assert workbench.fit(7, seed=0).end_loss > 0
+    workbench.reestimate(seed=0)
+
+
+def test_batches_of_one_sample_are_kept_where_every_norm_can_train_on_them(task: Task, workbench: Workbench) -> None:
+    one = Workbench(task, SETTINGS.model_copy(update={"batch_size": 1}))
+    assert [len(x) for x, _ in one.train_batches(3, 0)] == [1, 1, 1]
+
+
+def test_a_batch_size_of_one_is_refused_where_a_norm_cannot_train_on_it(task: Task) -> None:
+    one = {"batch_size": 1, "steps": 3}
+    with pytest.raises(TaskError, match=r"1 BatchNorms get one value a channel .*'bn' for one: set trial\.batch_size"):
+        Workbench(Undropped(task), SETTINGS.model_copy(update=one))
+    Workbench(Undropped(task), SETTINGS.model_copy(update={"batch_size": 1, "steps": 0, "bn_batches": 0}))
