@@ -24,6 +24,9 @@ from mpsearch.private.torch import (
     ConvTransposeNd,
     carry_versions,
     padding_for_pad,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
     without_compiled_prefix,
 )
 
@@ -147,3 +150,11 @@ def test_ray_and_optuna_are_touched_in_private_only():
         if path.parent.name != "private" and pattern.search(path.read_text(encoding="utf-8"))
     }
     assert not found
+
+
+def test_torch_walks_nested_inputs_and_outputs():
+    nested = ({"a": torch.zeros(2)}, [torch.ones(2), None, 3])
+    broken = "nested tensors are walked otherwise: networks of several inputs or outputs are not exported to ONNX"
+    assert [type(leaf) for leaf in tree_leaves(nested)] == [torch.Tensor, torch.Tensor, type(None), int], broken
+    assert tree_map(type, nested) == ({"a": torch.Tensor}, [torch.Tensor, type(None), int]), broken
+    assert tree_map_only(torch.Tensor, torch.sum, nested) == ({"a": 0}, [2, None, 3]), broken

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps, weight_codes
 from mpsearch.exporters.packed import pack_bits, terms_of, unsigned_codes
 from mpsearch.exporters.verify import arguments
+from mpsearch.private.torch import tree_leaves, tree_map, tree_map_only
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import places, quant_layers

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mpsearch.errors import VerificationError
+from mpsearch.private.torch import tree_leaves, tree_map_only
 from mpsearch.quant.prepare import quant_layers
 
 NOISE = 2.0**-21

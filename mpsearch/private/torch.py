@@ -1,10 +1,13 @@
-"""torch 2.12: base classes of layers, and what state dicts and compiled modules carry."""
+"""torch 2.12: base classes of layers, what state dicts and compiled modules carry, and nested inputs and outputs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_map_only as tree_map_only
 
 COMPILED = "_orig_mod"
 """The child of `torch.compile(module)` that is the module; names in its state dict begin with it."""
