@@ -15,7 +15,7 @@ import copy
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
@@ -184,7 +184,7 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 def _values(output: Any) -> Any:
     """Of a ModelOutput, its values."""
-    return tuple(output.values()) if hasattr(output, "values") else output
+    return tuple(output.values()) if isinstance(output, Mapping) else output
 
 
 def _outputs(model: nn.Module, batch: Any) -> Tensor:

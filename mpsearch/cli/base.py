@@ -87,5 +87,5 @@ def _print_progress() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("mpsearch: %(message)s"))
     logger = logging.getLogger("mpsearch.progress")
-    logger.addHandler(handler)
+    logger.handlers = [handler]  # one, of today's stderr: a process may run several commands
     logger.setLevel(logging.INFO)

@@ -76,10 +76,13 @@ def test_shift_trains_with_the_other_gradients_too(problem: Problem, gradient: s
 @pytest.mark.parametrize("method", ["qat", "gdnsq"])
 def test_train_one_scores_both_splits_and_prices_the_config(problem: Problem, method: str) -> None:
     seen: list[tuple[int, int]] = []
-    scored = train_one(
-        problem, LayerPrecision.shorthand("w8a8"), method, 0.5, 0, lambda step, steps, _loss: seen.append((step, steps))
-    )
-    assert seen[-1][0] + 1 == seen[-1][1] == len(seen)
+
+    class Steps(mpsearch.Observer):
+        def on_step(self, step: int, steps: int, loss: float) -> None:
+            seen.append((step, steps))
+
+    scored = train_one(problem, LayerPrecision.shorthand("w8a8"), method, 0.5, 0, Steps())
+    assert seen == [(step, len(seen)) for step in range(1, len(seen) + 1)]
     assert scored.cost == pytest.approx(1.0)
     for split in ("val", "test"):
         assert scored.accuracy[split] == problem.task.evaluate(scored.trained.model, split)

@@ -11,7 +11,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from mpsearch.debug.diagnosis import Attempt, Diagnosis, Histogram, LayerFacts, Score, TensorFacts
-from mpsearch.errors import RunError
+from mpsearch.errors import WriteError
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.report import figures
 from mpsearch.report.debug_page import stage_rows, sweep_table, write_debug_page
@@ -90,7 +90,7 @@ def test_a_failed_sanity_check_leaves_the_rest_out(tmp_path: Path) -> None:
 
 
 def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"missing/debug\.html: No such file"):
+    with pytest.raises(WriteError, match=r"missing/debug\.html: No such file"):
         page(tmp_path / "missing")
 
 
