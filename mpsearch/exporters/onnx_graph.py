@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps, weight_codes
 from mpsearch.exporters.packed import pack_bits, terms_of, unsigned_codes
-from mpsearch.exporters.verify import arguments
+from mpsearch.graph.inputs import arguments
 from mpsearch.private.torch import tree_leaves, tree_map, tree_map_only
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
@@ -61,7 +61,7 @@ def trace(network: QuantizedNetwork, opset: int) -> ModelProto:
     """
     if network.example_input is None:
         raise ExportError("ONNX export traces the network: give QuantizedNetwork an example_input, one batch of input")
-    args, kwargs = arguments(network.example_input)
+    args, kwargs = arguments(network.model, network.example_input)
     _check_types(network, (args, kwargs))
     args, kwargs = tree_map_only(Tensor, _of_two, (args, kwargs))
     model = _marked(network.model)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import VerificationError
+from mpsearch.graph.inputs import call
 from mpsearch.private.torch import tree_leaves, tree_map_only
 from mpsearch.quant.prepare import quant_layers
 
@@ -142,16 +143,6 @@ RUNTIMES: dict[str, Runtime] = {
 """Export target -> what runs it; MHAQ trains a network anew and has none."""
 
 
-def arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a model is called with: a tuple is its arguments, `(tuple, dict)` those and its keyword arguments."""
-    match example_input:
-        case (tuple() as args, dict() as kwargs):
-            return args, kwargs
-        case tuple():
-            return example_input, {}
-    return (example_input,), {}
-
-
 @torch.no_grad()
 def reference(model: nn.Module, samples: Any) -> Reference:
     """The answers of a quantized network in eval mode to a batch of its input, with noise and without."""
@@ -215,7 +206,7 @@ def verify(
 
 
 def _run_onnx(to: str, folder: Path, samples: Any, scratch: Path, timeout_s: float) -> tuple[Tensor, ...]:
-    inputs = [x for x in tree_leaves(arguments(samples)) if isinstance(x, Tensor)]
+    inputs = [x for x in tree_leaves(samples) if isinstance(x, Tensor)]
     np.savez(scratch / "in.npz", **{f"in{i}": x.numpy() for i, x in enumerate(inputs)})  # type: ignore[arg-type]
     files = [folder / "model.onnx", scratch / "in.npz", scratch / "out.npz"]
     command = [sys.executable, "-m", "mpsearch.exporters.execute", to, *(str(file.resolve()) for file in files)]
@@ -271,8 +262,8 @@ def _last_line(text: str, code: int) -> str:
 
 def _answers(model: nn.Module, samples: Any) -> tuple[Tensor, ...]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    args, kwargs = arguments(tree_map_only(Tensor, lambda x: x.to(device), samples))
-    return tuple(x.detach().cpu() for x in tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor))
+    outputs = call(model, tree_map_only(Tensor, lambda x: x.to(device), samples))
+    return tuple(x.detach().cpu() for x in tree_leaves(outputs) if isinstance(x, Tensor))
 
 
 def _per_sample(x: Tensor, samples: int) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 
-def call(model: nn.Module, x: Any) -> Any:
-    """Run a model on its input.
+def arguments(model: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with on an input, by position and by name.
 
     Args:
         model: any module.
@@ -22,9 +22,15 @@ def call(model: nn.Module, x: Any) -> Any:
     """
     if isinstance(x, tuple):
         if len(x) == 2 and isinstance(x[0], tuple) and isinstance(x[1], Mapping):
-            return model(*x[0], **x[1])
-        return model(*x)
-    return model(**x) if isinstance(x, Mapping) and _takes_names(model, x) else model(x)
+            return x[0], dict(x[1])
+        return x, {}
+    return ((), dict(x)) if isinstance(x, Mapping) and _takes_names(model, x) else ((x,), {})
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    """Run a model on its input; see `arguments`."""
+    args, kwargs = arguments(model, x)
+    return model(*args, **kwargs)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
