@@ -7,7 +7,7 @@ UV = $(PYTHON) -m uv
 # Workers take tests from each other, so that none is left with the long ones: tests must not need an order.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal --max-worker-restart 0
 
-.PHONY: demo test test-unit test-all lint setup clean
+.PHONY: demo test test-unit test-all fuzz lint setup clean
 
 demo: setup  ## run the digits study end to end; prints the front and where the report is
 	$(BIN)/mpsearch run digits --out runs/digits-$$(date +%Y%m%d-%H%M%S)
@@ -20,6 +20,9 @@ test-unit: setup  ## those that compile nothing and need neither Ray nor a brows
 
 test-all: $(VENV)/.targets  ## the slow tests too, and those of the export targets' libraries, which it installs
 	$(PYTEST) -m "slow or not slow"
+
+fuzz: $(VENV)/.targets  ## 1,000 random networks through every stage, and 200 through each runtime of another library
+	MPSEARCH_FUZZ_EXAMPLES=1000 $(PYTEST) tests/fuzz -m "slow or not slow"
 
 lint: setup
 	$(BIN)/ruff check .
