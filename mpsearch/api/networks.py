@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mpsearch.ptq.pipeline import PtqMethod
     from mpsearch.quant.network import QuantizedNetwork
     from mpsearch.study import StudySpec
+    from mpsearch.task import Task
 
 SPLITS: tuple[Literal["val", "test"], ...] = ("val", "test")
 
@@ -176,7 +177,6 @@ def ptq(
     """
     from typing import cast
 
-    from mpsearch.exporters import native
     from mpsearch.precision import LayerPrecision
     from mpsearch.ptq.pipeline import BiasCorrection, PtqMethod, Rounding
     from mpsearch.ptq.pipeline import ptq as quantize
@@ -196,7 +196,7 @@ def ptq(
         name=spec.task.model or task.name, task=task.name, metric=task.metric, accuracy=dict(scores)
     )
     if out is not None:
-        native.save(network, Path(out))
+        _export(network, task, Path(out))
     return PtqScores(
         network=network,
         float_scores=float_scores,
@@ -239,7 +239,6 @@ def train(
     >>> sorted(result.scores), 0 < result.cost < 1
     (['test', 'val'], True)
     """
-    from mpsearch.exporters import native
     from mpsearch.exporters.read import read_precisions
     from mpsearch.problem import open_problem
     from mpsearch.qat.train import METHODS, train_one
@@ -255,7 +254,7 @@ def train(
         name=problem.spec.task.model or task.name, task=task.name, metric=task.metric, accuracy=dict(result.accuracy)
     )
     if out is not None:
-        native.save(network, Path(out))
+        _export(network, task, Path(out))
     return TrainScores(
         network=network,
         float_scores=result.float_accuracy,
@@ -267,6 +266,16 @@ def train(
         fixed=result.fixed,
         log=trained.log,
     )
+
+
+def _export(network: QuantizedNetwork, task: Task, out: Path) -> None:
+    """Write a native export, verified on calibration samples."""
+    from dataclasses import replace
+
+    from mpsearch.exporters.export import VERIFIED_ON, export
+
+    samples = task.calibration_input(VERIFIED_ON)
+    export(replace(network, samples=samples, float_model=task.float_model()), "native", out)
 
 
 def debug(

@@ -23,6 +23,9 @@ from mpsearch.files import filling, write_error, write_json
 from mpsearch.private.torch import COMPILED
 from mpsearch.quant.network import QuantizedNetwork
 
+VERIFIED_ON = 64
+"""Calibration samples that the export of a task's network is verified on."""
+
 NOT_ASKED_FOR = Unverified("it was not asked for")
 
 

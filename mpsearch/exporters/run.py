@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mpsearch.exporters.export import Exported, export
+from mpsearch.exporters.export import VERIFIED_ON, Exported, export
 from mpsearch.exporters.targets import find_target
 from mpsearch.problem import reopen
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.front import pick as pick_trial
 from mpsearch.search.kept import trained_model
-
-VERIFIED_ON = 64
-"""Calibration samples that an export is verified on."""
 
 
 def export_run(
