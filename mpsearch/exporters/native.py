@@ -89,7 +89,7 @@ def restored(model: nn.Module, export: OpenExport) -> tuple[nn.Module, Precision
     """
     config = _checked_config(export)
     model = _restructured(model, export)
-    model = open_attention(model)
+    model = open_attention(model, config)
     modules = dict(model.named_modules())
     infos = [_info(name, modules, export) for name in config]
     return insert_quantizers(model, infos, config.offers), config

@@ -35,6 +35,13 @@ def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     return max((_difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
 
 
+def relative(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """The largest ||y - y0|| / ||y0|| of two lists of outputs."""
+    if [y.shape for y in ours] != [y.shape for y in theirs]:
+        return float("inf")
+    return max((_relative(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
 def holds(rewritten: nn.Module, x: Any, reference: Sequence[Tensor]) -> bool:
     """Whether a rewritten model runs, and gives what the model that it was made from gives."""
     try:
@@ -60,9 +67,12 @@ def largest_subset(items: Sequence[T], good: Callable[[Sequence[T]], bool]) -> l
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    tolerance = float(torch.finfo(theirs.dtype).eps) ** 0.5
+    return float(_relative(ours, theirs) / float(torch.finfo(theirs.dtype).eps) ** 0.5)
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
     a, b = ours.double(), theirs.double()
     if not torch.equal(a.isfinite(), b.isfinite()):
         return float("inf")
     a, b = a.nan_to_num(0.0, 0.0, 0.0), b.nan_to_num(0.0, 0.0, 0.0)
-    return float((a - b).norm() / b.norm().clamp_min(1e-30)) / tolerance if a.numel() else 0.0
+    return float((a - b).norm() / b.norm().clamp_min(1e-30)) if a.numel() else 0.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,16 +23,32 @@ from torch import Tensor, nn
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-def open_attention(model: nn.Module) -> nn.Module:
-    """`model` with every attention opened; a copy that shares its parameters, or itself where nothing is to open.
+def open_attention(model: nn.Module, layers: Iterable[str] | None = None) -> nn.Module:
+    """`model` with its attention opened; a copy that shares its parameters, or itself where nothing is to open.
 
     Attention with a forward of its own (a subclass) stays as it is.
+
+    Args:
+        model: any module.
+        layers: open only attention that stands beside or around one of these layers; default: all. What stands beside
+            counts, because torch's encoder layer computes all of it in one kernel where its attention is not opened.
     """
-    if not any(_form(module) for module in model.modules()):
+    names = None if layers is None else list(layers)
+
+    def wanted(attention: str) -> bool:
+        parent, dot, _ = attention.rpartition(".")
+        return names is None or any(name.startswith(parent + dot) for name in names)
+
+    opened = {name for name, module in model.named_modules() if _form(module) and wanted(name)}
+    if not opened:
         return model
     # Handed to deepcopy as copied already: other modules around the same parameters.
     model = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
-    twins = {module: form(module) for module in model.modules() if (form := _form(module)) is not None}
+    twins = {
+        module: form(module)
+        for name, module in model.named_modules()
+        if name in opened and (form := _form(module)) is not None
+    }
     for parent in model.modules():
         for name, child in parent._modules.items():
             if child in twins:

@@ -33,14 +33,40 @@ from mpsearch.ptq.fold import FloatNet, bias_of, replace_module
 SWEEPS = 100
 """Sweeps over all chains at most; a change of each factor below TOLERANCE ends them earlier."""
 TOLERANCE = 1e-3
+APPROXIMATION = 0.1
+"""How far, as a share of their norm, the answers may move where equalization is an approximation."""
 
 
-@torch.no_grad()
 def equalize(net: FloatNet, replace_relu6: bool = True, calibration_input: Any | None = None) -> FloatNet:
     """A copy of the network whose chains are equalized and whose high biases are absorbed.
 
-    With data it is checked that scaling changes nothing, and chains for which this does not hold are left alone.
+    With data it is checked that scaling changes nothing, and chains for which this does not hold are left alone. What
+    is an approximation (ReLU instead of ReLU6, absorption) may move the answers by `APPROXIMATION`, and is said; what
+    moves them further is not done.
     """
+    if calibration_input is None:
+        return _equalize(net, replace_relu6, True, None)
+    before = agreement.outputs(net.model, calibration_input)
+    plans = [(replace_relu6, True), (replace_relu6, False), (False, True), (False, False)]
+    for relu6, absorbs in dict.fromkeys(plans):
+        done = _equalize(net, relu6, absorbs, calibration_input)
+        change = agreement.relative(agreement.outputs(done.model, calibration_input), before)
+        if change <= APPROXIMATION:
+            break
+    given_up = [
+        *(["ReLU6 stays"] if replace_relu6 and not relu6 and done.notes != net.notes else []),
+        *(["high biases are not absorbed"] if not absorbs else []),
+    ]
+    said = []
+    if given_up:
+        said.append(f"in equalization {' and '.join(given_up)}: the network would answer otherwise")
+    if change > 1e-3:
+        said.append(f"equalization moves the answers by {change:.1%} of their norm: ReLU6 became ReLU, or a bias moved")
+    return replace(done, notes=(*done.notes, *said))
+
+
+@torch.no_grad()
+def _equalize(net: FloatNet, replace_relu6: bool, absorbs: bool, calibration_input: Any | None) -> FloatNet:
     model = copy.deepcopy(net.model)
     flow = trace(model)
     if flow is None:
@@ -69,7 +95,7 @@ def equalize(net: FloatNet, replace_relu6: bool = True, calibration_input: Any |
             output = outputs[chain.first]
             outputs[chain.first] = Normal(output.mean / factors, output.std / factors)
     for chain in chains:
-        if chain.first in outputs and _absorbs(chain, model.get_submodule(chain.second)):
+        if absorbs and chain.first in outputs and _absorbs(chain, model.get_submodule(chain.second)):
             first, second = model.get_submodule(chain.first), model.get_submodule(chain.second)
             outputs[chain.first] = absorb_high_bias(first, second, outputs[chain.first])
     return FloatNet(model, outputs, net.folded, net.relu6 + relu6, tuple(notes))

@@ -10,6 +10,7 @@ A model that torch.fx cannot trace has no graph here: what needs one is then lef
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections import Counter
@@ -325,7 +326,7 @@ class Flow:
 def trace(model: nn.Module) -> Flow | None:
     """The flow of a model, or None where torch.fx cannot trace it (control flow that depends on data, say)."""
     try:
-        return Flow(model)
+        return Flow(copy.deepcopy(model))  # a forward may keep what it computes, which here are proxies
     except Exception:  # whatever a foreign forward does with a proxy
         return None
 

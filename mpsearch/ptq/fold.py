@@ -39,7 +39,7 @@ def fold_batch_norms(model: nn.Module, layers: Sequence[LayerInfo], calibration_
     With data this is checked, and what does not hold is left as it was, with a note. The statistics of what was folded
     stay: behind it each channel has mean beta and deviation |gamma|.
     """
-    opened = open_attention(model)
+    opened = open_attention(model, [layer.name for layer in layers if layer.reason is None])
     pairs = list(foldable(dict(opened.named_modules()), layers).items())
 
     def folded(some: Sequence[tuple[str, str]]) -> nn.Module:
@@ -50,7 +50,7 @@ def fold_batch_norms(model: nn.Module, layers: Sequence[LayerInfo], calibration_
 
     kept = pairs
     if calibration_input is not None and pairs:
-        reference = outputs(opened, calibration_input)
+        reference = outputs(model, calibration_input)
         kept = largest_subset(pairs, lambda some: holds(folded(some), calibration_input, reference))
     modules = dict(opened.named_modules())
     notes = tuple(
@@ -130,7 +130,8 @@ def restructure(model: nn.Module, folded: Mapping[str, str], relu6: Iterable[str
         relu6: the ReLU6 modules that became ReLU.
         biased: the layers that have a bias.
     """
-    model = copy.deepcopy(open_attention(model))
+    biased = list(biased)
+    model = copy.deepcopy(open_attention(model, [*folded, *biased]))
     for layer, norm in folded.items():
         fold(model, layer, norm)
     for name in relu6:

@@ -46,7 +46,7 @@ def insert_quantizers(
         layers: its layers.
         offers: layer name -> the quantizer types that it can switch between; only uniform where none are given.
     """
-    model = copy.deepcopy(open_attention(model))
+    model = copy.deepcopy(open_attention(model, [layer.name for layer in layers if layer.reason is None]))
     modules = dict(model.named_modules())
     for layer in layers:
         if layer.reason is not None:
@@ -222,7 +222,7 @@ def weight_rows(layer: QuantLayer) -> Tensor:
 def sample_inputs(model: nn.Module, names: Sequence[str], calibration_input: Any) -> dict[str, Tensor]:
     """Up to ACTIVATION_SAMPLES values of each named layer's input, taken at even strides from one forward pass."""
     samples: dict[str, list[Tensor]] = {name: [] for name in names}
-    model = open_attention(model)
+    model = open_attention(model, names)
     modules = dict(model.named_modules())
 
     def keep(name: str) -> Any:

@@ -17,7 +17,7 @@ import mpsearch
 from mpsearch.exporters import packed
 from mpsearch.graph.attention import OpenAttention, open_attention
 from mpsearch.precision import LayerPrecision, PrecisionConfig
-from mpsearch.quant.prepare import quant_layers
+from mpsearch.quant.prepare import inspect_network, prepare, quant_layers
 from mpsearch.study import DataSpec, TaskSpec, TrialSpec
 from mpsearch.task import load_task
 from mpsearch.workbench import Workbench
@@ -220,3 +220,32 @@ def test_every_trial_starts_from_the_float_projections() -> None:
     assert not torch.equal(trained, model.attention.in_proj_weight)
     workbench.reset(config)
     assert torch.equal(workbench.model.state_dict()["attention.in_proj_weight"], model.attention.in_proj_weight)
+
+
+class Stubborn(nn.Module):
+    """Does otherwise where its attention is not torch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.fc = nn.Module(), nn.Linear(8, 8)
+        self.block.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.block.attention(x, x, x)
+        return self.fc(y if isinstance(self.block.attention, nn.MultiheadAttention) else 2 * y)
+
+
+def test_attention_that_answers_otherwise_when_opened_stays_closed_and_is_named() -> None:
+    net, x = Stubborn().eval(), torch.randn(3, 5, 8)
+    graph = inspect_network(net, x)
+    assert [layer.name for layer in graph.quantizable] == ["fc"]
+    assert any(note.startswith("block.attention.q_proj stays float") for note in graph.notes)
+    prepared = prepare(net, PrecisionConfig({"fc": LayerPrecision.shorthand("w8a8")}), x, graph.layers)
+    assert float((prepared(x) - net(x)).detach().norm() / net(x).detach().norm()) < 0.02
+
+
+def test_an_encoder_layer_is_opened_where_anything_in_it_is_quantized() -> None:
+    """Closed, its fused kernel would read the weights past their quantizers."""
+    net = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    assert open_attention(net, ["linear1"]) is not net
+    assert open_attention(nn.ModuleDict({"a": net, "fc": nn.Linear(8, 8)}), ["fc"])["a"] is net  # type: ignore[index]
