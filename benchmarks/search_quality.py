@@ -38,13 +38,13 @@ from benchmarks.options import RESULTS, PrintOnly, Seeds, Set, Study, several
 from benchmarks.printing import print_table, say, spread
 from benchmarks.rows import Row, Rows
 from mpsearch.errors import nearest
+from mpsearch.files import sha256
 from mpsearch.problem import Problem, open_problem
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord, checkpoint_path
 from mpsearch.search.finalize import finalize
 from mpsearch.search.front import hypervolume_over_time, pareto_front, share_dominated
 from mpsearch.study import load_study, read_spec
 from mpsearch.task.cache import content_key
-from mpsearch.task.checkpoint import file_sha256
 
 WARM = ["warm_start.method=gdnsq"]
 COLD = ["warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0"]
@@ -238,7 +238,7 @@ def _begin(run: RunFolder, trial: TrialRecord) -> str:
     settings = spec.trial.model_dump(mode="json", exclude={"seed", "steps"}) | {"final.lr": spec.final.lr}
     study = [spec.task.model_dump(mode="json"), run.space_yaml.read_text(), settings]
     kept = checkpoint_path(run.checkpoints, trial.number)
-    weights = file_sha256(kept) if kept.exists() else [run.id, trial.number]  # not kept: like no other
+    weights = sha256(kept) if kept.exists() else [run.id, trial.number]  # not kept: like no other
     return content_key(study, trial.config.digest, weights)
 
 

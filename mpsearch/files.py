@@ -7,6 +7,7 @@ it, and a full disk leaves the old one. Records are appended instead (`record.Ru
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -101,6 +102,12 @@ def filling(folder: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             raise write_error(folder, error) from None
         raise
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file's content, 64 hex digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_parts(folder: Path, name: str = "*") -> None:

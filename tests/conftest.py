@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent))  # `commands`
 
 # Workers that share two cores must not spin-wait for each other; set before torch starts its threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -54,3 +57,14 @@ def _compiler(request: pytest.FixtureRequest) -> None:
         if reason := compiler_missing():
             pytest.skip(reason)
         trust_vector_units()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For networks whose layers are too small to share out."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

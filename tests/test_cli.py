@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
+from commands import Done, mpsearch
 from filelock import FileLock
-
-from mpsearch.cli import main
 
 QUICK = """
 name: quick
@@ -30,32 +26,12 @@ engine: {address: none}
 """
 
 
-Done = subprocess.CompletedProcess[str]
-
-
 def typed(*arguments: str | Path, cwd: Path) -> Done:
     """`mpsearch` in a process of its own, as a shell runs it."""
     command = [sys.executable, "-c", "from mpsearch.cli import main; main()", *map(str, arguments)]
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=240, env={**os.environ, "COLUMNS": "160"}
     )
-
-
-def mpsearch(*arguments: str | Path, cwd: Path) -> Done:
-    """The same in this process, which has imported torch already: seconds less for each of the many commands."""
-    command = ["mpsearch", *map(str, arguments)]
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        chdir(cwd),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        patch.object(sys, "argv", command),
-        patch.object(sys, "path", [*sys.path]),
-        patch.dict(os.environ, {"COLUMNS": "160"}),
-        pytest.raises(SystemExit) as ended,
-    ):
-        main()
-    return Done(command, int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import subprocess
-import sys
-from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import yaml
+from commands import Done, mpsearch
 
-from mpsearch.cli import main
 from mpsearch.cli.studies import _compact
 from mpsearch.space.choices import parse_choices
 from mpsearch.space.spec import load_space, space_names
@@ -28,25 +22,6 @@ trial: {steps: 2, batch_size: 16, bn_batches: 1, calibration_samples: 32, precis
 final: {pick: 2, epochs: 0.1, seeds: 1}
 engine: {address: none}
 """
-
-Done = subprocess.CompletedProcess[str]
-
-
-def mpsearch(*arguments: str | Path, cwd: Path) -> Done:
-    """The command, in this process."""
-    command = ["mpsearch", *map(str, arguments)]
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        chdir(cwd),
-        redirect_stdout(out),
-        redirect_stderr(err),
-        patch.object(sys, "argv", command),
-        patch.object(sys, "path", [*sys.path]),
-        patch.dict(os.environ, {"COLUMNS": "160"}),
-        pytest.raises(SystemExit) as ended,
-    ):
-        main()
-    return Done(command, int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def refused(done: Done, *words: str) -> None:

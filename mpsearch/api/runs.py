@@ -380,7 +380,8 @@ def finalize(run: str | Path, observer: Observer = SILENT) -> Finals:
 def _result(folder: RunFolder) -> RunResult:
     from mpsearch.report.write import report_of
 
-    return RunResult(folder.path, _front(folder), _counts(folder.records()), report_of(folder))
+    front = _front(folder)
+    return RunResult(folder.path, front, _counts(front.records), report_of(folder))
 
 
 def _front(folder: RunFolder) -> Front:

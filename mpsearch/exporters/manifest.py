@@ -7,7 +7,6 @@ export that is foreign, damaged or of another network is always an ExportError w
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
+from mpsearch.files import sha256
 from mpsearch.state_dict import load_tensors
 
 SCHEMA = "mpsearch/export/1"
@@ -45,20 +45,22 @@ class OpenExport:
         """The tensors in a safetensors file of the export.
 
         Args:
-            name: of the file; default: the one that the manifest names under `tensors`, whose SHA-256 it may give.
+            name: of the file; default: the one that the manifest names under `tensors`. Where the manifest gives its
+                SHA-256, as that of the native format must, the file has to have it.
 
         Raises:
             ExportError: it cannot be read, is not in the folder, or is not the file that the manifest was written with.
         """
         entry = self.document.get("tensors") if name is None else {"file": name}
         file = entry.get("file") if isinstance(entry, Mapping) else None
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(entry, Mapping) or not isinstance(file, str) or Path(file).name != file:
             raise ExportError(
                 f"{self.folder / self.manifest}: 'tensors.file' must be a file name in the same folder, got {file!r}"
             )
         path = self.folder / file
         try:
-            if isinstance(entry, Mapping) and entry.get("sha256", expected := sha256(path)) != expected:
+            signed = "sha256" in entry or (name is None and self.manifest == NATIVE_MANIFEST)
+            if signed and entry.get("sha256") != sha256(path):
                 raise ExportError(
                     f"{path} is not the file that {self.manifest} was written with: its SHA-256 differs; export again"
                 )
@@ -119,12 +121,6 @@ def open_export(folder: str | Path, target: str) -> OpenExport:
     if target != "native" and document.get("target") != target:
         raise ExportError(f"{path} is an export to {document.get('target')!r}, expected {target!r}: load it with that")
     return OpenExport(Path(folder), name, document)
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_lines(error: Exception, count: int = 3) -> str:

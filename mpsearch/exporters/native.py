@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError, PrecisionError, nearest
-from mpsearch.exporters.manifest import NATIVE_MANIFEST, NATIVE_SCHEMA, OpenExport, first_lines, open_export, sha256
+from mpsearch.exporters.manifest import NATIVE_MANIFEST, NATIVE_SCHEMA, OpenExport, first_lines, open_export
 from mpsearch.exporters.plain import plain_layer, with_layers
-from mpsearch.files import filling, write_json
+from mpsearch.files import filling, sha256, write_json
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.kinds import kind_of

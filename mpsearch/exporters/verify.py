@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import VerificationError
-from mpsearch.graph.inputs import call
-from mpsearch.private.torch import tree_leaves, tree_map_only
+from mpsearch.exporters import aimet, brevitas, modelopt, native, packed, torchao
+from mpsearch.graph.inputs import call, map_tensors, tensors
 from mpsearch.quant.prepare import quant_layers
 
 NOISE = 2.0**-21
@@ -94,50 +94,23 @@ class Runtime:
     load: Callable[[nn.Module, Path, Any], Any] | None = None  # (float network, folder, samples) -> model; None: ONNX
 
 
-def _native(model: nn.Module, folder: Path, _: Any) -> nn.Module:
-    from mpsearch.exporters.native import load
-
-    return load(model, folder)
-
-
-def _packed(model: nn.Module, folder: Path, _: Any) -> nn.Module:
-    from mpsearch.exporters.packed import load
-
-    return load(model, folder)
-
-
-def _brevitas(model: nn.Module, folder: Path, _: Any) -> nn.Module:
-    from mpsearch.exporters.brevitas import load
-
-    return load(model, folder)
-
-
-def _torchao(model: nn.Module, folder: Path, _: Any) -> nn.Module:
-    from mpsearch.exporters.torchao import load
-
-    return load(model, folder)
-
-
-def _modelopt(model: nn.Module, folder: Path, _: Any) -> nn.Module:
-    from mpsearch.exporters.modelopt import load
-
-    return load(model, folder)
+def _given(load: Callable[[nn.Module, Path], nn.Module]) -> Callable[[nn.Module, Path, Any], nn.Module]:
+    """A `load` that needs no samples, in the form of one that does."""
+    return lambda model, folder, _: load(model, folder)
 
 
 def _aimet(model: nn.Module, folder: Path, samples: Any) -> Any:
-    from mpsearch.exporters.aimet import load
-
-    return load(model, folder, samples).model
+    return aimet.load(model, folder, samples).model
 
 
 RUNTIMES: dict[str, Runtime] = {
     "onnx": Runtime("onnxruntime", "onnxruntime"),
     "qonnx": Runtime("qonnx", "qonnx"),
-    "native": Runtime("mpsearch", "mpsearch", _native),
-    "packed": Runtime("mpsearch", "mpsearch", _packed),
-    "brevitas": Runtime("brevitas", "brevitas", _brevitas),
-    "torchao": Runtime("torchao", "torchao", _torchao),
-    "modelopt": Runtime("modelopt", "nvidia-modelopt", _modelopt),
+    "native": Runtime("mpsearch", "mpsearch", _given(native.load)),
+    "packed": Runtime("mpsearch", "mpsearch", _given(packed.load)),
+    "brevitas": Runtime("brevitas", "brevitas", _given(brevitas.load)),
+    "torchao": Runtime("torchao", "torchao", _given(torchao.load)),
+    "modelopt": Runtime("modelopt", "nvidia-modelopt", _given(modelopt.load)),
     "aimet": Runtime("aimet_torch", "aimet-torch", _aimet),
 }
 """Export target -> what runs it; MHAQ trains a network anew and has none."""
@@ -195,7 +168,7 @@ def verify(
         return Unverified(f"{runtime.package} is not installed: pip install {runtime.package}")
     if runtime.load is not None and float_model is None:
         return Unverified("the float network is not known: give QuantizedNetwork its float_model")
-    samples = tree_map_only(Tensor, lambda x: x.detach().cpu(), samples)
+    samples = map_tensors(lambda x: x.detach().cpu(), samples)
     with tempfile.TemporaryDirectory(prefix="mpsearch-verify-") as scratch:
         if runtime.load is None:
             found = _run_onnx(to, folder, samples, Path(scratch), timeout_s)
@@ -206,8 +179,7 @@ def verify(
 
 
 def _run_onnx(to: str, folder: Path, samples: Any, scratch: Path, timeout_s: float) -> tuple[Tensor, ...]:
-    inputs = [x for x in tree_leaves(samples) if isinstance(x, Tensor)]
-    np.savez(scratch / "in.npz", **{f"in{i}": x.numpy() for i, x in enumerate(inputs)})  # type: ignore[arg-type]
+    np.savez(scratch / "in.npz", **{f"in{i}": x.numpy() for i, x in enumerate(tensors(samples))})  # type: ignore[arg-type]
     files = [folder / "model.onnx", scratch / "in.npz", scratch / "out.npz"]
     command = [sys.executable, "-m", "mpsearch.exporters.execute", to, *(str(file.resolve()) for file in files)]
     try:
@@ -262,8 +234,8 @@ def _last_line(text: str, code: int) -> str:
 
 def _answers(model: nn.Module, samples: Any) -> tuple[Tensor, ...]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    outputs = call(model, tree_map_only(Tensor, lambda x: x.to(device), samples))
-    return tuple(x.detach().cpu() for x in tree_leaves(outputs) if isinstance(x, Tensor))
+    outputs = call(model, map_tensors(lambda x: x.to(device), samples))
+    return tuple(x.detach().cpu() for x in tensors(outputs))
 
 
 def _per_sample(x: Tensor, samples: int) -> Tensor:

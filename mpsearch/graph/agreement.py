@@ -30,16 +30,12 @@ def outputs(model: nn.Module, x: Any) -> list[Tensor]:
 
 def difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """The largest relative difference of two lists of outputs, in units of the tolerance: above 1 they disagree."""
-    if [y.shape for y in ours] != [y.shape for y in theirs]:
-        return float("inf")
-    return max((_difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+    return _largest(lambda a, b: _relative(a, b) / float(torch.finfo(b.dtype).eps) ** 0.5, ours, theirs)
 
 
 def relative(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     """The largest ||y - y0|| / ||y0|| of two lists of outputs."""
-    if [y.shape for y in ours] != [y.shape for y in theirs]:
-        return float("inf")
-    return max((_relative(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+    return _largest(_relative, ours, theirs)
 
 
 def holds(rewritten: nn.Module, x: Any, reference: Sequence[Tensor]) -> bool:
@@ -66,8 +62,10 @@ def largest_subset(items: Sequence[T], good: Callable[[Sequence[T]], bool]) -> l
     return added([], items)
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
-    return float(_relative(ours, theirs) / float(torch.finfo(theirs.dtype).eps) ** 0.5)
+def _largest(measure: Callable[[Tensor, Tensor], float], ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    if [y.shape for y in ours] != [y.shape for y in theirs]:
+        return float("inf")
+    return max((measure(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:

@@ -19,7 +19,7 @@ from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.kinds import foldable_norm, rest_of_norm
 from mpsearch.ptq.flow import Normal, blocks, out_channels
-from mpsearch.quant.prepare import quant_layers
+from mpsearch.quant.prepare import places, quant_layers
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,8 @@ def bias_of(layer: nn.Module) -> Tensor:
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `old` hangs in `model`."""
-    # Not named_children(): it leaves out the second name of a module that it has already given.
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
+    for parent, name in places(model, old):
+        setattr(parent, name, new)
 
 
 def structure_of(net: FloatNet, model: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,13 @@ from mpsearch.study import TrialSpec
 from mpsearch.workbench import Workbench
 
 METHODS: Mapping[str, Callable[[Problem, PrecisionConfig, TrialSpec, Callable[[int, float], None]], Trained]] = {
-    "qat": lambda problem, config, settings, on_step: qat(problem.task, config, settings, on_step),
+    "qat": lambda problem, config, settings, on_step: qat(
+        problem.task,
+        config,
+        settings,
+        on_step,
+        Workbench(problem.task, settings, offers=config.offers, graph=problem.graph),
+    ),
     "gdnsq": lambda problem, config, settings, on_step: gdnsq(
         problem.task,
         config,

@@ -153,12 +153,10 @@ def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -
         record = run_trial(problem.task, config, problem.spec.trial, start, workbench=workbench, cost=problem.cost)
         record = replace(record, number=max((r.number for r in records), default=-1) + 1)
         folder.checkpoints.mkdir(exist_ok=True)
-        weights = FrontWeights(folder, records)
+        front = _FrontKeeper(problem, folder, records, SILENT)
         save_weights(workbench.model, checkpoint_path(folder.checkpoints, record.number))
         folder.append(record)
-        weights.keep(record)
-        write_front(problem, folder, weights.front)
-        keep_values(problem, folder, weights.front)
+        front.on_trial_ended(record)
         folder.write_parquet()
     return record
 

@@ -6,7 +6,6 @@ A file is known by its content; its name may end in anything.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import pickle
 import re
 import warnings
@@ -88,12 +87,6 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> str:
     model.load_state_dict(fitting[first])
     others = [name for name in fitting if name != first]
     return f"'{first}'" * bool(first) + f" (not {_few(others)}, which would fit too)" * bool(others)
-
-
-def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's content, 64 hex digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(path: Path) -> Any:

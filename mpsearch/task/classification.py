@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
+from mpsearch.files import sha256
 from mpsearch.shipped import shipped
 from mpsearch.study import TaskSpec
 from mpsearch.task.cache import cached_tensors, content_key
-from mpsearch.task.checkpoint import file_sha256, load_checkpoint
+from mpsearch.task.checkpoint import load_checkpoint
 from mpsearch.task.images import Images, SampledImages, StoredImages
 from mpsearch.task.models import build_model
 from mpsearch.task.task import Answers, Batch, Split
@@ -72,9 +73,7 @@ class ClassificationTask:
             path = shipped("checkpoints", spec.checkpoint, TaskError)
             where = load_checkpoint(self._model, path)
             self._trained = True
-            self.float_model_source = (
-                f"checkpoint {spec.checkpoint}{where and f', {where}'}, sha256 {file_sha256(path)}"
-            )
+            self.float_model_source = f"checkpoint {spec.checkpoint}{where and f', {where}'}, sha256 {sha256(path)}"
 
     def float_model(self) -> nn.Module:
         """A fresh copy of the trained float network, in eval mode, on the CPU; the first call may train it.

@@ -80,7 +80,7 @@ def warm_start(
         observer.on_stage("sensitivity", 1, 1)
         combined = global_combinations(space, cost, table, settings.combinations)
     if descends:
-        descent = _descent(spec, task, space, cost, folder, observer)
+        descent = _descent(spec, task, graph, space, cost, folder, observer)
         if count := settings.neighbours:
             descended = [rounded(descent, s.budget, space, cost, count, table) for s in descent.snapshots]
     if settings.ilp and table is not None:
@@ -174,6 +174,7 @@ class StartWeights:
 def _descent(
     spec: StudySpec,
     task: Task,
+    graph: ModelGraph,
     space: SearchSpace,
     cost: RelativeCost,
     folder: Path,
@@ -184,7 +185,7 @@ def _descent(
     settings = spec.warm_start
     torch.manual_seed(settings.seed)
     observer.on_stage("descent", 0, settings.steps)
-    workbench = Workbench(task, spec.trial.model_copy(update={"steps": settings.steps}))
+    workbench = Workbench(task, spec.trial.model_copy(update={"steps": settings.steps}), graph=graph)
     descent = descend(
         workbench,
         space,

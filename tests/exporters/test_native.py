@@ -170,6 +170,9 @@ def test_damaged_files_are_refused(exported: tuple[Path, nn.Module], tmp_path: P
     save_file({"x": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(ExportError, match="SHA-256 differs"):
         mpsearch.load(network(), folder)
+    edit(folder, tensors={"file": "model.safetensors"})
+    with pytest.raises(ExportError, match="SHA-256 differs"):  # a native manifest must say it
+        mpsearch.load(network(), folder)
     edit(folder, tensors={"file": "../other.safetensors", "sha256": ""})
     with pytest.raises(ExportError, match="file name in the same folder"):
         mpsearch.load(network(), folder)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
+from mpsearch.files import sha256
 from mpsearch.shipped import shipped
 from mpsearch.study import DataSpec, TaskSpec, load_study
 from mpsearch.task import ClassificationTask, Task, classification, load_task
-from mpsearch.task.checkpoint import file_sha256
 from mpsearch.task.images import Normalization, StoredImages
 
 DIGITS = DataSpec(kind="digits", val_fraction=0.2, test_fraction=0.2)
@@ -187,7 +187,7 @@ def test_the_digits_study_starts_from_the_network_that_ships(cache: Path, monkey
     assert task.evaluate(model, "test") == pytest.approx(356 / 359, abs=1.1 / 359)
     file = shipped("checkpoints", "digits_cnn", TaskError)
     assert file.stat().st_size < 100_000
-    assert task.float_model_source == f"checkpoint digits_cnn, sha256 {file_sha256(file)}"
+    assert task.float_model_source == f"checkpoint digits_cnn, sha256 {sha256(file)}"
 
 
 def test_another_split_or_length_of_training_is_another_float_model(cache: Path):
