@@ -79,6 +79,8 @@ def activation_range(samples: Tensor, precision: Precision, *, signed: bool) -> 
     """
     x = samples.reshape(1, -1).float()
     if not x.any():  # dead in these samples: a range of one
+        if precision.quantizer != "uniform":
+            return unit_step(precision, signed=signed).to(x), x.new_zeros(())
         x = x.new_tensor([[-1.0, 1.0]] if signed else [[0.0, 1.0]])
     if precision.quantizer != "uniform":
         return _level_step(x if signed else x.clamp_min(0), precision, signed)[0], x.new_zeros(())

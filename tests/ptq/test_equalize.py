@@ -203,3 +203,15 @@ def test_an_equalization_that_changes_the_answers_is_undone_and_named() -> None:
     done = equalize(FloatNet(net), calibration_input=x)
     assert done.notes == ("c and d are not equalized: the network then answers otherwise",)
     torch.testing.assert_close(done.model(x), net(x))
+
+
+def test_relu6_that_clips_much_stays_and_is_named() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU6(), nn.Linear(8, 3)).double(), normal(50, 4)
+    gentle = equalize(FloatNet(net), calibration_input=x)
+    assert gentle.relu6 == ("1",)
+    net[0].weight.data.mul_(30)
+    done = equalize(FloatNet(net), calibration_input=x)
+    assert done.relu6 == ()
+    assert any("ReLU6 stays" in note for note in done.notes)
+    torch.testing.assert_close(done.model(x), net(x))

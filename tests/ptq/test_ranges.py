@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mpsearch.precision import Precision
+from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.ptq.flow import Normal
 from mpsearch.ptq.ranges import CANDIDATES, cross_entropy_range, min_max_step, normal_range, range_to_grid
 from mpsearch.quant.modules import quantized
+from mpsearch.quant.ranges import activation_range, weight_step
 
 W4 = Precision("uniform", 4, "channel")
 A2 = Precision("uniform", 2, "tensor")
@@ -53,3 +55,18 @@ def test_the_cross_entropy_range_is_the_best_of_all_candidates() -> None:
     step, _ = cross_entropy_range(layer, x, A2)
     assert best < 1
     torch.testing.assert_close(step, range_to_grid(best * float(x.min()), best * 20.0, A2)[0])
+
+
+@pytest.mark.parametrize("text", ["uniform:8", "uniform:2", "shift:4", "apot:4"])
+def test_a_tensor_of_zeros_gets_a_range_of_one(text: str) -> None:
+    """B15: a step of 2^-60 would turn all that comes later into 0."""
+    precision = LayerPrecision.parse(text, text)
+    for signed in (False, True):
+        step, _ = activation_range(torch.zeros(100), precision.activation, signed=signed)
+        assert 2**-9 < float(step) <= 1
+    rows = torch.zeros(3, 8)
+    assert float(weight_step(rows, precision.weight).min()) > 2**-9
+    rows[1], rows[2] = 0.5, 0.25
+    steps = weight_step(rows, precision.weight)
+    assert steps[0] in steps[1:]  # a dead channel is taken to be like the others
+    assert torch.equal(steps[1:], weight_step(rows[1:], precision.weight))
