@@ -33,13 +33,18 @@ def shipped_names(folder: Folder) -> list[str]:
     return sorted(path.stem for path in shipped_folder(folder).glob(f"*{_KINDS[folder][1]}"))
 
 
+def where(path: Path) -> str:
+    """A path for an error message; with the folder that it is relative to, if it is."""
+    return f"'{path}'" if path.is_absolute() else f"'{path}' in {Path.cwd()}"
+
+
 def shipped(folder: Folder, name: str, error: type[MpsearchError]) -> Path:
     """The file that `name` stands for: a path if there is such a file, else a shipped name.
 
     Raises:
         error: neither exists; the message lists the shipped names.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file():
         return path
     what, suffix, file = _KINDS[folder]
@@ -48,4 +53,4 @@ def shipped(folder: Folder, name: str, error: type[MpsearchError]) -> Path:
         if candidate.is_file():
             return candidate
     names = nearest(name, shipped_names(folder))
-    raise error(f"no {what} '{name}': give the path of {file} or a shipped name; {names}")
+    raise error(f"no {what} {where(path)}: give the path of {file} or a shipped name; {names}")

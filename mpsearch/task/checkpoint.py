@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
+from mpsearch.shipped import where
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts store the state dict: of several that fit, the first counts."""
@@ -92,7 +93,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> str:
 def _read(path: Path) -> Any:
     if not path.is_file():
         inside = f"a folder that holds {_few(sorted(p.name for p in path.iterdir()))}" if path.is_dir() else "no file"
-        raise TaskError(f"no checkpoint '{path}', it is {inside}: give the path of a file with a state dict")
+        raise TaskError(f"no checkpoint {where(path)}, it is {inside}: give the path of a file with a state dict")
     try:
         with path.open("rb") as file:
             head = file.read(32)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import TaskError, nearest
+from mpsearch.shipped import where
 from mpsearch.study import DataSpec
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.factory import call_factory
@@ -118,7 +119,7 @@ def _from_torchvision(spec: DataSpec, known: TorchvisionSet) -> Images:
             part = build(root, download=spec.download, **which)
         except (RuntimeError, OSError) as error:
             raise TaskError(
-                f"task.data: no usable {known.class_name} in '{root}' ({error}): "
+                f"task.data: no usable {known.class_name} in {where(Path(root))} ({error}): "
                 + ("check the network and the folder" if spec.download else "give its root, or set download: true")
             ) from None
         array = torch.as_tensor(part.data)

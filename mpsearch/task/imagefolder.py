@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import TaskError, nearest
+from mpsearch.shipped import where
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.images import open_rgb
 from mpsearch.task.task import Split
@@ -61,7 +62,9 @@ def list_images(root: Path) -> Listing:
             class folder is no image.
     """
     if not root.is_dir():
-        raise TaskError(f"task.data.root: no folder '{root}': give the folder that holds train/<class>/ or <class>/")
+        raise TaskError(
+            f"task.data.root: no folder {where(root)}: give the folder that holds train/<class>/ or <class>/"
+        )
     below = _subfolders(root)
     splits: list[Split] = [split for split in get_args(Split) if split in below]
     others = [name for name in below if name not in splits]
@@ -122,17 +125,17 @@ def _subfolders(folder: Path) -> list[str]:
 
 def _images(folder: Path) -> list[Path]:
     paths = []
-    for where, below, names in os.walk(folder, followlinks=True):
+    for parent, below, names in os.walk(folder, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(names):
             if name.startswith("."):
                 continue
             if not name.lower().endswith(SUFFIXES):
                 raise TaskError(
-                    f"'{Path(where, name)}' is not an image: expected {' '.join(SUFFIXES)}; move it out of the "
+                    f"'{Path(parent, name)}' is not an image: expected {' '.join(SUFFIXES)}; move it out of the "
                     "class folder"
                 )
-            paths.append(Path(where, name))
+            paths.append(Path(parent, name))
     if not paths:
         raise TaskError(f"class folder '{folder}' is empty: put images in, or remove it from every split")
     return paths
