@@ -302,3 +302,14 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - began
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's number of threads set to `count` inside, and afterwards as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from mpsearch.errors import RunError, SpaceError
 from mpsearch.observer import SILENT, Observer
@@ -24,6 +28,7 @@ from mpsearch.search.view import open_view
 from mpsearch.shipped import shipped
 from mpsearch.state_dict import save_weights
 from mpsearch.study import StudySpec, read_spec
+from mpsearch.train import threads
 from mpsearch.warmstart.start import start_weights, warm_start
 from mpsearch.workbench import Workbench
 
@@ -175,16 +180,27 @@ def write_front(problem: Problem, folder: RunFolder, front: ParetoFront) -> None
     )
 
 
-def estimate_trial_s(problem: Problem, steps: int = 4) -> float:
-    """Seconds that one trial should take in a process of its own: measured on a few eager steps, scoring included."""
-    settings = problem.spec.trial.model_copy(update={"compile": False, "bn_batches": 0})
-    workbench = Workbench(problem.task, settings, offers=problem.space.offers, graph=problem.graph)
-    workbench.reset(problem.space.ladder()[0])
-    workbench.fit(1, seed=0)
-    clock = time.perf_counter()
-    workbench.fit(steps, seed=0)
-    step_s = (time.perf_counter() - clock) / steps
+def estimate_trial_s(problem: Problem, steps: int = 6) -> float:
+    """Seconds that one trial should take in a process of its own: measured on a few eager steps, scoring included.
+
+    With as many threads as a worker has, and by the quickest step: on a machine that is busy with other things the mean
+    of a few steps says more of these, above all where threads wait for each other.
+    """
+    spec = problem.spec
+    alone = spec.engine.address == "none"
+    count = torch.get_num_threads() if alone else max(1, (os.cpu_count() or 1) // spec.search.concurrency)
+    settings = spec.trial.model_copy(update={"compile": False, "bn_batches": 0})
+    with threads(count):
+        workbench = Workbench(problem.task, settings, offers=problem.space.offers, graph=problem.graph)
+        workbench.reset(problem.space.ladder()[0])
+        ended: list[float] = []
+        workbench.fit(steps, seed=0, on_step=lambda step, loss: ended.append(time.perf_counter()))
+        step_s = min(after - before for before, after in itertools.pairwise(ended))
+        evaluate_s = min(_evaluation_s(problem, workbench) for _ in range(2))
+    return step_s * (spec.trial.steps + spec.trial.bn_batches / 3) + 3 * evaluate_s
+
+
+def _evaluation_s(problem: Problem, workbench: Workbench) -> float:
     clock = time.perf_counter()
     problem.task.evaluate(workbench.model, "val")
-    evaluate_s = time.perf_counter() - clock
-    return step_s * (problem.spec.trial.steps + problem.spec.trial.bn_batches / 3) + 3 * evaluate_s
+    return time.perf_counter() - clock

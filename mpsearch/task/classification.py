@@ -23,7 +23,7 @@ from mpsearch.task.checkpoint import load_checkpoint
 from mpsearch.task.images import Images, SampledImages, StoredImages
 from mpsearch.task.models import build_model
 from mpsearch.task.task import Answers, Batch, Split
-from mpsearch.train import FitSettings, fit
+from mpsearch.train import FitSettings, fit, threads
 
 logger = logging.getLogger(__name__)
 progress = logging.getLogger("mpsearch.progress")
@@ -206,7 +206,7 @@ class ClassificationTask:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # depthwise convolutions: 1.7 times as fast
         steps = self._spec.float_epochs * self.steps_per_epoch(FLOAT_BATCH)
         batches = self.train_batches(FLOAT_BATCH, steps, FLOAT_SEED)
-        with torch.inference_mode(False), _seeded(FLOAT_SEED), _threads(self._float_threads()):
+        with torch.inference_mode(False), _seeded(FLOAT_SEED), threads(self._float_threads()):
             try:
                 fit(
                     model,
@@ -244,14 +244,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """torch's number of threads set to `count` inside, and afterwards as it was."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
