@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from commands import Done, mpsearch
 
 from mpsearch.cli.studies import _compact
+from mpsearch.search import run
 from mpsearch.space.choices import parse_choices
 from mpsearch.space.spec import load_space, space_names
+from mpsearch.study import load_study
 
 QUICK = """
 name: quick
@@ -103,3 +112,81 @@ def test_check_warns_of_batch_norm_on_single_samples(here: Path) -> None:
     done = mpsearch("check", "quick.yaml", "--json", "--set", "trial.batch_size=1", cwd=here)
     assert done.returncode == 0, done.stderr
     assert any("BatchNorm normalizes each sample by itself" in text for text in json.loads(done.stdout)["warnings"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["task.checkpoint=weights/a.pt", "space=spaces/mine.yaml", "task.data={kind: imagefolder, root: images}"],
+)
+def test_a_relative_path_that_leads_nowhere_is_named_with_its_folder(here: Path, setting: str) -> None:
+    given = setting.rpartition("=")[2].rpartition(" ")[2].rstrip("}")
+    refused(mpsearch("check", "quick.yaml", "--set", setting, cwd=here), f"'{given}' in {here}")
+
+
+@pytest.fixture
+def swapped(here: Path) -> Path:
+    """A run whose checkpoint has since been replaced by another network's of the same architecture."""
+    from mpsearch.task.load import load_task
+
+    state = load_task(load_study(here / "quick.yaml").task).float_model().state_dict()
+    torch.save(state, here / "a.pt")
+    command = ("run", "quick.yaml", "--set", "task.checkpoint=a.pt", "--trials", "2", "--out", "run")
+    assert mpsearch(*command, cwd=here).returncode == 0
+    state["linear.weight"] = state["linear.weight"].flip(0)
+    (here / "a.pt").rename(here / "first.pt")
+    torch.save(state, here / "a.pt")
+    return here
+
+
+def test_a_run_whose_network_was_replaced_is_refused_until_the_first_is_back(swapped: Path) -> None:
+    (swapped / "config.json").write_text(json.dumps({"conv1": 4}))
+    records = (swapped / "run" / "trials.jsonl").read_text()
+    commands = {
+        "resume": ("resume", "run", "--trials", "3"),
+        "finalize": ("finalize", "run"),
+        "export": ("export", "run", "-o", "exported"),
+        "import": ("import", "run", "config.json"),
+    }
+    for name, command in commands.items():
+        done = mpsearch(*command, cwd=swapped)
+        refused(done, "the float network", "another one", "mpsearch run")
+        digests = set(re.findall(r"\b[0-9a-f]{16}\b", done.stderr))
+        assert len(digests) == 2, name  # the run's and the other one's
+    assert (swapped / "run" / "trials.jsonl").read_text() == records
+    (swapped / "first.pt").replace(swapped / "a.pt")
+    done = mpsearch(*commands["resume"], cwd=swapped)
+    assert done.returncode == 0, done.stderr
+    assert len((swapped / "run" / "trials.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_trial_is_estimated_by_its_quickest_step_on_the_threads_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seen = [0.0], []
+
+    class Busy:
+        """Steps of 2 s and scoring of 1 s, on a machine where other processes take their time too."""
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.model = self
+
+        def reset(self, config: object) -> None: ...
+
+        def fit(self, steps: int, seed: int, on_step: Callable[[int, float], None]) -> None:
+            for step, spent in zip(range(steps), [90.0, 2.0, 50.0, 2.0, 30.0, 70.0], strict=True):
+                now[0] += spent
+                on_step(step, 0.0)
+
+        def evaluate(self, model: object, split: str) -> None:
+            seen.append(torch.get_num_threads())
+            now[0] += 40.0 if len(seen) == 1 else 1.0
+
+    monkeypatch.setattr(run, "Workbench", Busy)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    spec = load_study("digits", ["trial.steps=10", "trial.bn_batches=3", "search.concurrency=2"])
+    problem: Any = SimpleNamespace(
+        spec=spec, task=Busy(), graph=None, space=SimpleNamespace(offers={}, ladder=lambda: [0])
+    )
+    before = torch.get_num_threads()
+    assert run.estimate_trial_s(problem) == 2.0 * (10 + 1) + 3 * 1.0
+    assert set(seen) == {3}
+    assert torch.get_num_threads() == before
