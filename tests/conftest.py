@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not any(map(item.get_closest_marker, TIERS)):
             item.add_marker("unit")
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # the longest and mostly waiting: first
 
 
 @pytest.fixture(scope="session")

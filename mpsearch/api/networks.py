@@ -175,6 +175,7 @@ def ptq(
     >>> bool(abs(result.table.loc["quantized", "val"] - result.table.loc["float", "val"]) < 0.05)
     True
     """
+    spec = read_study(study, set)  # before torch is imported: a mistake is answered at once
     from typing import cast
 
     from mpsearch.precision import LayerPrecision
@@ -186,7 +187,6 @@ def ptq(
     method = PtqMethod(
         rounding=cast(Rounding | None, rounding), bias_correction=cast(BiasCorrection | None, bias_correction)
     ).resolved(data_free)
-    spec = read_study(study, set)
     task = load_task(spec.task)
     model = task.float_model()
     result = quantize(model, precision, None if data_free else task.calibration_input(samples), method)
@@ -239,6 +239,7 @@ def train(
     >>> sorted(result.scores), 0 < result.cost < 1
     (['test', 'val'], True)
     """
+    spec = read_study(study, set)  # before torch is imported: a mistake is answered at once
     from mpsearch.exporters.read import read_precisions
     from mpsearch.problem import open_problem
     from mpsearch.qat.train import METHODS, train_one
@@ -247,7 +248,7 @@ def train(
         raise MpsearchError(f"unknown method '{method}': {nearest(method, METHODS)}")
     if out is not None and Path(out).exists():
         raise MpsearchError(f"{out} exists already: give --out a folder that does not")
-    problem = open_problem(read_study(study, set))
+    problem = open_problem(spec)
     result = train_one(problem, read_precisions(target), method, epochs, seed, observer)
     trained, task = result.trained, problem.task
     network = trained.network(
@@ -306,6 +307,7 @@ def debug(
     >>> result.layers.loc[0, "layer"], result.page.name
     ('conv1', 'debug.html')
     """
+    spec = read_study(study, set)  # before torch is imported: a mistake is answered at once
     from mpsearch.debug.advice import advise
     from mpsearch.debug.measure import diagnose
     from mpsearch.exporters.read import read_precisions
@@ -317,7 +319,6 @@ def debug(
     if not page.parent.is_dir() or page.is_dir():
         raise RunError(f"--out got '{out}': give the page as a file in a folder that exists")
     precisions = read_precisions(config)
-    spec = read_study(study, set)
     task = load_task(spec.task)
     if isinstance(task, Sampling):  # another task scores all of its validation split
         task = task.sampled(samples)

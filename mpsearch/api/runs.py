@@ -213,11 +213,11 @@ def run(
     >>> sum(result.counts.values()), result.report.name
     (4, 'report.html')
     """
+    spec = read_study(study, set)  # before torch is imported: a mistake is answered at once
     from mpsearch.record import RunFolder
     from mpsearch.search.run import run_study
     from mpsearch.study import parse_study
 
-    spec = read_study(study, set)
     changes: dict[str, Any] = {}
     if trials is not None:
         changes["trials"] = trials

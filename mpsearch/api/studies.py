@@ -168,10 +168,10 @@ def check(study: str | Path | StudySpec, set: Sequence[str] = ()) -> Check:
     >>> checked.layers, checked.study.search.trials, checked.unit
     (11, 12, 'pJ')
     """
+    spec = read_study(study, set)  # before torch is imported: a mistake is answered at once
     from mpsearch.problem import open_problem
     from mpsearch.search.run import estimate_trial_s
 
-    spec = read_study(study, set)
     problem = open_problem(spec)
     trial_s = estimate_trial_s(problem)
     return Check(
@@ -216,6 +216,7 @@ def inspect(
     >>> layers.loc[0, ["layer", "kind", "macs"]].to_list()
     ['conv1', 'conv2d', 6912]
     """
+    spec = read_study(study, set)  # before torch is imported: a mistake is answered at once
     import pandas as pd
 
     from mpsearch.problem import open_problem
@@ -225,7 +226,7 @@ def inspect(
         raise MpsearchError("--proxy and --samples say how sensitivities are measured: add --sensitivity")
     proxy, samples = proxy or "kl", 512 if samples is None else samples
     check_proxy(proxy)  # before anything is loaded
-    problem = open_problem(read_study(study, set))
+    problem = open_problem(spec)
     choices = {(name, slot.tensor): slot.choices for slot in problem.space.slots for name in slot.layers}
     rows = [
         {

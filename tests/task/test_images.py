@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpsearch.errors import TaskError
 from mpsearch.task.images import (
@@ -139,15 +139,26 @@ def test_image_size_resizes_batches():
     assert torch.allclose(x[:, :, 4:8, 4:8], torch.ones(2, 1, 4, 4))  # no black margin reaches there
 
 
-def test_batches_are_made_faster_than_a_network_can_use_them():
-    images = stored(
-        torch.randint(0, 256, (5000, 3, 32, 32), dtype=torch.uint8), normalize=Normalization((0.5,), (0.5,))
-    )
-    list(images.train_batches(128, 5, 0))
-    began = time.process_time()
-    list(images.train_batches(128, 40, 0))
-    rate = 40 * 128 / (time.process_time() - began)
-    assert rate > 20_000  # images per second of one core; measured: 60,000 and more
+class Operations(TorchDispatchMode):
+    """Counts torch operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_batch_is_augmented_as_a_whole_and_not_image_by_image():
+    images = stored(torch.randint(0, 256, (600, 3, 32, 32), dtype=torch.uint8), augment=True)
+    counts = []
+    for size in (8, 512):
+        with Operations() as operations:
+            list(images.train_batches(size, 1, 0))
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
 
 
 @pytest.fixture
