@@ -89,17 +89,17 @@ def parse_yaml(text: str) -> Any:
         raise error if isinstance(error, YamlError) else YamlError(str(error)) from None
 
 
-def _weigh(node: yaml.Node, known: dict[int, int], level: int) -> int:
+def _weigh(node: yaml.Node, known: dict[yaml.Node, int], level: int) -> int:
     """How many values a node stands for, with all references unfolded; what must not be is refused on the way."""
     if level > MOST_LEVELS:
         raise YamlError(f"line {_line(node)}: it is nested in more than {MOST_LEVELS} levels: is it the right file?")
     if isinstance(node, yaml.ScalarNode):
         return 1
-    if (weight := known.get(id(node))) is not None:  # the composer keeps one node for all references to it
+    if (weight := known.get(node)) is not None:  # the composer keeps one node for all references to it
         if weight == 0:
             raise YamlError(f"line {_line(node)}: a value refers to itself")
         return weight
-    known[id(node)] = 0
+    known[node] = 0
     below: list[yaml.Node] = list(node.value)
     if isinstance(node, yaml.MappingNode):
         _refuse_repeated_keys(node)
@@ -111,7 +111,7 @@ def _weigh(node: yaml.Node, known: dict[int, int], level: int) -> int:
             raise YamlError(
                 f"line {_line(node)}: it unfolds to more than {MOST_VALUES:,} values: is it the right file?"
             )
-    known[id(node)] = weight
+    known[node] = weight
     return weight
 
 

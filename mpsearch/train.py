@@ -183,10 +183,10 @@ def steps(
 def _parameter_groups(model: nn.Module, settings: FitSettings) -> list[dict[str, Any]]:
     """Weights, which decay; biases and norms, which do not; and ranges, which neither decay nor move as fast."""
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "plain": [], "ranges": []}
-    ranges = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters(recurse=False)}
+    ranges = {p for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters(recurse=False)}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            name = "ranges" if id(parameter) in ranges else "weights" if parameter.dim() > 1 else "plain"
+            name = "ranges" if parameter in ranges else "weights" if parameter.dim() > 1 else "plain"
             groups[name].append(parameter)
     return [
         {"params": groups["weights"], "share": 1.0, "weight_decay": settings.weight_decay},

@@ -21,6 +21,7 @@ from mpsearch.private.ray import TUNE_HERE, files_in, mute_workers, session_of_c
 from mpsearch.private.torch import (
     COMPILED,
     BatchNormNd,
+    ConvNd,
     ConvTransposeNd,
     carry_versions,
     padding_for_pad,
@@ -105,6 +106,7 @@ def test_torch_base_classes_cover_every_dimension():
     for d in (1, 2, 3):
         assert issubclass(getattr(nn, f"BatchNorm{d}d"), BatchNormNd), "BatchNorm is not re-estimated"
         assert issubclass(getattr(nn, f"ConvTranspose{d}d"), ConvTransposeNd), "AIMET scales lie on the wrong axis"
+        assert issubclass(getattr(nn, f"Conv{d}d"), ConvNd), "the cost of grouped convolutions is that of dense ones"
     assert issubclass(nn.SyncBatchNorm, BatchNormNd), "BatchNorm is not re-estimated"
     assert not issubclass(nn.Conv2d, ConvTransposeNd)
     assert not issubclass(nn.LayerNorm, BatchNormNd)

@@ -119,12 +119,12 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
         for name, layer in layers.items()
     }
     written = {
-        id(value) for name in (*layers, *folded.values()) for value in modules[name].state_dict(keep_vars=True).values()
+        value for name in (*layers, *folded.values()) for value in modules[name].state_dict(keep_vars=True).values()
     }
     others = {
         name: value.detach().cpu().clone().contiguous()
         for name, value in network.model.state_dict(keep_vars=True).items()
-        if id(value) not in written  # by identity: a module may hang under two names
+        if value not in written  # a tensor equals itself alone here: a module may hang under two names
     }
     path = folder / TENSORS_FILE
     save_tensors(writer.tensors() | others, path)

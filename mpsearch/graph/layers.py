@@ -32,6 +32,7 @@ from mpsearch.graph.kinds import (
     weight_of,
 )
 from mpsearch.graph.observe import Observation, Usage, observe, place_of, tensor_key
+from mpsearch.private.torch import COMPILED, BatchNormNd, ConvNd
 
 
 def inspect_model(model: nn.Module, example_input: Any, batch_size: int | None = None) -> ModelGraph:
@@ -80,7 +81,7 @@ def inspect_model(model: nn.Module, example_input: Any, batch_size: int | None =
 def _check(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f"'{name}'" if name else "the model"
-        inner = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+        inner = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": COMPILED}
         if (attribute := inner.get(type(module).__name__)) is not None:
             raise TaskError(f"{where} is wrapped in {type(module).__name__}: give the plain model, its .{attribute}")
         if getattr(module, "_compiled_call_impl", None) is not None:
@@ -120,7 +121,7 @@ def _layers(model: nn.Module, seen: Observation, samples: int, followers: Mappin
 
 
 def _only_normalizes(module: nn.Module, usage: Usage) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and not usage.macs
+    return isinstance(module, BatchNormNd) and not usage.macs
 
 
 def _layer(
@@ -137,7 +138,7 @@ def _layer(
         macs=_share(usage.macs, samples),
         params=sum(parameter.numel() for parameter in module.parameters(recurse=kind is not None)),
         fan_in=_fan_in(module, weight_shape),
-        groups=module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1,
+        groups=module.groups if isinstance(module, ConvNd) else 1,
         signed_input=usage.signed_input,
         batch_norm=batch_norm,
         input_group=name,

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpsearch.graph.inputs import call, evaluating, layer_input, tensors
 from mpsearch.graph.kinds import channel_axis, kind_of
+from mpsearch.private.torch import BatchNormNd
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -198,7 +199,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _hooks(self, name: str, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
         layer = name in self._layers or isinstance(module, nn.EmbeddingBag)
-        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        norm = isinstance(module, BatchNormNd)
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._running.append(name)

@@ -15,6 +15,9 @@ COMPILED = "_orig_mod"
 BatchNormNd = nn.modules.batchnorm._BatchNorm
 """BatchNorm of any dimension, synchronized or not."""
 
+ConvNd = nn.modules.conv._ConvNd
+"""Convolution of any dimension, transposed or not."""
+
 ConvTransposeNd = nn.modules.conv._ConvTransposeNd
 """Transposed convolution of any dimension."""
 

@@ -26,6 +26,7 @@ from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.kinds import BATCH_NORMS, foldable_norm, is_transposed_linear, kind_of, known_class, weight_of
 from mpsearch.graph.layers import reason_to_stay_float
 from mpsearch.graph.observe import Usage
+from mpsearch.private.torch import BatchNormNd
 
 _OPERATIONS: Mapping[Any, str] = {
     **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
@@ -124,7 +125,7 @@ class _LayerTracer(fx.Tracer):
     """Sees each layer and each BatchNorm as one operation, also those of classes derived from torch's."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = known_class(m) is not None or isinstance(m, nn.modules.batchnorm._BatchNorm)
+        known = known_class(m) is not None or isinstance(m, BatchNormNd)
         return known or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -147,7 +148,7 @@ class Flow:
         self.modules = dict(model.named_modules())
         self.graph: fx.Graph = _LayerTracer().trace(model)
         self._calls = Counter(str(n.target) for n in self.graph.nodes if n.op == "call_module")
-        self._holders = Counter(id(p) for m in self.modules.values() for p in m.parameters(recurse=False))
+        self._holders = Counter(p for m in self.modules.values() for p in m.parameters(recurse=False))
         self._read = {str(n.target).rpartition(".")[0] for n in self.graph.nodes if n.op == "get_attr"}
         self._layouts: dict[fx.Node, Layout] = {}
         for node in self.graph.nodes:
@@ -272,7 +273,7 @@ class Flow:
         """Whether a layer is used once, and has its parameters for itself."""
         name = str(node.target)
         parameters = self.modules[name].parameters(recurse=False)
-        return self._calls[name] == 1 and all(self._holders[id(p)] == 1 for p in parameters)
+        return self._calls[name] == 1 and all(self._holders[p] == 1 for p in parameters)
 
     def _follower(self, node: fx.Node) -> str | None:
         """The BatchNorm that can become part of a layer: see `graph.layers`."""

@@ -180,8 +180,8 @@ def _train(
     quantizers = [q for q in model.modules() if isinstance(q, GdnsqQuantizer)]
     log_steps = [q.log_s for q in quantizers]
     ends = [p for q in quantizers for p in (q.log_q, q.beta) if p is not None]
-    known = {id(p) for p in (*log_steps, *ends)}
-    weights = [p for p in model.parameters() if id(p) not in known]
+    of_quantizers = {*log_steps, *ends}
+    weights = [p for p in model.parameters() if p not in of_quantizers]
     # RAdam's first thousand steps are a warm-up, which would be most of a short training's descent.
     of_steps, of_ends = (
         torch.optim.Adam(group or [torch.zeros(1, requires_grad=True)], lr=method.range_lr, betas=(0.5, 0.99))

@@ -27,6 +27,7 @@ from mpsearch.graph.facts import LayerInfo, ModelGraph
 from mpsearch.graph.inputs import call, evaluating, layer_input
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import Offer, Precision, PrecisionConfig
+from mpsearch.private.torch import without_compiled_prefix
 from mpsearch.quant.modules import UNIFORM, QuantLayer, quantized
 from mpsearch.quant.ranges import activation_range, weight_step
 
@@ -92,7 +93,7 @@ def inspect_network(model: nn.Module, calibration_input: Any, batch_size: int | 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """The quantized layers of a model by name; names are the same whether or not the model is compiled."""
-    return {n.removeprefix("_orig_mod."): m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
+    return {without_compiled_prefix(n): m for n, m in model.named_modules() if isinstance(m, QuantLayer)}
 
 
 class RangeSetter:

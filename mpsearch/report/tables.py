@@ -27,7 +27,6 @@ def trials_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
     (`PrecisionConfig.mean_bits`), on_front, knee, reason.
     """
     front = pareto_front(records)
-    on_front = {id(trial) for trial in front}  # by identity: numbers may repeat outside a study
     knee = front.knee if front.trials else None
     rows = [
         (
@@ -37,7 +36,7 @@ def trials_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
             None if trial.accuracy is None else 100 * trial.accuracy,
             trial.cost,
             *trial.config.mean_bits,
-            id(trial) in on_front,
+            any(trial is member for member in front),  # by identity: numbers may repeat outside a study
             trial is knee,
             trial.reason,
         )

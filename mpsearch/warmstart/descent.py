@@ -277,8 +277,8 @@ def descend(
             f"{top:.3g}: give some that do"
         )
     quantizers = [q for group in by_slot for q in group]
-    own = {id(p) for q in quantizers for p in q.parameters()}
-    weights = [p for p in model.parameters() if id(p) not in own]
+    of_quantizers = {p for q in quantizers for p in q.parameters()}
+    weights = [p for p in model.parameters() if p not in of_quantizers]
     lr = SHARE_OF_LR * workbench.settings.lr if lr is None else lr
     optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9, nesterov=True)
     slopes = torch.zeros(len(bits), dtype=torch.float64)
