@@ -188,9 +188,9 @@ def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]
     """The keys that there are at a place of a document."""
     annotation: Any = model
     for part in location:  # an index, or a key of a mapping, stays within the annotation
-        fields = [found.model_fields[part] for found in _models(annotation) if part in found.model_fields]
+        fields = [candidate.model_fields[part] for candidate in _models(annotation) if part in candidate.model_fields]
         annotation = fields[0].annotation if fields else annotation
-    return sorted({name for found in _models(annotation) for name in found.model_fields})
+    return sorted({name for candidate in _models(annotation) for name in candidate.model_fields})
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

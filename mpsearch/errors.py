@@ -50,7 +50,7 @@ class VerificationError(ExportError):
     """What was exported does not answer in its own runtime as the network does: the CLI exits with 1."""
 
 
-def nearest(given: str, valid: Iterable[str]) -> str:
+def nearest(word: str, valid: Iterable[str]) -> str:
     """The tail of an error message: the valid names, the most similar one first if any is similar.
 
     >>> nearest("trails", ["trials", "seed"])
@@ -58,5 +58,5 @@ def nearest(given: str, valid: Iterable[str]) -> str:
     """
     names = sorted(valid)
     listed = f"valid: {', '.join(names)}" if names else "there is none"
-    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'? {listed}" if close else listed

@@ -53,21 +53,21 @@ class Problem(ProblemFacts):
         model, settings = self.task.float_model(), self.spec.trial
         if not any(isinstance(module, BatchNormNd) for module in model.modules()):
             return []
-        found = []
+        warnings = []
         if settings.batch_size == 1 and (settings.steps or settings.bn_batches):
-            found.append(
+            warnings.append(
                 "trial.batch_size is 1, so that BatchNorm normalizes each sample by itself: trials train another "
                 "network than the one that is scored; set it to 2 or more (16 is usual)"
             )
         x, _ = next(iter(self.task.train_batches(256, 1, seed=0)))
         gap = batch_norm_gap(model, x, self.task.logits) if samples_of(x) > 1 else 0.0
         if gap >= WIDE_GAP:
-            found.append(
+            warnings.append(
                 "with the BatchNorm statistics of a training batch the float network answers otherwise than with its "
                 f"own ({gap:.2f} nats; a few hundredths are usual): it was trained on batches made in another way "
                 "(normalization, order of colours, margins), and trials lose accuracy at first; see task.data"
             )
-        return found
+        return warnings
 
 
 def open_problem(spec: StudySpec) -> Problem:

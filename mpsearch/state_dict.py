@@ -27,12 +27,12 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 def digest(model: nn.Module) -> str:
     """16 hex digits that name the weights and buffers of a network: the same where names, types and values are."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
-            found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+            sha256.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            sha256.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()[:16]
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool = True) -> list[str]:
@@ -45,9 +45,9 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool =
         RuntimeError: the tensors are not those of the model.
     """
     current = model.state_dict()
-    given = OrderedDict(tensors)
-    carry_versions(given, current)
-    return list(model.load_state_dict(given, strict=strict).unexpected_keys)
+    state = OrderedDict(tensors)
+    carry_versions(state, current)
+    return list(model.load_state_dict(state, strict=strict).unexpected_keys)
 
 
 @torch.no_grad()

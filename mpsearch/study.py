@@ -115,10 +115,10 @@ class TaskSpec(_Section):
             raise ValueError("`args` are those of a `factory`: write `model_args` or `data.args`")
         if self.factory is not None:
             fields = type(self).model_fields.items()
-            given = [
+            filled = [
                 name for name, field in fields if getattr(self, name) != field.get_default(call_default_factory=True)
             ]
-            if extra := sorted(set(given) - {"factory", "args"}):
+            if extra := sorted(set(filled) - {"factory", "args"}):
                 raise ValueError(f"`factory` brings its own model, data and metric: leave {', '.join(extra)} out")
         return self
 

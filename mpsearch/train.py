@@ -238,11 +238,11 @@ def batch_norm_gap(model: nn.Module, x: Any, logits: Callable[[Any], Tensor]) ->
     colours give tenths, and then whatever trains on such batches or re-estimates BatchNorm on them does harm at first.
     """
     model = copy.deepcopy(model).eval()
-    own = logits(call(model, x))
+    batch = logits(call(model, x))
     for module in model.modules():
         if isinstance(module, BatchNormNd):
             module.train()
-    return float(jeffreys(logits(call(model, x)), own))
+    return float(jeffreys(logits(call(model, x)), batch))
 
 
 def single_value_norms(model: nn.Module, x: Any) -> tuple[str, ...]:
@@ -250,12 +250,12 @@ def single_value_norms(model: nn.Module, x: Any) -> tuple[str, ...]:
 
     They cannot be trained on a batch of one sample, as there is no variance: torch raises.
     """
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
 
     def look(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if math.prod(layer_input(args, kwargs).shape[2:]) == 1:
-                found[name] = None
+                names[name] = None
 
         return hook
 
@@ -268,7 +268,7 @@ def single_value_norms(model: nn.Module, x: Any) -> tuple[str, ...]:
     finally:
         for handle in hooks:
             handle.remove()
-    return tuple(found)
+    return tuple(names)
 
 
 def samples_of(x: Any) -> int:

@@ -97,8 +97,8 @@ class Workbench:
         """Have a model's quantizers compiled, in place, where the study says so, or where it pays and can be done."""
         samples = self.settings.steps * self.settings.batch_size
         elements = samples * sum(layer.calls * math.prod(layer.input_shape) for layer in self.layers)
-        wanted = self.settings.compile
-        if wanted is False or (wanted == "auto" and elements < WORTH_COMPILING):
+        setting = self.settings.compile
+        if setting is False or (setting == "auto" and elements < WORTH_COMPILING):
             return model
         if missing := compiler_missing():
             logger.warning("torch.compile is not used: %s; trials run eagerly and take longer", missing)

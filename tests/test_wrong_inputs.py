@@ -51,7 +51,7 @@ def here(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", space_names())
 def test_inspect_writes_the_choices_of_every_shipped_space_and_loses_none(name: str) -> None:
     for rule in load_space(name).rules:
-        for tensor, choices in rule.given():
+        for tensor, choices in rule.choices():
             usual = {"weight": "channel", "activation": "tensor"}[tensor]
             assert set(parse_choices(_compact(choices, usual).split(", "), tensor)) == set(choices)
 

@@ -22,7 +22,7 @@ def _onnxruntime(file: str) -> tuple[int | None, Callable[[Arrays], Arrays]]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
+    names = [argument.name for argument in session.get_inputs()]
     batch = session.get_inputs()[0].shape[0]
     size = batch if isinstance(batch, int) else None
     return size, lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))
@@ -38,11 +38,11 @@ def _qonnx(file: str) -> tuple[int | None, Callable[[Arrays], Arrays]]:
     batch = model.graph.input[0].type.tensor_type.shape.dim[0]
 
     def run(arrays: Arrays) -> Arrays:
-        given = dict(zip(inputs, arrays, strict=True))
-        for name, array in given.items():
+        feed = dict(zip(inputs, arrays, strict=True))
+        for name, array in feed.items():
             model.set_tensor_shape(name, list(array.shape))
-        found = execute_onnx(model, given)
-        return [found[name] for name in outputs]
+        results = execute_onnx(model, feed)
+        return [results[name] for name in outputs]
 
     return batch.dim_value or None, run
 

@@ -89,10 +89,10 @@ def _verified(network: QuantizedNetwork, to: str, path: Path, before: Iterable[P
         expected = verification.reference(network.model, samples)
         return verification.verify(to, path, samples, expected, network.float_model)
     except VerificationError as error:
-        kept = _set_aside(path, set(path.iterdir()) - set(before))
+        failed = _set_aside(path, set(path.iterdir()) - set(before))
         raise VerificationError(
-            f"{error}\nIts files were moved to {kept}. They are not what was measured: pick another config or format, "
-            "or give --no-verify (verify=False) to have them all the same."
+            f"{error}\nIts files were moved to {failed}. They are not what was measured: pick another config or "
+            "format, or give --no-verify (verify=False) to have them all the same."
         ) from None
 
 
@@ -100,13 +100,13 @@ def _set_aside(path: Path, files: Iterable[Path]) -> Path:
     """Move the files of a failed export into a new folder beside it, `out.failed`, `out.failed2`, ...; returns it."""
     whole = path.resolve()
     names = (whole.with_name(f"{whole.name}.failed{number}") for number in ("", *range(2, 1000)))
-    kept = next(name for name in names if not name.exists())
+    failed = next(name for name in names if not name.exists())
     try:
-        kept.mkdir()
+        failed.mkdir()
         for file in files:
-            file.rename(kept / file.name)
+            file.rename(failed / file.name)
         if not any(path.iterdir()):
             path.rmdir()
     except OSError as error:
-        raise write_error(kept, error) from None
-    return kept
+        raise write_error(failed, error) from None
+    return failed

@@ -45,21 +45,21 @@ class Conversion:
 
     layer: str
     tensor: Literal["weight", "activation"]
-    wanted: Precision
-    given: Precision
+    before: Precision
+    after: Precision
     same_values: bool  # no number changed, only how many bits it is stored in
 
     def __str__(self) -> str:
         effect = "same values" if self.same_values else "values change"
-        return f"{self.layer} {self.tensor}: {self.wanted} becomes {self.given}, {effect}"
+        return f"{self.layer} {self.tensor}: {self.before} becomes {self.after}, {effect}"
 
     def to_json(self) -> dict[str, Any]:
         """For the export's manifest."""
         return {
             "layer": self.layer,
             "tensor": self.tensor,
-            "wanted": str(self.wanted),
-            "given": str(self.given),
+            "wanted": str(self.before),
+            "given": str(self.after),
             "same_values": self.same_values,
         }
 
@@ -95,8 +95,8 @@ _NOTHING = Holds({}, {}, frozenset())
 
 def _refusal(target: str, holds: Holds, conversions: tuple[Conversion, ...], kinds: Mapping[str, str]) -> str:
     lines = [
-        f"  {c.layer} ({kinds[c.layer]}) {c.tensor} {c.wanted}: "
-        f"{c.given} would hold it, {'the same values' if c.same_values else 'with other values'}"
+        f"  {c.layer} ({kinds[c.layer]}) {c.tensor} {c.before}: "
+        f"{c.after} would hold it, {'the same values' if c.same_values else 'with other values'}"
         for c in conversions[:20]
     ]
     if len(conversions) > len(lines):
@@ -117,16 +117,16 @@ def _widths(widths: Widths) -> str:
 
 
 def _conversions(name: str, layer: QuantLayer, holds: Holds) -> list[Conversion]:
-    found = []
+    conversions = []
     weight, activation = layer.precision.weight, layer.precision.activation
     if not _held(weight, holds.weight):
-        given = _weight_alternative(weight, holds.weight)
-        same = given.is_float or given.bits >= _bits_of_same_values(weight)
-        found.append(Conversion(name, "weight", weight, given, same))
+        alternative = _weight_alternative(weight, holds.weight)
+        same = alternative.is_float or alternative.bits >= _bits_of_same_values(weight)
+        conversions.append(Conversion(name, "weight", weight, alternative, same))
     if not _held(activation, holds.activation):
-        given = _alternative(activation.bits, holds.activation)
-        found.append(Conversion(name, "activation", activation, given, same_values=False))
-    return found
+        alternative = _alternative(activation.bits, holds.activation)
+        conversions.append(Conversion(name, "activation", activation, alternative, same_values=False))
+    return conversions
 
 
 def _held(precision: Precision, widths: Widths) -> bool:
@@ -160,31 +160,31 @@ def _bits_of_same_values(weight: Precision) -> int:
 def _convert(layer: QuantLayer, conversion: Conversion) -> None:
     """Give one tensor of a layer its new quantizer, in place."""
     if conversion.tensor == "weight":
-        _convert_weight(layer, conversion.given)
+        _convert_weight(layer, conversion.after)
     else:
-        _convert_activation(layer, conversion.given)
+        _convert_activation(layer, conversion.after)
 
 
-def _convert_weight(layer: QuantLayer, given: Precision) -> None:
+def _convert_weight(layer: QuantLayer, precision: Precision) -> None:
     old = layer.weight_quantizer
     values, step = layer.quantized_weight().detach().clone(), old.current_range()[0]
     if old.precision.quantizer == "uniform":
         factor = 0.5 if old.precision.bits == 1 else 1.0
     else:
         factor = integer_levels(old.precision, signed=True)[1]
-    same = given.is_float or given.bits >= _bits_of_same_values(old.precision)
+    same = precision.is_float or precision.bits >= _bits_of_same_values(old.precision)
     layer.weight = nn.Parameter(values)  # its own, also where layers shared one: their grids may differ
-    layer.weight_quantizer = _fresh(old, given)
-    if not given.is_float:
-        step = step * factor if same else weight_step(weight_rows(layer), given)
+    layer.weight_quantizer = _fresh(old, precision)
+    if not precision.is_float:
+        step = step * factor if same else weight_step(weight_rows(layer), precision)
         layer.weight_quantizer.set_range(step)
 
 
-def _convert_activation(layer: QuantLayer, given: Precision) -> None:
+def _convert_activation(layer: QuantLayer, precision: Precision) -> None:
     """The same range on the new grid."""
     old = layer.input_quantizer
-    layer.input_quantizer = new = _fresh(old, given)
-    if given.is_float:
+    layer.input_quantizer = new = _fresh(old, precision)
+    if precision.is_float:
         return
     if old.precision.quantizer == "uniform":
         grid = uniform_grid(old)
@@ -193,7 +193,7 @@ def _convert_activation(layer: QuantLayer, given: Precision) -> None:
         two_sided = old.beta is not None
         most = float(steps(old)[0]) * magnitudes(old.precision, two_sided)[-1]
         least = -most if two_sided else 0.0
-    low, high = code_range(given.bits, signed=False)
+    low, high = code_range(precision.bits, signed=False)
     step = torch.tensor((most - least) / (high - low))
     new.set_range(step, torch.tensor(least))
 

@@ -76,17 +76,17 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
 def _quantizers(name: str, layer: QuantLayer) -> dict[str, tuple[dict[str, Any], dict[str, Tensor]]]:
     """ModelOpt's quantizer -> its attributes, and its ranges."""
     weight, activation = layer.precision.weight, layer.precision.activation
-    found: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
+    quantizers: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     if not weight.is_float:
         step = uniform_grid(layer.weight_quantizer).step * (2 ** (weight.bits - 1) - 1)
         by_channel = weight.granularity == "channel"
         amax = per_channel(step, cast(Tensor, layer.weight), layer.channel_axis) if by_channel else step.reshape(())
         axis = layer.channel_axis if by_channel else None
         cfg = {"num_bits": weight.bits, "axis": axis, "narrow_range": False}
-        found["weight_quantizer"] = (cfg, {"amax": amax.contiguous()})
+        quantizers["weight_quantizer"] = (cfg, {"amax": amax.contiguous()})
     if not activation.is_float:
-        found["input_quantizer"] = _input_quantizer(name, layer)
-    return found
+        quantizers["input_quantizer"] = _input_quantizer(name, layer)
+    return quantizers
 
 
 def _input_quantizer(name: str, layer: QuantLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -96,8 +96,8 @@ def _open_batch(x: Any) -> Any:
 
 def _check_types(network: QuantizedNetwork, inputs: Any) -> None:
     """The kernels that onnxruntime has for quantizers and convolutions on a CPU are those of float32."""
-    given = {f"input {i}": x for i, x in enumerate(tree_leaves(inputs)) if isinstance(x, Tensor)}
-    for name, values in [*network.model.named_parameters(), *network.model.named_buffers(), *given.items()]:
+    named = {f"input {i}": x for i, x in enumerate(tree_leaves(inputs)) if isinstance(x, Tensor)}
+    for name, values in [*network.model.named_parameters(), *network.model.named_buffers(), *named.items()]:
         if values.is_floating_point() and values.dtype != torch.float32:
             raise ExportError(
                 f"'{name}' of {network.name} is {values.dtype}, ONNX export expects torch.float32, which onnxruntime "
@@ -219,9 +219,9 @@ def replace_markers(
     del graph.node[:]
     graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
-    kept = [constant for constant in graph.initializer if constant.name in used]
+    remaining = [constant for constant in graph.initializer if constant.name in used]
     del graph.initializer[:]
-    graph.initializer.extend(kept)
+    graph.initializer.extend(remaining)
     others = [entry for entry in proto.opset_import if entry.domain != DOMAIN]
     del proto.opset_import[:]
     proto.opset_import.extend(others)

@@ -48,10 +48,10 @@ def read_config(path: str | Path) -> PrecisionConfig:
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in (CONFIG_FILE, MANIFEST) if (path / name).exists()]
-        if not found:
+        files = [path / name for name in (CONFIG_FILE, MANIFEST) if (path / name).exists()]
+        if not files:
             raise ExportError(f"{path} holds neither {CONFIG_FILE} nor {MANIFEST}: give what export wrote, or a file")
-        path = found[0]
+        path = files[0]
     document = _read(path)
     if "param_encodings" in document:
         return _from_aimet(document, path)
@@ -77,7 +77,7 @@ def _from_aimet(document: Mapping[str, Any], path: Path) -> PrecisionConfig:
             f"{path} has AIMET encodings of version {document.get('version')!r}, which name tensors and not layers: "
             "expected 0.6, as QuantizationSimModel writes for torch"
         )
-    found: dict[str, LayerPrecision] = {}
+    precisions: dict[str, LayerPrecision] = {}
     by_layer = {name.removesuffix(".weight"): value for name, value in weights.items() if name.endswith(".weight")}
     for name in {**by_layer, **activations}:
         try:
@@ -89,8 +89,8 @@ def _from_aimet(document: Mapping[str, Any], path: Path) -> PrecisionConfig:
         except PrecisionError as error:
             raise PrecisionError(f"{path}: layer '{name}': {error}") from None
         if not (weight.is_float and activation.is_float):  # output encodings alone say nothing of this layer
-            found[name] = LayerPrecision(weight, activation)
-    return PrecisionConfig(found)
+            precisions[name] = LayerPrecision(weight, activation)
+    return PrecisionConfig(precisions)
 
 
 def _aimet_weight(encodings: Any) -> Precision:

@@ -94,7 +94,7 @@ class Runtime:
     load: Callable[[nn.Module, Path, Any], Any] | None = None  # (float network, folder, samples) -> model; None: ONNX
 
 
-def _given(load: Callable[[nn.Module, Path], nn.Module]) -> Callable[[nn.Module, Path, Any], nn.Module]:
+def _without_samples(load: Callable[[nn.Module, Path], nn.Module]) -> Callable[[nn.Module, Path, Any], nn.Module]:
     """A `load` that needs no samples, in the form of one that does."""
     return lambda model, folder, _: load(model, folder)
 
@@ -106,11 +106,11 @@ def _aimet(model: nn.Module, folder: Path, samples: Any) -> Any:
 RUNTIMES: dict[str, Runtime] = {
     "onnx": Runtime("onnxruntime", "onnxruntime"),
     "qonnx": Runtime("qonnx", "qonnx"),
-    "native": Runtime("mpsearch", "mpsearch", _given(native.load)),
-    "packed": Runtime("mpsearch", "mpsearch", _given(packed.load)),
-    "brevitas": Runtime("brevitas", "brevitas", _given(brevitas.load)),
-    "torchao": Runtime("torchao", "torchao", _given(torchao.load)),
-    "modelopt": Runtime("modelopt", "nvidia-modelopt", _given(modelopt.load)),
+    "native": Runtime("mpsearch", "mpsearch", _without_samples(native.load)),
+    "packed": Runtime("mpsearch", "mpsearch", _without_samples(packed.load)),
+    "brevitas": Runtime("brevitas", "brevitas", _without_samples(brevitas.load)),
+    "torchao": Runtime("torchao", "torchao", _without_samples(torchao.load)),
+    "modelopt": Runtime("modelopt", "nvidia-modelopt", _without_samples(modelopt.load)),
     "aimet": Runtime("aimet_torch", "aimet-torch", _aimet),
 }
 """Export target -> what runs it; MHAQ trains a network anew and has none."""
@@ -134,7 +134,7 @@ def reference(model: nn.Module, samples: Any) -> Reference:
         for hook in hooks:
             hook.remove()
     moved = torch.stack([_difference(outputs, rerun) for rerun in reruns])
-    changed = sum(int((_chosen(outputs) != _chosen(rerun)).sum()) for rerun in reruns) / RERUNS
+    changed = sum(int((_largest(outputs) != _largest(rerun)).sum()) for rerun in reruns) / RERUNS
     return Reference(outputs, moved, changed)
 
 
@@ -171,11 +171,11 @@ def verify(
     samples = map_tensors(lambda x: x.detach().cpu(), samples)
     with tempfile.TemporaryDirectory(prefix="mpsearch-verify-") as scratch:
         if runtime.load is None:
-            found = _run_onnx(to, folder, samples, Path(scratch), timeout_s)
+            answers = _run_onnx(to, folder, samples, Path(scratch), timeout_s)
         else:
             assert float_model is not None
-            found = _run_torch(runtime, float_model, folder, samples, Path(scratch), timeout_s)
-    return _compared(found, expected, runtime.name, installed)
+            answers = _run_torch(runtime, float_model, folder, samples, Path(scratch), timeout_s)
+    return _compared(answers, expected, runtime.name, installed)
 
 
 def _run_onnx(to: str, folder: Path, samples: Any, scratch: Path, timeout_s: float) -> tuple[Tensor, ...]:
@@ -246,34 +246,34 @@ def _per_sample(x: Tensor, samples: int) -> Tensor:
 def _difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
     """The largest difference of each sample `(samples,)`, as a share of the largest output."""
     samples = ours[0].shape[0] if ours[0].dim() else 1
-    found = torch.zeros(samples)
+    difference = torch.zeros(samples)
     for a, b in zip(ours, theirs, strict=True):
         a, b = a.double(), b.double()
         same = (a == b) | (a.isnan() & b.isnan())  # infinities, too
         largest = a[a.isfinite()].abs().max().clamp_min(1e-30) if a.isfinite().any() else torch.tensor(1.0)
         off = torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=torch.inf) / largest)
-        found = torch.maximum(found, _per_sample(off, samples).amax(1).float())
-    return found
+        difference = torch.maximum(difference, _per_sample(off, samples).amax(1).float())
+    return difference
 
 
-def _chosen(outputs: Sequence[Tensor]) -> Tensor:
+def _largest(outputs: Sequence[Tensor]) -> Tensor:
     first = outputs[0]
     return _per_sample(first.nan_to_num(), first.shape[0] if first.dim() else 1).argmax(1)
 
 
-def _compared(found: tuple[Tensor, ...], expected: Reference, name: str, installed: str) -> Verified:
+def _compared(answers: tuple[Tensor, ...], expected: Reference, name: str, installed: str) -> Verified:
     ours, noise = expected.outputs, expected.difference
-    fewer = len(found[0]) if found and found[0].dim() else None  # a fixed batch leaves a rest
+    fewer = len(answers[0]) if answers and answers[0].dim() else None  # a fixed batch leaves a rest
     if fewer is not None and ours[0].dim() and fewer < len(ours[0]):
         rows = len(ours[0])
         ours = tuple(x[:fewer] if x.dim() and len(x) == rows else x for x in ours)
         noise = noise[:, :fewer]
-    shapes = [[tuple(x.shape) for x in outputs] for outputs in (found, ours)]
+    shapes = [[tuple(x.shape) for x in outputs] for outputs in (answers, ours)]
     if shapes[0] != shapes[1]:
         raise VerificationError(f"{name} gives outputs of shapes {shapes[0]}, the network {shapes[1]}")
-    difference = _difference(ours, found)
+    difference = _difference(ours, answers)
     samples = len(difference)
-    same = int((_chosen(ours) == _chosen(found)).sum())
+    same = int((_largest(ours) == _largest(answers)).sum())
     verified = Verified(name, installed, samples, same, float(difference.max()))
     moved, moved_by_noise = int((difference > FLOOR).sum()), float((noise > FLOOR).sum()) / RERUNS
     limits = (

@@ -51,13 +51,13 @@ def largest_subset(items: Sequence[T], good: Callable[[Sequence[T]], bool]) -> l
     if good(items):
         return list(items)
 
-    def added(kept: list[T], rest: Sequence[T]) -> list[T]:
-        if not rest or good([*kept, *rest]):
-            return [*kept, *rest]
+    def added(base: list[T], rest: Sequence[T]) -> list[T]:
+        if not rest or good([*base, *rest]):
+            return [*base, *rest]
         if len(rest) == 1:
-            return kept
+            return base
         middle = len(rest) // 2
-        return added(added(kept, rest[:middle]), rest[middle:])
+        return added(added(base, rest[:middle]), rest[middle:])
 
     return added([], items)
 

@@ -35,11 +35,11 @@ def open_attention(model: nn.Module, layers: Iterable[str] | None = None) -> nn.
     """
     names = None if layers is None else list(layers)
 
-    def wanted(attention: str) -> bool:
+    def beside(attention: str) -> bool:
         parent, dot, _ = attention.rpartition(".")
         return names is None or any(name.startswith(parent + dot) for name in names)
 
-    opened = {name for name, module in model.named_modules() if _form(module) and wanted(name)}
+    opened = {name for name, module in model.named_modules() if _form(module) and beside(name)}
     if not opened:
         return model
     # Handed to deepcopy as copied already: other modules around the same parameters.
@@ -231,12 +231,12 @@ def attend(
     """softmax(q k^T / sqrt(d) + mask) v for each head, not yet projected, and the weights if asked for."""
     batched = q.dim() == 3
     q, k, v = (x if batched and batch_first else x.transpose(0, 1) if batched else x.unsqueeze(0) for x in (q, k, v))
-    n, given = k.shape[:2]
+    n, length = k.shape[:2]
     if bias_k is not None and bias_v is not None:
         k, v = torch.cat([k, bias_k.expand(n, 1, -1)], 1), torch.cat([v, bias_v.expand(n, 1, -1)], 1)
     if add_zero:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-    added = k.shape[1] - given  # key positions that no mask knows of
+    added = k.shape[1] - length  # key positions that no mask knows of
     q, k, v = (split_heads(x, heads) for x in (q, k, v))  # (n, heads, l or s + added, d)
     mask = None
     if attn_mask is not None:

@@ -193,7 +193,7 @@ def _followers(model: nn.Module, seen: Observation) -> tuple[dict[str, str], lis
     for norm, usage in seen.usages.items():
         if not _only_normalizes(modules[norm], usage):
             continue
-        layers = [given.layer for given in usage.reads if given is not None]
+        layers = [source.layer for source in usage.reads if source is not None]
         if not layers:
             continue
         if (why := _stays(norm, layers[0], modules, seen)) is None:
@@ -214,11 +214,11 @@ def _stays(norm: str, layer: str, modules: Mapping[str, nn.Module], seen: Observ
             return f"the model reads the parameters of {name} without calling it"
         if modules[name]._forward_hooks or modules[name]._forward_pre_hooks:
             return f"{name} has a forward hook"
-    (given,) = before.gave
-    if given.returned or given.readers != {norm}:
+    (source,) = before.gave
+    if source.returned or source.readers != {norm}:
         return f"something else reads the output of {layer} too"
-    if channel_axis(str(kind_of(module)), len(given.shape)) != 1:
-        return f"it normalizes axis 1 of an output whose channels are axis {len(given.shape) - 1}"
+    if channel_axis(str(kind_of(module)), len(source.shape)) != 1:
+        return f"it normalizes axis 1 of an output whose channels are axis {len(source.shape) - 1}"
     if not foldable_norm(modules[norm]):
         return f"its class {type(modules[norm]).__name__} is not known to be a plain BatchNorm, or it has no statistics"
     shared = [p for p in module.parameters(recurse=False) if len(seen.holders[place_of(p)]) > 1]

@@ -141,8 +141,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def model_output(self, output: Any) -> None:
         """Note which tensors leave the model."""
         for tensor in tensors(output):
-            if tensor.layout == torch.strided and (given := self._given.get(storage_of(tensor))):
-                given.returned = True
+            if tensor.layout == torch.strided and (source := self._given.get(storage_of(tensor))):
+                source.returned = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -150,8 +150,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operands = [tensor for tensor in tensors((args, kwargs)) if tensor.layout == torch.strided]
         reader = self._running[-1] if self._running else ""
         for storage in map(storage_of, operands):
-            if given := self._given.get(storage):
-                given.readers.add(reader)
+            if source := self._given.get(storage):
+                source.readers.add(reader)
             if (parts := self._parts.get(storage)) is not None and parts.isdisjoint(self._running):
                 self.seen.read_elsewhere |= parts
         before = self._counter.get_total_flops()
@@ -209,10 +209,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             self._running.pop()
             if layer and isinstance(output, Tensor):
-                given = Given(name, tensor_key(output), tuple(output.shape))
-                self.seen.usage(name).gave.append(given)
-                self.seen.usage(name).output_shape = given.shape
-                self._given[storage_of(output)] = given
+                source = Given(name, tensor_key(output), tuple(output.shape))
+                self.seen.usage(name).gave.append(source)
+                self.seen.usage(name).output_shape = source.shape
+                self._given[storage_of(output)] = source
 
         return before, after
 
@@ -222,9 +222,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         usage.calls += 1
         usage.inputs.add(key)
         usage.input_shape, usage.input_dtype = tuple(entering.shape), entering.dtype
-        given = self._given.get(key[0])
-        same = given is not None and (given.key, given.shape) == (key, tuple(entering.shape))
-        usage.reads.append(given if same else None)
+        source = self._given.get(key[0])
+        same = source is not None and (source.key, source.shape) == (key, tuple(entering.shape))
+        usage.reads.append(source if same else None)
         if layer and entering.is_floating_point() and entering.numel():
             low, high = entering.aminmax()
             usage.signed_input |= bool(low < 0)

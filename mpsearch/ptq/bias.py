@@ -93,10 +93,10 @@ def correct_bias_empirically(model: nn.Module, float_model: nn.Module, calibrati
 def _weight_error(layer: QuantLayer) -> Tensor:
     """dW = W_q - W as `(groups, out/groups, in/groups, taps)`."""
     exact = blocks(layer).clone()
-    kept = layer.weight
+    weight = layer.weight
     layer.weight = nn.Parameter(layer.quantized_weight(), requires_grad=False)
     error = blocks(layer) - exact
-    layer.weight = kept
+    layer.weight = weight
     return error
 
 

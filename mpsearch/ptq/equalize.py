@@ -83,13 +83,13 @@ def _equalize(net: FloatNet, replace_relu6: bool, absorbs: bool, calibration_inp
         replace_module(model, model.get_submodule(name), nn.ReLU())
     outputs = dict(net.outputs)
     if calibration_input is not None and chains:
-        kept = _checked(model, chains, calibration_input)
+        chains_that_hold = _checked(model, chains, calibration_input)
         notes += [
             f"{chain.first} and {chain.second} are not equalized: the network then answers otherwise"
             for chain in chains
-            if chain not in kept
+            if chain not in chains_that_hold
         ]
-        chains = kept
+        chains = chains_that_hold
     for chain, factors in _equalized(model, chains):
         if chain.first in outputs:
             output = outputs[chain.first]

@@ -210,7 +210,7 @@ class Flow:
 
     def chains(self) -> list[Chain]:
         """The pairs of layers that cross-layer equalization can treat, in execution order."""
-        found = []
+        chains = []
         for node in self.graph.nodes:
             if self.operation(node) != "layer" or not self._alone(node):
                 continue
@@ -230,8 +230,8 @@ class Flow:
             first, second = str(node.target), str(reader.target)
             same_axis = self._reads_channels(reader)
             if same_axis and out_channels(self.modules[first]) == in_channels(self.modules[second]):
-                found.append(Chain(first, second, tuple(between), tuple(relu6)))
-        return found
+                chains.append(Chain(first, second, tuple(between), tuple(relu6)))
+        return chains
 
     def input_distributions(
         self, outputs: Mapping[str, Normal], model_input: tuple[float, float] | None = None
@@ -410,8 +410,8 @@ def _flattened(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[Any, An
     if node.op == "call_module":
         module = cast(nn.Flatten, modules[str(node.target)])
         return module.start_dim, module.end_dim
-    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
-    return given.get("start_dim", 0), given.get("end_dim", -1)
+    arguments = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | dict(node.kwargs)
+    return arguments.get("start_dim", 0), arguments.get("end_dim", -1)
 
 
 def _spread(x: Normal, channels: int) -> Normal | None:

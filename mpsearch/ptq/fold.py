@@ -48,18 +48,18 @@ def fold_batch_norms(model: nn.Module, layers: Sequence[LayerInfo], calibration_
             fold(copied, layer, norm)
         return copied
 
-    kept = pairs
+    foldable_pairs = pairs
     if calibration_input is not None and pairs:
         reference = outputs(model, calibration_input)
-        kept = largest_subset(pairs, lambda some: holds(folded(some), calibration_input, reference))
+        foldable_pairs = largest_subset(pairs, lambda some: holds(folded(some), calibration_input, reference))
     modules = dict(opened.named_modules())
     notes = tuple(
         f"{norm} is not folded into {layer}: the network then answers otherwise"
         for layer, norm in pairs
-        if (layer, norm) not in kept
+        if (layer, norm) not in foldable_pairs
     )
-    normal = {layer: Normal(*_affine(cast(nn.BatchNorm2d, modules[norm]))) for layer, norm in kept}
-    return FloatNet(folded(kept), normal, dict(kept), notes=notes)
+    normal = {layer: Normal(*_affine(cast(nn.BatchNorm2d, modules[norm]))) for layer, norm in foldable_pairs}
+    return FloatNet(folded(foldable_pairs), normal, dict(foldable_pairs), notes=notes)
 
 
 def foldable(modules: Mapping[str, nn.Module], layers: Sequence[LayerInfo]) -> dict[str, str]:

@@ -71,7 +71,7 @@ def cross_entropy_range(layer: QuantLayer, x: Tensor, precision: Precision) -> t
         Step and offset, both of shape (): of all shares of the min-max range, the one of least cross-entropy.
     """
     quantizer = layer.input_quantizer
-    kept = quantizer.precision
+    before = quantizer.precision
     quantizer.set_precision(Precision("float", 32, "tensor"))
     answers = layer(x).flatten(0, -2).softmax(dim=-1)
     quantizer.set_precision(precision)
@@ -83,5 +83,5 @@ def cross_entropy_range(layer: QuantLayer, x: Tensor, precision: Precision) -> t
         loss = float(-(answers * layer(x).flatten(0, -2).log_softmax(dim=-1)).sum(dim=-1).mean())
         if loss < least:
             best, least = candidate, loss
-    quantizer.set_precision(kept)
+    quantizer.set_precision(before)
     return best

@@ -91,14 +91,14 @@ def folds(config: PrecisionConfig) -> bool:
 
 def _soft_weights(model: nn.Module, gradient: ShiftGradient) -> list[tuple[ShiftQuantizer, Tensor]]:
     """The shift quantizers of weights, with the weights; all shift quantizers take on the gradient."""
-    found = []
+    quantizers = []
     for layer in quant_layers(model).values():
         for quantizer in (*layer.weight_quantizer.modules(), *layer.input_quantizer.modules()):
             if isinstance(quantizer, ShiftQuantizer):
                 quantizer.gradient = gradient
         if isinstance(layer.weight_quantizer, ShiftQuantizer) and gradient == "sigmoid":
-            found.append((layer.weight_quantizer, cast(Tensor, layer.weight)))
-    return found
+            quantizers.append((layer.weight_quantizer, cast(Tensor, layer.weight)))
+    return quantizers
 
 
 def _phases(soft: Sequence[tuple[ShiftQuantizer, Tensor]]) -> dict[str, float]:

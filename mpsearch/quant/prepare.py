@@ -77,12 +77,12 @@ def inspect_network(model: nn.Module, calibration_input: Any, batch_size: int | 
     def same(some: Sequence[LayerInfo]) -> bool:
         return holds(insert_quantizers(model, some), calibration_input, reference)
 
-    kept = {layer.name for layer in largest_subset(graph.quantizable, same)}
-    if len(kept) == len(graph.quantizable):
+    names = {layer.name for layer in largest_subset(graph.quantizable, same)}
+    if len(names) == len(graph.quantizable):
         return graph
     why = "with quantizers in it, at float precision, the network does not answer as before"
     layers = tuple(
-        replace(layer, reason=layer.reason or why) if layer.name not in kept else layer for layer in graph.layers
+        replace(layer, reason=layer.reason or why) if layer.name not in names else layer for layer in graph.layers
     )
     notes = [f"{layer.name} stays float: {why}" for layer in layers if layer.reason == why]
     graph = replace(graph, layers=layers, notes=(*graph.notes, *notes))

@@ -115,7 +115,7 @@ class Quantizer(Elementwise):
         """The step s > 0 and the offset that hold now, with LSQ's gradient scale attached."""
         return _range(self.step, self.beta, self.gradient_scale, self.shared)
 
-    def chosen(self) -> Quantizer:
+    def active(self) -> Quantizer:
         """What brings the grid."""
         return self
 
@@ -124,7 +124,7 @@ class Quantizer(Elementwise):
         compiling = torch.compiler.is_compiling()  # somebody compiles the whole model: one graph for all precisions
         if not compiling and self.precision.is_float:
             return x
-        grid = self if compiling else self.chosen()
+        grid = self if compiling else self.active()
         parts = (self.step, self.beta, self.gradient_scale, self.shared)
         y = self.run(_quantize, x, *parts, owner=grid, axis=self.channel_axis)
         return torch.where(self.is_float, x, y) if compiling else y

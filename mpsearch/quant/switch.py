@@ -78,14 +78,14 @@ class SwitchQuantizer(Quantizer):
             raise not_offered(precision, self.kinds)
         for kind in self._all():
             kind.set_precision(FLOAT)
-        chosen = self._all()[list(self.kinds).index(precision.quantizer)]
-        chosen.set_precision(precision)
-        return chosen._set_grid(precision)
+        quantizer = self._all()[list(self.kinds).index(precision.quantizer)]
+        quantizer.set_precision(precision)
+        return quantizer._set_grid(precision)
 
     def quantize(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
         """What the chosen kind makes of `x`."""
         if not torch.compiler.is_compiling():
-            return self.chosen().quantize(x, step, beta)
+            return self.active().quantize(x, step, beta)
         first, *others = self._all()
         y = first.quantize(x, step, beta)
         for kind in others:
@@ -94,9 +94,9 @@ class SwitchQuantizer(Quantizer):
 
     def codes_of(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
         """The codes of the chosen kind."""
-        return self.chosen().codes_of(x, step, beta)
+        return self.active().codes_of(x, step, beta)
 
-    def chosen(self) -> Quantizer:
+    def active(self) -> Quantizer:
         """The kind that the precision names."""
         return next(kind for kind in self._all() if not kind.precision.is_float)
 

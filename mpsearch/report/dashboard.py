@@ -158,11 +158,11 @@ class Prepared:
     def _note_trials(self, run: RunData) -> None:
         by_number = {record.number: record for record in run.records}
         latest = [record.number for record in run.records[-NOTES:]]
-        wanted = [*(r.number for r in (*run.front.trials, *run.front.ladder)), *reversed(latest)]
-        chosen = set(list(dict.fromkeys(wanted))[:NOTES])
+        candidates = [*(r.number for r in (*run.front.trials, *run.front.ladder)), *reversed(latest)]
+        numbers = set(list(dict.fromkeys(candidates))[:NOTES])
         for trial in self._study.get_trials(deepcopy=False):
             record = by_number.get(trial.user_attrs.get("number", -1))
-            if record is None or record.number not in chosen:
+            if record is None or record.number not in numbers:
                 continue
             note = trial_note(record, run, self._folder)
             if self._changed(f"trial {record.number}", note):

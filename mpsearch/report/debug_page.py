@@ -15,7 +15,6 @@ from mpsearch.report import figures
 from mpsearch.report.parts import figure, note, section, table, write_page
 
 STAGE_COLUMNS = ("quantized", "", "accuracy, %", "points lost", "divergence, nats", "answers changed, %")
-_SIDE_WORDS = {"weight": "weight", "activation": "input"}
 _ACTION_WORDS = {
     "cle": "cross-layer equalization",
     "per_channel": "one scale per output channel",
@@ -26,13 +25,13 @@ _ACTION_WORDS = {
 
 
 def write_debug_page(
-    path: str | Path, found: Diagnosis, *, study: str, config: str, commands: Sequence[str] = ()
+    path: str | Path, diagnosis: Diagnosis, *, study: str, config: str, commands: Sequence[str] = ()
 ) -> Path:
     """Write the page.
 
     Args:
         path: the HTML file; replaced whole if it exists.
-        found: what was measured.
+        diagnosis: what was measured.
         study: its name, as commands give it.
         config: what the user called the config.
         commands: how to reproduce it, a line each.
@@ -41,44 +40,44 @@ def write_debug_page(
         RunError: the file cannot be written.
     """
     sections = [
-        section("What to try", _advice(advise(found, study))),
-        section("Where accuracy is lost", _stages(found)),
+        section("What to try", _advice(advise(diagnosis, study))),
+        section("Where accuracy is lost", _stages(diagnosis)),
     ]
-    if found.layers:
-        sections.append(section("Layer by layer", _layers(found)))
-    if found.histograms:
-        sections.append(section("The worst layers, before and after", _histograms(found)))
-    if found.attempts:
-        sections.append(section("Remedies tried", _attempts(found)))
-    return write_page(path, f"{study}: {config}", [*summary(found), *found.notes], sections, commands)
+    if diagnosis.layers:
+        sections.append(section("Layer by layer", _layers(diagnosis)))
+    if diagnosis.histograms:
+        sections.append(section("The worst layers, before and after", _histograms(diagnosis)))
+    if diagnosis.attempts:
+        sections.append(section("Remedies tried", _attempts(diagnosis)))
+    return write_page(path, f"{study}: {config}", [*summary(diagnosis), *diagnosis.notes], sections, commands)
 
 
-def summary(found: Diagnosis) -> list[str]:
+def summary(diagnosis: Diagnosis) -> list[str]:
     """What was scored and on what, and the layers that stand out, a paragraph each."""
-    whole = found.parts.get("all", found.sanity)
+    whole = diagnosis.parts.get("all", diagnosis.sanity)
     lines = [
-        f"{100 * whole.accuracy:.2f} % quantized, {100 * found.float_accuracy:.2f} % float: {found.metric} on "
-        f"{found.samples} samples of the validation split. BatchNorm is folded, ranges are of least squared error."
+        f"{100 * whole.accuracy:.2f} % quantized, {100 * diagnosis.float_accuracy:.2f} % float: {diagnosis.metric} on "
+        f"{diagnosis.samples} samples of the validation split. BatchNorm is folded, ranges are of least squared error."
     ]
-    worst = [f"{_SIDE_WORDS[side]}s of {', '.join(names)}" for side in SIDES if (names := found.worst(side))]
+    worst = [f"{side}s of {', '.join(names)}" for side in SIDES if (names := diagnosis.worst(side))]
     if worst:
         lines.append(f"Quantized alone, the logits are moved most by the {', and the '.join(worst)}.")
     return lines
 
 
-def stage_rows(found: Diagnosis) -> list[list[str]]:
+def stage_rows(diagnosis: Diagnosis) -> list[list[str]]:
     """A row per stage of the flow, by `STAGE_COLUMNS`."""
-    rows = [["float", "", f"{100 * found.float_accuracy:.2f}", "", "", ""]]
-    stages = [("quantizers at 32 bits", found.sanity, not found.sane)]
+    rows = [["float", "", f"{100 * diagnosis.float_accuracy:.2f}", "", "", ""]]
+    stages = [("quantizers at 32 bits", diagnosis.sanity, not diagnosis.sane)]
     words = {"weights": "weights alone", "activations": "activations alone", "all": "all"}
-    stages += [(words[part], score, found.harmful(part)) for part, score in found.parts.items()]
+    stages += [(words[part], score, diagnosis.harmful(part)) for part, score in diagnosis.parts.items()]
     for words_, score, bad in stages:
         rows.append(
             [
                 words_,
                 "problem" if bad else "fine",
                 f"{100 * score.accuracy:.2f}",
-                f"{100 * found.drop(score):.2f} ± {100 * found.drop_error(score):.2f}",
+                f"{100 * diagnosis.drop(score):.2f} ± {100 * diagnosis.drop_error(score):.2f}",
                 f"{score.divergence:.3g}",
                 f"{100 * score.changed:.1f}",
             ]
@@ -86,7 +85,7 @@ def stage_rows(found: Diagnosis) -> list[list[str]]:
     return rows
 
 
-def sweep_table(found: Diagnosis) -> pd.DataFrame:
+def sweep_table(diagnosis: Diagnosis) -> pd.DataFrame:
     """A row per layer, in the network's order; NaN where the config leaves a tensor float.
 
     Columns: layer, kind, channel_ratio, and for weight_ and activation_: precision, sqnr_db, drop (points),
@@ -96,11 +95,11 @@ def sweep_table(found: Diagnosis) -> pd.DataFrame:
     def facts(tensor: TensorFacts | None) -> tuple[str, float, float, float]:
         if tensor is None:
             return "float", nan, nan, nan
-        return str(tensor.precision), tensor.sqnr_db, 100 * found.drop(tensor.alone), tensor.alone.divergence
+        return str(tensor.precision), tensor.sqnr_db, 100 * diagnosis.drop(tensor.alone), tensor.alone.divergence
 
     rows = [
         (layer.name, layer.kind, layer.channel_ratio, *facts(layer.weight), *facts(layer.activation))
-        for layer in found.layers
+        for layer in diagnosis.layers
     ]
     names = [f"{side}_{what}" for side in SIDES for what in ("precision", "sqnr_db", "drop", "divergence")]
     return pd.DataFrame(rows, columns=["layer", "kind", "channel_ratio", *names])
@@ -114,21 +113,21 @@ def _advice(advice: Sequence[Advice]) -> str:
     return f"<ol>{items}</ol>"
 
 
-def _stages(found: Diagnosis) -> str:
+def _stages(diagnosis: Diagnosis) -> str:
     about = (
         f"A part is a problem if it loses more than {TOLERANCE:.0%} of the float score. Divergence: Jeffreys, of the "
         "logits from the float model's. ±: a bound on the standard error."
     )
-    return table(STAGE_COLUMNS, stage_rows(found), texts={0, 1}) + note(about)
+    return table(STAGE_COLUMNS, stage_rows(diagnosis), texts={0, 1}) + note(about)
 
 
-def _layers(found: Diagnosis) -> str:
-    layers = sweep_table(found)
+def _layers(diagnosis: Diagnosis) -> str:
+    layers = sweep_table(diagnosis)
     caption = "Each layer quantized alone, everything else float. Farther to the right is worse."
     drawn = figure(figures.sweep(layers), "sweep", caption)
     columns = ["layer", "kind", "channel ratio"]
-    for words in _SIDE_WORDS.values():
-        columns += [words, "SQNR, dB", "points lost", "divergence"]
+    for side in SIDES:
+        columns += [side, "SQNR, dB", "points lost", "divergence"]
     rows = [
         [row[0], row[1], _shown(row[2], ".1f")]
         + [_shown(value, form) for value, form in zip(row[3:], ("", ".1f", ".2f", ".2g") * 2, strict=True)]
@@ -141,11 +140,11 @@ def _layers(found: Diagnosis) -> str:
     return drawn + table(columns, rows, texts={0, 1, 3, 7}) + note(about)
 
 
-def _histograms(found: Diagnosis) -> str:
-    sqnr = {(layer.name, side): facts.sqnr_db for side in SIDES for layer, facts in found.ranked(side)}
+def _histograms(diagnosis: Diagnosis) -> str:
+    sqnr = {(layer.name, side): facts.sqnr_db for side in SIDES for layer, facts in diagnosis.ranked(side)}
     drawn = ""
-    for index, values in enumerate(found.histograms):
-        what = f"{_SIDE_WORDS[values.side]} of {values.layer}"
+    for index, values in enumerate(diagnosis.histograms):
+        what = f"{values.side} of {values.layer}"
         caption = f"As {values.precision}: SQNR {sqnr[values.layer, values.side]:.1f} dB."
         drawn += figure(
             figures.before_after(values.edges, values.before, values.after, what), f"values-{index}", caption
@@ -153,10 +152,10 @@ def _histograms(found: Diagnosis) -> str:
     return note("Inputs are a sample of what the validation images make.") + f"<div class='pair narrow'>{drawn}</div>"
 
 
-def _attempts(found: Diagnosis) -> str:
+def _attempts(diagnosis: Diagnosis) -> str:
     rows = []
-    for tried in found.attempts:
-        without = found.parts[SIDES[tried.side]]
+    for tried in diagnosis.attempts:
+        without = diagnosis.parts[SIDES[tried.side]]
         rows.append(
             [
                 _ACTION_WORDS[tried.action],

@@ -52,8 +52,8 @@ class Gate:
         said = "a token is needed: open the address with ?token=TOKEN, or send Authorization: Bearer TOKEN"
         return _answer(start_response, "401 Unauthorized", said, [("WWW-Authenticate", 'Bearer realm="mpsearch"')])
 
-    def _fits(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), (self._token or "").encode())
+    def _fits(self, token: str) -> bool:
+        return hmac.compare_digest(token.encode(), (self._token or "").encode())
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -82,9 +82,9 @@ def _host(environ: dict[str, Any]) -> str:
 
 
 def _cookie(environ: dict[str, Any]) -> str:
-    found = SimpleCookie(environ.get("HTTP_COOKIE", "")).get(_COOKIE)
+    cookie = SimpleCookie(environ.get("HTTP_COOKIE", "")).get(_COOKIE)
     try:
-        return bytes.fromhex(found.value).decode() if found else ""
+        return bytes.fromhex(cookie.value).decode() if cookie else ""
     except ValueError:
         return ""
 

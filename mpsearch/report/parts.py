@@ -143,10 +143,10 @@ def _pre(lines: Iterable[str]) -> str:
 
 def _environment() -> dict[str, str]:
     """Where the report was written."""
-    found = {"python": platform.python_version(), "system": f"{platform.platform()}, {os.cpu_count()} CPUs"}
+    versions = {"python": platform.python_version(), "system": f"{platform.platform()}, {os.cpu_count()} CPUs"}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            versions[package] = "not installed"
+    return versions

@@ -362,8 +362,8 @@ class SearchController:
             sampler = self._sampler.make(seed, self._space, self._cost)
         self._study = optuna.create_study(sampler=_WholeSpace(sampler, self._distributions), directions=DIRECTIONS)
         latest = {point.config.digest for point in self._latest}
-        kept = [*(point for point in self._front if point.config.digest not in latest), *self._latest]
-        self._study.add_trials([point.trial for point in kept])
+        points = [*(point for point in self._front if point.config.digest not in latest), *self._latest]
+        self._study.add_trials([point.trial for point in points])
         self._asked = dict.fromkeys(self._asked)  # their questions went with the old study
 
     def _within_budget(self, params: dict[str, Any]) -> PrecisionConfig:

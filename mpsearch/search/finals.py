@@ -66,12 +66,12 @@ def picks(front: ParetoFront, count: int) -> list[TrialRecord]:
     trials = list(front.trials)
     if len(trials) <= count:
         return trials
-    chosen = {0, len(trials) - 1, trials.index(front.knee)} if count >= 3 else {trials.index(front.knee)}
+    indices = {0, len(trials) - 1, trials.index(front.knee)} if count >= 3 else {trials.index(front.knee)}
     costs = [math.log2(trial.cost or 1.0) for trial in trials]
-    while len(chosen) < count:  # the point farthest from all that are chosen
-        rest = [i for i in range(len(trials)) if i not in chosen]
-        chosen.add(max(rest, key=lambda i: min(abs(costs[i] - costs[j]) for j in chosen)))
-    return [trials[i] for i in sorted(chosen)]
+    while len(indices) < count:  # the point farthest from all that are chosen
+        rest = [i for i in range(len(trials)) if i not in indices]
+        indices.add(max(rest, key=lambda i: min(abs(costs[i] - costs[j]) for j in indices)))
+    return [trials[i] for i in sorted(indices)]
 
 
 def final_rows(records: Sequence[TrialRecord], finals: Sequence[FinalRecord], count: int) -> list[FinalRow]:
@@ -135,8 +135,8 @@ def proxies(rows: Sequence[FinalRow]) -> Proxies:
     for name, sign in (("accuracy", 1), ("divergence", -1)):
         values = [getattr(row.trial, name) for row in rows]
         if len(rows) >= 3 and None not in values:
-            found = float(kendalltau([sign * value for value in values], test).statistic)
-            tau |= {name: found} if math.isfinite(found) else {}
+            correlation = float(kendalltau([sign * value for value in values], test).statistic)
+            tau |= {name: correlation} if math.isfinite(correlation) else {}
     misranked = []
     for above, below in itertools.permutations(rows, 2):
         if (above.trial.accuracy or 0) > (below.trial.accuracy or 0) and above.correct and below.correct:

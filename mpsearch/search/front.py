@@ -209,13 +209,13 @@ def pick(records: Sequence[TrialRecord], text: str) -> TrialRecord:
         raise RunError(f"cannot pick '{text}': write knee, best, trial:7, cost<=0.5 or accuracy>=0.87")
     if match["number"] is not None:
         number = int(match["number"])
-        found = next((trial for trial in records if trial.number == number), None)
-        if found is None:
+        named = next((trial for trial in records if trial.number == number), None)
+        if named is None:
             numbers = [trial.number for trial in records]
             have = f"the trials are {min(numbers)} to {max(numbers)}" if numbers else "there is none yet"
             raise RunError(f"no trial {number}: {have}")
-        objectives(found)
-        return found
+        objectives(named)
+        return named
     front = pareto_front(records)
     if match["bound"] == "cost<=":
         return front.at_most(value)

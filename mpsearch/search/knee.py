@@ -80,7 +80,7 @@ def ranges(layers: dict[str, QuantLayer]) -> tuple[TensorRange, ...]:
     Args:
         layers: with the weights and steps of a checkpoint.
     """
-    found = []
+    rows = []
     for name, layer in layers.items():
         weight = cast(Tensor, layer.weight)
         sides: list[tuple[TensorName, Quantizer, Tensor, float | None, float | None]] = [
@@ -90,7 +90,7 @@ def ranges(layers: dict[str, QuantLayer]) -> tuple[TensorRange, ...]:
         for tensor, quantizer, form, seen_low, seen_high in sides:
             if not quantizer.precision.is_float:
                 low, high = _ends(quantizer, form)
-                found.append(
+                rows.append(
                     TensorRange(
                         layer=name,
                         tensor=tensor,
@@ -101,7 +101,7 @@ def ranges(layers: dict[str, QuantLayer]) -> tuple[TensorRange, ...]:
                         seen_high=seen_high,
                     )
                 )
-    return tuple(found)
+    return tuple(rows)
 
 
 @torch.no_grad()
@@ -109,15 +109,15 @@ def histograms(layers: dict[str, QuantLayer], most: int = HISTOGRAMS) -> tuple[W
     """Weights before and after quantization, of the `most` layers with the most weights, in the network's order."""
     sizes = {name: cast(Tensor, layer.weight).numel() for name, layer in layers.items()}
     largest = set(sorted(sizes, key=lambda name: -sizes[name])[:most])
-    found = []
+    rows = []
     for name in filter(largest.__contains__, layers):
         before = cast(Tensor, layers[name].weight).float()
         after = layers[name].quantized_weight().float()
         # As wide above zero as below, and an odd number of bins: zero, a level of every grid, is in a bin's middle.
         end = max(float(before.abs().max()), float(after.abs().max()), 1e-12)
         counts = [tuple(torch.histc(x, BINS, -end, end).int().tolist()) for x in (before, after)]
-        found.append(WeightHistogram(layer=name, end=end, before=counts[0], after=counts[1]))
-    return tuple(found)
+        rows.append(WeightHistogram(layer=name, end=end, before=counts[0], after=counts[1]))
+    return tuple(rows)
 
 
 def _ends(quantizer: Quantizer, form: Tensor) -> tuple[float, float]:

@@ -89,8 +89,8 @@ class Features:
         row = np.zeros(self._size)
         for name, value in params.items():
             if (entry := self._at[name][value]) is not None:
-                (own, total), noise = entry
-                row[own] = noise
+                (values, total), noise = entry
+                row[values] = noise
                 row[total] += noise
         return row
 

@@ -229,10 +229,10 @@ def _attributes(record: TrialRecord) -> dict[str, Any]:
 def _artifacts(record: TrialRecord) -> dict[str, str]:
     """What can be looked at of a trial, in the form of `optuna.artifacts`."""
     kinds = [kind for kind in ARTIFACTS if kind != "2" or len(record.curve) > 1]
-    found = {artifact_id(record.number, kind): ARTIFACTS[kind] for kind in kinds}
+    artifacts = {artifact_id(record.number, kind): ARTIFACTS[kind] for kind in kinds}
     return {
         f"artifacts:{key}": json.dumps({"artifact_id": key, "filename": name, "mimetype": mime, "encoding": None})
-        for key, (name, mime) in found.items()
+        for key, (name, mime) in artifacts.items()
     }
 
 

@@ -42,16 +42,16 @@ def build_space(spec: SpaceSpec, layers: Iterable[LayerInfo]) -> SearchSpace:
 
 
 def _check_pattern(pattern: str, layers: Sequence[LayerInfo], space: str) -> None:
-    found = [layer for layer in layers if fnmatchcase(layer.name, pattern)]
-    if not found:
+    matches = [layer for layer in layers if fnmatchcase(layer.name, pattern)]
+    if not matches:
         raise SpaceError(
             f"pattern '{pattern}' in space '{space}' matches none of the {len(layers)} layers: "
             + near(pattern, [layer.name for layer in layers])
         )
-    if all(layer.reason is not None for layer in found):
+    if all(layer.reason is not None for layer in matches):
         raise SpaceError(
             f"pattern '{pattern}' in space '{space}' matches only layers that cannot be quantized: "
-            f"'{found[0].name}', because {found[0].reason}; take it out"
+            f"'{matches[0].name}', because {matches[0].reason}; take it out"
         )
 
 
@@ -63,7 +63,7 @@ def _choices(spec: SpaceSpec, layers: Sequence[LayerInfo]) -> _ChoicesOf:
     choices: _ChoicesOf = {}
     for rule in spec.rules:
         for layer in filter(rule.applies, layers):
-            choices |= {(layer.name, tensor): given for tensor, given in rule.given()}
+            choices |= {(layer.name, tensor): options for tensor, options in rule.choices()}
     multiplying = [layer for layer in layers if not layer.looks_up] or layers
     ends = [("first", spec.first, multiplying[0]), ("last", spec.last, multiplying[-1])]
     for key, end, layer in ends:
@@ -74,11 +74,11 @@ def _choices(spec: SpaceSpec, layers: Sequence[LayerInfo]) -> _ChoicesOf:
                 f"a rule names '{layer.name}', the {key} layer, for which `{key}` holds (8 bits unless it is given): "
                 f"say what it may take under `{key}`, or write `{key}: search` to let the rule hold"
             )
-        choices |= {(layer.name, tensor): given for tensor, given in end.given()}
+        choices |= {(layer.name, tensor): options for tensor, options in end.choices()}
     for pattern, fixed in spec.fixed.items():
         for layer in layers:
             if fnmatchcase(layer.name, pattern):
-                choices |= {(layer.name, tensor): given for tensor, given in fixed.given()}
+                choices |= {(layer.name, tensor): options for tensor, options in fixed.choices()}
     for layer in layers:
         if layer.looks_up:  # no activation; and a weight that a layer multiplies by is as that layer wants it
             choices[layer.name, "activation"] = (FLOAT,)
@@ -126,19 +126,19 @@ def _slots(tensor: TensorName, spec: SpaceSpec, layers: Sequence[LayerInfo], cho
 
 def _forced(slot: Slot, choices: _ChoicesOf, ties: Sequence[Sequence[str]]) -> str:
     """In words, what layers lose of their own choices by having to agree with others; empty if nothing."""
-    own = {name: choices[name, slot.tensor] for name in slot.layers}
-    common = set.intersection(*map(set, own.values()))
-    losing = [name for name in own if set(own[name]) - common]
+    options = {name: choices[name, slot.tensor] for name in slot.layers}
+    common = set.intersection(*map(set, options.values()))
+    losing = [name for name in options if set(options[name]) - common]
     if not losing:
         return ""
-    least = min(own, key=lambda name: len(own[name]))
+    least = min(options, key=lambda name: len(options[name]))
     tied = any(any(fnmatchcase(least, pattern) for pattern in tie) for tie in ties)
     why = "`tied`" if tied else "the same weight" if slot.tensor == "weight" else "the same input tensor"
-    of_their_own = listing(f"'{name}' ({_count(own[name])})" for name in losing)
+    of_their_own = listing(f"'{name}' ({_count(options[name])})" for name in losing)
     return (
-        f"{len(own)} layers must share one {slot.tensor} precision ({why}) and have {_count(slot.choices)} left, as "
-        f"'{least}' has {_count(own[least])}; by the rules alone there is more for {of_their_own}: give '{least}' more "
-        "choices" + (", or take it out of `tied`" if tied else "")
+        f"{len(options)} layers must share one {slot.tensor} precision ({why}) and have {_count(slot.choices)} left, "
+        f"as '{least}' has {_count(options[least])}; by the rules alone there is more for {of_their_own}: "
+        f"give '{least}' more choices" + (", or take it out of `tied`" if tied else "")
     )
 
 

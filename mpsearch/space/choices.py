@@ -31,7 +31,7 @@ def parse_choices(texts: Iterable[str], tensor: TensorName) -> tuple[Precision, 
     Raises:
         PrecisionError: a text has another form or names a precision that does not exist, or there is none.
     """
-    choices = {Precision.parse(text, GRANULARITY[tensor]) for given in texts for text in _spelled_out(given)}
+    choices = {Precision.parse(text, GRANULARITY[tensor]) for entry in texts for text in _spelled_out(entry)}
     if not choices:
         raise PrecisionError("there is no precision to choose from: give at least one, as [uniform:4]")
     if tensor == "activation":
@@ -55,10 +55,10 @@ def precision_order(precision: Precision) -> tuple[int, str, str]:
     return precision.bits, precision.quantizer, precision.granularity
 
 
-def near(given: str, names: Iterable[str]) -> str:
+def near(word: str, names: Iterable[str]) -> str:
     """The end of an error message: the few names most like the one given; networks have too many to list."""
     names = list(names)
-    close = difflib.get_close_matches(given, names, n=3, cutoff=0.3) or names[:3]
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.3) or names[:3]
     return f"near: {', '.join(close)}" if close else "there is none"
 
 

@@ -134,18 +134,18 @@ class SearchSpace:
             name = next(name for name in params if name not in self._parameters)
             names = [slot.parameter for slot in self.free]
             raise SpaceError(f"space '{self.name}' has no parameter '{name}': {near(name, names)}")
-        chosen = []
+        precisions = []
         for slot in self.slots:
             if len(slot.choices) == 1:
-                chosen.append(slot.choices[0])
+                precisions.append(slot.choices[0])
                 continue
             if slot.parameter not in params:
                 raise SpaceError(f"parameter '{slot.parameter}' is missing: give a value for each of {len(self.free)}")
-            given = params[slot.parameter]
-            if given not in slot.by_value:
-                raise SpaceError(f"parameter '{slot.parameter}' is {given!r}: choose from {listing(slot.by_value)}")
-            chosen.append(slot.by_value[given])
-        return self._config(chosen)
+            value = params[slot.parameter]
+            if value not in slot.by_value:
+                raise SpaceError(f"parameter '{slot.parameter}' is {value!r}: choose from {listing(slot.by_value)}")
+            precisions.append(slot.by_value[value])
+        return self._config(precisions)
 
     def params_of(self, config: PrecisionConfig) -> dict[str, int | str]:
         """The Optuna parameters that stand for a config: the inverse of `config_of`.
@@ -153,13 +153,13 @@ class SearchSpace:
         Raises:
             SpaceError: the config is outside the space; the message names the layer.
         """
-        chosen = zip(self.slots, self._chosen(config), strict=True)
-        return {slot.parameter: slot.value(choice) for slot, choice in chosen if len(slot.choices) > 1}
+        pairs = zip(self.slots, self._precisions(config), strict=True)
+        return {slot.parameter: slot.value(choice) for slot, choice in pairs if len(slot.choices) > 1}
 
     def contains(self, config: PrecisionConfig) -> bool:
         """Whether the search could propose this config."""
         try:
-            self._chosen(config)
+            self._precisions(config)
         except SpaceError:
             return False
         return True
@@ -174,8 +174,10 @@ class SearchSpace:
 
     def everywhere(self, precision: LayerPrecision) -> PrecisionConfig:
         """One precision for every layer, on offer or not; only what the space fixes stays as it fixes it."""
-        wanted = {"weight": precision.weight, "activation": precision.activation}
-        return self._config([slot.choices[0] if len(slot.choices) == 1 else wanted[slot.tensor] for slot in self.slots])
+        precisions = {"weight": precision.weight, "activation": precision.activation}
+        return self._config(
+            [slot.choices[0] if len(slot.choices) == 1 else precisions[slot.tensor] for slot in self.slots]
+        )
 
     def ladder(self) -> list[PrecisionConfig]:
         """The uniform ladder, the baseline of every study: a rung for each bit-width on offer, from high to low.
@@ -197,10 +199,10 @@ class SearchSpace:
         for slot in self.free:
             on_offer[slot.tensor].update(slot.choices)
         pairs = itertools.product(*(sorted(on_offer[tensor] or {None}, key=str) for tensor in TENSORS))
-        found = dict.fromkeys(
+        configs = dict.fromkeys(
             self._config([_take(slot, pair[TENSORS.index(slot.tensor)]) for slot in self.slots]) for pair in pairs
         )
-        return list(found)
+        return list(configs)
 
     def neighbours(self, config: PrecisionConfig) -> list[PrecisionConfig]:
         """The configs that differ in one slot by one step: a bit, or the type.
@@ -208,23 +210,25 @@ class SearchSpace:
         Raises:
             SpaceError: the config is outside the space.
         """
-        chosen = self._chosen(config)
-        found = []
+        precisions = self._precisions(config)
+        configs = []
         for i, slot in enumerate(self.slots):
-            found += [self._config([*chosen[:i], step, *chosen[i + 1 :]]) for step in slot.steps(chosen[i])]
-        return found
+            configs += [
+                self._config([*precisions[:i], step, *precisions[i + 1 :]]) for step in slot.steps(precisions[i])
+            ]
+        return configs
 
-    def _config(self, chosen: Sequence[Precision]) -> PrecisionConfig:
+    def _config(self, precisions: Sequence[Precision]) -> PrecisionConfig:
         precision = {
             (layer, slot.tensor): choice
-            for slot, choice in zip(self.slots, chosen, strict=True)
+            for slot, choice in zip(self.slots, precisions, strict=True)
             for layer in slot.layers
         }
         return PrecisionConfig(
             (layer, LayerPrecision(precision[layer, "weight"], precision[layer, "activation"])) for layer in self.layers
         )
 
-    def _chosen(self, config: PrecisionConfig) -> list[Precision]:
+    def _precisions(self, config: PrecisionConfig) -> list[Precision]:
         """The choice of each slot, if the config is one of the space's."""
         for layer in config:
             if layer not in self.layers:
@@ -232,7 +236,7 @@ class SearchSpace:
         for layer in self.layers:
             if layer not in config:
                 raise SpaceError(f"the config says nothing of layer '{layer}': give all {len(self.layers)} layers")
-        chosen = []
+        values = []
         for slot in self.slots:
             precisions = [getattr(config[layer], slot.tensor) for layer in slot.layers]
             for layer, precision in zip(slot.layers, precisions, strict=True):
@@ -246,10 +250,10 @@ class SearchSpace:
                         f"layers '{slot.layers[0]}' and '{layer}' share one {slot.tensor} precision in space "
                         f"'{self.name}', got {precisions[0]} and {precision}: give both the same"
                     )
-            chosen.append(precisions[0])
-        return chosen
+            values.append(precisions[0])
+        return values
 
 
-def _take(slot: Slot, wanted: Precision | None) -> Precision:
+def _take(slot: Slot, precision: Precision | None) -> Precision:
     """A choice of the slot: the one that is wanted, if it has it."""
-    return wanted if wanted in slot.choices else slot.nearest(wanted.bits if wanted is not None else 8)
+    return precision if precision in slot.choices else slot.nearest(precision.bits if precision is not None else 8)

@@ -50,7 +50,7 @@ class _Choices(_Section):
             raise ValueError("gives no precision: write `weight`, `activation` or both")
         return self
 
-    def given(self) -> Iterator[tuple[TensorName, tuple[Precision, ...]]]:
+    def choices(self) -> Iterator[tuple[TensorName, tuple[Precision, ...]]]:
         """The tensors that have choices here, with them."""
         if self.weight is not None:
             yield "weight", parse_choices(self.weight, "weight")
@@ -85,7 +85,7 @@ class FixedSpec(_Choices):
 
     @model_validator(mode="after")
     def _single(self) -> Self:
-        for tensor, choices in self.given():
+        for tensor, choices in self.choices():
             if len(choices) > 1:
                 raise ValueError(f"`{tensor}` has {len(choices)} precisions: `fixed` takes one, `rules` take several")
         return self

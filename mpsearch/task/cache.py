@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 def cache_folder() -> Path:
     """The folder that entries are kept in, created and writable."""
-    wanted = Path(os.environ.get("MPSEARCH_CACHE") or Path.home() / ".cache" / "mpsearch").expanduser()
+    preferred = Path(os.environ.get("MPSEARCH_CACHE") or Path.home() / ".cache" / "mpsearch").expanduser()
     fallback = Path(tempfile.gettempdir()) / f"mpsearch-{getpass.getuser()}"
-    for folder in (wanted, fallback):
+    for folder in (preferred, fallback):
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=folder):

@@ -108,10 +108,10 @@ def _read(path: Path) -> Any:
     except TaskError:
         raise
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        match = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise TaskError(
             f"checkpoint '{path}' refused: "
-            + (f"it holds `{found[1]}`" if found else "it is damaged, or holds Python objects")
+            + (f"it holds `{match[1]}`" if match else "it is damaged, or holds Python objects")
             + ", and only weights are read, because anything else could run code; save `model.state_dict()` and give "
             "that file"
         ) from None

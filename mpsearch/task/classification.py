@@ -167,10 +167,10 @@ class ClassificationTask:
                 f"{model} cannot take the images of {data}, (channels, height, width) {shape}: {said}; choose a model "
                 "for such images, or set task.data.image_size"
             ) from error
-        found = tuple(getattr(getattr(output, "logits", output), "shape", ()))
-        if found != (1, self._classes):
+        actual = tuple(getattr(getattr(output, "logits", output), "shape", ()))
+        if actual != (1, self._classes):
             raise TaskError(
-                f"{model} answers one image with {found or type(output).__name__}, expected (1, {self._classes}) for "
+                f"{model} answers one image with {actual or type(output).__name__}, expected (1, {self._classes}) for "
                 f"the {self.images.num_classes} classes of {data}: change the model's or set task.num_classes"
             )
 

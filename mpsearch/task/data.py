@@ -268,11 +268,11 @@ def _root(spec: DataSpec) -> str:
 
 
 def _normalization(spec: DataSpec, usual: Normalization, channels: int) -> Normalization:
-    chosen = Normalization(spec.mean or usual.mean, spec.std or usual.std, usual.white)
-    for name, values in (("mean", chosen.mean), ("std", chosen.std)):
+    normalization = Normalization(spec.mean or usual.mean, spec.std or usual.std, usual.white)
+    for name, values in (("mean", normalization.mean), ("std", normalization.std)):
         if len(values) != channels:
             raise TaskError(f"task.data.{name}: got {len(values)} numbers, the images have {channels} channels")
-    return chosen
+    return normalization
 
 
 def make_splits(spec: DataSpec, labels: Tensor, parts: Mapping[Split, Tensor]) -> Splits:
@@ -308,5 +308,5 @@ def _divide(positions: Tensor, labels: Tensor, fraction: float, generator: torch
                 "images or give the splits as folders"
             )
         taken.append(mine[torch.randperm(len(mine), generator=generator)[:count]])
-    chosen = torch.cat(taken).sort().values
-    return positions[~torch.isin(positions, chosen)], chosen
+    indices = torch.cat(taken).sort().values
+    return positions[~torch.isin(positions, indices)], indices

@@ -40,8 +40,8 @@ def call_factory(what: str, name: str, args: Mapping[str, Any]) -> Any:
     try:
         return function(**args)
     except Exception as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in args.items())
-        raise TaskError(f"{what}: {name}({given}) raised {_said(error)}") from error
+        arguments = ", ".join(f"{key}={value!r}" for key, value in args.items())
+        raise TaskError(f"{what}: {name}({arguments}) raised {_said(error)}") from error
 
 
 def _said(error: Exception) -> str:

@@ -88,8 +88,8 @@ def list_images(root: Path) -> Listing:
     labels: list[int] = []
     parts: dict[Split, Tensor] = {}
     for split, folder in folders.items():
-        if (found := _subfolders(folder)) != classes:
-            odd = sorted(set(found) ^ set(classes))
+        if (inside := _subfolders(folder)) != classes:
+            odd = sorted(set(inside) ^ set(classes))
             raise TaskError(
                 f"'{folder}' and '{folders['train']}' have different classes: {', '.join(odd[:5])} in only one of "
                 "them; every split needs the same class folders"

@@ -87,8 +87,8 @@ def random_crop_flip(pixels: Tensor, padding: int, flip: bool, generator: torch.
     shift = torch.randint(-padding, padding + 1, (2, n, 1), generator=generator)
     rows, columns = torch.arange(h) + shift[0], torch.arange(w) + shift[1]
     if flip:
-        chosen = torch.rand(n, 1, generator=generator) < 0.5
-        columns = torch.where(chosen, columns.flip(1), columns)
+        flipped = torch.rand(n, 1, generator=generator) < 0.5
+        columns = torch.where(flipped, columns.flip(1), columns)
     inside = ((rows >= 0) & (rows < h))[:, :, None] & ((columns >= 0) & (columns < w))[:, None, :]
     source = rows.clamp(0, h - 1)[:, :, None] * w + columns.clamp(0, w - 1)[:, None, :]
     source = source.view(n, 1, h * w).expand(n, c, h * w)
@@ -128,11 +128,11 @@ class StoredImages:
         """See `Images`."""
         generator = torch.Generator().manual_seed(seed)
         padding = max(1, min(self._pixels.shape[2:]) // 8)
-        for chosen in shuffled_batches(self._splits["train"], batch_size, steps, generator):
-            pixels = self._pixels[chosen]
+        for indices in shuffled_batches(self._splits["train"], batch_size, steps, generator):
+            pixels = self._pixels[indices]
             if self._augment:
                 pixels = random_crop_flip(pixels, padding, self._flip, generator)
-            yield self._to_input(pixels), self._labels[chosen]
+            yield self._to_input(pixels), self._labels[indices]
 
     def calibration_input(self, samples: int, seed: int) -> Tensor:
         """See `Images`."""
@@ -142,8 +142,8 @@ class StoredImages:
 
     def batches(self, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Images`."""
-        for chosen in torch.split(self._splits[split], batch_size):
-            yield self._to_input(self._pixels[chosen]), self._labels[chosen]
+        for indices in torch.split(self._splits[split], batch_size):
+            yield self._to_input(self._pixels[indices]), self._labels[indices]
 
     def overlaps(self) -> Mapping[tuple[Split, Split], int]:
         """How many images of the second split are in the first too, pixel for pixel; pairs without any are left out."""
@@ -177,12 +177,12 @@ class SampledImages:
         self._images, self._split = images, split
         whole = images.size(split)
         count = min(samples, whole)
-        self._chosen = torch.arange(count) * whole // count
+        self._indices = torch.arange(count) * whole // count
         self._kept: tuple[Tensor, Tensor] | None = None
 
     def size(self, split: Split) -> int:
         """How many images a split has."""
-        return len(self._chosen) if split == self._split else self._images.size(split)
+        return len(self._indices) if split == self._split else self._images.size(split)
 
     def train_batches(self, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Images`."""
@@ -206,7 +206,7 @@ class SampledImages:
     def _read(self, batch_size: int) -> tuple[Tensor, Tensor]:
         parts, begin = [], 0
         for x, labels in self._images.batches(self._split, batch_size):
-            mine = self._chosen[(self._chosen >= begin) & (self._chosen < begin + len(labels))] - begin
+            mine = self._indices[(self._indices >= begin) & (self._indices < begin + len(labels))] - begin
             parts.append((x[mine], labels[mine]))
             begin += len(labels)
         return torch.cat([x for x, _ in parts]), torch.cat([labels for _, labels in parts])
@@ -254,25 +254,25 @@ class StreamedImages:
     def train_batches(self, batch_size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Images`."""
         generator = torch.Generator().manual_seed(seed)
-        chosen = shuffled_batches(self._splits["train"], batch_size, steps, generator)
-        return self._load(chosen, self._random, generator)
+        indices = shuffled_batches(self._splits["train"], batch_size, steps, generator)
+        return self._load(indices, self._random, generator)
 
     def calibration_input(self, samples: int, seed: int) -> Tensor:
         """See `Images`."""
         train, generator = self._splits["train"], torch.Generator().manual_seed(seed)
-        chosen = train[torch.randperm(len(train), generator=generator)[:samples]]
-        return torch.cat([x for x, _ in self._load(torch.split(chosen, 64), self._central, generator)])
+        indices = train[torch.randperm(len(train), generator=generator)[:samples]]
+        return torch.cat([x for x, _ in self._load(torch.split(indices, 64), self._central, generator)])
 
     def batches(self, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Images`."""
         return self._load(torch.split(self._splits[split], batch_size), self._central, torch.Generator())
 
     def _load(
-        self, chosen: Iterator[Tensor] | Sequence[Tensor], transform: Any, generator: torch.Generator
+        self, indices: Iterator[Tensor] | Sequence[Tensor], transform: Any, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
         loader: DataLoader[tuple[Tensor, int]] = DataLoader(
             _Files(self._paths, self._labels, transform),
-            batch_sampler=[batch.tolist() for batch in chosen],
+            batch_sampler=[batch.tolist() for batch in indices],
             num_workers=self._workers,
             generator=generator,
         )

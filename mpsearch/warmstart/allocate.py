@@ -159,8 +159,8 @@ def round_bits(
             ]
             for slot, b, slope in zip(space.slots, learned, slopes, strict=True)
         ]
-        if found := program.solve(values, budget, count, distance):
-            return found
+        if allocations := program.solve(values, budget, count, distance):
+            return allocations
         if reach > FLOAT_BITS:
             program.refuse(budget)
         reach *= 2
@@ -211,9 +211,9 @@ class _Program:
                 entries += [(rows + i, y, 1.0), (rows + len(weights) + j, y, 1.0)]
                 pair = LayerPrecision(weights[i], activations[j])
                 prices.append(cost.combined_by([cost.addend(layer, pair) for layer in layers]))
-            chosen = [*range(self._x[w], self._x[w + 1]), *range(self._x[a], self._x[a + 1])]
-            entries += [(rows + k, x, -1.0) for k, x in enumerate(chosen)]
-            rows += len(chosen)
+            columns = [*range(self._x[w], self._x[w + 1]), *range(self._x[a], self._x[a + 1])]
+            entries += [(rows + k, x, -1.0) for k, x in enumerate(columns)]
+            rows += len(columns)
         self._prices = np.array(prices)
         row, column, entry = zip(*entries, strict=True)
         matrix = csr_array((entry, (row, column)), shape=(rows, self._x[-1] + len(prices)))
@@ -241,24 +241,24 @@ class _Program:
                     f"slot '{slot.name}' has no choice with a finite sensitivity: the network breaks whatever it "
                     "takes; offer more bits there"
                 )
-        found: list[Allocation] = []
+        allocations: list[Allocation] = []
         cuts: list[tuple[list[int], int]] = []  # x that were chosen together, and how many of them still may be
         too_dear = 0
-        while len(found) < count:
+        while len(allocations) < count:
             # A budget that is passed by less than the solver's tolerance again and again is made smaller.
-            chosen = self._optimum(flat, budget * (1 - ROUNDING * (too_dear // 20)), cuts)
-            if chosen is None:
+            columns = self._optimum(flat, budget * (1 - ROUNDING * (too_dear // 20)), cuts)
+            if columns is None:
                 break
-            config = self._config(chosen)
+            config = self._config(columns)
             price = self._cost(config)
             self._check(config, price)
             within = price <= budget
-            cuts.append((chosen, len(chosen) - (distance if within else 1)))
+            cuts.append((columns, len(columns) - (distance if within else 1)))
             if within:
-                found.append(Allocation(config, budget, price, math.fsum(flat[chosen])))
+                allocations.append(Allocation(config, budget, price, math.fsum(flat[columns])))
             else:
                 too_dear += 1
-        return found
+        return allocations
 
     def refuse(self, budget: float) -> NoReturn:
         """Raise the error of a budget that no config is within."""
@@ -328,8 +328,8 @@ class _Program:
             dominated[first + best] = False
         return dominated
 
-    def _config(self, chosen: Sequence[int]) -> PrecisionConfig:
-        slots = zip(self._space.slots, chosen, self._x, strict=False)
+    def _config(self, columns: Sequence[int]) -> PrecisionConfig:
+        slots = zip(self._space.slots, columns, self._x, strict=False)
         choices = [(slot, slot.choices[x - first]) for slot, x, first in slots]
         return self._space.config_of({slot.parameter: slot.value(c) for slot, c in choices if len(slot.choices) > 1})
 
@@ -350,14 +350,14 @@ def _silent() -> Iterator[None]:
     sys.stdout.flush()
     c = ctypes.CDLL(None)
     c.fflush(None)
-    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    stdout, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     try:
         yield
     finally:
         c.fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout, 1)
+        os.close(stdout)
         os.close(nothing)
 
 
@@ -397,10 +397,10 @@ def equivalent_bits(table: SensitivityTable) -> Equivalent:
         if len(uniform) < 2 or choice.is_float:
             return math.nan
         harms = np.maximum.accumulate([harm(c) for c in reversed(uniform)])  # more bits never count as doing more harm
-        wanted = harm(choice)
-        if not harms[0] <= wanted <= harms[-1] or not harms[0] > 0:
+        harm_of_choice = harm(choice)
+        if not harms[0] <= harm_of_choice <= harms[-1] or not harms[0] > 0:
             return math.nan
-        return float(np.interp(math.log(wanted), np.log(harms), [c.bits for c in reversed(uniform)]))
+        return float(np.interp(math.log(harm_of_choice), np.log(harms), [c.bits for c in reversed(uniform)]))
 
     return equivalent
 

@@ -270,8 +270,8 @@ def descend(
     low, high = (torch.tensor([slot_bits(slot)[end] for slot in space.slots], dtype=torch.float64) for end in (0, -1))
     bits = high.clone()
     top, bottom = float(price(high)), float(price(low))
-    wanted = sorted((b for b in budgets if bottom <= b < top), reverse=True)
-    if not wanted:
+    targets = sorted((b for b in budgets if bottom <= b < top), reverse=True)
+    if not targets:
         raise SpaceError(
             f"no budget of warm_start.budgets lies between the cheapest uniform config, {bottom:.3g}, and the dearest, "
             f"{top:.3g}: give some that do"
@@ -293,7 +293,7 @@ def descend(
     for step, value in training_steps(
         model, batches, workbench.loss(seed), [optimizer], steps, schedule, bf16=workbench.bf16
     ):
-        budget = budget_at((step + 1) / steps, top, wanted[0], wanted[-1])
+        budget = budget_at((step + 1) / steps, top, targets[0], targets[-1])
         fresh = torch.tensor([-sum(map(_gradient, group)) for group in by_slot], dtype=torch.float64)
         slopes = MEMORY * slopes + (1 - MEMORY) * fresh
         mean_loss = MEMORY * mean_loss + (1 - MEMORY) * value
@@ -320,8 +320,8 @@ def descend(
             log.append(
                 {"step": step, "loss": value, "cost": budget, "imbalance": state.imbalance, "bits": dict(state.bits)}
             )
-        while len(snapshots) < len(wanted) and budget <= wanted[len(snapshots)] * (1 + 1e-9):
-            snapshots.append(Snapshot(**{**vars(state), "budget": wanted[len(snapshots)], "weights": _weights(model)}))
+        while len(snapshots) < len(targets) and budget <= targets[len(snapshots)] * (1 + 1e-9):
+            snapshots.append(Snapshot(**{**vars(state), "budget": targets[len(snapshots)], "weights": _weights(model)}))
         if on_step is not None:
             on_step(step, value)
     return Descent(tuple(snapshots), tuple(log), time.perf_counter() - began)

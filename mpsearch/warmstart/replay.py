@@ -117,9 +117,9 @@ class Replay:
 
     def after(self, module: nn.Module) -> Any:
         """The output for the last batch. Raises CannotReplay as `record` does."""
-        kept = self._recorder.kept
+        outputs = self._recorder.outputs
         # Nothing that has a value here is computed; those without one are read by nobody behind the module.
-        output = self._player.run(initial_env={node: kept.get(node) for node in self._before[module]})
+        output = self._player.run(initial_env={node: outputs.get(node) for node in self._before[module]})
         self._check_values()
         return output
 
@@ -141,7 +141,7 @@ class Replay:
 
     def _check_values(self) -> None:
         for node, version in self._recorder.versions.items():
-            if _versions(self._recorder.kept[node]) != version:
+            if _versions(self._recorder.outputs[node]) != version:
                 raise CannotReplay(f"an operation in place changes '{node.name}' of {type(self._model).__name__}")
 
 
@@ -157,16 +157,16 @@ class _Tracer(fx.Tracer):
 class _Recorder(fx.Interpreter):
     """Runs the whole graph and keeps the values of some nodes, with the versions that they had."""
 
-    def __init__(self, module: fx.GraphModule, wanted: set[fx.Node]) -> None:
+    def __init__(self, module: fx.GraphModule, nodes: set[fx.Node]) -> None:
         super().__init__(module)
-        self._wanted = wanted
-        self.kept: dict[fx.Node, Any] = {}
+        self._nodes = nodes
+        self.outputs: dict[fx.Node, Any] = {}
         self.versions: dict[fx.Node, list[int]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self._wanted:
-            self.kept[n] = value
+        if n in self._nodes:
+            self.outputs[n] = value
             self.versions[n] = _versions(value)
         return value
 

@@ -68,8 +68,8 @@ def measure(
         return sqnr(model, layers, space, x, ranges=ranges)
     if proxy == "fit":
         return fit(model, layers, space, x, logits=logits, ranges=ranges)
-    found = divergences(model, layers, space, x, logits=logits, ranges=ranges)
-    return found.kl if proxy == "kl" else found.jeffreys
+    table = divergences(model, layers, space, x, logits=logits, ranges=ranges)
+    return table.kl if proxy == "kl" else table.jeffreys
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def test_same_values_means_the_same_values(weight: str, granularity: str) -> Non
 def test_activations_keep_their_range() -> None:
     given = network(("float", "uniform:2"), ("float", "shift:3"), ("float", "apot:2"))
     fitted, conversions = fit(given, "here", FOUR_TO_EIGHT, allow_lossy=True)
-    assert [str(c.given) for c in conversions] == ["uniform:4/tensor", "uniform:4/tensor", "uniform:4/tensor"]
+    assert [str(c.after) for c in conversions] == ["uniform:4/tensor", "uniform:4/tensor", "uniform:4/tensor"]
     for name, old in quant_layers(given.model).items():
         new = quant_layers(fitted.model)[name].input_quantizer
         far = torch.tensor([-1e6, 1e6])

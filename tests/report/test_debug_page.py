@@ -67,7 +67,7 @@ def test_the_page_shows_advice_layers_values_and_remedies(tmp_path: Path) -> Non
     text = page(tmp_path)
     assert "<h1>digits: w4a8</h1>" in text
     assert "59.00 % quantized, 90.00 % float: top1 on 400 samples of the validation split." in text
-    assert "moved most by the weights of conv, and the inputs of head&lt;1&gt;." in text
+    assert "moved most by the weights of conv, and the activations of head&lt;1&gt;." in text
     assert "norm cannot be folded" in text
     assert re.search(r"<ol><li>Cross-layer equalization: .*conv \(largest channel 20.0 times the median\)", text)
     assert text.count('<div id="figure-sweep"') == text.count('<div id="figure-values-0"') == 1

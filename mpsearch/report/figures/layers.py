@@ -140,12 +140,12 @@ def bits_heatmap(bits: pd.DataFrame, side: Literal["weight", "activation"]) -> g
     layers = list(dict.fromkeys(bits.layer))
     length = max(1, ceil(len(layers) / MAX_ROWS))
     runs = [slice(start, start + length) for start in range(0, len(layers), length)]
-    kept = bits[bits.position.isin(positions)]
+    shown = bits[bits.position.isin(positions)]
     widths, marks = (
-        kept[f"{side}_{what}"].to_numpy().reshape(len(positions), len(layers)).T  # (layers, trials)
+        shown[f"{side}_{what}"].to_numpy().reshape(len(positions), len(layers)).T  # (layers, trials)
         for what in ("bits", "mark")
     )
-    trials = kept.drop_duplicates("position")
+    trials = shown.drop_duplicates("position")
     heads = [
         f"trial {number}, relative cost {cost:.4g}"
         for number, cost in zip(trials.number, trials.relative_cost, strict=True)
@@ -199,12 +199,12 @@ def _thinned(bits: pd.DataFrame) -> list[int]:
     count = int(bits.position.nunique())
     if count <= MAX_COLUMNS:
         return list(range(count))
-    chosen = [round(index * (count - 1) / (MAX_COLUMNS - 1)) for index in range(MAX_COLUMNS)]
+    columns = [round(index * (count - 1) / (MAX_COLUMNS - 1)) for index in range(MAX_COLUMNS)]
     knee = int(bits[bits.knee].position.iloc[0])
-    if knee not in chosen:
-        nearest = min(range(1, MAX_COLUMNS - 1), key=lambda index: abs(chosen[index] - knee))
-        chosen[nearest] = knee
-    return chosen
+    if knee not in columns:
+        nearest = min(range(1, MAX_COLUMNS - 1), key=lambda index: abs(columns[index] - knee))
+        columns[nearest] = knee
+    return columns
 
 
 def level(bits: float) -> float:

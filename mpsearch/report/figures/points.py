@@ -168,5 +168,5 @@ def _thinned(complete: pd.DataFrame, most: int) -> pd.DataFrame:
     ordinary = complete[~complete.on_front & (complete.origin != "uniform")].sort_values("relative_cost")
     if len(ordinary) <= most:
         return complete
-    kept = {round(index * (len(ordinary) - 1) / max(1, most - 1)) for index in range(most)}
-    return complete.drop(ordinary.index[[index for index in range(len(ordinary)) if index not in kept]])
+    shown = {round(index * (len(ordinary) - 1) / max(1, most - 1)) for index in range(most)}
+    return complete.drop(ordinary.index[[index for index in range(len(ordinary)) if index not in shown]])

@@ -102,8 +102,8 @@ def descent(steps: pd.DataFrame, side: Literal["weight", "activation"]) -> go.Fi
     of_side = steps[steps.tensor == side]
     wide = of_side.pivot_table(index="step", columns="layer", values="bits", sort=False).sort_index()
     budget = of_side.groupby("step").budget.first()
-    kept = wide.index[:: max(1, ceil(len(wide) / MAX_STEPS))].union(wide.index[-1:])
-    wide, budget = wide.loc[kept], budget.loc[kept]
+    thinned = wide.index[:: max(1, ceil(len(wide) / MAX_STEPS))].union(wide.index[-1:])
+    wide, budget = wide.loc[thinned], budget.loc[thinned]
     names = list(wide.columns)
     length = max(1, ceil(len(names) / MAX_ROWS))
     runs = [names[start : start + length] for start in range(0, len(names), length)]
@@ -111,7 +111,7 @@ def descent(steps: pd.DataFrame, side: Literal["weight", "activation"]) -> go.Fi
     for index, run in enumerate(runs):
         share = index / max(1, len(runs) - 1)
         figure.add_scatter(
-            x=kept.tolist(),
+            x=thinned.tolist(),
             y=wide[run].mean(axis=1).round(3).tolist(),
             customdata=budget.round(4).tolist(),
             name=shortened(run),
