@@ -6,6 +6,8 @@ finer grid around the best. Rows are channels; all rows and all candidates of a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,9 @@ FINE = 16
 """Candidates between the two neighbours of the best coarse one."""
 ENDS = 16
 """Candidates for each end of an activation with an offset; all pairs are tried."""
+
+AT_ONCE = 2**18
+"""Values that are quantized at once: more do not fit a core's cache, fewer are a call to torch for each candidate."""
 
 OCTAVES = 6
 """How far down, in powers of two, the largest level of a power-of-two quantizer is searched."""
@@ -110,23 +115,14 @@ def _level_step(rows: Tensor, precision: Precision, signed: bool) -> Tensor:
     """
     levels = rows.new_tensor(magnitudes(precision, signed))
     thresholds = midpoints(levels)
+
+    def quantize(x: Tensor, step: Tensor) -> Tensor:
+        return step * nearest_level(x / step, levels, thresholds)
+
     top = rows.abs().amax(dim=1) * 2 / levels[-1]
-    best, best_error = top.clamp_min(MIN_STEP), rows.new_full((rows.shape[0],), float("inf"))
-
-    def take_better(step: Tensor) -> None:
-        nonlocal best, best_error
-        step = step.clamp_min(MIN_STEP)
-        q = step[:, None] * nearest_level(rows / step[:, None], levels, thresholds)
-        error = (q - rows).square().sum(dim=1)
-        better = error < best_error
-        best, best_error = torch.where(better, step, best), torch.where(better, error, best_error)
-
-    for k in range(COARSE):
-        take_better(top * 2 ** (-OCTAVES * k / COARSE))
-    centre = best
-    for k in range(1, FINE + 1):
-        take_better(centre * 2 ** (OCTAVES / COARSE * (2 * k / (FINE + 1) - 1)))
-    return best
+    octaves = torch.arange(COARSE) * (-OCTAVES / COARSE)
+    centre = _best(rows, top * torch.exp2(octaves)[:, None], quantize)
+    return _best(rows, torch.cat([centre[None], centre * torch.exp2(_around_zero() * OCTAVES / COARSE)]), quantize)
 
 
 def _around(pair: tuple[float, float], width: float) -> list[tuple[float, float]]:
@@ -136,32 +132,35 @@ def _around(pair: tuple[float, float], width: float) -> list[tuple[float, float]
 
 def _search(rows: Tensor, largest: Tensor, shift: Tensor, low: int, high: int) -> Tensor:
     """The step of least squared error for each row, between 0 and `largest`, all `(rows,)`."""
-    best, best_error = largest, rows.new_full((rows.shape[0],), float("inf"))
-    coarse = [largest * (k / COARSE) for k in range(COARSE, 0, -1)]
-    for step in coarse:
-        best, best_error = _better(rows, step, best, best_error, shift, low, high)
-    centre = best
-    for k in range(1, FINE + 1):
-        step = centre + largest * ((2 * k / (FINE + 1) - 1) / COARSE)
-        best, best_error = _better(rows, step, best, best_error, shift, low, high)
-    return best
+
+    def quantize(x: Tensor, step: Tensor) -> Tensor:
+        return fake_quantize(x, step, shift, torch.tensor(low), torch.tensor(high))
+
+    centre = _best(rows, largest * (torch.arange(COARSE, 0, -1) / COARSE)[:, None], quantize)
+    return _best(rows, torch.cat([centre[None], centre + largest * (_around_zero() / COARSE)]), quantize)
 
 
-def _better(
-    rows: Tensor, step: Tensor, best: Tensor, best_error: Tensor, shift: Tensor, low: int, high: int
-) -> tuple[Tensor, Tensor]:
-    step = step.clamp_min(MIN_STEP)
-    error = _squared_error(rows, step[:, None], shift, low, high).sum(dim=1)
-    better = error < best_error
-    return torch.where(better, step, best), torch.where(better, error, best_error)
+def _around_zero() -> Tensor:
+    """Where the fine candidates lie, `(FINE, 1)`, in units of the distance between coarse ones."""
+    return torch.linspace(-1, 1, FINE + 2)[1:-1, None]
+
+
+def _best(rows: Tensor, steps: Tensor, quantize: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The step of least squared error for each row among candidates `(k, rows)`; the first of equals."""
+    steps = steps.clamp_min(MIN_STEP)
+    few = max(1, AT_ONCE // rows.numel())
+    errors = [
+        (quantize(rows, some[..., None]) - rows).square_().sum(dim=-1)
+        for some in torch.split(steps, few)  # a few candidates at a time
+    ]
+    return steps.gather(0, torch.cat(errors).argmin(dim=0, keepdim=True))[0]
 
 
 def _errors(x: Tensor, steps: Tensor, shifts: Tensor, low: int, high: int) -> Tensor:
-    """The squared error of `x` `(1, n)` under each candidate `(k,)`, a few candidates at a time to bound memory."""
-    few = max(1, 2**22 // x.shape[1])
+    """The squared error of `x` `(1, n)` under each candidate `(k,)`."""
+    few = max(1, AT_ONCE // x.shape[1])
     chunks = [slice(start, start + few) for start in range(0, len(steps), few)]
-    return torch.cat([_squared_error(x, steps[c, None], shifts[c, None], low, high).sum(dim=1) for c in chunks])
-
-
-def _squared_error(x: Tensor, step: Tensor, shift: Tensor, low: int, high: int) -> Tensor:
-    return (fake_quantize(x, step, shift, torch.tensor(low), torch.tensor(high)) - x).square()
+    ends = torch.tensor(low), torch.tensor(high)
+    return torch.cat(
+        [(fake_quantize(x, steps[c, None], shifts[c, None], *ends) - x).square_().sum(dim=1) for c in chunks]
+    )
