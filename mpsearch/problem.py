@@ -19,6 +19,7 @@ from mpsearch.space.spec import load_space
 from mpsearch.state_dict import digest
 from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.load import load_task
+from mpsearch.task.scoring import logits_of
 from mpsearch.task.task import Task, Warns
 from mpsearch.train import batch_norm_gap, samples_of
 
@@ -60,7 +61,7 @@ class Problem(ProblemFacts):
                 "network than the one that is scored; set it to 2 or more (16 is usual)"
             )
         x, _ = next(iter(self.task.train_batches(256, 1, seed=0)))
-        gap = batch_norm_gap(model, x, self.task.logits) if samples_of(x) > 1 else 0.0
+        gap = batch_norm_gap(model, x, logits_of(self.task)) if samples_of(x) > 1 else 0.0
         if gap >= WIDE_GAP:
             warnings.append(
                 "with the BatchNorm statistics of a training batch the float network answers otherwise than with its "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mpsearch.compiler import compiler_missing
 from mpsearch.errors import TaskError
 from mpsearch.graph.facts import LayerInfo, ModelGraph
+from mpsearch.graph.inputs import call, evaluating, first_samples
 from mpsearch.precision import Offer, PrecisionConfig
 from mpsearch.quant.fused import fuse
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, inspect_network, set_precision
@@ -23,6 +24,7 @@ from mpsearch.quant.shift import DEFAULT_SLOPE, SlopeSchedule
 from mpsearch.record import pack
 from mpsearch.state_dict import load_tensors
 from mpsearch.study import TrialSpec
+from mpsearch.task.scoring import answers_of, evaluate, logits_of
 from mpsearch.task.task import Answering, Answers, Batch, Sampling, Split, Task
 from mpsearch.train import (
     FitResult,
@@ -77,6 +79,9 @@ class Workbench:
         calibration = task.calibration_input(settings.calibration_samples)
         self.graph: ModelGraph = graph or inspect_network(float_model, calibration)
         self.layers: tuple[LayerInfo, ...] = self.graph.layers
+        if settings.distill:
+            with evaluating(float_model):  # before any trial: logits that cannot be compared are refused
+                logits_of(task)(call(float_model, first_samples(calibration, 1)))
         self.ranges = RangeSetter(float_model, self.layers, calibration)
         self._single = single_value_norms(float_model, calibration)
         if self._single and settings.batch_size == 1 and (settings.steps or settings.bn_batches):
@@ -91,7 +96,7 @@ class Workbench:
         self._quick_task = task.sampled(QUICK_SCORE_SAMPLES) if isinstance(task, Sampling) else task
         self._float_answers: dict[tuple[str, Split], Answers] = {}
         self.compile_quantizers(self.model)
-        self.teacher = Teacher(float_model.to(self.device), task.logits, bf16=self.bf16)
+        self.teacher = Teacher(float_model.to(self.device), logits_of(task), bf16=self.bf16)
 
     def compile_quantizers(self, model: nn.Module) -> nn.Module:
         """Have a model's quantizers compiled, in place, where the study says so, or where it pays and can be done."""
@@ -127,7 +132,8 @@ class Workbench:
         """The training loss: Jeffreys divergence to the float model, or the task's own."""
         if not self.settings.distill:
             return lambda _step, _x, output, target: self.task.loss(output, target)
-        return lambda step, x, output, _target: jeffreys(self.task.logits(output), self.teacher(seed, step, x))
+        logits = logits_of(self.task)
+        return lambda step, x, output, _target: jeffreys(logits(output), self.teacher(seed, step, x))
 
     def train_batches(self, steps: int, seed: int) -> Iterator[Batch]:
         """`steps` batches to train on. A batch of one sample is passed over where a BatchNorm cannot train on it.
@@ -176,13 +182,13 @@ class Workbench:
 
     def _score(self, task: Task, split: Split) -> Score:
         if not isinstance(task, Answering):
-            return Score(task.evaluate(self.model, split))
-        answers = task.answers(self.model, split)
+            return Score(evaluate(task, self.model, split))
+        answers = answers_of(task, self.model, split)
         if not math.isfinite(answers.accuracy):
             return Score(answers.accuracy)
         key = ("quick_score" if task is self._quick_task else "all", split)
         if key not in self._float_answers:
-            self._float_answers[key] = task.answers(self._float, split)
+            self._float_answers[key] = answers_of(task, self._float, split)
         divergence = float(jeffreys(answers.logits, self._float_answers[key].logits))
         return Score(answers.accuracy, divergence, pack(answers.correct.numpy()))
 

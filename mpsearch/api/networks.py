@@ -182,6 +182,7 @@ def ptq(
     from mpsearch.ptq.pipeline import BiasCorrection, PtqMethod, Rounding
     from mpsearch.ptq.pipeline import ptq as quantize
     from mpsearch.task.load import load_task
+    from mpsearch.task.scoring import evaluate
 
     precision = LayerPrecision.shorthand(bits)
     method = PtqMethod(
@@ -190,8 +191,8 @@ def ptq(
     task = load_task(spec.task)
     model = task.float_model()
     result = quantize(model, precision, None if data_free else task.calibration_input(samples), method)
-    float_scores: dict[str, float] = {split: task.evaluate(model, split) for split in SPLITS}
-    scores: dict[str, float] = {split: task.evaluate(result.model, split) for split in SPLITS}
+    float_scores: dict[str, float] = {split: evaluate(task, model, split) for split in SPLITS}
+    scores: dict[str, float] = {split: evaluate(task, result.model, split) for split in SPLITS}
     network = result.network(
         name=spec.task.model or task.name, task=task.name, metric=task.metric, accuracy=dict(scores)
     )

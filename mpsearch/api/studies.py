@@ -171,6 +171,7 @@ def check(study: str | Path | StudySpec, set: Sequence[str] = ()) -> Check:
     spec = read_study(study, set)  # before torch is imported: a mistake is answered at once
     from mpsearch.problem import open_problem
     from mpsearch.search.run import estimate_trial_s
+    from mpsearch.task.scoring import evaluate
 
     problem = open_problem(spec)
     trial_s = estimate_trial_s(problem)
@@ -184,7 +185,7 @@ def check(study: str | Path | StudySpec, set: Sequence[str] = ()) -> Check:
         cheapest=problem.cheapest,
         dearest=problem.dearest,
         unit=problem.cost.reference.unit,
-        float_val=problem.task.evaluate(problem.task.float_model(), "val"),
+        float_val=evaluate(problem.task, problem.task.float_model(), "val"),
         float_source=getattr(problem.task, "float_model_source", "as given"),
         trial_s=trial_s,
         search_s=spec.search.trials * trial_s / _parallel(spec),
@@ -274,12 +275,13 @@ def read_study(study: str | Path | StudySpec, set: Sequence[str] | None) -> Stud
 def _sensitivities(problem: Problem, proxy: str, samples: int) -> Sensitivities:
     import pandas as pd
 
+    from mpsearch.task.scoring import logits_of
     from mpsearch.warmstart.allocate import ilp_ladder
     from mpsearch.warmstart.sensitivity import measure
 
     task, space, cost = problem.task, problem.space, problem.cost
     x = task.calibration_input(samples)
-    table = measure(proxy, task.float_model(), problem.graph.layers, space, x, task.logits)
+    table = measure(proxy, task.float_model(), problem.graph.layers, space, x, logits_of(task))
     budget = math.inf if problem.spec.cost.budget is None else problem.spec.cost.budget
     rungs = [rung for rung in space.ladder() if cost(rung) <= budget]
     steps = ilp_ladder(space, cost, table, [cost(rung) for rung in rungs])

@@ -53,6 +53,7 @@ from mpsearch.quant.prepare import (
     set_precision,
     weight_rows,
 )
+from mpsearch.task.scoring import evaluate, logits_of
 from mpsearch.task.task import Task
 from mpsearch.train import jeffreys
 
@@ -136,11 +137,11 @@ class _Scorer:
         batches: list[Tensor] = []
 
         def keep(_model: nn.Module, _args: Any, output: Any) -> None:
-            batches.append(self.task.logits(output).detach().float().cpu())
+            batches.append(logits_of(self.task)(output).detach().float().cpu())
 
         handle = model.register_forward_hook(keep)
         try:
-            accuracy = self.task.evaluate(model, "val")
+            accuracy = evaluate(self.task, model, "val")
         finally:
             handle.remove()
         if not batches:
@@ -248,7 +249,7 @@ class _Workbench:
         model = copy.deepcopy(self.net.model).to(self._device)
         for name in layers:
             model.get_submodule(name).register_forward_pre_hook(listen(name), with_kwargs=True)
-        self._scorer.task.evaluate(model, "val")
+        evaluate(self._scorer.task, model, "val")
         return {name: (_decibel(power[name], noise[name]), torch.cat(samples[name])) for name in layers}
 
 

@@ -14,6 +14,7 @@ from mpsearch.qat.trained import Trained
 from mpsearch.quant.prepare import check_names
 from mpsearch.space.space import SearchSpace
 from mpsearch.study import TrialSpec
+from mpsearch.task.scoring import evaluate
 from mpsearch.workbench import Workbench
 
 METHODS: Mapping[str, Callable[[Problem, PrecisionConfig, TrialSpec, Callable[[int, float], None]], Trained]] = {
@@ -76,8 +77,8 @@ def train_one(
     float_model = task.float_model()
     return Scored(
         trained,
-        {split: task.evaluate(float_model, split) for split in ("val", "test")},
-        {split: task.evaluate(trained.model, split) for split in ("val", "test")},
+        {split: evaluate(task, float_model, split) for split in ("val", "test")},
+        {split: evaluate(task, trained.model, split) for split in ("val", "test")},
         problem.cost(config),
         fixed,
     )

@@ -21,6 +21,7 @@ from mpsearch.search.finals import FinalRow, plan_finals, planned_rows
 from mpsearch.search.front import pareto_front
 from mpsearch.search.knee import keep_values
 from mpsearch.state_dict import save_weights
+from mpsearch.task.scoring import evaluate
 from mpsearch.warmstart.start import start_weights
 from mpsearch.workbench import Workbench
 
@@ -81,7 +82,7 @@ def float_scores(problem: Problem, folder: RunFolder) -> Mapping[str, float]:
     if problem.float_scores.keys() >= {"val", "test"}:
         return problem.float_scores
     model = problem.task.float_model()
-    scores = {"val": problem.task.evaluate(model, "val"), "test": problem.task.evaluate(model, "test")}
+    scores = {split: evaluate(problem.task, model, split) for split in ("val", "test")}
     if all(map(math.isfinite, scores.values())):
         write_facts(folder, replace(problem, float_scores=scores))
     return scores

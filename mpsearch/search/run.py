@@ -28,6 +28,7 @@ from mpsearch.search.view import open_view
 from mpsearch.shipped import shipped
 from mpsearch.state_dict import save_weights
 from mpsearch.study import StudySpec, read_spec
+from mpsearch.task.scoring import evaluate
 from mpsearch.train import threads
 from mpsearch.warmstart.start import start_weights, warm_start
 from mpsearch.workbench import Workbench
@@ -202,5 +203,5 @@ def estimate_trial_s(problem: Problem, steps: int = 6) -> float:
 
 def _evaluation_s(problem: Problem, workbench: Workbench) -> float:
     clock = time.perf_counter()
-    problem.task.evaluate(workbench.model, "val")
+    evaluate(problem.task, workbench.model, "val")
     return time.perf_counter() - clock
