@@ -1,4 +1,4 @@
-"""What a user reads and types: help of every option, the version, completion, an output without Unicode."""
+"""What a user reads and types: help of every option, the version, completion."""
 
 from __future__ import annotations
 
@@ -103,14 +103,6 @@ def test_shell_completes_commands_options_and_shipped_studies() -> None:
     assert completed("mpsearch fin") == ["finalize"]
     assert "--time-limit" in completed("mpsearch run digits --ti")
     assert "digits" in completed("mpsearch check di")
-
-
-def test_output_without_unicode_gets_replaced_characters() -> None:
-    """The legend of the table has a dot (·) that ASCII has not."""
-    arguments = ("inspect", "digits", "--sensitivity", "--proxy", "sqnr", "--samples", "8")
-    done = module(*arguments, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-    assert done.returncode == 0, done.stderr
-    assert "4: uniform, 4 bits ? 4s: shift" in done.stdout
 
 
 def test_glossary_has_each_word_once_in_order() -> None:

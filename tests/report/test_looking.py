@@ -178,6 +178,22 @@ def test_looking_at_two_thousand_trials_takes_little_memory(tmp_path: Path, comm
     assert process["mib"] < 200
 
 
+def test_output_without_unicode_gets_replaced_characters(tmp_path: Path) -> None:
+    folder = run_of(
+        tmp_path / "run", TASKS["model"], [trial(0, 0.5, 0.9), replace(RECORDS[4], number=1, reason="zu groß")]
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mpsearch", "status", folder.path.name],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trial 1 failed: zu gro?" in done.stdout
+
+
 def test_facts_are_read_as_they_were_written(tmp_path: Path) -> None:
     folder = run_of(tmp_path / "run", TASKS["model"])
     written, read = facts_of(TASKS["model"]), read_facts(folder)
