@@ -191,13 +191,9 @@ TIMM = [
 TORCHVISION_SIZES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56}
 """Pixels where 64 do not do: auxiliary classifiers, windows of a fixed number, patches of 14."""
 
-TIMM_SIZES = {
-    "nasnetalarge": 96,
-    "pnasnet5large": 96,
-    "inception_resnet_v2": 96,
-    "inception_v3": 96,
-    "inception_v4": 96,
-}
+TIMM_SIZES = (96, 128)
+"""Pixels that are tried before the size that a network of timm is made for: in a smaller image the layers are the
+same."""
 
 
 def prepared(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -219,6 +215,15 @@ def prepared(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def _images(size: int, batch: int = BATCH, channels: int = 3) -> Tensor:
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def _runs(model: nn.Module, x: Tensor) -> bool:
+    try:
+        model(x)
+    except Exception:  # whatever a network raises on a size that it is not made for
+        return False
+    return True
 
 
 def torchvision() -> Mapping[str, Make]:
@@ -263,8 +268,13 @@ def timm() -> Mapping[str, Make]:
     def make(name: str) -> Built:
         torch.manual_seed(0)
         model = timm.create_model(name, pretrained=False)
-        size = TIMM_SIZES.get(name, model.default_cfg["input_size"][-1])
-        return prepared(model), _images(size, 2)
+        config: dict[str, Any] = model.default_cfg
+        prepared(model)
+        whole = config["input_size"][-1]
+        for size in () if config.get("fixed_input_size") else TIMM_SIZES:
+            if size < whole and _runs(model, _images(size, 2)):
+                return model, _images(size, 2)
+        return model, _images(whole, 2)
 
     return {name: partial(make, name) for name in TIMM}
 

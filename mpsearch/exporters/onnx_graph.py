@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps, weight_codes
 from mpsearch.exporters.packed import pack_bits, terms_of, unsigned_codes
-from mpsearch.graph.inputs import arguments
+from mpsearch.graph.inputs import arguments, tensors
 from mpsearch.private.torch import tree_leaves, tree_map, tree_map_only
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
@@ -121,6 +122,7 @@ def _marked(model: nn.Module) -> nn.Module:
     layers = quant_layers(model)
     with torch.no_grad():
         values = {name: layer.quantized_weight().detach().clone() for name, layer in layers.items()}
+    model.register_forward_hook(lambda _model, _args, output: _only_known(output))
     for module in [module for module in model.modules() if isinstance(module, nn.RReLU)]:
         for parent, attribute in places(model, module):
             setattr(parent, attribute, nn.LeakyReLU((module.lower + module.upper) / 2))  # what it is in eval mode
@@ -132,10 +134,20 @@ def _marked(model: nn.Module) -> nn.Module:
     return model
 
 
+def _only_known(output: Any) -> Any:
+    """The output without what torch.export does not know, such as a cache of keys and values, if there is any."""
+    if all(leaf is None or isinstance(leaf, (Tensor, int, float, bool, str)) for leaf in tree_leaves(output)):
+        return output
+    if isinstance(output, Mapping):
+        return {key: value for key, value in output.items() if next(tensors(value), None) is not None}
+    return tuple(tensors(output))
+
+
 def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, shapes: tuple[Any, ...] | None
 ) -> ModelProto:
-    with _quiet():
+    # The fused kernel gives other strides than its decomposition in the graph, in which a view of it may not exist.
+    with _quiet(), sdpa_kernel(SDPBackend.MATH):
         program = torch.onnx.export(
             model, args, kwargs=kwargs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
         )

@@ -38,8 +38,8 @@ TARGETS: dict[str, Target] = {
     "native": Target(native.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS)),
     "packed": Target(packed.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS)),
     # Shift and APoT weights are constants on their grid.
-    "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, WITH_INPUTS)),
-    "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, WITH_INPUTS)),
+    "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS)),
+    "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS)),
     # Bits alone: MHAQ learns its own scales. It has Conv2d and Linear.
     "mhaq": Target(mhaq.save, Holds(UNIFORM, UNIFORM, frozenset({"conv2d", "linear"}))),
     "brevitas": Target(brevitas.save, Holds(UNIFORM, UNIFORM, WITH_INPUTS)),

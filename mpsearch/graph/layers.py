@@ -217,6 +217,8 @@ def _stays(norm: str, layer: str, modules: Mapping[str, nn.Module], seen: Observ
     (source,) = before.gave
     if source.returned or source.readers != {norm}:
         return f"something else reads the output of {layer} too"
+    if isinstance(module, nn.Embedding):
+        return f"{layer} is an embedding, which has no bias"
     if channel_axis(str(kind_of(module)), len(source.shape)) != 1:
         return f"it normalizes axis 1 of an output whose channels are axis {len(source.shape) - 1}"
     if not foldable_norm(modules[norm]):

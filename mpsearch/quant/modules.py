@@ -156,6 +156,8 @@ class QuantTransposedLinear(QuantLayer):
 class QuantEmbedding(QuantLayer, nn.Embedding):
     """`nn.Embedding` with a quantized weight, a channel for each entry; what it looks up by are no activations."""
 
+    bias = None  # as of a layer that has none
+
     def forward(self, input: Tensor) -> Tensor:
         """The rows of q_w(w)."""
         return F.embedding(

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mpsearch
 from mpsearch.errors import ExportError
 from mpsearch.exporters import onnx_qdq
 from mpsearch.exporters.packed import unpack_bits, values_of
+from mpsearch.exporters.verify import Verified
 from mpsearch.graph.facts import ModelGraph
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, PrecisionConfig
@@ -139,6 +141,33 @@ class AsksForValues(nn.Module):
         return y if float(x.sum()) > 0 else -y
 
 
+class Attends(nn.Module):
+    """Attention in windows, its heads put together by a reshape that is a view of what the fused kernel gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=x.new_zeros(1, 2, x.shape[1], x.shape[1]))
+        z: Tensor = self.out(y.transpose(1, 2).reshape(*x.shape[:2], -1))
+        return z
+
+
+class Cache:
+    """What a network gives back beside its tensors, of a class that nobody has told torch about."""
+
+
+class GivesMore(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        return {"cache": Cache(), "logits": self.layer(x), "loss": None}
+
+
 def prepared(model: nn.Module, x: Tensor, weight: str, activation: str, examples: int = 2) -> mpsearch.QuantizedNetwork:
     layers = inspect_model(model.eval(), x).layers
     config = PrecisionConfig(
@@ -156,6 +185,17 @@ def test_a_layer_used_twice_is_stored_once(tmp_path: Path) -> None:
     sizes = [c.dims for c in onnx.load(path).graph.initializer if c.name.endswith("_codes")]
     assert sorted(map(list, sizes)) == [[8, 64], [64, 64]]
     np.testing.assert_allclose(run_onnxruntime(path, x), network.model(x).detach().numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [Attends, GivesMore])
+@pytest.mark.parametrize("to", RUN)
+def test_what_torch_cannot_trace_as_it_stands_is_exported_all_the_same(
+    to: str, model: type[nn.Module], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 6, 8)
+    exported = mpsearch.export(prepared(model().eval(), x, "uniform:8", "uniform:8"), to, tmp_path / "out")
+    assert isinstance(exported.verified, Verified)
 
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])

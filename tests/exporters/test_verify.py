@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import mpsearch
 from mpsearch.errors import VerificationError
 from mpsearch.exporters import onnx_qdq, verify
+from mpsearch.exporters.targets import TARGETS
 from mpsearch.exporters.verify import RUNTIMES, Runtime, Unverified, Verified
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, PrecisionConfig
@@ -49,6 +50,29 @@ def test_every_target_is_verified_in_its_own_runtime(to: str, tmp_path: Path) ->
     manifest = "precision.json" if to == "native" else "export.json"
     assert json.loads((exported.path / manifest).read_text())["verified"] == verified.to_json()
     assert str(verified).startswith(f"verified in {RUNTIMES[to].name} ")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 5, 8])
+@pytest.mark.parametrize("to", [name for name, target in TARGETS.items() if "embedding" in target.holds.kinds])
+def test_an_embedding_is_verified_wherever_it_is_held(to: str, bits: int, tmp_path: Path) -> None:
+    needs = PACKAGE.get(to) or ("onnxruntime" if "onnx" in to else "torch")
+    if find_spec(needs) is None or (to == "qonnx" and find_spec("qonnx") is None):
+        pytest.skip(MISSING)
+    torch.manual_seed(0)
+    model, tokens = (
+        nn.Sequential(nn.Embedding(20, 16, padding_idx=0), nn.Linear(16, 10)),
+        torch.arange(60).view(20, 3) % 20,
+    )
+    layers = inspect_model(model.eval(), tokens).layers
+    config = PrecisionConfig.uniform(["0", "1"], LayerPrecision.parse(f"uniform:{bits}", "uniform:8"))
+    quantized = mpsearch.prepare(model, config, tokens, layers).eval()
+    facts = {"example_input": tokens, "samples": tokens, "float_model": model}
+    exported = mpsearch.export(
+        mpsearch.QuantizedNetwork(quantized, layers, "small", "noise", **facts), to, tmp_path / "out"
+    )
+    assert isinstance(exported.verified, Verified)
+    assert (exported.verified.same_answers, exported.conversions) == (20, ())
+    assert exported.verified.max_difference < 1e-5
 
 
 def test_a_verified_native_export_has_its_schema(tmp_path: Path) -> None:
