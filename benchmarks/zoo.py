@@ -131,6 +131,10 @@ def check(make: Callable[[], tuple[nn.Module, Any]], stages: Sequence[str]) -> R
     quantized = stage("prepare", prepare)
     stage("fold", fold)
     stage("ptq", lambda: ptq(model, W8A8, batch, PtqMethod(rounding="nearest")))
+    with tempfile.TemporaryDirectory() as folder:
+        verified = stage("onnx", lambda: _onnx(model, batch, graph, Path(folder) / "onnx"))
+        if verified is not None:
+            row["onnx_difference"] = verified.max_difference
     if quantized is None:
         return row
 
@@ -165,8 +169,7 @@ def check(make: Callable[[], tuple[nn.Module, Any]], stages: Sequence[str]) -> R
 
         stage("native", native)
         stage("packed", pack)
-        verified = stage("onnx", lambda: _onnx(model, batch, graph, Path(folder) / "onnx"))
-    return row if verified is None else row | {"onnx_difference": verified.max_difference}
+    return row
 
 
 def _onnx(model: nn.Module, batch: Any, graph: ModelGraph, folder: Path) -> Verified:
