@@ -18,7 +18,7 @@ test: setup  ## all tests but the slow ones: at most 4 minutes on 2 idle cores
 test-unit: setup  ## those that compile nothing and need neither Ray nor a browser: at most 90 s
 	$(PYTEST) -m unit
 
-test-all: $(VENV)/.targets  ## the slow tests too, and those of the export targets' libraries, which it installs
+test-all: $(VENV)/.targets  ## the slow tests too, and those with the export targets' libraries and other people's networks, which it installs
 	$(PYTEST) -m "slow or not slow"
 
 fuzz: $(VENV)/.targets  ## 1,000 random networks through every stage, and 200 through each runtime of another library
@@ -40,7 +40,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.targets: $(VENV)/.installed
-	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,targets]'
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,targets,zoo]'
 	touch $@
 
 clean:

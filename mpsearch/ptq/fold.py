@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mpsearch.graph.agreement import holds, largest_subset, outputs
+from mpsearch.graph.agreement import Original, largest_subset, result_points
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.kinds import foldable_norm, rest_of_norm
@@ -50,8 +50,8 @@ def fold_batch_norms(model: nn.Module, layers: Sequence[LayerInfo], calibration_
 
     foldable_pairs = pairs
     if calibration_input is not None and pairs:
-        reference = outputs(model, calibration_input)
-        foldable_pairs = largest_subset(pairs, lambda some: holds(folded(some), calibration_input, reference))
+        original = Original(model, calibration_input, result_points(layers))
+        foldable_pairs = largest_subset(pairs, lambda some: original.holds(folded(some)))
     modules = dict(opened.named_modules())
     notes = tuple(
         f"{norm} is not folded into {layer}: the network then answers otherwise"

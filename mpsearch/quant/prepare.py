@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import PrecisionError, TaskError, nearest
-from mpsearch.graph.agreement import holds, largest_subset, outputs
+from mpsearch.graph.agreement import Original, largest_subset, result_points
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo, ModelGraph
 from mpsearch.graph.inputs import call, evaluating, layer_input
@@ -72,10 +72,10 @@ def inspect_network(model: nn.Module, calibration_input: Any, batch_size: int | 
     A layer for which this does not hold stays float, with that as its reason. Arguments and errors as there.
     """
     graph = inspect_model(model, calibration_input, batch_size)
-    reference = outputs(model, calibration_input)
+    original = Original(model, calibration_input, result_points(graph.layers))
 
     def same(some: Sequence[LayerInfo]) -> bool:
-        return holds(insert_quantizers(model, some), calibration_input, reference)
+        return original.holds(insert_quantizers(model, some))
 
     names = {layer.name for layer in largest_subset(graph.quantizable, same)}
     if len(names) == len(graph.quantizable):

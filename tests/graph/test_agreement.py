@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from mpsearch.graph.agreement import difference, holds, largest_subset, outputs
+from mpsearch.graph.agreement import Original, difference, holds, largest_subset, outputs
 from mpsearch.graph.inputs import call, first_samples, tensors
+from mpsearch.ptq.fold import fold_batch_norms
+from mpsearch.quant.prepare import inspect_network
 
 
 def test_rounding_is_agreement_and_a_thousandth_is_not():
@@ -60,3 +63,44 @@ def test_the_first_samples_are_taken_only_of_tensors_of_one_length():
     x = torch.zeros(10, 3)
     assert [len(t) for t in tensors(first_samples({"a": x, "b": (x, 1)}, 4))] == [4, 4]
     assert [len(t) for t in tensors(first_samples((x, x[:5]), 4))] == [10, 5]
+
+
+class Detector(nn.Module):
+    """Gives the best 3 of 64 places, by a score that the last digits decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.score, self.box = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 1, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.stem(x))
+        best = (1e7 * self.score(h)).sin().flatten(1).topk(3).indices
+        return self.box(h).flatten(2).gather(2, best[:, None].expand(-1, 4, -1))
+
+
+def test_a_network_whose_outputs_follow_noise_is_compared_between_its_layers():
+    torch.manual_seed(0)
+    net, x = Detector().eval(), torch.randn(4, 3, 8, 8)
+    same, wrong, unlike = (copy.deepcopy(net) for _ in range(3))
+    with torch.no_grad():
+        same.stem.weight.mul_(1 + 1e-6)
+        wrong.box.weight.mul_(1.01)
+    unlike.score = nn.Identity()
+    original = Original(net, x, ["stem", "score", "box"])
+    assert difference(outputs(same, x), outputs(net, x)) > 1
+    assert [original.holds(other) for other in (net, same, wrong, unlike)] == [True, True, False, False]
+    # Where noise leaves the outputs alone, they are what counts.
+    steady = Original(nn.Sequential(net.stem), x, ["0"])
+    assert not steady.holds(nn.Sequential(net.stem, nn.ReLU()))
+
+
+def test_a_detector_keeps_its_folded_norms_and_loses_a_wrong_one():
+    torch.manual_seed(0)
+    net, x = Detector(), torch.randn(8, 3, 8, 8)
+    net.stem = nn.Sequential(net.stem, nn.BatchNorm2d(8))
+    net(x)
+    net.eval()
+    graph = inspect_network(net, x)
+    assert [layer.batch_norm for layer in graph.quantizable] == ["stem.1", None, None]
+    folded = fold_batch_norms(net, graph.layers, x)
+    assert (dict(folded.folded), folded.notes) == ({"stem.0": "stem.1"}, ())

@@ -227,3 +227,11 @@ def test_a_fold_that_changes_the_answers_is_undone_alone_and_named() -> None:
     assert folded.folded == {"good": "bn1"}
     assert folded.notes == ("bn2 is not folded into conv: the network then answers otherwise",)
     torch.testing.assert_close(folded.model(x), net(x))
+
+
+def test_an_embedding_has_no_bias_for_a_batch_norm_to_go_into() -> None:
+    net, tokens = nn.Sequential(nn.Embedding(20, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval(), torch.arange(20)
+    graph = inspect_model(net, tokens)
+    assert graph.notes == ("1 is not folded into 0: 0 is an embedding, which has no bias",)
+    result = ptq(net, LayerPrecision.shorthand("w8a8"), tokens, PtqMethod(rounding="nearest"))
+    assert isinstance(result.model[1], nn.BatchNorm1d)  # type: ignore[index]
