@@ -1,10 +1,12 @@
 """Does each export, loaded or executed by the library that it is for, answer as our network does?
 
 Needs `mpsearch[targets]`, and for `resnet20` the data and the checkpoint that its study file names; `vit` is a small
-torchvision VisionTransformer of random weights on the same images. Configs are made by hand, with ranges set and
-nothing trained. Prints one table over 1,000 images: in how many the answer (the largest logit) is the same; by how much
-we preferred ours where it is another; in how many images any logit differs by more than 1e-3, because another order
-of summation has turned the rounding of some input over; and the largest such difference.
+torchvision VisionTransformer of random weights on the same images. `mobilenet` (ReLU6, depthwise layers), `convnext`
+(depthwise layers with biases, GELU, LayerNorm) and `encoder` (attention, linear layers with biases) are small networks
+of torchvision, trained on digits, enlarged to 32 pixels and three channels. Configs are made by hand, with ranges set
+and nothing trained under them. Prints one table over 1,000 images: in how many the answer (the largest logit) is the
+same; by how much we preferred ours where it is another; in how many images any logit differs by more than 1e-3, because
+another order of summation has turned the rounding of some input over; and the largest such difference.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
@@ -32,6 +35,7 @@ from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.study import load_study
 from mpsearch.task.load import load_task
+from mpsearch.task.task import Task
 
 IMAGES, CALIBRATION, BATCH = 1000, 512, 250
 
@@ -47,7 +51,62 @@ NETWORKS: dict[str, tuple[str, ...]] = {
     "resnet20": ("mixed", "types", "w4a4", "linear"),
     "digits": ("mixed", "types"),
     "vit": ("mixed", "linear"),
+    "mobilenet": ("mixed", "w4a4"),
+    "convnext": ("mixed", "w4a4"),
+    "encoder": ("mixed", "w4a4"),
 }
+
+STEPS, LEARNING_RATE = 400, 2e-3
+"""Of the training of the networks of torchvision, in batches of 64."""
+
+
+def _mobilenet() -> nn.Module:
+    from torchvision.models import mobilenet_v2
+
+    return mobilenet_v2(num_classes=10, width_mult=0.25)  # type: ignore[no-any-return]
+
+
+def _convnext() -> nn.Module:
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    return ConvNeXt([CNBlockConfig(24, 48, 2), CNBlockConfig(48, None, 2)], num_classes=10)  # type: ignore[no-any-return]
+
+
+def _vision_transformer() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 4, 3, 4, 64, 128, num_classes=10)
+    nn.init.normal_(model.heads.head.weight)  # torchvision starts the head at zero: every logit would be equal
+    return model  # type: ignore[no-any-return]
+
+
+ON_DIGITS: dict[str, Callable[[], nn.Module]] = {
+    "mobilenet": _mobilenet,
+    "convnext": _convnext,
+    "encoder": _vision_transformer,
+}
+"""Networks that are trained here."""
+
+
+def enlarged(x: Tensor) -> Tensor:
+    """`(n, 1, 8, 8)` digits as `(n, 3, 32, 32)` images."""
+    return F.interpolate(x, 32).expand(-1, 3, -1, -1).contiguous()
+
+
+def trained(make: Callable[[], nn.Module], task: Task) -> nn.Module:
+    """A network that has learned digits, in eval mode."""
+    torch.manual_seed(0)
+    model = make().train()
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS)
+    for x, y in task.train_batches(64, STEPS, 0):
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(model(enlarged(x)), y))
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
 
 Run = Callable[[nn.Module, Path, Tensor], Callable[[Tensor], Any]]
 """`(float model, folder, example) -> (images -> logits)`, in the target's own library."""
@@ -131,16 +190,11 @@ class Networks:
     @cache  # noqa: B019 - there is one Networks
     def network(self, name: str) -> tuple[nn.Module, Tensor, Tensor, ModelGraph]:
         """The float network, images to set ranges on, images to compare on, and the layers."""
-        task = load_task(load_study("digits" if name == "digits" else self.study).task)
-        model = task.float_model()
-        if name == "vit":
-            from torchvision.models import VisionTransformer
-
-            torch.manual_seed(0)
-            model = VisionTransformer(32, 4, 3, 4, 64, 128, num_classes=10)
-            nn.init.normal_(model.heads.head.weight)  # torchvision starts the head at zero: every logit would be equal
-            model.eval()
+        task = load_task(load_study("digits" if name in ("digits", *ON_DIGITS) else self.study).task)
+        model = trained(ON_DIGITS[name], task) if name in ON_DIGITS else task.float_model()
+        model = _vision_transformer().eval() if name == "vit" else model
         images = task.calibration_input(CALIBRATION + IMAGES)  # digits has 1,078: the two overlap
+        images = enlarged(images) if name in ON_DIGITS else images
         calibration, x = images[:CALIBRATION], images[-IMAGES:]
         return model, calibration, x, inspect_model(model, calibration[:32])
 

@@ -226,6 +226,16 @@ def _runs(model: nn.Module, x: Tensor) -> bool:
     return True
 
 
+def _smallest_first(module: Any) -> list[str]:
+    """The networks of a module of torchvision, by their number of parameters."""
+    from torchvision.models import get_model_weights, list_models
+
+    def parameters(name: str) -> int:
+        return max((int(weights.meta["num_params"]) for weights in get_model_weights(name)), default=0)
+
+    return sorted(list_models(module=module), key=parameters)
+
+
 def torchvision() -> Mapping[str, Make]:
     """All classification models of torchvision."""
     import torchvision
@@ -236,7 +246,7 @@ def torchvision() -> Mapping[str, Make]:
         torch.manual_seed(0)
         return prepared(torchvision.models.get_model(name, weights=None, **options)), _images(size)
 
-    return {name: partial(make, name) for name in torchvision.models.list_models(module=torchvision.models)}
+    return {name: partial(make, name) for name in _smallest_first(torchvision.models)}
 
 
 def torchvision_dense() -> Mapping[str, Make]:
@@ -257,7 +267,7 @@ def torchvision_dense() -> Mapping[str, Make]:
     return {
         name: partial(make, name, kind)
         for kind in ("segmentation", "detection", "video")
-        for name in torchvision.models.list_models(module=getattr(torchvision.models, kind))
+        for name in _smallest_first(getattr(torchvision.models, kind))
     }
 
 

@@ -76,7 +76,7 @@ def zoo(
         if time.perf_counter() - began > 60 * minutes:
             break
         clock = time.perf_counter()
-        with patch.multiple(ranges, COARSE=4, FINE=1, ENDS=4), patch.object(preparing, "ACTIVATION_SAMPLES", 2048):
+        with patch.multiple(ranges, COARSE=2, FINE=1, ENDS=3), patch.object(preparing, "ACTIVATION_SAMPLES", 2048):
             outcome = check(networks[case["network"]], stages)
         row = case | outcome | {"seconds": round(time.perf_counter() - clock)}
         rows.append(row)
