@@ -239,7 +239,7 @@ def _distance(given: Tensor, expected: Tensor) -> float:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def show(rows: list[Row]) -> None:

@@ -13,6 +13,7 @@ import copy
 import io
 import json
 import logging
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
@@ -73,7 +74,9 @@ def trace(network: QuantizedNetwork, opset: int) -> ModelProto:
         try:
             proto = _export(model, args, kwargs, opset, None)  # control flow over the batch: its size is then fixed
         except Exception as error:
-            raise ExportError(f"torch.onnx cannot export {network.name}: {_reason(error)}") from None
+            raise ExportError(
+                f"torch.onnx cannot export {network.name}{_where(error, model)}: {_reason(error)}"
+            ) from None
     config = network.config
     metadata = {"mpsearch.config": json.dumps(config.to_json())}
     for name, layer in quant_layers(network.model).items():
@@ -115,6 +118,22 @@ def _reason(error: BaseException) -> str:
     called = text.partition("The following call raised this error:")[2].strip().splitlines()[:2]
     where = f" ({' '.join(part.strip() for part in called)})" if called else ""
     return f"{type(error).__name__}: {line[0][:300]}{where}"
+
+
+def _where(error: BaseException, model: nn.Module) -> str:
+    """Of the model's modules that ran when tracing failed, the innermost one, in words."""
+    names = {id(module): name for name, module in model.named_modules() if name}
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for raised in reversed(chain):
+        modules = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(raised.__traceback__)]
+        inside = [module for module in modules if id(module) in names]
+        if inside:
+            return f", in '{names[id(inside[-1])]}' ({type(inside[-1]).__name__})"
+    return ""
 
 
 def _marked(model: nn.Module) -> nn.Module:

@@ -238,6 +238,13 @@ def test_a_failed_trace_is_one_line_and_prints_nothing(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_failed_trace_names_the_module_that_fails(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(), AsksForValues()), nn.Linear(8, 8))
+    network = prepared(model, torch.randn(4, 8), "uniform:4", "uniform:8")
+    with pytest.raises(ExportError, match=r"cannot export Sequential, in '1\.1' \(AsksForValues\): .*data-dependent"):
+        mpsearch.export(network, "onnx", tmp_path / "out")
+
+
 @pytest.mark.parametrize("to", RUN)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
 def test_networks_of_other_types_than_float32_are_refused_by_name(to: str, dtype: torch.dtype, tmp_path: Path) -> None:
