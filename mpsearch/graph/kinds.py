@@ -72,6 +72,21 @@ def own_forward(module: nn.Module, base: type[nn.Module]) -> bool:
     return changed or any(method in vars(module) for method in _METHODS)
 
 
+def adds_to_lookup(module: nn.Module) -> bool:
+    """Whether a class derived from `nn.Embedding` does something before or after `super().forward`, and no more.
+
+    Such are transformers' embeddings of positions (an offset is added to the entries) and scaled ones. Its code says
+    so: it calls its base's forward and names no weight.
+    """
+    if not isinstance(module, nn.Embedding) or "forward" in vars(module) or hasattr(module, "bias"):
+        return False
+    classes = type(module).__mro__[: type(module).__mro__.index(nn.Embedding)]
+    forwards = [kind.__dict__["forward"] for kind in classes if "forward" in kind.__dict__]
+    names = [set(forward.__code__.co_names) for forward in forwards if hasattr(forward, "__code__")]
+    calls = all({"super", "forward"} <= used and "weight" not in used for used in names)
+    return len(names) == len(forwards) > 0 and calls and type(module).__call__ is nn.Embedding.__call__
+
+
 def reserved_names(module: nn.Module) -> list[str]:
     """The names among those of a quantized layer that a module has for something of its own."""
     return sorted(name for name in RESERVED if hasattr(module, name))

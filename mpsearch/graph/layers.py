@@ -22,6 +22,7 @@ from mpsearch.graph.groups import connected
 from mpsearch.graph.inputs import tensors
 from mpsearch.graph.kinds import (
     KINDS,
+    adds_to_lookup,
     channel_axis,
     foldable_norm,
     is_transposed_linear,
@@ -168,7 +169,7 @@ def reason_to_stay_float(name: str, module: nn.Module, usage: Usage, all_frozen:
         return "it is the whole model: wrap it in nn.Sequential"
     if "weight" not in module._parameters:
         return "its weight is computed anew at each call: remove its parametrization, weight norm or pruning mask first"
-    if own_forward(module, base):
+    if own_forward(module, base) and not adds_to_lookup(module):
         return f"its class {type(module).__name__} has a forward of its own"
     if taken := reserved_names(module):
         return f"its class {type(module).__name__} has a '{taken[0]}' of its own, which a quantized layer needs"

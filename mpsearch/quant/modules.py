@@ -199,7 +199,7 @@ def without_quantizers(layer: QuantLayer) -> nn.Module:
 
 def plain_class(layer: QuantLayer) -> type[nn.Module]:
     """The class of the layer that a quantized layer stands for."""
-    return _PLAIN.get(type(layer)) or type(layer).__bases__[1]  # of a class derived from ours and from the other
+    return _PLAIN.get(type(layer)) or cast(Any, type(layer))._plain_class
 
 
 _PLAIN = {quant: plain for plain, quant in QUANT_LAYERS.items()}
@@ -213,8 +213,10 @@ def _quant_class(kind: type[nn.Module]) -> type[QuantLayer]:
     if kind in _MADE:
         return _MADE[kind]
     ours = next((QUANT_LAYERS[base] for base in kind.__mro__ if base in QUANT_LAYERS), QuantTransposedLinear)
-    members = {"__module__": __name__, "__doc__": kind.__doc__, "__reduce_ex__": _reduce}
-    _MADE[kind] = cast(type[QuantLayer], type(f"Quant{kind.__name__}", (ours, kind), members))
+    members = {"__module__": __name__, "__doc__": kind.__doc__, "__reduce_ex__": _reduce, "_plain_class": kind}
+    # The own forward of an embedding calls its base's, which is then ours.
+    bases = (kind, ours) if ours is QuantEmbedding else (ours, kind)
+    _MADE[kind] = cast(type[QuantLayer], type(f"Quant{kind.__name__}", bases, members))
     return _MADE[kind]
 
 

@@ -355,6 +355,44 @@ def test_an_embedding_is_a_weight_to_quantize_and_nothing_else() -> None:
     assert [name for name, p in trained.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
+class Shifted(nn.Embedding):
+    """Positions: the entries begin at the second row, and are scaled."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input + 1) * self.scale
+
+    scale = 3.0
+
+
+class ReadsItsWeight(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + self.weight[0]
+
+
+class LooksUpAlone(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.index_select(self.weight, 0, input.flatten()).view(*input.shape, -1)
+
+
+def test_an_embedding_that_adds_to_the_forward_of_its_base_is_quantized_and_no_other() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 19, (16, 5))
+    net = nn.Sequential(Shifted(20, 8), nn.Linear(8, 3)).eval()
+    config = config_for(net, tokens, W4A4)
+    prepared = prepare(net, config, tokens)
+    table = quant_layers(prepared)["0"]
+    assert torch.equal(prepared[0](tokens), 3.0 * table.quantized_weight()[tokens + 1])  # type: ignore[index]
+    assert not torch.equal(prepared[0](tokens), net[0](tokens))  # type: ignore[index]
+    again = copy.deepcopy(prepared)
+    assert torch.equal(again(tokens), prepared(tokens))
+    assert type(without_quantizers(table)) is Shifted
+    for kind in (ReadsItsWeight, LooksUpAlone):
+        net = nn.Sequential(kind(20, 8), nn.Linear(8, 3)).eval()
+        assert [layer.reason for layer in inspect_model(net, tokens).unhandled] == [
+            f"its class {kind.__name__} has a forward of its own"
+        ]
+
+
 # ------------------------------------------------------------------------------------------------ ways of calling
 
 
