@@ -51,12 +51,12 @@ NETWORKS: dict[str, tuple[str, ...]] = {
     "resnet20": ("mixed", "types", "w4a4", "linear"),
     "digits": ("mixed", "types"),
     "vit": ("mixed", "linear"),
-    "mobilenet": ("mixed", "w4a4"),
-    "convnext": ("mixed", "w4a4"),
-    "encoder": ("mixed", "w4a4"),
+    "mobilenet": ("mixed",),
+    "convnext": ("mixed",),
+    "encoder": ("mixed",),
 }
 
-STEPS, LEARNING_RATE = 400, 2e-3
+STEPS, LEARNING_RATE = 300, 1e-3
 """Of the training of the networks of torchvision, in batches of 64."""
 
 
