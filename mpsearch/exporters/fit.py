@@ -8,7 +8,7 @@ value. Where no grid of the target holds the values, they are rounded to the nea
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,13 +30,23 @@ from mpsearch.quant.uniform import code_range
 Widths = Mapping[str, range]  # quantizer type -> bits
 
 
+def no_layers(network: QuantizedNetwork) -> dict[str, str]:
+    """The layers that a target cannot hold for a reason of their own, where there is none."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Holds:
-    """What a target can represent: quantizer types with their bits, and layer kinds. Float is always held."""
+    """What a target can represent: quantizer types with their bits, and layer kinds. Float is always held.
+
+    `cannot` gives, for a network, the layers that the target has to leave float, each with the reason: what bits and
+    kinds do not tell.
+    """
 
     weight: Widths
     activation: Widths
     kinds: frozenset[str]
+    cannot: Callable[[QuantizedNetwork], Mapping[str, str]] = no_layers
 
 
 @dataclass(frozen=True)
@@ -48,10 +58,12 @@ class Conversion:
     before: Precision
     after: Precision
     same_values: bool  # no number changed, only how many bits it is stored in
+    reason: str = ""  # why the target cannot hold the layer, where bits and kinds do not tell
 
     def __str__(self) -> str:
         effect = "same values" if self.same_values else "values change"
-        return f"{self.layer} {self.tensor}: {self.before} becomes {self.after}, {effect}"
+        why = f" ({self.reason})" if self.reason else ""
+        return f"{self.layer} {self.tensor}: {self.before} becomes {self.after}, {effect}{why}"
 
     def to_json(self) -> dict[str, Any]:
         """For the export's manifest."""
@@ -61,6 +73,7 @@ class Conversion:
             "wanted": str(self.before),
             "given": str(self.after),
             "same_values": self.same_values,
+            **({"reason": self.reason} if self.reason else {}),
         }
 
 
@@ -74,10 +87,13 @@ def fit(
             alternative.
     """
     kinds = {name: info.kind for name, info in network.info.items()}
+    reasons = holds.cannot(network)
     conversions = tuple(
-        conversion
+        replace(conversion, reason=reasons.get(name, ""))
         for name, layer in quant_layers(network.model).items()
-        for conversion in _conversions(name, layer, holds if kinds[name] in holds.kinds else _NOTHING)
+        for conversion in _conversions(
+            name, layer, holds if kinds[name] in holds.kinds and name not in reasons else _NOTHING
+        )
     )
     if not conversions:
         return network, ()
@@ -97,6 +113,7 @@ def _refusal(target: str, holds: Holds, conversions: tuple[Conversion, ...], kin
     lines = [
         f"  {c.layer} ({kinds[c.layer]}) {c.tensor} {c.before}: "
         f"{c.after} would hold it, {'the same values' if c.same_values else 'with other values'}"
+        + (f"; {c.reason}" if c.reason else "")
         for c in conversions[:20]
     ]
     if len(conversions) > len(lines):

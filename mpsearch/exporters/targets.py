@@ -40,8 +40,8 @@ TARGETS: dict[str, Target] = {
     # Shift and APoT weights are constants on their grid.
     "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS)),
     "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS)),
-    # Bits alone: MHAQ learns its own scales. It has Conv2d and Linear.
-    "mhaq": Target(mhaq.save, Holds(UNIFORM, UNIFORM, frozenset({"conv2d", "linear"}))),
+    # Bits alone: MHAQ learns its own scales.
+    "mhaq": Target(mhaq.save, Holds(UNIFORM, UNIFORM, frozenset({"conv2d"}), mhaq.cannot)),
     "brevitas": Target(brevitas.save, Holds(UNIFORM, UNIFORM, WITH_INPUTS)),
     # Weights alone: its static activations are symmetric int8. It has no 1-bit grid without zero.
     "torchao": Target(torchao.save, Holds(TWO_UP, {}, frozenset({"linear"}))),

@@ -55,6 +55,16 @@ class LayerInfo:
         return self.groups > 1 and self.weight_shape[1] == 1
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """The kernel's extent along each axis that it is moved along; empty for a linear layer."""
+        return () if self.looks_up else self.weight_shape[2:]
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each position is computed from that position alone: kernels of 1, and linear layers."""
+        return all(extent == 1 for extent in self.kernel)
+
+    @property
     def looks_up(self) -> bool:
         """Whether the layer only looks rows of its weight up: there is no activation to quantize, and no product."""
         return self.kind == "embedding"

@@ -70,6 +70,9 @@ class RuleSpec(_Choices):
     match: str = Field(description="layer names, with * ? [..] as in a shell")
     kind: Annotated[str, AfterValidator(_known_kind)] | None = Field(None, description="only layers of this kind")
     depthwise: bool | None = Field(None, description="only layers that are (true) or are not (false) depthwise")
+    pointwise: bool | None = Field(
+        None, description="only layers whose kernel is (true) or is not (false) 1 everywhere"
+    )
 
     def applies(self, layer: LayerInfo) -> bool:
         """Whether the rule is about this layer."""
@@ -77,6 +80,7 @@ class RuleSpec(_Choices):
             fnmatchcase(layer.name, self.match)
             and self.kind in (None, layer.kind)
             and self.depthwise in (None, layer.depthwise)
+            and self.pointwise in (None, layer.pointwise)
         )
 
 
