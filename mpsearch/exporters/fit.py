@@ -2,7 +2,8 @@
 
 A weight on a shift or APoT grid, or on a narrower uniform one, often lies on a wider uniform grid too: levels 0, 1/4,
 1/2 and 1 are the integers 0, 1, 2 and 4 of a step a quarter as large. Such a conversion costs bits and changes no
-value. Where no grid of the target holds the values, they are rounded to the nearest of the widest one.
+value. Where no grid of the target holds the values, they are rounded to the nearest of the widest one. An offset grid,
+which begins at a real value, becomes a uniform one of the same bits: few formats can add a real number to their codes.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Holds:
     activation: Widths
     kinds: frozenset[str]
     cannot: Callable[[QuantizedNetwork], Mapping[str, str]] = no_layers
+    offset_grids: bool = False  # a uniform tensor whose codes begin at a real value, and may end before 2^bits - 1
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,18 @@ class Conversion:
     before: Precision
     after: Precision
     same_values: bool  # no number changed, only how many bits it is stored in
+    from_offset_grid: bool = False
     reason: str = ""  # why the target cannot hold the layer, where bits and kinds do not tell
 
     def __str__(self) -> str:
         effect = "same values" if self.same_values else "values change"
         why = f" ({self.reason})" if self.reason else ""
-        return f"{self.layer} {self.tensor}: {self.before} becomes {self.after}, {effect}{why}"
+        return f"{self.layer} {self.tensor}: {self.old} becomes {self.after}, {effect}{why}"
+
+    @property
+    def old(self) -> str:
+        """What it was, in words."""
+        return f"{self.before} on an offset grid" if self.from_offset_grid else str(self.before)
 
     def to_json(self) -> dict[str, Any]:
         """For the export's manifest."""
@@ -73,6 +81,7 @@ class Conversion:
             "wanted": str(self.before),
             "given": str(self.after),
             "same_values": self.same_values,
+            **({"from_offset_grid": True} if self.from_offset_grid else {}),
             **({"reason": self.reason} if self.reason else {}),
         }
 
@@ -108,10 +117,13 @@ def fit(
 
 _NOTHING = Holds({}, {}, frozenset())
 
+HOLD_OFFSET_GRIDS = ("native", "packed", "qonnx", "onnx")
+"""The targets that hold offset grids, for the message that refuses one."""
+
 
 def _refusal(target: str, holds: Holds, conversions: tuple[Conversion, ...], kinds: Mapping[str, str]) -> str:
     lines = [
-        f"  {c.layer} ({kinds[c.layer]}) {c.tensor} {c.before}: "
+        f"  {c.layer} ({kinds[c.layer]}) {c.tensor} {c.old}: "
         f"{c.after} would hold it, {'the same values' if c.same_values else 'with other values'}"
         + (f"; {c.reason}" if c.reason else "")
         for c in conversions[:20]
@@ -121,6 +133,8 @@ def _refusal(target: str, holds: Holds, conversions: tuple[Conversion, ...], kin
     held = ", ".join(
         f"{role} {_widths(widths)}" for role, widths in (("weights", holds.weight), ("activations", holds.activation))
     )
+    if any(c.from_offset_grid for c in conversions):
+        lines.append(f"Offset grids, which begin at a real value, are held by {', '.join(HOLD_OFFSET_GRIDS)}.")
     return (
         f"{target} cannot hold this config; it holds {held} in {', '.join(sorted(holds.kinds))} layers:\n"
         + "\n".join(lines)
@@ -136,14 +150,19 @@ def _widths(widths: Widths) -> str:
 def _conversions(name: str, layer: QuantLayer, holds: Holds) -> list[Conversion]:
     conversions = []
     weight, activation = layer.precision.weight, layer.precision.activation
-    if not _held(weight, holds.weight):
+    offset_w, offset_a = (_on_offset_grid(q) for q in (layer.weight_quantizer, layer.input_quantizer))
+    if not _held(weight, holds.weight) or (offset_w and not holds.offset_grids):
         alternative = _weight_alternative(weight, holds.weight)
-        same = alternative.is_float or alternative.bits >= _bits_of_same_values(weight)
-        conversions.append(Conversion(name, "weight", weight, alternative, same))
-    if not _held(activation, holds.activation):
+        same = alternative.is_float or (not offset_w and alternative.bits >= _bits_of_same_values(weight))
+        conversions.append(Conversion(name, "weight", weight, alternative, same, offset_w))
+    if not _held(activation, holds.activation) or (offset_a and not holds.offset_grids):
         alternative = _alternative(activation.bits, holds.activation)
-        conversions.append(Conversion(name, "activation", activation, alternative, same_values=False))
+        conversions.append(Conversion(name, "activation", activation, alternative, False, offset_a))
     return conversions
+
+
+def _on_offset_grid(quantizer: Quantizer) -> bool:
+    return not quantizer.precision.is_float and quantizer.top is not None
 
 
 def _held(precision: Precision, widths: Widths) -> bool:
@@ -189,7 +208,7 @@ def _convert_weight(layer: QuantLayer, precision: Precision) -> None:
         factor = 0.5 if old.precision.bits == 1 else 1.0
     else:
         factor = integer_levels(old.precision, signed=True)[1]
-    same = precision.is_float or precision.bits >= _bits_of_same_values(old.precision)
+    same = precision.is_float or (old.top is None and precision.bits >= _bits_of_same_values(old.precision))
     layer.weight = nn.Parameter(values)  # its own, also where layers shared one: their grids may differ
     layer.weight_quantizer = _fresh(old, precision)
     if not precision.is_float:
@@ -205,9 +224,11 @@ def _convert_activation(layer: QuantLayer, precision: Precision) -> None:
         return
     if old.precision.quantizer == "uniform":
         grid = uniform_grid(old)
-        least, most = (float(grid.step[0]) * (code + grid.shift) for code in (grid.low, grid.high))
+        lower = 0.0 if grid.lower is None else float(grid.lower[0])
+        least, most = (float(grid.step[0]) * (code + grid.shift) + lower for code in (grid.low, grid.high))
+        least = least if old.offset else 0.0
     else:
-        two_sided = old.beta is not None
+        two_sided = old.offset
         most = float(steps(old)[0]) * magnitudes(old.precision, two_sided)[-1]
         least = -most if two_sided else 0.0
     low, high = code_range(precision.bits, signed=False)
@@ -222,7 +243,7 @@ def _fresh(old: Quantizer, precision: Precision) -> Quantizer:
         old.channels,
         old.step.dim(),
         signed=old.signed,
-        offset=old.beta is not None,
+        offset=old.offset,
         elements=old.elements,
         channel_axis=old.channel_axis,
     ).to(old.step.device)

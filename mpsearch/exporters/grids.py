@@ -1,6 +1,7 @@
 """The grid that a quantizer rounds to now, as plain numbers: what the export targets write down.
 
 uniform        value = step * (code + shift),   low <= code <= high
+offset grid    value = step * code + lower,      0 <= code <= high
 shift, apot    value = step * sgn(code) * levels[|code|]
 """
 
@@ -21,12 +22,13 @@ from mpsearch.quant.uniform import code_range, grid_shift
 
 @dataclass(frozen=True)
 class UniformGrid:
-    """A uniform grid: `step` `(channels,)` or `(1,)`; the others are shared by all channels."""
+    """A uniform grid: `step` and `lower` `(channels,)` or `(1,)`; the others are shared by all channels."""
 
     step: Tensor
-    shift: float  # whole steps, or 1/2 for binary weights
+    shift: float  # whole steps, or 1/2 for binary weights; 0 for an offset grid
     low: int
     high: int
+    lower: Tensor | None = None  # of an offset grid: the value of code 0, which no whole zero point stands for
 
     @property
     def zero_point(self) -> float:
@@ -40,6 +42,8 @@ def uniform_grid(quantizer: Quantizer) -> UniformGrid:
     bits, signed = quantizer.precision.bits, quantizer.signed
     _, beta = quantizer.current_range()
     step = steps(quantizer)
+    if quantizer.top is not None and beta is not None:
+        return UniformGrid(step, 0.0, 0, int(quantizer.top), _once(quantizer, beta))
     shift = grid_shift(bits, signed) + (0.0 if beta is None else float(torch.round(beta.flatten()[0] / step[0])))
     return UniformGrid(step, shift, *code_range(bits, signed))
 
@@ -47,8 +51,12 @@ def uniform_grid(quantizer: Quantizer) -> UniformGrid:
 @torch.no_grad()
 def steps(quantizer: Quantizer) -> Tensor:
     """The steps that hold now: `(channels,)`, or `(1,)` where the whole tensor has one."""
-    step = quantizer.current_range()[0].detach().flatten()
-    return (step[:1] if quantizer.precision.granularity == "tensor" else step).clone()
+    return _once(quantizer, quantizer.current_range()[0])
+
+
+def _once(quantizer: Quantizer, values: Tensor) -> Tensor:
+    flat = values.detach().flatten()
+    return (flat[:1] if quantizer.precision.granularity == "tensor" else flat).clone()
 
 
 @torch.no_grad()

@@ -19,6 +19,10 @@ does not load, for want of a kernel (INT2, UINT4). onnxruntime 1.31 does all of 
 - **Weights beside a float input are Cast -> Mul**: from DequantizeLinear -> MatMul the runtime makes MatMulNBits, which
   rounds the *input* to 8 bits. So are those whose input is reshaped or padded between its quantizer and the layer.
 
+- **The lower end of an offset grid is added**: no whole zero point stands for it. Inputs are
+  Sub -> Min -> QuantizeLinear -> DequantizeLinear -> Add with zero point 0, weights Cast -> Add -> Mul -> Add, which
+  are constants and computed once. Their layers compute in float.
+
     | bits of the weight | container | since opset |
     |--------------------|-----------|-------------|
     | 1, 2               | INT2      | 25          |
@@ -43,7 +47,7 @@ import numpy as np
 from torch import Tensor
 
 from mpsearch.errors import ExportError
-from mpsearch.exporters.grids import uniform_grid, weight_codes
+from mpsearch.exporters.grids import UniformGrid, uniform_grid, weight_codes
 from mpsearch.exporters.onnx_graph import markers, replace_markers, trace, write
 from mpsearch.exporters.plain import per_channel
 from mpsearch.quant.modules import QuantLayer
@@ -83,7 +87,10 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     uniform = {name: layer.weight.bits for name, layer in network.config.items() if layer.weight.quantizer == "uniform"}
     proto = trace(network, max((SINCE[container(bits)] for bits in uniform.values()), default=SINCE[8]))
     _free_biases(proto)
-    replace_markers(proto, layers, partial(_quantizer, _integer_layers(proto)))
+    on_offset_grids = {
+        name for name, q in layers.items() if q.weight_quantizer.top is not None or q.input_quantizer.top is not None
+    }
+    replace_markers(proto, layers, partial(_quantizer, _integer_layers(proto) - on_offset_grids))
     proto.ir_version = max(proto.ir_version, helper.find_min_ir_version_for(proto.opset_import))
     sizes = {f"{name} weight": (bits, container(bits)) for name, bits in uniform.items()} | {
         f"{name} activation": (layer.activation.bits, 8)
@@ -98,7 +105,7 @@ def _check_zero_point(name: str, layer: QuantLayer) -> None:
     precision = layer.precision.activation
     if precision.quantizer != "uniform":
         return
-    zero = uniform_grid(layer.input_quantizer).zero_point
+    zero = uniform_grid(layer.input_quantizer).zero_point  # 0 of an offset grid
     if not 0 <= zero <= 255:
         raise ExportError(
             f"layer '{name}': the zero point of its input is {zero:.0f}, ONNX holds 0 to 255 for {precision}: "
@@ -148,7 +155,10 @@ def _weight(marker: NodeProto, layer: QuantLayer, integer: bool) -> tuple[list[N
     (w,), (y,) = marker.input, marker.output  # a layer that is used twice has two markers of one weight
     precision = layer.precision
     bits, axis = precision.weight.bits, layer.channel_axis
-    codes, step = weight_codes(layer).cpu(), uniform_grid(layer.weight_quantizer).step.cpu()
+    grid = uniform_grid(layer.weight_quantizer)
+    codes, step = weight_codes(layer).cpu(), grid.step.cpu()
+    if grid.lower is not None:
+        return _offset_weight(w, y, layer, codes, grid)
     if bits == 1:
         codes, step = 2 * codes + 1, step / 2
     unsigned = integer and bits + precision.activation.bits > PAIR_BITS
@@ -173,6 +183,31 @@ def _weight(marker: NodeProto, layer: QuantLayer, integer: bool) -> tuple[list[N
     return nodes, [stored, scale, zero_point]
 
 
+def _offset_weight(
+    w: str, y: str, layer: QuantLayer, codes: Tensor, grid: UniformGrid
+) -> tuple[list[NodeProto], list[TensorProto]]:
+    """step * code + lower; the codes lie in the container of signed ones, 2^(bits-1) lower."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    assert grid.lower is not None
+    bits = layer.precision.weight.bits
+    half = 2 ** (bits - 1)
+    scale, lower = (
+        per_channel(values.cpu(), cast(Tensor, layer.weight), layer.channel_axis) for values in (grid.step, grid.lower)
+    )
+    stored = _integers(f"{w}_codes", f"INT{container(bits)}", (codes - half).numpy())
+    constants = [
+        numpy_helper.from_array(np.asarray(values, dtype=np.float32), f"{w}_{name}")
+        for name, values in (("half", half), ("scale", scale), ("lower", lower))
+    ]
+    nodes = [helper.make_node("Cast", [stored.name], [f"{y}_codes"], to=TensorProto.FLOAT)]
+    for operator, constant, x, out in zip(
+        ("Add", "Mul", "Add"), constants, ("codes", "unsigned", "steps"), ("unsigned", "steps", ""), strict=True
+    ):
+        nodes.append(helper.make_node(operator, [f"{y}_{x}", constant.name], [f"{y}_{out}" if out else y]))
+    return nodes, [stored, *constants]
+
+
 def _activation(marker: NodeProto, layer: QuantLayer) -> tuple[list[NodeProto], list[TensorProto]]:
     from onnx import helper, numpy_helper
 
@@ -186,12 +221,20 @@ def _activation(marker: NodeProto, layer: QuantLayer) -> tuple[list[NodeProto], 
         numpy_helper.from_array(top, f"{y}_top"),
     ]
     scale, zero_point, most = (constant.name for constant in constants)
+    raised, steps = (x, y) if grid.lower is None else (f"{y}_raised", f"{y}_steps")
     nodes = [
-        helper.make_node("Min", [x, most], [f"{y}_narrowed"]),
+        helper.make_node("Min", [raised, most], [f"{y}_narrowed"]),
         helper.make_node("QuantizeLinear", [f"{y}_narrowed", scale, zero_point], [f"{y}_codes"]),
-        helper.make_node("DequantizeLinear", [f"{y}_codes", scale, zero_point], [y]),
+        helper.make_node("DequantizeLinear", [f"{y}_codes", scale, zero_point], [steps]),
     ]
-    return nodes, constants
+    if grid.lower is None:
+        return nodes, constants
+    lower = numpy_helper.from_array(grid.lower.cpu().numpy().reshape(()), f"{y}_lower")
+    before, after = (
+        helper.make_node(op, pair, [out])
+        for op, pair, out in (("Sub", [x, lower.name], raised), ("Add", [steps, lower.name], y))
+    )
+    return [before, *nodes, after], [*constants, lower]
 
 
 def _integers(name: str, kind: str, values: Any) -> TensorProto:

@@ -4,14 +4,15 @@
 network's:
 
     codes       uint8    the codes of all layers, without gaps, each layer from a whole byte on
-    scales      float32  a step per output channel (or tensor) of each layer
+    scales      float32  a step per output channel (or tensor) of each layer, and the lower ends of offset grids
     biases      float32  of the layers that have one
-    ranges      float32  step and offset beta of each quantized layer input
+    ranges      float32  step and offset beta of each quantized layer input, and the top code of an offset grid
     others      float32  what belongs to no layer (norms, embeddings), if there is any
 
 `export.json` says where each layer's part begins. Codes are unsigned numbers of `bits` bits, the lowest bit first:
 
     uniform  code - n                        value = step * (code + shift)
+    offset   code                            value = step * code + lower, where `lower` has a place in `scales`
     shift    sign << (bits-1) | field        value = step * +-2^exponents[field-1], field 0: zero
     apot     sign << (bits-1) | fields       value = step * +-(the sum of one such power per term), first term lowest
 
@@ -31,7 +32,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mpsearch.exporters.grids import steps, weight_codes
+from mpsearch.exporters.grids import steps, uniform_grid, weight_codes
 from mpsearch.exporters.manifest import open_export
 from mpsearch.exporters.native import network_parts, restored
 from mpsearch.exporters.plain import per_channel
@@ -66,7 +67,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def unsigned_codes(codes: Tensor, weight: Precision) -> Tensor:
-    """The codes of a weight, as its quantizer gives them, as the unsigned numbers that are packed."""
+    """The codes of a weight, as its quantizer gives them on no offset grid, as the unsigned numbers that are packed."""
     if weight.quantizer == "uniform":
         return codes - code_range(weight.bits, signed=True)[0]
     fields = torch.tensor(_fields(weight))[codes.abs().long()]
@@ -196,9 +197,14 @@ class _Writer:
                 weight = weight * per_channel(factor, weight, layer.channel_axis)
             codes = weight.float().contiguous().view(-1).view(torch.uint8)
         else:
-            codes = pack_bits(unsigned_codes(weight_codes(layer).flatten(), precision.weight), precision.weight.bits)
+            codes = weight_codes(layer).flatten()
             scale = steps(layer.weight_quantizer)
             entry["scales"] = self._add("scales", scale if factor is None else scale * factor)
+            if layer.weight_quantizer.top is None:
+                codes = unsigned_codes(codes, precision.weight)
+            elif (lower := uniform_grid(layer.weight_quantizer).lower) is not None:
+                entry["lower"] = self._add("scales", lower if factor is None else lower * factor)
+            codes = pack_bits(codes, precision.weight.bits)
             if precision.weight.quantizer != "uniform":
                 entry["exponents"] = [list(term) for term in terms_of(precision.weight)]
         entry["codes"] = self._add_codes(codes.cpu())
@@ -207,6 +213,8 @@ class _Writer:
         numbers = [quantizer.step.detach().reshape(1)]
         if quantizer.beta is not None:
             numbers.append(quantizer.beta.detach().reshape(1))
+        if quantizer.top is not None:
+            numbers.append(quantizer.top.reshape(1))
         entry["range"] = self._add("ranges", torch.cat(numbers))
         return entry
 
@@ -239,13 +247,22 @@ def _read(layer: QuantLayer, weight: Precision, entry: Mapping[str, Any], tensor
     if weight.is_float:
         value = codes.clone().view(torch.float32).view(shape)
     else:
-        unsigned = unpack_bits(codes, weight.bits, math.prod(shape)).to(torch.int16)
-        value = values_of(unsigned, weight).view(shape)
-        value = per_channel(_slice(tensors["scales"], entry["scales"]), value, layer.channel_axis) * value
+        unsigned = unpack_bits(codes, weight.bits, math.prod(shape)).to(torch.int16).view(shape)
+        scale = per_channel(_slice(tensors["scales"], entry["scales"]), unsigned, layer.channel_axis)
+        if "lower" in entry:
+            value = scale * unsigned + per_channel(
+                _slice(tensors["scales"], entry["lower"]), unsigned, layer.channel_axis
+            )
+        else:
+            value = scale * values_of(unsigned, weight)
     layer.weight = nn.Parameter(value)  # its own, also where layers shared one: their scales may differ
     if entry["bias"] is not None:
         layer.bias = nn.Parameter(_slice(tensors["biases"], entry["bias"]).clone())
-    layer.input_quantizer.set_range(*_slice(tensors["ranges"], entry["range"]))
+    step, *others = _slice(tensors["ranges"], entry["range"])
+    if len(others) == 2:
+        layer.input_quantizer.set_offset_grid(step, others[0], int(others[1]))
+    else:
+        layer.input_quantizer.set_range(step, *others)
 
 
 def _slice(numbers: Tensor, where: Sequence[int]) -> Tensor:

@@ -6,12 +6,17 @@
 for uniform grids of tensors that take negative values, the offset `beta` are here, under the same names whatever the
 type: a state dict does not tell which types a tensor could have had.
 
+A quantizer whose precision is uniform may round to an offset grid instead (`offset_grid.py`): `beta` is then its lower
+end, as it is, and a `top` code joins the state dict. By that entry a loaded state dict brings the grid along; setting a
+precision takes it away.
+
 Bits, granularity and "leave alone" are buffers, not structure: one module, and one compiled graph, serves them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 from mpsearch.errors import PrecisionError
 from mpsearch.precision import FLOAT, Precision
 from mpsearch.quant.fused import Elementwise
+from mpsearch.quant.offset_grid import offset_codes, offset_quantize
 from mpsearch.quant.rounding import scale_gradient
 
 MIN_STEP = 2.0**-60
@@ -46,6 +52,7 @@ class Quantizer(Elementwise):
 
     step: nn.Parameter
     beta: nn.Parameter | None
+    top: Tensor | None  # the largest code of an offset grid, shape (); None: there is none
     shared: Tensor
     is_float: Tensor
     gradient_scale: Tensor
@@ -58,24 +65,27 @@ class Quantizer(Elementwise):
         if dims:
             shape[channel_axis] = channels
         self.signed = signed
+        self.offset = offset
         self.elements = elements
         self.channels = channels
         self.channel_axis = channel_axis
         self.precision = FLOAT
         self.step = nn.Parameter(torch.ones(shape))
         self.register_parameter("beta", nn.Parameter(torch.zeros(shape)) if offset else None)
+        self.register_buffer("top", None)
         self.register_buffer("gradient_scale", torch.ones(()), persistent=False)
         self.register_buffer("shared", torch.tensor(False), persistent=False)
         self.register_buffer("is_float", torch.tensor(True), persistent=False)
 
     @torch.no_grad()
     def set_precision(self, precision: Precision) -> None:
-        """Take on a precision; the step has to be set (or loaded) afterwards.
+        """Take on a precision, without an offset grid; the step has to be set (or loaded) afterwards.
 
         Raises:
             PrecisionError: this is no quantizer of that type.
         """
         largest = 1.0 if precision.is_float else self._set_grid(precision)
+        self._have_offset_grid(False)
         self.precision = precision
         self.is_float.fill_(precision.is_float)
         if precision.is_float:
@@ -102,7 +112,10 @@ class Quantizer(Elementwise):
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Which value of the grid each element of `x` gets under the range that holds now, int32."""
-        return self.codes_of(x, *self.current_range())
+        step, beta = self.current_range()
+        if self.top is not None and beta is not None:
+            return offset_codes(x, step, beta, self.top)
+        return self.codes_of(x, step, beta)
 
     @torch.no_grad()
     def set_range(self, step: Tensor, beta: Tensor | None = None) -> None:
@@ -110,6 +123,40 @@ class Quantizer(Elementwise):
         self.step.copy_(step.reshape(self.step.shape) if step.numel() == self.step.numel() else step)
         if self.beta is not None and beta is not None:
             self.beta.copy_(beta.reshape(self.beta.shape) if beta.numel() == self.beta.numel() else beta)
+
+    @torch.no_grad()
+    def set_offset_grid(self, step: Tensor, lower: Tensor, top: int) -> None:
+        """Round to lower + step * code, 0 <= code <= top, until a precision is set again.
+
+        Args:
+            step: of the shape of `self.step`, or as many elements, or one.
+            lower: likewise.
+            top: below 2^bits of the precision, which is uniform.
+
+        Raises:
+            PrecisionError: the precision cannot have such a grid.
+        """
+        if self.precision.quantizer != "uniform" or not 0 <= top < 2**self.precision.bits:
+            raise PrecisionError(f"{self.precision} has no grid of the codes 0 to {top}: set a uniform precision first")
+        self._have_offset_grid(True)
+        self.set_range(step, lower)
+        assert self.top is not None
+        self.top.fill_(top)
+
+    def _have_offset_grid(self, offset_grid: bool) -> None:
+        """Have the parameters and buffers of an offset grid, or those of the others."""
+        if offset_grid == (self.top is not None):
+            return
+        self.top = self.gradient_scale.new_zeros(()) if offset_grid else None
+        if not (offset_grid or self.offset):
+            self.beta = None
+        elif self.beta is None:
+            self.beta = nn.Parameter(torch.zeros_like(self.step), requires_grad=self.step.requires_grad)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}step" in state_dict:
+            self._have_offset_grid(f"{prefix}top" in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def current_range(self) -> tuple[Tensor, Tensor | None]:
         """The step s > 0 and the offset that hold now, with LSQ's gradient scale attached."""
@@ -125,25 +172,37 @@ class Quantizer(Elementwise):
         if not compiling and self.precision.is_float:
             return x
         grid = self if compiling else self.active()
-        parts = (self.step, self.beta, self.gradient_scale, self.shared)
+        parts = (self.step, self.beta, self.gradient_scale, self.shared, self.top)
         y = self.run(_quantize, x, *parts, owner=grid, axis=self.channel_axis)
         return torch.where(self.is_float, x, y) if compiling else y
 
     def extra_repr(self) -> str:
         """The precision, for print(model)."""
-        return (
-            f"{self.precision}, {'signed' if self.signed else 'unsigned'}{', offset' if self.beta is not None else ''}"
-        )
+        kind = "offset grid" if self.top is not None else "signed" if self.signed else "unsigned"
+        return f"{self.precision}, {kind}{', offset' if self.offset else ''}"
 
 
 def _quantize(
-    grid: Quantizer, x: Tensor, step: Tensor, beta: Tensor | None, gradient_scale: Tensor, shared: Tensor
+    grid: Quantizer,
+    x: Tensor,
+    step: Tensor,
+    beta: Tensor | None,
+    gradient_scale: Tensor,
+    shared: Tensor,
+    top: Tensor | None,
 ) -> Tensor:
-    return grid.quantize(x, *_range(step, beta, gradient_scale, shared))
+    step, beta = _range(step, beta, gradient_scale, shared)
+    return grid.quantize(x, step, beta) if top is None or beta is None else offset_quantize(x, step, beta, top)
 
 
 def _range(step: Tensor, beta: Tensor | None, gradient_scale: Tensor, shared: Tensor) -> tuple[Tensor, Tensor | None]:
     if step.dim():
-        step = torch.where(shared, step.mean(), step)  # data, like the bits: what holds is read from buffers
+        step = torch.where(shared, _mean(step), step)  # data, like the bits: what holds is read from buffers
+        beta = None if beta is None else torch.where(shared, _mean(beta), beta)
     step = scale_gradient(step, gradient_scale).abs().clamp_min(MIN_STEP)
     return step, None if beta is None else scale_gradient(beta, gradient_scale)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """The mean, in float64: of equal values it is that value, to the last bit."""
+    return x.double().mean().to(x.dtype)

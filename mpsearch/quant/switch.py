@@ -64,7 +64,7 @@ class SwitchQuantizer(Quantizer):
             first.channels,
             first.step.dim(),
             signed=first.signed,
-            offset=first.beta is not None,
+            offset=first.offset,
             elements=first.elements,
             channel_axis=first.channel_axis,
         )

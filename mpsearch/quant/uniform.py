@@ -10,6 +10,7 @@
 
 Signed and symmetric is for weights; unsigned is for activations, with an offset `beta` where the input takes negative
 values. The shift is a whole number of steps, so zero stays on the grid and zero padding is exact in integer arithmetic.
+`Quantizer.set_offset_grid` makes a grid of it that begins at any real value (`offset_grid.py`): same bits, same cost.
 
 White paper (arXiv 2106.08295) §2.2-2.3; the gradients of step and offset are those of LSQ (arXiv 1902.08153) and LSQ+
 (arXiv 2004.09576), which follow from straight-through rounding alone. We differ in one point: binary weights are the
@@ -85,3 +86,17 @@ class UniformQuantizer(Quantizer):
 
     def _shift(self, step: Tensor, beta: Tensor | None) -> Tensor:
         return self.shift if beta is None else self.shift + round_ste(beta / step)
+
+
+def take_grid(quantizer: Quantizer, step: Tensor, lower: Tensor, top: int) -> None:
+    """Give a uniform quantizer the grid lower + step * code, in place: the uniform one where that is the same.
+
+    A grid of more codes than the quantizer has bits for keeps its range and gets a wider step.
+    """
+    most = 2**quantizer.precision.bits - 1
+    if top > most:
+        step, top = step * (top / most), most
+    if top == most and not quantizer.signed and not lower.any():
+        quantizer.set_range(step, lower)
+    else:
+        quantizer.set_offset_grid(step, lower, top)
