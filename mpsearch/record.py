@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TrialState = Literal["complete", "failed", "stopped"]
-Origin = Literal["uniform", "ilp", "descent", "sampler", "manual"]  # who proposed a config
+Origin = Literal["uniform", "ilp", "descent", "sampler", "manual", "import"]  # who proposed a config, or trained it
 
 SCHEMA = "mpsearch/run/1"
 

@@ -45,6 +45,7 @@ class ImportedConfig:
         path: where the config was written as JSON, if that was asked for.
         trial: it as a trial of the run, if it was scored.
         on_front: whether that trial is on the front.
+        notes: what is not as it should be with a network made elsewhere, in words.
     """
 
     config: PrecisionConfig
@@ -54,6 +55,7 @@ class ImportedConfig:
     path: Path | None
     trial: TrialRecord | None
     on_front: bool
+    notes: tuple[str, ...] = ()
 
 
 def report(run: str | Path, watch: bool = False, observer: Observer = SILENT) -> Path:
@@ -145,37 +147,54 @@ def export_run(
 
 
 def import_config(
-    run: str | Path, config: str | Path, out: str | Path | None = None, score: bool = True
+    run: str | Path,
+    source: str | Path,
+    config: str | Path | None = None,
+    out: str | Path | None = None,
+    score: bool = True,
 ) -> ImportedConfig:
-    """Read a config that was made elsewhere, and score it as a trial: it joins the front if it belongs there.
+    """Read a config or a trained network that was made elsewhere, and score it as a trial; it may join the front.
+
+    A config is trained as any trial. A network of MHAQ is scored as it is: it gives MHAQ's answers, and can be
+    exported.
 
     Args:
         run: a run folder.
-        config: an export, AIMET encodings, or a table of bits by layer (JSON or YAML).
+        source: an export, AIMET encodings, a table of bits by layer (JSON or YAML), or a checkpoint of MHAQ.
+        config: the YAML that MHAQ was trained with, for a checkpoint (default: the source is a config).
         out: file to write the config to as JSON (default: none is written).
-        score: run it as a trial of the run; a config that was tried before is not run again.
+        score: run it as a trial of the run; what was tried before is not run again.
 
     Raises:
-        MpsearchError: no such run or config, it does not fit the network, or another process drives the run.
+        MpsearchError: no such run, config or checkpoint, it does not fit the network, or another process drives the
+            run.
 
     >>> import mpsearch
     >>> imported = mpsearch.import_config("runs/tiny", "exported", score=False)
     >>> len(imported.config), imported.trial
     (11, None)
     """
+    from mpsearch.exporters.from_mhaq import read_mhaq
     from mpsearch.exporters.read import complete, read_config
     from mpsearch.files import write_json
     from mpsearch.problem import reopen
     from mpsearch.record import RunFolder
     from mpsearch.search.front import pareto_front
-    from mpsearch.search.run import score_config
+    from mpsearch.search.run import score_config, score_network
 
     folder = RunFolder.open(run)
     problem = reopen(folder)
-    precisions = complete(read_config(config), list(problem.layers))
+    trained = None if config is None else read_mhaq(source, config, problem.task.float_model(), list(problem.layers))
+    precisions = complete(read_config(source), list(problem.layers)) if trained is None else trained.config
     if out is not None:
         write_json(out, {"layers": precisions.to_json()})
-    trial = score_config(problem, folder, precisions) if score else None
+    trial = None
+    if score:
+        trial = (
+            score_config(problem, folder, precisions)
+            if trained is None
+            else score_network(problem, folder, precisions, trained.put_on)
+        )
     return ImportedConfig(
         config=precisions,
         cost=problem.cost(precisions),
@@ -184,4 +203,5 @@ def import_config(
         path=None if out is None else Path(out),
         trial=trial,
         on_front=trial is not None and trial in pareto_front(folder.records()).trials,
+        notes=() if trained is None else trained.notes,
     )

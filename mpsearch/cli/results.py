@@ -83,19 +83,31 @@ def export(
 @app.command("import")
 def import_(
     run: Run,
-    config: Annotated[
-        Path, typer.Argument(help="An export, AIMET encodings, or a table of bits by layer (JSON or YAML).")
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="An export, AIMET encodings, a table of bits by layer (JSON or YAML), or a checkpoint of MHAQ."
+        ),
     ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="YAML that MHAQ was trained with, for a checkpoint of MHAQ (default: the source is a config).",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="File to write the config to as JSON (default: none is written).")
     ] = None,
     score: Annotated[bool, typer.Option("--score/--no-score", help="Score it as a trial of the run.")] = True,
 ) -> None:
-    """Read a config that was made elsewhere, and score it as a trial: it joins the front if it belongs there."""
-    imported = api.results.import_config(run, config, out, score)
+    """Read a config or a trained network that was made elsewhere, and score it as a trial; it may join the front."""
+    imported = api.results.import_config(run, source, config, out, score)
     print(f"{len(imported.config)} layers, cost {imported.cost:.4f} of {imported.reference}")
     if names := imported.left_float:
         print(f"weight or activation left float: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+    for note in imported.notes:
+        print(note)
     if imported.path is not None:
         print(f"written to {imported.path}")
     if imported.trial is not None:

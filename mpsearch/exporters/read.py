@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ def read_config(path: str | Path) -> PrecisionConfig:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if zipfile.is_zipfile(path):
+        raise ExportError(
+            f"{path} is an archive, as torch.save writes, and no config: for a checkpoint of MHAQ give its YAML too, "
+            "--config mhaq.yaml"
+        )
     document = read_yaml(path, ExportError)  # JSON is YAML
     if not isinstance(document, dict) or not document:
         raise ExportError(f"{path} holds no table of layers: expected layer -> bits, or what an export wrote")

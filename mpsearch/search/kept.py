@@ -1,4 +1,4 @@
-"""The weights that a run keeps: of the front, of the uniform ladder and of final trainings."""
+"""The weights that a run keeps: of the front, of the uniform ladder, of imports and of final trainings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class FrontWeights:
-    """Keeps the weights of front trials and of the uniform ladder, and deletes those of dominated trials."""
+    """Keeps the weights of front trials, of the uniform ladder and of imports; deletes those of dominated trials."""
 
     def __init__(self, folder: RunFolder, records: Sequence[TrialRecord]) -> None:
         self._folder = folder.checkpoints
@@ -31,7 +31,8 @@ class FrontWeights:
         known = {trial.number: trial for trial in (*self.front.trials, *self.front.ladder, record)}
         self.front = pareto_front(list(known.values()))
         for number in known.keys() - {trial.number for trial in (*self.front.trials, *self.front.ladder)}:
-            checkpoint_path(self._folder, number).unlink(missing_ok=True)
+            if known[number].origin != "import":  # nobody here could train it again
+                checkpoint_path(self._folder, number).unlink(missing_ok=True)
 
 
 def trained_model(

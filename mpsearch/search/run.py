@@ -5,28 +5,31 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from mpsearch.errors import RunError, SpaceError
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem, open_problem, reopen, write_facts
-from mpsearch.record import RunFolder, RunningTrial, TrialRecord, checkpoint_path
+from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.engine import run_trials
 from mpsearch.search.front import ParetoFront, front_rows, pareto_front
 from mpsearch.search.kept import FrontWeights
 from mpsearch.search.knee import keep_values
-from mpsearch.search.trial import run_trial
+from mpsearch.search.trial import peak_memory_bytes, run_trial
 from mpsearch.search.view import open_view
 from mpsearch.shipped import shipped
-from mpsearch.state_dict import save_weights
+from mpsearch.state_dict import save_weights, state
 from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.scoring import evaluate
 from mpsearch.train import threads
@@ -157,13 +160,70 @@ def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -
         workbench = Workbench(problem.task, problem.spec.trial, offers=config.offers, graph=problem.graph)
         start = start_weights(problem.spec, folder.warmstart)(problem.cost(config))
         record = run_trial(problem.task, config, problem.spec.trial, start, workbench=workbench, cost=problem.cost)
-        record = replace(record, number=max((r.number for r in records), default=-1) + 1)
-        folder.checkpoints.mkdir(exist_ok=True)
-        front = _FrontKeeper(problem, folder, records, SILENT)
-        save_weights(workbench.model, checkpoint_path(folder.checkpoints, record.number))
-        folder.append(record)
-        front.on_trial_ended(record)
-        folder.write_parquet()
+        return _put_on_record(problem, folder, records, record, workbench)
+
+
+def score_network(
+    problem: Problem, folder: RunFolder, config: PrecisionConfig, fill: Callable[[Workbench], None]
+) -> TrialRecord:
+    """Score a network that was trained elsewhere, as it is, as a trial of a run; one that is there is not put in again.
+
+    Args:
+        problem: of the run.
+        folder: the run.
+        config: the network's.
+        fill: give the workbench's model, which can have the types of `config`, its precisions, weights and ranges.
+
+    Raises:
+        MpsearchError: the run is being driven by another process, or the network does not fit the run's.
+        FloatingPointError: its score is NaN or infinite.
+    """
+    with folder.driving():
+        started, clock = time.time(), time.perf_counter()
+        records = folder.records()
+        workbench = Workbench(problem.task, problem.spec.trial, offers=config.offers, graph=problem.graph)
+        fill(workbench)
+        for known in (r for r in records if r.origin == "import" and r.config == config):
+            if _same_weights(checkpoint_path(folder.checkpoints, known.number), state(workbench.model)):
+                return known
+        prepared = time.perf_counter()
+        score = workbench.score("val")
+        if not math.isfinite(score.accuracy):
+            raise FloatingPointError(f"the task's metric on val is {score.accuracy}")
+        record = TrialRecord(
+            config=config,
+            state="complete",
+            accuracy=score.accuracy,
+            cost=problem.cost(config),
+            origin="import",
+            curve=((0, score.accuracy),),
+            divergence=score.divergence,
+            correct=score.correct,
+            wall=WallTime(prepare_s=prepared - clock, evaluate_s=time.perf_counter() - prepared),
+            started_s=started,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+        return _put_on_record(problem, folder, records, record, workbench)
+
+
+def _same_weights(path: Path, tensors: Mapping[str, Tensor]) -> bool:
+    if not path.exists():
+        return False
+    there = load_file(path)
+    return there.keys() == tensors.keys() and all(torch.equal(there[name], value) for name, value in tensors.items())
+
+
+def _put_on_record(
+    problem: Problem, folder: RunFolder, records: Sequence[TrialRecord], record: TrialRecord, workbench: Workbench
+) -> TrialRecord:
+    """Give a trial that nobody proposed the next number, and put it and its weights into the run, which is driven."""
+    record = replace(record, number=max((r.number for r in records), default=-1) + 1)
+    folder.checkpoints.mkdir(exist_ok=True)
+    front = _FrontKeeper(problem, folder, records, SILENT)
+    save_weights(workbench.model, checkpoint_path(folder.checkpoints, record.number))
+    folder.append(record)
+    front.on_trial_ended(record)
+    folder.write_parquet()
     return record
 
 

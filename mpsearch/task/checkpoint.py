@@ -61,7 +61,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> str:
             fit, or weights that are not finite or of another kind of number; the message names them.
     """
     path = Path(path)
-    content = _read(path)
+    content = read_weights(path)
     expected = model.state_dict()
     places = dict(_places(content))
     if not places:
@@ -90,7 +90,12 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> str:
     return f"'{first}'" * bool(first) + f" (not {_few(others)}, which would fit too)" * bool(others)
 
 
-def _read(path: Path) -> Any:
+def read_weights(path: Path) -> Any:
+    """What a checkpoint holds, on the CPU: a safetensors file's tensors, or what torch's weights-only reader gives.
+
+    Raises:
+        TaskError: no such file, no checkpoint, or one with code inside; the message says what it is.
+    """
     if not path.is_file():
         inside = f"a folder that holds {_few(sorted(p.name for p in path.iterdir()))}" if path.is_dir() else "no file"
         raise TaskError(f"no checkpoint {where(path)}, it is {inside}: give the path of a file with a state dict")
