@@ -288,6 +288,11 @@ def test_inspect_sensitivity_prints_the_table_and_the_ladder_of_the_same_costs(h
         (("ptq", "quick.yaml", "--bits", "four"), ("'four'", "w4a8")),
         (("train", "quick.yaml", "--target", "four"), ("'four'", "w4a8", "file")),
         (("train", "quick.yaml", "--target", "w4a4", "--method", "gdn"), ("'gdn'", "gdnsq")),
+        (("train", "quick.yaml", "--target", "w4a4", "--recipe", "mhaq"), ("qat has no recipe", "--method gdnsq")),
+        (
+            ("train", "quick.yaml", "--target", "w4a4", "--method", "gdnsq", "--recipe", "mhaqs"),
+            ("no recipe 'mhaqs'", "'mhaq'"),
+        ),
         (("train", "quick.yaml", "--target", "apot:4 x float", "--method", "gdnsq"), ("apot:4", "uniform")),
         (("ptq", "quick.yaml", "--bits", "w4a8", "--rounding", "adaround", "--data-free"), ("adaround needs",)),
         (("debug", "quick.yaml", "own4.json"), ("CONFIG got 'own4.json'", "no such file", "w4a8/tensor")),

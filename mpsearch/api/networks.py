@@ -215,6 +215,7 @@ def train(
     method: str = "qat",
     epochs: float = 5.0,
     seed: int = 0,
+    recipe: str | None = None,
     out: str | Path | None = None,
     set: Sequence[str] = (),
     observer: Observer = SILENT,
@@ -227,6 +228,8 @@ def train(
         method: qat (any quantizer, arXiv 2106.08295) or gdnsq (learned bit-widths, uniform only).
         epochs: passes over the training data.
         seed: of the batches and of whatever is random.
+        recipe: mhaq, for gdnsq as its authors' library trains, in some thousands of steps (default: ours, for a few
+            epochs).
         out: folder for a native export, which must not exist (default: none is written).
         set: `key.path=value` to override values of the study file.
         observer: told after every step.
@@ -243,14 +246,17 @@ def train(
     spec = read_study(study, set)  # before torch is imported: a mistake is answered at once
     from mpsearch.exporters.read import read_precisions
     from mpsearch.problem import open_problem
-    from mpsearch.qat.train import METHODS, train_one
+    from mpsearch.qat.train import METHODS, RECIPES, train_one
 
     if method not in METHODS:
         raise MpsearchError(f"unknown method '{method}': {nearest(method, METHODS)}")
+    if recipe is not None and recipe not in (recipes := RECIPES.get(method, {})):
+        others = nearest(recipe, recipes) if recipes else f"leave --recipe out, or give --method {', '.join(RECIPES)}"
+        raise MpsearchError(f"{method} has no recipe '{recipe}': {others}")
     if out is not None and Path(out).exists():
         raise MpsearchError(f"{out} exists already: give --out a folder that does not")
     problem = open_problem(spec)
-    result = train_one(problem, read_precisions(target), method, epochs, seed, observer)
+    result = train_one(problem, read_precisions(target), method, epochs, seed, observer, recipe)
     trained, task = result.trained, problem.task
     network = trained.network(
         name=problem.spec.task.model or task.name, task=task.name, metric=task.metric, accuracy=dict(result.accuracy)

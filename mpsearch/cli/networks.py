@@ -69,13 +69,22 @@ def train(
     ] = "qat",
     epochs: Annotated[float, typer.Option("--epochs", min=0.01, help="Passes over the training data.")] = 5.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the batches and of whatever is random.")] = 0,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="Recipe of a library: mhaq, for gdnsq as its authors train, in some thousands of steps (default: "
+            "ours, for a few epochs).",
+        ),
+    ] = None,
     out: Out = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
     """Train one config, the study's fixed layers aside, and score val and test: no search."""
-    with training_progress(f"{method} {target}") as progress:
-        result = api.networks.train(study, target, method, epochs, seed, out, set_ or (), progress)
+    name = f"{method} {target}" if recipe is None else f"{method} {target}, {recipe}'s recipe"
+    with training_progress(name) as progress:
+        result = api.networks.train(study, target, method, epochs, seed, recipe, out, set_ or (), progress)
     if json_:
         print_json(result.to_json())
         return

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -37,6 +37,7 @@ from mpsearch.quant.gdnsq import GdnsqQuantizer, RoundGradient, StepGradient, We
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, sample_inputs, weight_rows
 from mpsearch.quant.ranges import activation_range, weight_step
+from mpsearch.quant.uniform import take_grid
 from mpsearch.task.task import Task
 from mpsearch.train import reestimate_batch_norm, timed
 from mpsearch.train import steps as training_steps
@@ -84,18 +85,20 @@ class Penalty:
     Args:
         targets: W and A of every layer.
         growth: what t grows by at each step.
+        moves_ranges: whether the gradient of an activation's bit-width moves its range too, as in the paper.
     """
 
     targets: Mapping[str, tuple[float, float]]  # (W, A) by layer; infinite where nothing is asked
     growth: float
     t: float = 0.0
+    moves_ranges: bool = False
     _sum: float = 0.0
     _count: int = 0
 
     def __call__(self, base: Tensor, layers: Mapping[str, QuantLayer], ceiling: float = 0.0) -> Tensor:
         """The penalty to add to `base` (shape ()); counts one step. No target is below `ceiling` for now."""
         now = {name: (max(w, ceiling), max(a, ceiling)) for name, (w, a) in self.targets.items()}
-        weights, activations = excess_bits(layers, now)
+        weights, activations = excess_bits(layers, now, self.moves_ranges)
         self._sum, self._count = self._sum + float(base.detach()), self._count + 1
         t, self.t = self.t, self.t + self.growth
         violated_w, violated_a = (weights > 0).sum(), (activations > 0).sum()
@@ -105,7 +108,9 @@ class Penalty:
         return t * mean * (share_w * weights.mean() + share_a * activations.mean())
 
 
-def excess_bits(layers: Mapping[str, QuantLayer], targets: Mapping[str, tuple[float, float]]) -> tuple[Tensor, Tensor]:
+def excess_bits(
+    layers: Mapping[str, QuantLayer], targets: Mapping[str, tuple[float, float]], moves_ranges: bool = False
+) -> tuple[Tensor, Tensor]:
     """relu(b - (target - e)) of every weight channel and of every activation, both `(n,)`."""
     weights, activations = [], []
     for name, layer in layers.items():
@@ -114,7 +119,8 @@ def excess_bits(layers: Mapping[str, QuantLayer], targets: Mapping[str, tuple[fl
             bits = layer.weight_quantizer.bits(cast(Tensor, layer.weight))
             weights.append((bits.flatten() - (target_w - EPSILON)).relu())
         if isinstance(layer.input_quantizer, GdnsqQuantizer):
-            activations.append((layer.input_quantizer.bits().flatten() - (target_a - EPSILON)).relu())
+            bits = layer.input_quantizer.bits(moves_range=moves_ranges)
+            activations.append((bits.flatten() - (target_a - EPSILON)).relu())
     zero = torch.zeros(1)
     return torch.cat(weights or [zero]), torch.cat(activations or [zero])
 
@@ -144,7 +150,7 @@ def gdnsq(
         FloatingPointError: the loss became NaN or infinite.
     """
     method = method or GdnsqMethod()
-    _check(config)
+    check_targets(config)
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare"):
         model = learnable(task.float_model(), workbench.layers, config, workbench.ranges, method).to(workbench.device)
@@ -153,10 +159,7 @@ def gdnsq(
     with timed(seconds, "train"):
         log, notes = _train(task, model, config, workbench, steps, seed, method, on_step)
     with timed(seconds, "finish"):
-        if method.weight_grid == "symmetric":
-            model = deployed(model, config, task.float_model(), workbench.layers).to(workbench.device)
-        else:
-            notes = (*notes, "the weight grid starts at the smallest weight: no other format of ours can hold it")
+        model = deployed(model, config, task.float_model(), workbench.layers).to(workbench.device)
         if workbench.settings.bn_batches:
             batches = workbench.train_batches(workbench.settings.bn_batches, seed + 1)
             reestimate_batch_norm(model, batches)
@@ -175,7 +178,7 @@ def _train(
 ) -> tuple[list[dict[str, float]], tuple[str, ...]]:
     """The training loop; the model is trained in place. Returns what happened, and notes."""
     layers = quant_layers(model)
-    targets = {name: _target(config, name) for name in layers}
+    targets = bit_targets(config, layers)
     penalty = Penalty(targets, method.penalty / steps)
     quantizers = [q for q in model.modules() if isinstance(q, GdnsqQuantizer)]
     log_steps = [q.log_s for q in quantizers]
@@ -232,18 +235,7 @@ def _train(
                     if method.gradual:
                         set_ranges(model, config, task.calibration_input(workbench.settings.calibration_samples))
                 logger.info("all layers are at their targets after %d of %d steps", step, steps)
-            weight_bits, activation_bits = mean_bits(layers)
-            log.append(
-                {
-                    "step": step,
-                    "loss": value,
-                    "weight_bits": weight_bits,
-                    "activation_bits": activation_bits,
-                    "excess": excess,
-                    "t": penalty.t,
-                    "lr_factor": factor,
-                }
-            )
+            log.append(logged(step, value, layers, excess, penalty.t, factor))
         if on_step is not None:
             on_step(step, value)
     notes: tuple[str, ...] = ()
@@ -341,8 +333,9 @@ def deployed(
 ) -> nn.Module:
     """The same network with the uniform quantizers that its GDNSQ quantizers have become, at the bits of `config`.
 
-    A tensor keeps its range, Q; exact where the learned bits are the config's and the lower end of a signed activation
-    is a whole number of steps.
+    A tensor keeps its range, Q. On the symmetric grid that is exact where the learned bits are the config's and the
+    lower end of a signed activation is a whole number of steps; on the paper's grid, which becomes an offset grid,
+    wherever the true bits are no more than the config's.
     """
     twin = insert_quantizers(float_model, layers)
     trained = quant_layers(model)
@@ -350,11 +343,15 @@ def deployed(
     twin.load_state_dict(state, strict=False)
     for name, layer in quant_layers(twin).items():
         layer.set_precision(config[name])
-        for quantizer, learned in (
-            (layer.weight_quantizer, trained[name].weight_quantizer),
-            (layer.input_quantizer, trained[name].input_quantizer),
+        weight, activation = trained[name].weight_quantizer, trained[name].input_quantizer
+        on_offset_grid = isinstance(weight, GdnsqQuantizer) and weight.weight_grid == "min"
+        for quantizer, learned, x in (
+            (layer.weight_quantizer, weight, cast(Tensor, layer.weight)),
+            (layer.input_quantizer, activation, None),
         ):
-            if isinstance(learned, GdnsqQuantizer):
+            if isinstance(learned, GdnsqQuantizer) and on_offset_grid:
+                take_grid(quantizer, *learned.offset_grid(x))
+            elif isinstance(learned, GdnsqQuantizer):
                 quantizer.set_range(torch.exp2(learned.log_range() - quantizer.precision.bits), learned.beta)
     return twin.train(model.training)
 
@@ -388,14 +385,37 @@ def mean_bits(layers: Mapping[str, QuantLayer]) -> tuple[float, float]:
     return tuple(sum(v) / len(v) if v else math.nan for v in (weights, activations))  # type: ignore[return-value]
 
 
-def _target(config: PrecisionConfig, name: str) -> tuple[float, float]:
+def logged(
+    step: int, loss: float, layers: Mapping[str, QuantLayer], excess: float, t: float, lr_factor: float
+) -> dict[str, float]:
+    """A row of a training's log."""
+    weight_bits, activation_bits = mean_bits(layers)
+    return {
+        "step": step,
+        "loss": loss,
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "excess": excess,
+        "t": t,
+        "lr_factor": lr_factor,
+    }
+
+
+def bit_targets(config: PrecisionConfig, names: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """W and A of each layer named; infinite for what stays float."""
+
     def bits(precision: Precision) -> float:
         return math.inf if precision.is_float else float(precision.bits)
 
-    return bits(config[name].weight), bits(config[name].activation)
+    return {name: (bits(config[name].weight), bits(config[name].activation)) for name in names}
 
 
-def _check(config: PrecisionConfig) -> None:
+def check_targets(config: PrecisionConfig) -> None:
+    """Refuse targets that GDNSQ cannot have.
+
+    Raises:
+        PrecisionError: a layer's quantizers are not uniform, or its weight is not per channel.
+    """
     for name, layer in config.items():
         for precision in (layer.weight, layer.activation):
             if precision.quantizer not in ("uniform", "float"):

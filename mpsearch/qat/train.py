@@ -10,6 +10,7 @@ from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.problem import Problem
 from mpsearch.qat.gdnsq import gdnsq
 from mpsearch.qat.pipeline import qat
+from mpsearch.qat.published import published
 from mpsearch.qat.trained import Trained
 from mpsearch.quant.prepare import check_names
 from mpsearch.space.space import SearchSpace
@@ -17,7 +18,9 @@ from mpsearch.study import TrialSpec
 from mpsearch.task.scoring import evaluate
 from mpsearch.workbench import Workbench
 
-METHODS: Mapping[str, Callable[[Problem, PrecisionConfig, TrialSpec, Callable[[int, float], None]], Trained]] = {
+Train = Callable[[Problem, PrecisionConfig, TrialSpec, Callable[[int, float], None]], Trained]
+
+METHODS: Mapping[str, Train] = {
     "qat": lambda problem, config, settings, on_step: qat(
         problem.task,
         config,
@@ -34,6 +37,21 @@ METHODS: Mapping[str, Callable[[Problem, PrecisionConfig, TrialSpec, Callable[[i
         on_step=on_step,
     ),
 }
+"""Method -> how it trains by our recipe."""
+
+RECIPES: Mapping[str, Mapping[str, Train]] = {
+    "gdnsq": {
+        "mhaq": lambda problem, config, settings, on_step: published(
+            problem.task,
+            config,
+            Workbench(problem.task, settings, graph=problem.graph),
+            settings.steps,
+            settings.seed,
+            on_step=on_step,
+        )
+    }
+}
+"""Method -> the recipes that others have for it, by the name of their library."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,7 @@ def train_one(
     epochs: float,
     seed: int,
     observer: Observer = SILENT,
+    recipe: str | None = None,
 ) -> Scored:
     """Train the network of a study at one target and score val and test.
 
@@ -64,6 +83,7 @@ def train_one(
         epochs: passes over the training data.
         seed: of the batches and of whatever is random.
         observer: told after every step.
+        recipe: one of RECIPES of the method; default: ours.
 
     Raises:
         PrecisionError: the target does not fit the network or the method.
@@ -73,7 +93,8 @@ def train_one(
     config, fixed = target_config(problem.space, target)
     steps = max(1, round(epochs * task.steps_per_epoch(problem.spec.trial.batch_size)))
     settings = problem.spec.trial.model_copy(update={"steps": steps, "seed": seed})
-    trained = METHODS[method](problem, config, settings, lambda step, loss: observer.on_step(step + 1, steps, loss))
+    train = METHODS[method] if recipe is None else RECIPES[method][recipe]
+    trained = train(problem, config, settings, lambda step, loss: observer.on_step(step + 1, steps, loss))
     float_model = task.float_model()
     return Scored(
         trained,

@@ -21,9 +21,15 @@ itself makes the gradient of the step, dy/ds:
 | "noise"    | r / sqrt(3), r = +-1/2 at random: the deviation 1/(2 sqrt 3) of rounding noise |
 | "residual" | n, what the chain rule gives (LSQ, arXiv 1902.08153)                         |
 | "both"     | their sum                                                                    |
+| "mhaq_ste" | n + s r / sqrt(3), what the published code does (aifoundry-org/MHAQ, STE)    |
+| "mhaq_lsq" | n + s n, its rule LSQ                                                        |
 
-We differ from the published code (aifoundry-org/MHAQ) in the noise term, which there has one more factor s: it takes
-r / sqrt(3) for dn/ds where the noise model y = x + s n makes it dy/ds.
+The published code takes r / sqrt(3), or n, for dn/ds; by y = s (v + n) + z that makes s r / sqrt(3), or s n, of dy/ds,
+beside the n that the chain rule through v and s adds. In "noise" the noise term is dy/ds itself, as the noise model
+y = x + s n has it.
+
+A quantizer of grid "min", or an activation, rounds to an offset grid (`offset_grid.py`), whatever its bit-width:
+`offset_grid` reads it off.
 """
 
 from __future__ import annotations
@@ -37,7 +43,7 @@ from torch import Tensor, nn
 from mpsearch.quant.fused import Elementwise
 from mpsearch.quant.quantizer import MIN_STEP
 
-StepGradient = Literal["noise", "residual", "both"]
+StepGradient = Literal["noise", "residual", "both", "mhaq_ste", "mhaq_lsq"]
 RoundGradient = Literal["ste", "ewgs", "aewgs"]
 WeightGrid = Literal["symmetric", "min"]
 
@@ -63,13 +69,21 @@ class _NoisyRound(torch.autograd.Function):
         step_gradient, round_gradient = ctx.rules
         g = grads[0]
         n = torch.round(v) - v
-        noise = torch.zeros_like(n) if step_gradient == "noise" else n
-        if step_gradient != "residual":
-            noise = noise + (torch.rand_like(n) < 0.5).to(n.dtype).sub(0.5) / math.sqrt(3)
+        noise = _step_gradient(n, s, step_gradient)
         if round_gradient == "ste":
             return g, (g * noise).sum_to_size(s.shape), torch.zeros_like(z), None, None
         h = _through_noise(g, n, s, round_gradient)  # g dn/dv
         return g + h, (g * noise - h * v).sum_to_size(s.shape), (-h).sum_to_size(z.shape), None, None
+
+
+def _step_gradient(n: Tensor, s: Tensor, rule: StepGradient) -> Tensor:
+    """dy/ds of the table at the module's top."""
+    if rule == "residual":
+        return n
+    if rule == "mhaq_lsq":
+        return n * (1 + s)
+    random = (torch.rand_like(n) < 0.5).to(n.dtype).sub(0.5) / math.sqrt(3)
+    return {"noise": random, "both": n + random, "mhaq_ste": n + s * random}[rule]
 
 
 def _through_noise(g: Tensor, n: Tensor, s: Tensor, rule: RoundGradient) -> Tensor:
@@ -161,18 +175,19 @@ class GdnsqQuantizer(Elementwise):
             self.held.fill_(bits)
             self.log_q.copy_(self.log_s + bits)
 
-    def bits(self, x: Tensor | None = None) -> Tensor:
+    def bits(self, x: Tensor | None = None, moves_range: bool = False) -> Tensor:
         """The bit-width b of the shape of the step; grid "min" needs the weight `x`.
 
-        Where there is a range, the gradient of b moves the step alone. A penalty that dominates the loss, under an
-        optimizer that takes the size out of gradients, would draw in the range as fast as it widens the step; what is
-        clipped learns nothing.
+        Where there is a range, the gradient of b moves the step alone, unless it `moves_range` too. A penalty that
+        dominates the loss, under an optimizer that takes the size out of gradients, would draw in the range as fast as
+        it widens the step; what is clipped learns nothing.
         """
         if self.weight_grid == "min":
             assert x is not None
             low, high = self._ends(x)
             return torch.log2((high - low) / torch.exp2(self.log_s) + 1)
-        return self.log_range().detach() - self.log_s
+        log_range = self.log_range()
+        return (log_range if moves_range else log_range.detach()) - self.log_s
 
     def log_range(self) -> Tensor:
         """log2 Q now: as learned, or what the held bit-width makes of the step. Not for grid "min"."""
@@ -213,6 +228,23 @@ class GdnsqQuantizer(Elementwise):
             codes = torch.round((torch.maximum(torch.minimum(x, torch.maximum(high, low)), low) - z) / s)
             codes_low, codes_high = self._ends(codes)
         return float(torch.log2(codes_high - codes_low + 1).max())
+
+    @torch.no_grad()
+    def offset_grid(self, x: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
+        """The step, the lower end and the top code of the offset grid that the quantizer rounds to now.
+
+        Args:
+            x: the weight, whose channel of most codes gives the top; None: an activation, which ends where it is
+                clamped.
+
+        Raises:
+            ValueError: it is a weight of the symmetric grid, which is no offset grid.
+        """
+        if self.weight_grid == "symmetric":
+            raise ValueError("the symmetric grid is that of a uniform quantizer: it has no lower end")
+        s, z, _, high = self.grid(self.log_s if x is None else x)
+        top = torch.round((high - z) / s if x is None else (x - z) / s).max()
+        return s, z, max(0, int(top))
 
     def _ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest of what shares a step, of the shape of the step."""

@@ -23,6 +23,7 @@ from mpsearch.qat.gdnsq import (
     learnable,
     violation,
 )
+from mpsearch.qat.published import Recipe, calibrated, published
 from mpsearch.quant.gdnsq import GdnsqQuantizer
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers
 from mpsearch.quant.uniform import UniformQuantizer
@@ -142,14 +143,88 @@ def test_deployment_changes_no_output_once_bits_are_held(problem: Problem, workb
     torch.testing.assert_close(deployed(model, config, float_model, workbench.layers)(x), expected)
 
 
-def test_the_grid_of_the_paper_trains_and_says_that_it_cannot_be_exported(
+def test_the_grid_of_the_paper_ends_as_uniform_quantizers_on_offset_grids(
     problem: Problem, workbench: Workbench
 ) -> None:
-    trained = gdnsq(problem.task, everywhere(problem, "w4a4"), workbench, STEPS, method=GdnsqMethod(weight_grid="min"))
+    config = everywhere(problem, "w4a4")
+    trained = gdnsq(problem.task, config, workbench, STEPS, method=GdnsqMethod(weight_grid="min"))
     assert trained.log[-1]["excess"] <= 0
-    assert any("no other format" in note for note in trained.notes)
+    layers = quant_layers(trained.model)
+    assert PrecisionConfig((name, layer.precision) for name, layer in layers.items()) == config
+    for layer in layers.values():
+        assert layer.weight_quantizer.top is not None
+        assert torch.equal(layer.quantized_weight().amin(), layer.weight_quantizer.beta.amin())  # type: ignore[union-attr]
     with pytest.raises(PrecisionError, match="weight_grid"):
         GdnsqMethod(weight_grid="max")  # type: ignore[arg-type]
+
+
+def test_deployment_from_the_grid_of_the_paper_changes_no_output(problem: Problem, workbench: Workbench) -> None:
+    config = everywhere(problem, "w4a4")
+    float_model = problem.task.float_model()
+    model = calibrated(float_model, config, workbench, Recipe(bits=4))
+    with torch.no_grad():
+        for quantizer in (q for q in model.modules() if isinstance(q, GdnsqQuantizer)):
+            quantizer.log_s += 0.1  # 3.9 bits: tops between 2^3 - 1 and 2^4 - 1
+            if quantizer.beta is not None:
+                quantizer.beta -= 0.013
+    x = problem.task.calibration_input(64)
+    expected = model.eval()(x)
+    twin = deployed(model, config, float_model, workbench.layers)
+    assert torch.equal(twin(x), expected)
+    assert {int(layer.input_quantizer.top) for layer in quant_layers(twin).values()} == {14}  # type: ignore[arg-type]
+
+
+def test_a_grid_of_more_codes_than_bits_keeps_its_range(problem: Problem, workbench: Workbench) -> None:
+    config = everywhere(problem, "w3a3")
+    model = calibrated(problem.task.float_model(), config, workbench, Recipe())
+    twin = deployed(model, config, problem.task.float_model(), workbench.layers)
+    for name, layer in quant_layers(twin).items():
+        fine, coarse = quant_layers(model)[name].quantized_weight(), layer.quantized_weight()
+        assert max(len(channel.unique()) for channel in coarse.movedim(layer.channel_axis, 0)) <= 8
+        step = layer.weight_quantizer.current_range()[0]
+        assert bool(((fine - coarse).abs() <= 0.51 * step).all())
+
+
+def test_the_published_recipe_starts_at_ten_bits_everywhere(problem: Problem, workbench: Workbench) -> None:
+    model = calibrated(problem.task.float_model(), everywhere(problem, "w2a2"), workbench, Recipe()).eval()
+    for quantizer in (q for q in model.modules() if isinstance(q, GdnsqQuantizer)):
+        assert (quantizer.step_gradient, quantizer.round_gradient) == ("mhaq_ste", "ste")
+        if quantizer.weight_grid is None:
+            assert quantizer.bits().item() == pytest.approx(10)
+            assert quantizer.beta is not None  # every input learns its lower end
+    x = problem.task.calibration_input(64)
+    exact = problem.task.float_model()(x)
+    assert (model(x) - exact).abs().max().item() < 0.1 * exact.abs().max().item()
+
+
+def test_the_published_recipe_comes_down_to_each_target_and_anneals(problem: Problem, workbench: Workbench) -> None:
+    """From 4 bits instead of 10, at 50 times the rate: RAdam alone takes some hundred steps to get going."""
+    names = list(problem.layers)
+    config = PrecisionConfig((n, LayerPrecision.shorthand(("w3a4", "w4a3")[i % 2])) for i, n in enumerate(names))
+    steps = 119
+    trained = published(problem.task, config, workbench, steps, recipe=Recipe(bits=4, lr=0.1, warmup=5))
+    last = trained.log[-1]
+    assert last["excess"] <= 0
+    assert trained.notes == ()
+    assert last["t"] == pytest.approx(2 * 0.1 * (steps - 5))
+    assert trained.log[0]["lr_factor"] == 1
+    assert last["lr_factor"] < 1
+    layers = quant_layers(trained.model)
+    assert PrecisionConfig((name, layer.precision) for name, layer in layers.items()) == config
+    for layer in layers.values():
+        assert len(layer.quantized_weight()[0].unique()) <= 2**layer.precision.weight.bits
+
+
+def test_the_published_recipe_says_when_it_has_not_converged(problem: Problem, workbench: Workbench) -> None:
+    trained = published(problem.task, everywhere(problem, "w2a2"), workbench, 12)
+    assert any("8.00 above the target" in n and "some 5000 steps" in n and "were 12" in n for n in trained.notes)
+    rates = [row["lr_factor"] for row in trained.log]
+    assert rates == sorted(rates)
+    assert rates[-1] < 0.02  # still warming up
+
+
+def test_the_published_constants_are_the_librarys() -> None:
+    assert Recipe() == Recipe(10, 2e-3, 1000, 2.0, 0.9985, "mhaq_ste", "ste")
 
 
 def test_too_few_steps_are_said(problem: Problem, workbench: Workbench) -> None:
@@ -171,8 +246,9 @@ def test_what_it_cannot_train_is_refused_by_layer(
     problem: Problem, workbench: Workbench, weight: str, activation: str
 ) -> None:
     config = PrecisionConfig.uniform(problem.layers, LayerPrecision.parse(weight, activation))
-    with pytest.raises(PrecisionError, match=rf"'{problem.layers[0]}'.*GDNSQ"):
-        gdnsq(problem.task, config, workbench, 1)
+    for train in (gdnsq, published):
+        with pytest.raises(PrecisionError, match=rf"'{problem.layers[0]}'.*GDNSQ"):
+            train(problem.task, config, workbench, 1)  # type: ignore[operator]
 
 
 def test_float_tensors_stay_float(problem: Problem, workbench: Workbench) -> None:

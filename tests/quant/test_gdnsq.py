@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,90 @@ def test_both_is_the_sum_of_noise_and_residual() -> None:
         torch.manual_seed(3)
         parts[rule] = gradients(rule)[-1]
     torch.testing.assert_close(parts["both"], parts["noise"] + parts["residual"])
+
+
+def draws(n: Tensor, seed: int) -> Tensor:
+    """r = +-1/2, as they are drawn after this seed."""
+    torch.manual_seed(seed)
+    return (torch.rand_like(n) < 0.5).double() - 0.5
+
+
+@pytest.mark.parametrize("rule", ["mhaq_ste", "mhaq_lsq"])
+def test_mhaqs_rules_are_the_stated_formulas(rule: str) -> None:
+    torch.manual_seed(5)
+    x, s, g, grad_x, grad_s = gradients(rule)
+    v = (x - torch.tensor(0.1).double()) / s
+    n = torch.round(v) - v
+    noise = {"mhaq_ste": n + s * draws(n, 5) / 3**0.5, "mhaq_lsq": n * (1 + s)}[rule]
+    torch.testing.assert_close(grad_s, (g * noise).sum(1, keepdim=True), rtol=1e-12, atol=1e-12)
+    assert torch.equal(grad_x, g)
+
+
+@pytest.mark.parametrize("rule", ["mhaq_ste", "mhaq_lsq"])
+def test_mhaqs_rules_follow_from_a_noise_whose_derivative_by_the_step_is_set(rule: str) -> None:
+    """y = s (v + n) + z with v = (x - z) / s, and dn/ds = r / sqrt(3) or n: the graph that its code builds."""
+
+    class Noise(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, v: Tensor, s: Tensor, derivative: Tensor) -> Tensor:
+            ctx.save_for_backward(s, derivative)
+            return torch.round(v) - v
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+            s, derivative = ctx.saved_tensors
+            return torch.zeros_like(grads[0]), (grads[0] * derivative).sum_to_size(s.shape), None
+
+    quantizer, w = weight(3, "min")
+    quantizer.step_gradient = rule  # type: ignore[assignment]
+    g = values(2, 50, seed=2)
+    torch.manual_seed(9)
+    (quantizer(w) * g).sum().backward()
+    log_s = quantizer.log_s.detach().clone().requires_grad_()
+    s, z = torch.exp2(log_s), w.amin(1, keepdim=True)
+    v = (w - z) / s
+    n = (torch.round(v) - v).detach()
+    derivative = draws(n, 9) / 3**0.5 if rule == "mhaq_ste" else n
+    y = s * (v + Noise.apply(v, s, derivative)) + z
+    (expected,) = torch.autograd.grad(y, log_s, g)
+    assert quantizer.log_s.grad is not None
+    torch.testing.assert_close(quantizer.log_s.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bits", [2.0, 3.3, 4.0])
+def test_the_offset_grid_that_is_read_off_has_the_same_values(bits: float) -> None:
+    precision = Precision("uniform", 4, "channel")
+    free, w = weight(bits, "min")
+    uniform = UniformQuantizer(2, 2, signed=True, offset=False, elements=50).double()
+    uniform.set_precision(precision)
+    with torch.no_grad():
+        free.log_s += torch.log2((w.amax(1) - w.amin(1)).max() / (2**bits - 1)) - free.log_s.min()
+    uniform.set_offset_grid(*free.offset_grid(w))
+    torch.testing.assert_close(uniform(w), free(w), rtol=0, atol=0)
+    activation = GdnsqQuantizer(
+        torch.tensor(0.2).double(), torch.tensor(2.0**bits).double(), beta=torch.tensor(-0.31).double()
+    ).double()
+    step, lower, top = activation.offset_grid()
+    assert top == round(2**bits - 1)
+    deployed = UniformQuantizer(1, 0, signed=False, offset=False, elements=50).double()
+    deployed.set_precision(Precision("uniform", 4, "tensor"))
+    deployed.set_offset_grid(step, lower, top)
+    x = 3 * values(1000)
+    torch.testing.assert_close(deployed(x), activation(x), rtol=0, atol=1e-12)
+
+
+def test_the_symmetric_grid_is_no_offset_grid() -> None:
+    learned, w = weight(3)
+    with pytest.raises(ValueError, match="no lower end"):
+        learned.offset_grid(w)
+
+
+def test_the_penalty_moves_the_range_of_an_activation_too_where_it_is_asked_to() -> None:
+    activation = GdnsqQuantizer(torch.tensor(0.2).double(), torch.tensor(8.0).double()).double()
+    activation.bits(moves_range=True).sum().backward()
+    assert activation.log_q is not None
+    assert activation.log_q.grad == 1
+    assert activation.log_s.grad == -1
 
 
 def test_ewgs_scales_each_gradient_by_its_distance_from_the_grid() -> None:
