@@ -175,7 +175,7 @@ def data_module(task: ClassificationTask, batch: int, steps: int) -> Any:
 
     size = 250
 
-    class StudyImages(LightningDataModule):
+    class StudyImages(LightningDataModule):  # type: ignore[misc, unused-ignore]  # untyped where Lightning is missing
         def train_dataloader(self) -> Epoch:
             return Epoch(steps, lambda seed: task.train_batches(batch, steps, seed))
 
