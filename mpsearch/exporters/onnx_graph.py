@@ -122,17 +122,17 @@ def _reason(error: BaseException) -> str:
 
 def _where(error: BaseException, model: nn.Module) -> str:
     """Of the model's modules that ran when tracing failed, the innermost one, in words."""
-    names = {id(module): name for name, module in model.named_modules() if name}
+    names = {module: name for name, module in model.named_modules() if name}
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__ or link.__context__
     for raised in reversed(chain):
-        modules = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(raised.__traceback__)]
-        inside = [module for module in modules if id(module) in names]
+        selves = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(raised.__traceback__)]
+        inside = [module for module in selves if isinstance(module, nn.Module) and module in names]
         if inside:
-            return f", in '{names[id(inside[-1])]}' ({type(inside[-1]).__name__})"
+            return f", in '{names[inside[-1]]}' ({type(inside[-1]).__name__})"
     return ""
 
 
