@@ -29,26 +29,28 @@ import torch
 import typer
 from torch import Tensor
 
-import mpsearch
 from benchmarks.options import RESULTS, PrintOnly, Results, Set, Study, Threads
 from benchmarks.printing import print_table, say
 from benchmarks.rows import MEASURED, Row, Rows
 from mpsearch.errors import MpsearchError
 from mpsearch.exporters.export import export
-from mpsearch.exporters.mhaq import SCRIPT_FILE
+from mpsearch.exporters.mhaq import CONFIG_FILE, SCRIPT_FILE
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import prepare
-from mpsearch.study import load_study
+from mpsearch.study import TrialSpec, load_study
 from mpsearch.task.classification import ClassificationTask
 from mpsearch.task.load import load_task
+from mpsearch.workbench import Workbench
 
 WEIGHT_BITS = (2, 3, 4, 5, 8)
 INPUT_BITS = (3, 4)
 EPOCHS = 4
 WARMUP_SHARE = 1 / 16
+COMPARED = 200  # images on which the imported network has to answer as MHAQ does
+IMPORTER = "mpsearch.exporters.from_mhaq"
 
 
 def mhaq(
@@ -190,14 +192,17 @@ def data_module(task: ClassificationTask, batch: int, steps: int) -> Any:
 def import_back(trained: Any, checkpoint: Path, folder: Path, task: ClassificationTask) -> Row:
     """The checkpoint imported, beside MHAQ's own answers: `imported`, `same_answers`, `max_difference`.
 
-    Empty until `mpsearch` reads checkpoints of MHAQ.
+    Empty where this version of mpsearch reads no checkpoint of MHAQ.
     """
-    if not hasattr(mpsearch, "import_mhaq"):
+    if importlib.util.find_spec(IMPORTER) is None:
         return {"imported": False, "same_answers": None, "max_difference": None, "samples": None}
-    x, _ = next(task.images.batches("val", 200))
+    workbench = Workbench(task, TrialSpec(compile=False, precision="fp32"), torch.device("cpu"))
+    layers = [layer.name for layer in workbench.graph.quantizable]
+    read_mhaq = importlib.import_module(IMPORTER).read_mhaq
+    read_mhaq(checkpoint, folder / CONFIG_FILE, task.float_model(), layers).put_on(workbench)
+    x, _ = next(task.images.batches("val", COMPARED))
     with torch.inference_mode():
-        expected = trained.eval()(x)
-        actual = mpsearch.import_mhaq(checkpoint, folder / "mhaq.yaml", task.float_model()).eval()(x)
+        expected, actual = trained.eval().cpu()(x), workbench.model.eval()(x)
     return {
         "imported": True,
         "samples": len(x),

@@ -133,15 +133,25 @@ def test_export_gives_what_the_trial_scored(home: Path) -> None:
 
 
 def test_export_to_other_formats_writes_a_manifest(home: Path) -> None:
-    for to in ("mhaq", "packed"):
-        done = mpsearch("export", "run", "--pick", "trial:0", "--to", to, "-o", to, cwd=home)
-        assert done.returncode == 0, done.stderr
-        assert json.loads((home / to / "export.json").read_text())["converted"] == []
+    done = mpsearch("export", "run", "--pick", "trial:0", "--to", "packed", "-o", "packed", cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((home / "packed" / "export.json").read_text())["converted"] == []
+
+
+def test_export_to_mhaq_refuses_linear_layers_by_name_or_leaves_them_float(home: Path) -> None:
+    to_mhaq = ("export", "run", "--pick", "trial:0", "--to", "mhaq", "-o", "mhaq")
+    done = mpsearch(*to_mhaq, cwd=home)
+    assert done.returncode == 2
+    assert "linear (linear) weight uniform:8/channel: float would hold it" in done.stderr
+    assert mpsearch(*to_mhaq, "--allow-lossy", cwd=home).returncode == 0
+    converted = json.loads((home / "mhaq" / "export.json").read_text())["converted"]
+    assert "linear" in {entry["layer"] for entry in converted}
+    assert (home / "mhaq" / "train_in_mhaq.py").is_file()
 
 
 def test_import_scores_a_config_made_elsewhere(home: Path) -> None:
-    assert mpsearch("export", "run", "--pick", "trial:0", "--to", "mhaq", "-o", "mhaq", cwd=home).returncode == 0
-    exported = json.loads((home / "mhaq" / "export.json").read_text())["layers"]
+    assert mpsearch("export", "run", "--pick", "trial:0", "--to", "packed", "-o", "other", cwd=home).returncode == 0
+    exported = json.loads((home / "other" / "export.json").read_text())["layers"]
     table = {name: {"weight_bit_width": 5, "input_bit_width": 6} for name in exported}
     (home / "table.json").write_text(json.dumps(table))
     before = (home / "run" / "trials.jsonl").read_text()

@@ -13,9 +13,12 @@ import pytest
 import torch
 
 import benchmarks
+import mpsearch
 from benchmarks.__main__ import found, main
 from mpsearch.search.run import run_study
 from mpsearch.study import load_study
+from mpsearch.task.classification import ClassificationTask
+from mpsearch.task.load import load_task
 
 SHARED = {"__init__", "families", "__main__", "options", "printing", "rows", "stopwatch"}
 QUICK = ["trial.compile=false", "trial.steps=2", "trial.bn_batches=1", "engine.address=none"]
@@ -217,3 +220,30 @@ def test_search_quality_searches_once_and_peers_reads_its_points(
     capsys.readouterr()
     assert main(["peers", "--points", str(tmp_path / "rows.csv"), "--arm", "random", "--study", "digits", *SETS]) == 0
     assert "AIMET" in capsys.readouterr().out
+
+
+def test_mhaq_exports_a_mixed_network_and_reads_its_own_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but MHAQ itself, which no package index has."""
+    from benchmarks import mhaq
+
+    assert main(["mhaq"]) == 2
+    assert main(["mhaq", "--root", str(tmp_path)]) == 2
+    assert "is no checkout of MHAQ" in capsys.readouterr().err
+    task = load_task(load_study("digits").task)
+    assert isinstance(task, ClassificationTask)
+    network = mhaq.mixed_network(task)
+    targets = {name: (p.weight.bits, p.activation.bits) for name, p in network.config.items() if not p.weight.is_float}
+    assert list(targets.values()) == [(2, 3), (3, 4), (4, 3), (5, 32), (8, 3), (2, 4), (3, 3)]
+    folder = mpsearch.export(network, "mhaq", tmp_path / "out").path
+    script = mhaq.load_script(folder)
+    script.check_weights(task.float_model())
+    data = list(mhaq.Epoch(2, lambda seed: task.train_batches(8, 2, seed)))
+    assert [x.shape for x, _ in data] == [(8, 1, 8, 8)] * 2
+    bits = {"weight_bit": 2, "act_bit": 3, "true_weight": 2.0, "true_act": 3.5, "converged": False}
+    row = {"mhaq": "0", "steps_done": 4, "batch": 8, "seconds": 1, "layers": {"conv": bits}, "is_converged": False}
+    row |= {"test": {"Accuracy_top1": 0.5}, "images": 9, "float_val": 0.9, "imported": False}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert main(["mhaq", "--print", "--results", str(tmp_path / "rows.jsonl")]) == 0
+    assert "1 of 1 layers above their target" in capsys.readouterr().out

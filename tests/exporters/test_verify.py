@@ -37,6 +37,14 @@ def network(weight: str = "uniform:4", activation: str = "uniform:4", **given: o
     return mpsearch.QuantizedNetwork(quantized, layers, "small", "noise", **facts)  # type: ignore[arg-type]
 
 
+def convolutions() -> mpsearch.QuantizedNetwork:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()).eval(), torch.randn(64, 1, 8, 8)
+    layers = inspect_model(model, x).layers
+    quantized = mpsearch.prepare(model, PrecisionConfig({"0": LayerPrecision.shorthand("w4a4")}), x, layers).eval()
+    return mpsearch.QuantizedNetwork(quantized, layers, "small", "noise", example_input=x[:2], samples=x)
+
+
 @pytest.mark.parametrize("to", [*RUNTIMES])
 def test_every_target_is_verified_in_its_own_runtime(to: str, tmp_path: Path) -> None:
     needs = PACKAGE.get(to) or ("onnxruntime" if "onnx" in to else "torch")
@@ -90,7 +98,7 @@ def test_what_was_not_run_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     assert "no samples" in reason("packed", network(example_input=None, samples=None), "a")
     assert "float_model" in reason("packed", network(float_model=None), "b")
-    assert "trained before it is run" in reason("mhaq", network(), "c")
+    assert "trained before it is run" in reason("mhaq", convolutions(), "c")
     assert "not asked for" in reason("packed", network(), "d", check=False)
     monkeypatch.setitem(RUNTIMES, "packed", replace(RUNTIMES["packed"], package="no-such-package"))
     assert reason("packed", network(), "e") == "no-such-package is not installed: pip install no-such-package"

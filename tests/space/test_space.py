@@ -206,9 +206,11 @@ def test_a_later_rule_overrides_the_keys_that_it_gives_and_no_others():
         ({"depthwise": True}, ["layer1.0.conv2"]),
         ({"depthwise": False}, ["conv1", "layer1.0.conv1", "layer2.0.conv1", "fc"]),
         ({"kind": "conv2d", "depthwise": True}, ["layer1.0.conv2"]),
+        ({"pointwise": True}, ["fc"]),
+        ({"pointwise": False, "depthwise": False}, ["conv1", "layer1.0.conv1", "layer2.0.conv1"]),
     ],
 )
-def test_a_rule_can_be_about_kinds_and_depthwise_layers_only(given: dict[str, Any], changed: list[str]):
+def test_a_rule_can_be_about_kinds_depthwise_and_pointwise_layers_only(given: dict[str, Any], changed: list[str]):
     rule = {"match": "*", "weight": ["uniform:1"]} | given
     built = space(rules=[ANY, rule], first="search", last="search")
     assert [slot.layers[0] for slot in built.slots if slot.tensor == "weight" and len(slot.choices) == 1] == changed
