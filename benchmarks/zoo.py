@@ -243,8 +243,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def show(rows: list[Row]) -> None:
-    """A line a network that has anything to say, the totals, and what stays float."""
-    latest = {row["network"]: row for row in rows}
+    """A line a network that has anything to say, the totals, and what stays float.
+
+    Of a network with several rows, of some stages each, the last of each stage counts.
+    """
+    latest: dict[str, Row] = {}
+    for row in rows:
+        latest[row["network"]] = latest.get(row["network"], {}) | row
     stays: dict[str, list[str]] = defaultdict(list)
     for name, row in latest.items():
         said = {stage: row[stage] for stage in STAGES if row.get(stage, "ok") != "ok"}
@@ -256,6 +261,10 @@ def show(rows: list[Row]) -> None:
         outcomes = Counter(row[stage].partition(":")[0] for row in latest.values() if stage in row)
         print(f"{stage:8s} " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common()))
     whole = [row for row in latest.values() if all(row.get(stage) == "ok" for stage in STAGES[:-1])]
-    print(f"{len(whole)} of {len(latest)} pass all but ONNX, {sum(r.get('onnx') == 'ok' for r in whole)} ONNX too")
+    tried = [row for row in latest.values() if "onnx" in row]
+    print(
+        f"{len(whole)} of {len(latest)} pass all but ONNX; {sum(r['onnx'] == 'ok' for r in tried)} of {len(tried)} ONNX"
+    )
+    print("measured at " + ", ".join(sorted({row["commit"] for row in rows})))
     for reason, names in sorted(stays.items()):
         print(f"float in {len(names)} networks ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''}): {reason}")

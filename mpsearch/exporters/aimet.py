@@ -11,7 +11,8 @@ a runtime takes them is another matter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,7 +80,8 @@ def load(model: nn.Module, folder: str | Path, dummy_input: Any) -> Any:
 
     network, export = float_network(model, folder, "aimet")
     export.json(ENCODINGS_FILE)  # AIMET's own message would be a traceback
-    sim: Any = QuantizationSimModel(network, dummy_input=dummy_input)
+    with _leaving_unknown_classes_alone():
+        sim: Any = QuantizationSimModel(network, dummy_input=dummy_input)
     layers = export.document["layers"]
     for name, module in sim.model.named_modules():
         if not hasattr(module, "param_quantizers"):
@@ -98,6 +100,19 @@ def load(model: nn.Module, folder: str | Path, dummy_input: Any) -> Any:
     with export.fitting():
         sim.load_encodings(str(export.folder / ENCODINGS_FILE), strict=True, partial=False)
     return sim
+
+
+@contextlib.contextmanager
+def _leaving_unknown_classes_alone() -> Iterator[None]:
+    """Otherwise AIMET refuses a network with a module of a class of its own, though nothing in it is quantized."""
+    from aimet_torch.nn import QuantizationMixin
+
+    before = QuantizationMixin._ignore_unknown_modules
+    QuantizationMixin.ignore_unknown_modules(True)
+    try:
+        yield
+    finally:
+        QuantizationMixin.ignore_unknown_modules(before)
 
 
 _FLOAT = {"weight": {"quantizer": "float"}, "activation": {"quantizer": "float"}}

@@ -60,6 +60,30 @@ def test_every_target_is_verified_in_its_own_runtime(to: str, tmp_path: Path) ->
     assert str(verified).startswith(f"verified in {RUNTIMES[to].name} ")
 
 
+class Halves(nn.Module):
+    """A module of a class that no library has seen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x / 2)
+
+
+@pytest.mark.parametrize("to", [*RUNTIMES])
+def test_a_module_of_a_class_of_its_own_is_no_hindrance(to: str, tmp_path: Path) -> None:
+    needs = PACKAGE.get(to) or ("onnxruntime" if "onnx" in to else "torch")
+    if find_spec(needs) is None or (to == "qonnx" and find_spec("qonnx") is None):
+        pytest.skip(MISSING)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 32), Halves(), nn.Linear(32, 10)).eval(), torch.randn(64, 16)
+    layers = inspect_model(model, x).layers
+    config = PrecisionConfig.uniform(["0", "2"], LayerPrecision.parse("uniform:4", "float"))
+    quantized = mpsearch.prepare(model, config, x, layers).eval()
+    facts = {"example_input": x[:2], "samples": x, "float_model": model}
+    exported = mpsearch.export(
+        mpsearch.QuantizedNetwork(quantized, layers, "s", "noise", **facts), to, tmp_path / "out"
+    )
+    assert isinstance(exported.verified, Verified)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 5, 8])
 @pytest.mark.parametrize("to", [name for name, target in TARGETS.items() if "embedding" in target.holds.kinds])
 def test_an_embedding_is_verified_wherever_it_is_held(to: str, bits: int, tmp_path: Path) -> None:
