@@ -22,7 +22,7 @@ from mpsearch.exporters.manifest import open_export
 from mpsearch.exporters.native import network_parts, restored
 from mpsearch.exporters.packages import need
 from mpsearch.exporters.plain import per_channel, plain_layer, with_layers
-from mpsearch.quant.modules import QuantLayer, plain_class
+from mpsearch.quant.modules import QUANT_LAYERS, QuantLayer, plain_class, without_quantizers
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
 from mpsearch.state_dict import save_tensors, state
@@ -92,7 +92,21 @@ def _brevitas_layer(name: str, layer: QuantLayer) -> nn.Module:
         )
     made.weight = cast(nn.Parameter, layer.weight)
     made.register_parameter("bias", cast(nn.Parameter | None, layer.bias))
+    _keep_class(made, layer)
     return made.to(cast(Tensor, layer.weight).device).train(layer.training)
+
+
+def _keep_class(made: nn.Module, layer: QuantLayer) -> None:
+    """Give a layer of Brevitas what else the class of the layer that it stands for has: methods and attributes."""
+    plain = plain_class(layer)
+    if plain in QUANT_LAYERS:
+        return
+    made.__class__ = type(f"Quant{plain.__name__}", (type(made), plain), {"__module__": __name__})
+    for name, value in vars(without_quantizers(layer)).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            vars(made)[name] |= {key: entry for key, entry in value.items() if key not in vars(made)[name]}
+        else:
+            vars(made).setdefault(name, value)
 
 
 _CONV_ARGUMENTS = [

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import mpsearch
 from mpsearch.errors import ExportError
 from mpsearch.exporters.brevitas import load, to_brevitas
+from mpsearch.exporters.verify import Verified
 from mpsearch.graph.facts import ModelGraph
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import LayerPrecision, PrecisionConfig
@@ -88,3 +89,42 @@ def test_positive_offset_is_refused(quantize) -> None:
     layer.input_quantizer.beta.data.fill_(1.0)
     with pytest.raises(ExportError, match="offset of its input is 1, Brevitas has none above zero"):
         to_brevitas(model)
+
+
+class Gained(nn.Linear):
+    """A layer with a parameter, an attribute and a method that its parent uses."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features, features)
+        self.gain, self.power = nn.Parameter(torch.tensor(2.0)), 3
+
+    def scale(self) -> Tensor:
+        return self.gain**self.power
+
+
+class Uses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(8, 8), Gained(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(self.first(x)) * self.layer.scale()
+        return y
+
+
+@pytest.mark.parametrize(("weight", "activation"), [("uniform:4", "uniform:4"), ("float", "uniform:2")])
+def test_a_layer_keeps_what_its_class_has(weight: str, activation: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Uses().eval(), torch.randn(64, 8)
+    layers = inspect_model(net, x).layers
+    config = PrecisionConfig.uniform(["first", "layer"], LayerPrecision.parse(weight, activation))
+    prepared = mpsearch.prepare(net, config, x, layers).eval()
+    facts = {"example_input": x[:2], "samples": x, "float_model": net}
+    exported = mpsearch.export(
+        mpsearch.QuantizedNetwork(prepared, layers, "uses", "noise", **facts), "brevitas", tmp_path / "out"
+    )
+    assert isinstance(exported.verified, Verified)
+    theirs = load(net, exported.path)
+    assert isinstance(theirs.layer, Gained)
+    theirs(x).square().mean().backward()
+    assert theirs.layer.gain.grad is not None
