@@ -24,6 +24,9 @@ itself makes the gradient of the step, dy/ds:
 | "mhaq_ste" | n + s r / sqrt(3), what the published code does (aifoundry-org/MHAQ, STE)    |
 | "mhaq_lsq" | n + s n, its rule LSQ                                                        |
 
+A weight of the symmetric grid that is clamped has no gradient, but for one that is held at 1 bit: between its two
+levels, +-mean|w|, lie little more than half of the weights, and the others could never change their sign.
+
 The published code takes r / sqrt(3), or n, for dn/ds; by y = s (v + n) + z that makes s r / sqrt(3), or s n, of dy/ds,
 beside the n that the chain rule through v and s adds. In "noise" the noise term is dy/ds itself, as the noise model
 y = x + s n has it.
@@ -121,13 +124,25 @@ def noisy_round(
 
 
 def clamp_and_round(
-    rules: tuple[StepGradient, RoundGradient], x: Tensor, s: Tensor, z: Tensor, low: Tensor | None, high: Tensor | None
+    rules: tuple[StepGradient, RoundGradient, bool],
+    x: Tensor,
+    s: Tensor,
+    z: Tensor,
+    low: Tensor | None,
+    high: Tensor | None,
 ) -> Tensor:
-    """`noisy_round` of `x` clamped to [low, high] (None: not clamped), in float32 at least, of the type of `x`."""
+    """`noisy_round` of `x` clamped to [low, high] (None: not clamped), in float32 at least, of the type of `x`.
+
+    The last of the rules says whether what is clamped has its gradient all the same.
+    """
+    step_gradient, round_gradient, through_clamp = rules
     c = x.to(torch.promote_types(x.dtype, torch.float32))
     if low is not None and high is not None:
-        c = torch.maximum(torch.minimum(c, high), low)
-    return noisy_round(c, s, z, *rules).to(x.dtype)
+        free, clamped = c, c.detach() if through_clamp else c
+        c = torch.maximum(torch.minimum(clamped, high), low)
+        if through_clamp:
+            c = c + (free - clamped)  # a zero, which carries the gradient
+    return noisy_round(c, s, z, step_gradient, round_gradient).to(x.dtype)
 
 
 class GdnsqQuantizer(Elementwise):
@@ -167,12 +182,14 @@ class GdnsqQuantizer(Elementwise):
         )
         self.register_parameter("beta", None if beta is None else nn.Parameter(beta.detach().clone()))
         self.register_buffer("held", torch.tensor(math.nan), persistent=False)
+        self.binary = False  # a weight that is held at 1 bit: what is clamped goes on learning
 
     @torch.no_grad()
     def hold(self, bits: float) -> None:
         """From now on the bit-width is `bits`, whatever was learned; the step stays learnable. Not for grid "min"."""
         if self.log_q is not None:
             self.held.fill_(bits)
+            self.binary = self.weight_grid is not None and bits <= 1
             self.log_q.copy_(self.log_s + bits)
 
     def bits(self, x: Tensor | None = None, moves_range: bool = False) -> Tensor:
@@ -211,7 +228,8 @@ class GdnsqQuantizer(Elementwise):
         """The quantized tensor, of the type of `x`; computed in float32 at least."""
         s, z, low, high = self.grid(x)
         ends = (None, None) if self.weight_grid == "min" else (low, torch.maximum(high, low))
-        return self.run(clamp_and_round, x, s, z, *ends, owner=(self.step_gradient, self.round_gradient))
+        rules = self.step_gradient, self.round_gradient, self.binary
+        return self.run(clamp_and_round, x, s, z, *ends, owner=rules)
 
     @torch.no_grad()
     def true_bits(self, x: Tensor | None = None) -> float:

@@ -242,6 +242,24 @@ def test_a_held_bit_width_stays_while_the_step_learns() -> None:
     assert learned.log_s.grad.abs().min() > 0
 
 
+def test_a_weight_held_at_one_bit_goes_on_learning_where_it_is_clamped() -> None:
+    for bits, clamped_learns in ((1, True), (2, False)):
+        learned, _ = weight(4)
+        learned.hold(bits)
+        w = torch.tensor([[-0.5, -0.001, 0.001, 0.5]] * 2).double().requires_grad_()  # the outer two are clamped
+        g = values(2, 4, seed=3)
+        y = learned(w)
+        y.backward(g)
+        expected = g if clamped_learns else g * torch.tensor([0.0, 1.0, 1.0, 0.0])
+        assert w.grad is not None
+        torch.testing.assert_close(w.grad, expected, rtol=0, atol=0)
+        s = torch.exp2(learned.log_s.detach())
+        uniform = UniformQuantizer(2, 2, signed=True, offset=False, elements=4).double()
+        uniform.set_precision(Precision("uniform", bits, "channel"))
+        uniform.set_range(s)
+        torch.testing.assert_close(y, uniform(w), rtol=0, atol=1e-15)
+
+
 def test_gradients_are_finite_on_zeros_constants_huge_and_denormal_input() -> None:
     for x in (torch.zeros(2, 5), torch.full((2, 5), 3.0), torch.full((2, 5), 1e30), torch.full((2, 5), 1e-40)):
         for grid in ("symmetric", "min"):
