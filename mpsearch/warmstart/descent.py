@@ -100,7 +100,7 @@ class BitQuantizer(Elementwise):
             o = zero if self.betas is None else torch.round(self.between(self.betas) / s).detach()
             low, high = o, levels - 1 + o
         parts = (s, (s * o).detach(), s * low, s * high)
-        return self.run(clamp_and_round, x, *parts, owner=("residual", "ste"), axis=self.axis)
+        return self.run(clamp_and_round, x, *parts, owner=("residual", "ste", False), axis=self.axis)
 
 
 @dataclass(frozen=True)
