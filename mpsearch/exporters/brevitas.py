@@ -80,6 +80,12 @@ def _brevitas_layer(name: str, layer: QuantLayer) -> nn.Module:
     plain = next((base for base in type(layer).__mro__ if base in kinds), None)
     if plain is None:
         raise ExportError(f"layer '{name}': Brevitas has no form of {plain_class(layer).__name__}; leave it float")
+    if "Transpose" in plain.__name__ and layer.groups != 1 and precision.weight.granularity == "channel":
+        raise ExportError(
+            f"layer '{name}': Brevitas wants a scale for each of its {layer.out_channels} outputs; a transposed "
+            f"convolution of {layer.groups} groups has one for each output of a group: give its weight one scale "
+            "(granularity tensor), leave it float, or export to qonnx"
+        )
     names = ["in_features", "out_features"] if plain is nn.Linear else _CONV_ARGUMENTS
     if "Transpose" in plain.__name__:
         names = [*names, "output_padding"]

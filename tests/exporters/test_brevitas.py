@@ -128,3 +128,20 @@ def test_a_layer_keeps_what_its_class_has(weight: str, activation: str, tmp_path
     assert isinstance(theirs.layer, Gained)
     theirs(x).square().mean().backward()
     assert theirs.layer.gain.grad is not None
+
+
+@pytest.mark.parametrize("bits", [1, 4])
+def test_a_grouped_transposed_convolution_needs_one_scale(bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.ReLU()).eval(), torch.randn(8, 4, 5, 5)
+    layers = inspect_model(net, x).layers
+
+    def quantized(weight: str) -> mpsearch.QuantizedNetwork:
+        config = PrecisionConfig.uniform(["0"], LayerPrecision.parse(weight, "float"))
+        prepared = mpsearch.prepare(net, config, x, layers).eval()
+        return mpsearch.QuantizedNetwork(prepared, layers, "net", "noise", example_input=x, float_model=net)
+
+    with pytest.raises(ExportError, match=r"layer '0': Brevitas wants a scale for each of its 4 outputs"):
+        mpsearch.export(quantized(f"uniform:{bits}"), "brevitas", tmp_path / "out")
+    exported = mpsearch.export(quantized(f"uniform:{bits}/tensor"), "brevitas", tmp_path / "out")
+    assert isinstance(exported.verified, Verified)
