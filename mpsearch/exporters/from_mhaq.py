@@ -11,7 +11,10 @@ What the checkpoint holds of a quantized layer, and what its forward pass makes 
     weight   l + s round((w - l) / s),                       l = min(w), of each channel or of all of it
     input    b + s round((clamp(x, b, b + Q - s) - b) / s)
 
-Both are offset grids (`quant/offset_grid.py`), so the network that is made of them gives MHAQ's answers. Bits are those
+Both are offset grids (`quant/offset_grid.py`), so the network that is made of them gives MHAQ's answers: of its
+ResNet-20 at W4A4, 200 of 200, the largest difference of a logit 3.8e-6. That is with tensors in MHAQ's order of memory;
+ours lie channels last, where convolutions sum in another order, and a value next to the boundary of two codes may go
+the other way: the same 200 answers, 4 samples with logits that differ by more than 1e-4. Bits are those
 of the widest code in use: a weight of codes 0 to 5 has 3 bits, whatever its target was. The checkpoint says neither
 which inputs are quantized nor what the targets were: the YAML does. It also holds the float teacher (`tmodel.*`), which
 is not read. Read by torch's weights-only reader, which runs no code.
