@@ -78,6 +78,19 @@ class GdnsqMethod:
                 raise PrecisionError(f"unknown {name} '{value}': {nearest(value, get_args(kinds))}")
 
 
+BINARY = GdnsqMethod(lr=0.05, range_lr=2e-3)
+"""Rates for targets of 1 bit everywhere, where a range that hardly moves holds the network back.
+
+digits_cnn at w1a1, 40 epochs, one seed, both before clamped weights learned: 70.75 % on val, 67.41 % with the default.
+"""
+
+
+def method_for(config: PrecisionConfig) -> GdnsqMethod:
+    """What GDNSQ does where nobody says it."""
+    bits = {p.bits for layer in config.values() for p in (layer.weight, layer.activation) if not p.is_float}
+    return BINARY if bits == {1} else GdnsqMethod()
+
+
 @dataclass
 class Penalty:
     """The exterior-point penalty of one training: the formula at the module's top.
@@ -142,14 +155,14 @@ def gdnsq(
         workbench: the float network's workbench, for layers, ranges, the teacher and how to train.
         steps: batches.
         seed: of the batches.
-        method: what GDNSQ does.
+        method: what GDNSQ does; default: as `method_for` says.
         on_step: called with (step, training loss).
 
     Raises:
         PrecisionError: a target that GDNSQ cannot have.
         FloatingPointError: the loss became NaN or infinite.
     """
-    method = method or GdnsqMethod()
+    method = method or method_for(config)
     check_targets(config)
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare"):

@@ -13,6 +13,7 @@ from mpsearch.errors import PrecisionError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.problem import Problem, open_problem
 from mpsearch.qat.gdnsq import (
+    BINARY,
     GdnsqMethod,
     Penalty,
     deployed,
@@ -21,6 +22,7 @@ from mpsearch.qat.gdnsq import (
     hold,
     keep_two_levels,
     learnable,
+    method_for,
     violation,
 )
 from mpsearch.qat.published import Recipe, calibrated, published
@@ -225,6 +227,12 @@ def test_the_published_recipe_says_when_it_has_not_converged(problem: Problem, w
 
 def test_the_published_constants_are_the_librarys() -> None:
     assert Recipe() == Recipe(10, 2e-3, 1000, 2.0, 0.9985, "mhaq_ste", "ste")
+
+
+def test_targets_of_one_bit_everywhere_have_rates_of_their_own(problem: Problem) -> None:
+    assert method_for(everywhere(problem, "w1a1")) == method_for(everywhere(problem, "w1a32")) == BINARY
+    for other in ("w1a2", "w4a4", "w32a32"):
+        assert method_for(everywhere(problem, other)) == GdnsqMethod()
 
 
 def test_too_few_steps_are_said(problem: Problem, workbench: Workbench) -> None:
