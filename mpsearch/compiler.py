@@ -26,6 +26,23 @@ def compiler_missing() -> str | None:
     return None if shutil.which(compiler) else f"the C++ compiler {compiler} was not found"
 
 
+def part_caches() -> None:
+    """Give each ATEN_CPU_CAPABILITY a cache of compiled code of its own.
+
+    Torch's own has one entry for all of them: code with vectors, met again where none are allowed, fails to build.
+    """
+    capability = os.environ.get("ATEN_CPU_CAPABILITY")
+    if capability and CACHE not in os.environ:
+        try:
+            from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+        except ImportError:  # not public: another torch may have it elsewhere
+            return
+        os.environ[CACHE] = f"{default_cache_dir()}-{capability}"
+
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
 @functools.cache
 def trust_vector_units() -> None:
     """Have torch take the processor's word for its vector instructions, where the C++ compiler knows them too.

@@ -53,10 +53,11 @@ def cache(shared: Path) -> Iterator[Path]:
 def _compiler(request: pytest.FixtureRequest) -> None:
     """Tests marked `compile` are skipped where there is no compiler; vector units are not tried out: 30 s a process."""
     if request.node.get_closest_marker("compile"):
-        from mpsearch.compiler import compiler_missing, trust_vector_units
+        from mpsearch.compiler import compiler_missing, part_caches, trust_vector_units
 
         if reason := compiler_missing():
             pytest.skip(reason)
+        part_caches()
         trust_vector_units()
 
 

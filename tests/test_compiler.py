@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 from torch._inductor import config
 from torch._inductor.cpu_vec_isa import VecISA, supported_vec_isa_list, valid_vec_isa_list, x86_isa_checker
 
-from mpsearch.compiler import trust_vector_units
+from mpsearch.compiler import CACHE, part_caches, trust_vector_units
 
 pytestmark = [
     pytest.mark.compile,
@@ -63,7 +64,10 @@ def test_what_the_user_has_set_stays() -> None:
 @pytest.mark.slow
 def test_it_comes_to_what_torch_finds_by_trying() -> None:
     ask = "[(str(isa), isa.build_arch_flags()) for isa in cpu_vec_isa.valid_vec_isa_list()]"
-    lines = ["from mpsearch.compiler import trust_vector_units", "from torch._inductor import cpu_vec_isa"]
+    lines = [
+        "from mpsearch.compiler import CACHE, part_caches, trust_vector_units",
+        "from torch._inductor import cpu_vec_isa",
+    ]
     prepared, tried = (
         subprocess.run(
             [sys.executable, "-c", "; ".join([*lines, *first, f"print({ask})"])],
@@ -74,3 +78,20 @@ def test_it_comes_to_what_torch_finds_by_trying() -> None:
         for first in (["trust_vector_units()"], [])
     )
     assert prepared == tried
+
+
+def test_code_with_vectors_is_not_met_again_where_none_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CACHE, raising=False)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    part_caches()
+    assert CACHE not in os.environ
+    folders = set()
+    for capability in ("default", "avx2"):
+        monkeypatch.delenv(CACHE, raising=False)
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
+        part_caches()
+        folders.add(os.environ[CACHE])
+    assert len(folders) == 2
+    monkeypatch.setenv(CACHE, "/the/users")
+    part_caches()
+    assert os.environ[CACHE] == "/the/users"

@@ -30,13 +30,14 @@ from mpsearch.state_dict import save_tensors, save_weights
 from mpsearch.warmstart.descent import Descent, Snapshot
 from mpsearch.warmstart.table import SensitivityTable
 
-CONFIG = PrecisionConfig({"0": LayerPrecision.parse("uniform:4", "uniform:8")})
+CONFIG = PrecisionConfig.uniform(["0", "3"], LayerPrecision.parse("uniform:4", "uniform:8"))
 TABLE = SensitivityTable("kl", {("0", "weight", Precision("uniform", 4, "channel")): 0.5}, 8, 1.0)
 SNAPSHOT = Snapshot(0.5, 1, {"0": 4.0}, {}, {}, 0.1, {"0.weight": torch.ones(64, 64)})
 
 
 def network() -> mpsearch.QuantizedNetwork:
-    model, x = nn.Sequential(nn.Linear(64, 8)).eval(), torch.rand(16, 64)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8)).eval()
+    x = torch.rand(16, 1, 8, 8)
     layers = inspect_model(model, x).layers
     prepared = mpsearch.prepare(model, CONFIG, x, layers).eval()
     return mpsearch.QuantizedNetwork(prepared, layers, "net", "task", example_input=x[:2])

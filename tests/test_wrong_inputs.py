@@ -166,7 +166,7 @@ def test_a_trial_is_estimated_by_its_quickest_step_on_the_threads_of_a_worker(mo
         """Steps of 2 s and scoring of 1 s, on a machine where other processes take their time too."""
 
         def __init__(self, *_: object, **__: object) -> None:
-            self.model = self
+            self.model = torch.nn.Identity()
 
         def reset(self, config: object) -> None: ...
 
