@@ -5,9 +5,9 @@ A mixed config of the study's network (2 to 8 bits in turn; first and last layer
 and quantizes, sets the targets, calibrates, trains and tests. The table has, layer by layer, the bits that the trained
 network uses beside its targets. MHAQ has to be importable: its requirements are not among ours.
 
-The learning rate is ten times that of MHAQ's recipe, because bits fall by at most the learning rate a step and a few
-hundred steps have to do for its tens of thousands: what is asked is whether the loop closes, not how good its answers
-get.
+The learning rate is ten times that of MHAQ's recipe and falls by 2 % a step once all bits have converged, because bits
+fall by at most the learning rate a step and a few hundred steps have to do for its tens of thousands: what is asked is
+whether the loop closes, not how good its answers get.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ from mpsearch.workbench import Workbench
 
 WEIGHT_BITS = (2, 3, 4, 5, 8)
 INPUT_BITS = (3, 4)
-EPOCHS = 4
+EPOCHS = 8
+ANNEAL = 0.98  # of the learning rate, a step, once all bits have converged
 WARMUP_SHARE = 1 / 16
 COMPARED = 200  # images on which the imported network has to answer as MHAQ does
 IMPORTER = "mpsearch.exporters.from_mhaq"
@@ -58,8 +59,8 @@ def mhaq(
     study: Study = "resnet20-cifar10-jpeg",
     set_: Set = None,
     steps: Annotated[int, typer.Option(help="training steps in MHAQ", min=EPOCHS)] = 640,
-    batch: Annotated[int, typer.Option(help="images of a batch", min=1)] = 64,
-    images: Annotated[int, typer.Option(help="validation images that MHAQ calibrates and tests on", min=1)] = 2000,
+    batch: Annotated[int, typer.Option(help="images of a batch", min=1)] = 32,
+    images: Annotated[int, typer.Option(help="validation images that MHAQ calibrates and tests on", min=1)] = 1000,
     rate: Annotated[float, typer.Option(help="learning rate in MHAQ")] = 0.02,
     threads: Threads = 1,
     results: Results = RESULTS / "mhaq.jsonl",
@@ -101,6 +102,7 @@ def measure(task: ClassificationTask, root: Path, steps: int, batch: int, images
         settings = [
             f"training.learning_rate={rate}",
             f"training.max_epochs={EPOCHS}",
+            f"training.callbacks.TemperatureScale.params.scale_anneal={ANNEAL}",
             f"training.callbacks.TemperatureScale.params.warmup={max(1, round(steps * WARMUP_SHARE))}",
             f"training.callbacks.ModelCheckpoint.params.dirpath={work}/checkpoints",
             f"data.batch_size={batch}",
@@ -219,7 +221,7 @@ def show(rows: list[Row]) -> None:
                 name,
                 str(layer["weight_bit"]),
                 f"{layer['true_weight']:.3f}",
-                "float" if layer["act_bit"] is None else str(layer["act_bit"]),
+                "float" if layer["true_act"] is None else str(layer["act_bit"]),
                 "" if layer["true_act"] is None else f"{layer['true_act']:.3f}",
             )
             for name, layer in row["layers"].items()

@@ -47,6 +47,7 @@ IGNORED = (
     "mhaq_adapter.set_targets(qmodel, quantizer)"
 )
 CALIBRATION_BITS = 10
+FLOAT_INPUT = -1  # MHAQ's act_bit of inputs that are passed through
 TOP_K = ("top1", "top5")
 
 
@@ -85,7 +86,10 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     known = recognize(weights)
     recipe = known.recipe if known is not None else _recipe_of_others(network)
     targets = {
-        name: {"weight_bit": layer.weight.bits, "act_bit": None if layer.activation.is_float else layer.activation.bits}
+        name: {
+            "weight_bit": layer.weight.bits,
+            "act_bit": FLOAT_INPUT if layer.activation.is_float else layer.activation.bits,
+        }
         for name, layer in network.config.items()
         if not layer.weight.is_float
     }
@@ -156,17 +160,15 @@ def _data(name: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def _quantization(
-    network: QuantizedNetwork, plain: nn.Module, targets: Mapping[str, Mapping[str, int | None]], recipe: Recipe
+    network: QuantizedNetwork, plain: nn.Module, targets: Mapping[str, Mapping[str, int]], recipe: Recipe
 ) -> dict[str, Any]:
     scheme = _scheme(network)
-    widest = max(target["weight_bit"] or 0 for target in targets.values())
-    inputs = [bits for target in targets.values() if (bits := target["act_bit"]) is not None]
     of_classes = [name for name, module in plain.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     return {
         "name": "GDNSQQuant",
         "qscheme": scheme,
-        "weight_bit": widest,
-        "act_bit": max(inputs, default=-1),  # -1: every input stays float
+        "weight_bit": max(target["weight_bit"] for target in targets.values()),
+        "act_bit": max(target["act_bit"] for target in targets.values()),
         "excluded_layers": [name for name in of_classes if name not in targets],
         # Calibration of one scale per tensor stops at a shape; its start is 2^-12 then.
         "calibration": {"weight_bit": CALIBRATION_BITS if scheme else 0, "act_bit": CALIBRATION_BITS},

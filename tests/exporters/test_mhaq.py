@@ -296,6 +296,7 @@ def test_targets_move_with_the_module_and_are_in_no_checkpoint(tmp_path: Path) -
 def test_an_input_that_stays_float_is_passed_through_and_pulled_nowhere(tmp_path: Path) -> None:
     folder = export(tmp_path / "out", body_2=("uniform:4", "float"))
     assert document(folder)["quantization"]["act_bit"] == 6
+    assert document(folder)["mpsearch"]["layers"]["body.2"] == {"weight_bit": 4, "act_bit": -1}
     adapter, qmodel, quantizer = in_double(folder)
     adapter.set_targets(qmodel, quantizer)
     calibrate(qmodel, document(folder)["quantization"]["calibration"], X)
