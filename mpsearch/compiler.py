@@ -29,14 +29,17 @@ def compiler_missing() -> str | None:
 def part_caches() -> None:
     """Give each ATEN_CPU_CAPABILITY a cache of compiled code of its own.
 
-    Torch's own has one entry for all of them: code with vectors, met again where none are allowed, fails to build.
+    Torch's own has one entry for all of them: code with wide vectors, met again where they are not allowed, crashes or
+    does not build.
     """
     capability = os.environ.get("ATEN_CPU_CAPABILITY")
-    if capability and CACHE not in os.environ:
-        try:
-            from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-        except ImportError:  # not public: another torch may have it elsewhere
-            return
+    if not capability:
+        return
+    try:
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    except ImportError:  # not public: another torch may have it elsewhere
+        return
+    if os.environ.get(CACHE, default_cache_dir()) == default_cache_dir():  # torch puts its default there, too
         os.environ[CACHE] = f"{default_cache_dir()}-{capability}"
 
 
