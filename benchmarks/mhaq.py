@@ -5,9 +5,9 @@ A mixed config of the study's network (2 to 8 bits in turn; first and last layer
 and quantizes, sets the targets, calibrates, trains and tests. The table has, layer by layer, the bits that the trained
 network uses beside its targets. MHAQ has to be importable: its requirements are not among ours.
 
-The learning rate is ten times that of MHAQ's recipe and falls by 2 % a step once all bits have converged, because bits
-fall by at most the learning rate a step and a few hundred steps have to do for its tens of thousands: what is asked is
-whether the loop closes, not how good its answers get.
+The learning rate is fifteen times that of MHAQ's recipe, because bits fall by at most the learning rate a step
+and a few hundred steps have to do for its tens of thousands, and it falls by 2 % a step once all bits have converged. What is
+asked is whether the loop closes, not how good its answers get.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def mhaq(
     steps: Annotated[int, typer.Option(help="training steps in MHAQ", min=EPOCHS)] = 640,
     batch: Annotated[int, typer.Option(help="images of a batch", min=1)] = 32,
     images: Annotated[int, typer.Option(help="validation images that MHAQ calibrates and tests on", min=1)] = 1000,
-    rate: Annotated[float, typer.Option(help="learning rate in MHAQ")] = 0.02,
+    rate: Annotated[float, typer.Option(help="learning rate in MHAQ")] = 0.03,
     threads: Threads = 1,
     results: Results = RESULTS / "mhaq.jsonl",
     only_print: PrintOnly = False,
@@ -102,6 +102,7 @@ def measure(task: ClassificationTask, root: Path, steps: int, batch: int, images
         settings = [
             f"training.learning_rate={rate}",
             f"training.max_epochs={EPOCHS}",
+            "training.val_every_n_epochs=1",
             f"training.callbacks.TemperatureScale.params.scale_anneal={ANNEAL}",
             f"training.callbacks.TemperatureScale.params.warmup={max(1, round(steps * WARMUP_SHARE))}",
             f"training.callbacks.ModelCheckpoint.params.dirpath={work}/checkpoints",
