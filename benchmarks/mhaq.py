@@ -5,9 +5,9 @@ A mixed config of the study's network (2 to 8 bits in turn; first and last layer
 and quantizes, sets the targets, calibrates, trains and tests. The table has, layer by layer, the bits that the trained
 network uses beside its targets. MHAQ has to be importable: its requirements are not among ours.
 
-The learning rate is fifteen times that of MHAQ's recipe, because bits fall by at most the learning rate a step
-and a few hundred steps have to do for its tens of thousands, and it falls by 2 % a step once all bits have converged. What is
-asked is whether the loop closes, not how good its answers get.
+The learning rate is fifteen times that of MHAQ's recipe: bits fall by at most the learning rate a step, and a few
+hundred steps have to do for its tens of thousands. It falls by 2 % a step once all bits have converged. What is asked
+is whether the loop closes, not how good its answers get.
 """
 
 from __future__ import annotations

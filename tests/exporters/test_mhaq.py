@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -403,3 +403,47 @@ def test_script_reads_the_weights_beside_it_and_takes_settings(
     assert config["model"]["cpt_url"] == f"file://{(tmp_path / 'moved' / 'model.pth').resolve()}"
     assert config["data"]["batch_size"] == 8
     assert config["training"]["callbacks"]["TemperatureScale"]["params"] == {"scale_lr": 1, "warmup": 2}
+
+
+class Callback:
+    """What the script asks MHAQ's checkpoint callback."""
+
+    def __init__(self, best: str, score: float, monitor: str) -> None:
+        self.best_model_path, self.best_model_score, self.monitor = best, torch.tensor(score), monitor
+
+
+class ModelCheckpoint(Callback):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("callback", "tested"),
+    [
+        (ModelCheckpoint("best.ckpt", 0.9, "Metric/ns_Accuracy_top1"), "best.ckpt"),
+        (ModelCheckpoint("best.ckpt", 0.0, "Metric/ns_Accuracy_top1"), None),
+        (ModelCheckpoint("", 0.0, "PSNR/Weighted_mean"), None),
+        (ModelCheckpoint("best.ckpt", -1.0, "PSNR/Weighted_mean"), "best.ckpt"),
+    ],
+)
+def test_script_tests_a_checkpoint_that_has_converged_or_the_network_as_it_is(
+    callback: ModelCheckpoint, tested: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = export(tmp_path / "out")
+    script, (adapter, qmodel, quantizer) = module(folder, "train_in_mhaq"), in_double(folder)
+    monkeypatch.setitem(sys.modules, "mhaq_adapter", adapter)
+    adapter.set_targets(qmodel, quantizer)
+    asked: list[object] = []
+
+    def test(_: object, *, datamodule: object, ckpt_path: str | None) -> list[dict[str, float]]:
+        asked.append(ckpt_path)
+        return [{"Accuracy_top1": 0.5}]
+
+    trainer = SimpleNamespace(callbacks=[object(), callback], global_step=7, save_checkpoint=asked.append)
+    script.finish(qmodel, trainer, SimpleNamespace(test=test), None)
+    result = json.loads((folder / "trained.json").read_text())
+    assert asked[0] == tested
+    assert result["checkpoint"] == tested or (
+        result["checkpoint"] == asked[1] == str(folder.resolve() / "trained.ckpt")
+    )
+    assert (result["steps"], result["converged"], result["test"]) == (7, False, {"Accuracy_top1": 0.5})
+    assert list(result["layers"]) == ["body.0", "body.2", "up.0"]
