@@ -195,6 +195,8 @@ def data_module(task: ClassificationTask, batch: int, steps: int) -> Any:
 def import_back(trained: Any, checkpoint: Path, folder: Path, task: ClassificationTask) -> Row:
     """The checkpoint imported, beside MHAQ's own answers: `imported`, `same_answers`, `max_difference`.
 
+    Both in MHAQ's order of memory: in another, convolutions sum in another order, and a value on the edge between two
+    codes falls either way.
     Empty where this version of mpsearch reads no checkpoint of MHAQ.
     """
     if importlib.util.find_spec(IMPORTER) is None:
@@ -203,9 +205,10 @@ def import_back(trained: Any, checkpoint: Path, folder: Path, task: Classificati
     layers = [layer.name for layer in workbench.graph.quantizable]
     read_mhaq = importlib.import_module(IMPORTER).read_mhaq
     read_mhaq(checkpoint, folder / CONFIG_FILE, task.float_model(), layers).put_on(workbench)
-    x, _ = next(task.images.batches("val", COMPARED))
+    x = next(task.images.batches("val", COMPARED))[0].contiguous()
+    models = [model.eval().cpu().to(memory_format=torch.contiguous_format) for model in (trained, workbench.model)]
     with torch.inference_mode():
-        expected, actual = trained.eval().cpu()(x), workbench.model.eval()(x)
+        expected, actual = (model(x) for model in models)
     return {
         "imported": True,
         "samples": len(x),

@@ -40,7 +40,18 @@ _RULES = [(f"tag:yaml.org,2002:{tag}", rule) for tag, rule in _PLAIN.items()]
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain scalars by the core schema."""
+    """Reads plain scalars by the core schema, and stops at a level that nobody writes."""
+
+    level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.level > MOST_LEVELS:
+            line = self.line + 1
+            raise YamlError(f"line {line}: it is nested in more than {MOST_LEVELS} levels: is it the right file?")
+        self.level += 1
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -79,20 +90,16 @@ def parse_yaml(text: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _weigh(node, {}, 1)
+        _weigh(node, {})
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise YamlError(" ".join(str(error).replace('in "<unicode string>", ', "").split())) from None
-    except RecursionError:
-        raise YamlError(f"it is nested in more than {MOST_LEVELS} levels: is it the right file?") from None
     except ValueError as error:  # an integer of thousands of digits
         raise error if isinstance(error, YamlError) else YamlError(str(error)) from None
 
 
-def _weigh(node: yaml.Node, known: dict[yaml.Node, int], level: int) -> int:
+def _weigh(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
     """How many values a node stands for, with all references unfolded; what must not be is refused on the way."""
-    if level > MOST_LEVELS:
-        raise YamlError(f"line {_line(node)}: it is nested in more than {MOST_LEVELS} levels: is it the right file?")
     if isinstance(node, yaml.ScalarNode):
         return 1
     if (weight := known.get(node)) is not None:  # the composer keeps one node for all references to it
@@ -106,7 +113,7 @@ def _weigh(node: yaml.Node, known: dict[yaml.Node, int], level: int) -> int:
         below = [part for pair in node.value for part in pair]
     weight = 1
     for part in below:
-        weight += _weigh(part, known, level + 1)
+        weight += _weigh(part, known)
         if weight > MOST_VALUES:
             raise YamlError(
                 f"line {_line(node)}: it unfolds to more than {MOST_VALUES:,} values: is it the right file?"

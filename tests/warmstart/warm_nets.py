@@ -17,10 +17,10 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 4, 3, padding=1)
-        self.conv1 = nn.Conv2d(4, 8, 3, stride=2, padding=1, bias=False)
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.conv1 = nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(8)
-        self.down = nn.Conv2d(4, 8, 1, stride=2)
+        self.down = nn.Conv2d(8, 8, 1, stride=2)  # of fewer than 8 channels torch 2.12's AVX2 gradient writes too far
         self.relu = nn.ReLU(inplace=True)
         self.twice = nn.Conv2d(8, 8, 3, padding=1)
         self.fc = nn.Linear(8, 5)
