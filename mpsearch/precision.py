@@ -16,24 +16,34 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import nan
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 from mpsearch.errors import PrecisionError, nearest
 
 QuantizerName = Literal["uniform", "shift", "apot", "float"]
-Granularity = Literal["channel", "tensor"]
+Granularity = str
+"""What shares a scale: `channel`, `tensor`, or `groupN`: N input features of a channel, as `group128`."""
 
 FLOAT_BITS = 32
 BITS: Mapping[str, range] = {"uniform": range(1, 9), "shift": range(2, 6), "apot": range(2, 6), "float": range(32, 33)}
 """The bit-widths that each quantizer has."""
 
-_TEXT = re.compile(r"(?P<quantizer>[a-z]+)(:(?P<bits>\d+))?(/(?P<granularity>[a-z]+))?")
-_SHORTHAND = re.compile(r"w(\d+)a(\d+)(/(?P<granularity>channel|tensor))?", re.IGNORECASE)
+_TEXT = re.compile(r"(?P<quantizer>[a-z]+)(:(?P<bits>\d+))?(/(?P<granularity>[a-z]+\d*))?")
+_SHORTHAND = re.compile(r"w(\d+)a(\d+)(/(?P<granularity>channel|tensor|group\d+))?", re.IGNORECASE)
+_GROUP = re.compile(r"group([1-9]\d*)")
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Precision:
-    """How one tensor is mapped to few values: quantizer, bits, and whether a channel or the tensor shares a scale."""
+    """How one tensor is mapped to few values: quantizer, bits, and what shares a scale.
+
+    That is a channel, the tensor, or a group of so many input features of a channel: the weight of an output channel
+    is taken as one row (of a convolution the taps of its first input channel come first), and the row is cut into
+    groups, of which the last may be shorter.
+
+    >>> Precision.parse("uniform:4/group128", "channel").group
+    128
+    """
 
     quantizer: QuantizerName
     bits: int
@@ -42,9 +52,10 @@ class Precision:
     def __post_init__(self) -> None:
         if self.quantizer not in BITS:
             raise PrecisionError(f"unknown quantizer '{self.quantizer}': {nearest(self.quantizer, BITS)}")
-        if self.granularity not in get_args(Granularity):
+        if self.granularity not in ("channel", "tensor") and self.group is None:
             raise PrecisionError(
-                f"unknown granularity '{self.granularity}': {nearest(self.granularity, get_args(Granularity))}"
+                f"unknown granularity '{self.granularity}': write channel, tensor, or group and how many input "
+                "features share a scale, as group128"
             )
         widths = BITS[self.quantizer]
         if self.bits not in widths:
@@ -73,8 +84,13 @@ class Precision:
             raise PrecisionError(f"unknown quantizer '{quantizer}' in '{text}': {nearest(quantizer, BITS)}")
         if match["bits"] is None:
             raise PrecisionError(f"'{text}' names no bits: write {quantizer}:4")
-        named = cast(Granularity, match["granularity"] or granularity)
-        return cls(cast(QuantizerName, quantizer), int(match["bits"]), named)
+        return cls(cast(QuantizerName, quantizer), int(match["bits"]), match["granularity"] or granularity)
+
+    @property
+    def group(self) -> int | None:
+        """How many input features share a scale; None: all of a channel, or of the tensor."""
+        match = _GROUP.fullmatch(self.granularity) if isinstance(self.granularity, str) else None
+        return None if match is None else int(match[1])
 
     @property
     def is_float(self) -> bool:
@@ -88,6 +104,15 @@ class Precision:
 FLOAT = Precision("float", FLOAT_BITS, "tensor")
 
 
+def group_count(features: int, size: int) -> int:
+    """Into how many groups of `size` input features a channel is cut; the last may be shorter.
+
+    >>> group_count(300, 128)
+    3
+    """
+    return -(-features // size)
+
+
 @dataclass(frozen=True, order=True, slots=True)
 class LayerPrecision:
     """The precision of a layer's weight and of its input activation."""
@@ -96,9 +121,10 @@ class LayerPrecision:
     activation: Precision
 
     def __post_init__(self) -> None:
-        if self.activation.granularity == "channel":
+        if self.activation.granularity != "tensor":
+            which = "channel" if self.activation.group is None else "group"
             raise PrecisionError(
-                f"activation precision '{self.activation}' is per channel: a layer's input has one scale, write /tensor"
+                f"activation precision '{self.activation}' is per {which}: a layer's input has one scale, write /tensor"
             )
 
     @classmethod
@@ -108,7 +134,7 @@ class LayerPrecision:
 
     @classmethod
     def shorthand(cls, text: str) -> LayerPrecision:
-        """Read `w4a8` (uniform, weights per channel, activations per tensor; 32 bits mean float) or `w4a8/tensor`.
+        """Read `w4a8`, `w4a8/tensor` or `w4a8/group128`: uniform, activations per tensor; 32 bits mean float.
 
         Raises:
             PrecisionError: the text has another form, or bits that do not exist.
@@ -116,9 +142,10 @@ class LayerPrecision:
         match = _SHORTHAND.fullmatch(text.strip())
         if match is None:
             raise PrecisionError(
-                f"cannot read '{text}': write weight and activation bits as w4a8, or w4a8/tensor for one scale a weight"
+                f"cannot read '{text}': write weight and activation bits as w4a8, w4a8/tensor for one scale a weight, "
+                "or w4a8/group128 for one for 128 input features"
             )
-        weights = cast(Granularity, (match["granularity"] or "channel").lower())
+        weights = (match["granularity"] or "channel").lower()
 
         def uniform(bits: int, granularity: Granularity) -> Precision:
             return FLOAT if bits == FLOAT_BITS else Precision("uniform", bits, granularity)

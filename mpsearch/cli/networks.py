@@ -101,7 +101,9 @@ def train(
 @app.command()
 def debug(
     study: Study,
-    config: Annotated[str, typer.Argument(help="w4a8, w4a8/tensor, or the path of a precision config in JSON.")],
+    config: Annotated[
+        str, typer.Argument(help="w4a8, w4a8/tensor, w4a8/group128, or the path of a precision config in JSON.")
+    ],
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="Number of validation samples to score, evenly spread.")
     ] = 1000,

@@ -11,6 +11,9 @@ W = bits of the shifted operand; e = an adder's energy per bit. A code that span
 span + 1 bits, which is what the accumulator must be wide enough for: **more than 4 bits of shift cost more than
 uniform**, because the accumulator widens.
 
+A scale per channel or tensor is left out: it multiplies an output once. Where groups of input features have a scale
+each, the sum of a group leaves the integers: for all groups of a channel but one, an fp32 multiply and add is counted.
+
 At 4x4 bits the sign of the shifter's advantage depends on these constants: compare cost models before relying on it.
 """
 
@@ -20,7 +23,7 @@ from itertools import chain, product
 from typing import TYPE_CHECKING, TypeVar
 
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.precision import LayerPrecision, Precision
+from mpsearch.precision import LayerPrecision, Precision, group_count
 from mpsearch.quant.levels import apot_terms, shift_exponents
 
 if TYPE_CHECKING:
@@ -132,8 +135,10 @@ def mac_pj(precision: LayerPrecision, fan_in: int, signed_input: bool, least_acc
         product_pj = shift_product_pj(weight.bits, activation_terms, signed_input)
     else:
         product_pj = multiplier_pj(float(weight.bits), float(activation.bits))
-    sum_bits = _width(weight, weight_terms) + _width(activation, activation_terms) + ceil_log2(fan_in)
-    return product_pj + adder_pj(float(max(sum_bits, least_accumulator_bits)))
+    together = min(weight.group or fan_in, fan_in)
+    sum_bits = _width(weight, weight_terms) + _width(activation, activation_terms) + ceil_log2(together)
+    groups_pj = (group_count(fan_in, together) - 1) * (FP32_MULTIPLY_PJ + FP32_ADD_PJ) / fan_in
+    return product_pj + adder_pj(float(max(sum_bits, least_accumulator_bits))) + groups_pj
 
 
 def shift_energy_pj(layer: LayerInfo, precision: LayerPrecision) -> float:

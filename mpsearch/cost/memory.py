@@ -1,8 +1,10 @@
 """Bytes of weights and activations, and the energy of moving them.
 
 What is counted is what a deployed network stores: BatchNorm folded into the layer before it (its factor into the
-weight scales, its shift into the bias), weights as packed codes, scales and biases as 32-bit numbers. A BatchNorm that
-follows no layer directly is left out: `LayerInfo` does not know it. So are the two numbers that scale an activation.
+weight scales, its shift into the bias), weights as packed codes, scales and biases as 32-bit numbers. Groups of input
+features (`uniform:4/group128`) have a scale each: at 4 bits, groups of 128 add a sixteenth, groups of 32 a quarter. A
+BatchNorm that follows no layer directly is left out: `LayerInfo` does not know it. So are the two numbers that scale an
+activation.
 
 Energy per byte, 45 nm, from M. Horowitz, "Computing's energy problem", ISSCC 2014: a 64-bit read from a cache of 8 kB
 costs 10 pJ, of 32 kB 20 pJ, of 1 MB 100 pJ; from DRAM 1.3 to 2.6 nJ.
@@ -13,10 +15,10 @@ from __future__ import annotations
 from math import prod
 
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.precision import LayerPrecision, Precision
+from mpsearch.precision import LayerPrecision, Precision, group_count
 
 SCALE_BYTES = 4
-"""A weight scale: one 32-bit number per output channel, or per tensor."""
+"""A weight scale: one 32-bit number per output channel, per tensor, or per group of a channel's input features."""
 BIAS_BYTES = 4
 """A bias: one 32-bit number per output channel, whatever the weight's precision (int32 or fp32)."""
 SRAM_PJ_PER_BYTE = 100 / 8
@@ -28,9 +30,7 @@ DRAM_PJ_PER_BYTE = 1300 / 8
 
 def weight_bytes(layer: LayerInfo, precision: LayerPrecision) -> float:
     """Bytes of one layer's weight: its codes, rounded up to whole bytes, and its scales. Float has no scale."""
-    weight = precision.weight
-    scales = 0 if weight.is_float else _out_channels(layer) if weight.granularity == "channel" else 1
-    return _packed(layer.weights, weight) + SCALE_BYTES * scales
+    return _packed(layer.weights, precision.weight) + SCALE_BYTES * _scales(layer, precision.weight)
 
 
 def bias_bytes(layer: LayerInfo, _precision: LayerPrecision) -> float:
@@ -71,6 +71,16 @@ def bias_traffic_pj(layer: LayerInfo, precision: LayerPrecision) -> float:
 def activation_traffic_pj(layer: LayerInfo, precision: LayerPrecision) -> float:
     """Energy of writing the input to SRAM once, pJ; reading it once costs the same."""
     return SRAM_PJ_PER_BYTE * activation_bytes(layer, precision)
+
+
+def _scales(layer: LayerInfo, weight: Precision) -> int:
+    """How many scales a weight has."""
+    if weight.is_float:
+        return 0
+    if weight.group is not None:
+        rows = layer.weight_shape[1 if layer.kind.startswith("conv_transpose") else 0]
+        return rows * group_count(layer.weights // max(1, rows), weight.group)
+    return _out_channels(layer) if weight.granularity == "channel" else 1
 
 
 def _packed(elements: int, precision: Precision) -> float:

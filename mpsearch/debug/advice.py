@@ -235,7 +235,8 @@ def _shorthand(config: PrecisionConfig) -> str | None:
     """The config as w4a8 or w4a8/tensor, if it is one."""
     layer = next(iter(config.values()))
     text = f"w{layer.weight.bits}a{layer.activation.bits}"
-    text += "/tensor" if layer.weight.granularity == "tensor" and not layer.weight.is_float else ""
+    usual = layer.weight.is_float or layer.weight.granularity == "channel"
+    text += "" if usual else f"/{layer.weight.granularity}"
     same = config == PrecisionConfig.uniform(config, layer)
     uniform = {layer.weight.quantizer, layer.activation.quantizer} <= {"uniform", "float"}
     return text if same and uniform else None

@@ -49,6 +49,7 @@ class Holds:
     kinds: frozenset[str]
     cannot: Callable[[QuantizedNetwork], Mapping[str, str]] = no_layers
     offset_grids: bool = False  # a uniform tensor whose codes begin at a real value, and may end before 2^bits - 1
+    groups: bool = False  # a weight with a scale for each group of its input features
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,9 @@ _NOTHING = Holds({}, {}, frozenset())
 HOLD_OFFSET_GRIDS = ("native", "packed", "qonnx", "onnx")
 """The targets that hold offset grids, for the message that refuses one."""
 
+HOLD_GROUPS = ("native", "packed", "onnx")
+"""The targets that hold groups of input features, for the message that refuses one."""
+
 
 def _refusal(target: str, holds: Holds, conversions: tuple[Conversion, ...], kinds: Mapping[str, str]) -> str:
     lines = [
@@ -135,6 +139,8 @@ def _refusal(target: str, holds: Holds, conversions: tuple[Conversion, ...], kin
     )
     if any(c.from_offset_grid for c in conversions):
         lines.append(f"Offset grids, which begin at a real value, are held by {', '.join(HOLD_OFFSET_GRIDS)}.")
+    if not holds.groups and any(c.before.group is not None for c in conversions):
+        lines.append(f"A scale for each group of input features is held by {', '.join(HOLD_GROUPS)}.")
     return (
         f"{target} cannot hold this config; it holds {held} in {', '.join(sorted(holds.kinds))} layers:\n"
         + "\n".join(lines)
@@ -151,9 +157,10 @@ def _conversions(name: str, layer: QuantLayer, holds: Holds) -> list[Conversion]
     conversions = []
     weight, activation = layer.precision.weight, layer.precision.activation
     offset_w, offset_a = (_on_offset_grid(q) for q in (layer.weight_quantizer, layer.input_quantizer))
-    if not _held(weight, holds.weight) or (offset_w and not holds.offset_grids):
-        alternative = _weight_alternative(weight, holds.weight)
-        same = alternative.is_float or (not offset_w and alternative.bits >= _bits_of_same_values(weight))
+    in_groups = weight.group is not None and not holds.groups
+    if not _held(weight, holds.weight) or (offset_w and not holds.offset_grids) or in_groups:
+        alternative = _weight_alternative(weight, holds)
+        same = alternative.is_float or _keeps_values(layer.weight_quantizer, alternative)
         conversions.append(Conversion(name, "weight", weight, alternative, same, offset_w))
     if not _held(activation, holds.activation) or (offset_a and not holds.offset_grids):
         alternative = _alternative(activation.bits, holds.activation)
@@ -169,8 +176,15 @@ def _held(precision: Precision, widths: Widths) -> bool:
     return precision.is_float or precision.bits in widths.get(precision.quantizer, ())
 
 
-def _weight_alternative(precision: Precision, widths: Widths) -> Precision:
-    return replace(_alternative(_bits_of_same_values(precision), widths), granularity=precision.granularity)
+def _weight_alternative(precision: Precision, holds: Holds) -> Precision:
+    granularity = "channel" if precision.group is not None and not holds.groups else precision.granularity
+    return replace(_alternative(_bits_of_same_values(precision), holds.weight), granularity=granularity)
+
+
+def _keeps_values(old: Quantizer, new: Precision) -> bool:
+    """Whether a precision other than float has every value of a weight's grid."""
+    same_steps = old.precision.granularity == new.granularity
+    return same_steps and not _on_offset_grid(old) and new.bits >= _bits_of_same_values(old.precision)
 
 
 def _alternative(bits: int, widths: Widths) -> Precision:
@@ -208,7 +222,7 @@ def _convert_weight(layer: QuantLayer, precision: Precision) -> None:
         factor = 0.5 if old.precision.bits == 1 else 1.0
     else:
         factor = integer_levels(old.precision, signed=True)[1]
-    same = precision.is_float or (old.top is None and precision.bits >= _bits_of_same_values(old.precision))
+    same = precision.is_float or _keeps_values(old, precision)
     layer.weight = nn.Parameter(values)  # its own, also where layers shared one: their grids may differ
     layer.weight_quantizer = _fresh(old, precision)
     if not precision.is_float:
@@ -241,7 +255,7 @@ def _fresh(old: Quantizer, precision: Precision) -> Quantizer:
     new = make_quantizer(
         [precision.quantizer],
         old.channels,
-        old.step.dim(),
+        old.dims,
         signed=old.signed,
         offset=old.offset,
         elements=old.elements,

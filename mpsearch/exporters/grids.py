@@ -22,7 +22,7 @@ from mpsearch.quant.uniform import code_range, grid_shift
 
 @dataclass(frozen=True)
 class UniformGrid:
-    """A uniform grid: `step` and `lower` `(channels,)` or `(1,)`; the others are shared by all channels."""
+    """A uniform grid: `step` and `lower` `(channels,)`, `(1,)`, or `(channels * groups,)`; the others are shared."""
 
     step: Tensor
     shift: float  # whole steps, or 1/2 for binary weights; 0 for an offset grid
@@ -50,7 +50,7 @@ def uniform_grid(quantizer: Quantizer) -> UniformGrid:
 
 @torch.no_grad()
 def steps(quantizer: Quantizer) -> Tensor:
-    """The steps that hold now: `(channels,)`, or `(1,)` where the whole tensor has one."""
+    """The steps that hold now: `(channels,)`, `(1,)` where the whole tensor has one, or `(channels * groups,)`."""
     return _once(quantizer, quantizer.current_range()[0])
 
 

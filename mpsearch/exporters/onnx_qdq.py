@@ -19,6 +19,10 @@ does not load, for want of a kernel (INT2, UINT4). onnxruntime 1.31 does all of 
 - **Weights beside a float input are Cast -> Mul**: from DequantizeLinear -> MatMul the runtime makes MatMulNBits, which
   rounds the *input* to 8 bits. So are those whose input is reshaped or padded between its quantizer and the layer.
 
+- **Weights in groups are Cast -> Mul -> Reshape**: their codes lie as `(channels, groups, size)`, the last group filled
+  up with zeros that a Slice takes away, and are cut to the weight's shape after the scale. DequantizeLinear has a
+  `block_size` since opset 21, but before a MatMul the runtime makes MatMulNBits of it (above), and blocks run along
+  one axis, where a group of a convolution runs along several. Their layers compute in float; all of it is constant.
 - **The lower end of an offset grid is added**: no whole zero point stands for it. Inputs are
   Sub -> Min -> QuantizeLinear -> DequantizeLinear -> Add with zero point 0, weights Cast -> Add -> Mul -> Add, which
   are constants and computed once. Their layers compute in float.
@@ -38,7 +42,7 @@ value halfway between two codes, or within a rounding error of that, may go the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -50,6 +54,7 @@ from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import UniformGrid, uniform_grid, weight_codes
 from mpsearch.exporters.onnx_graph import markers, replace_markers, trace, write
 from mpsearch.exporters.plain import per_channel
+from mpsearch.quant.groups import to_groups
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
@@ -87,10 +92,14 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     uniform = {name: layer.weight.bits for name, layer in network.config.items() if layer.weight.quantizer == "uniform"}
     proto = trace(network, max((SINCE[container(bits)] for bits in uniform.values()), default=SINCE[8]))
     _free_biases(proto)
-    on_offset_grids = {
-        name for name, q in layers.items() if q.weight_quantizer.top is not None or q.input_quantizer.top is not None
+    in_float = {
+        name
+        for name, q in layers.items()
+        if q.weight_quantizer.top is not None
+        or q.input_quantizer.top is not None
+        or q.precision.weight.group is not None
     }
-    replace_markers(proto, layers, partial(_quantizer, _integer_layers(proto) - on_offset_grids))
+    replace_markers(proto, layers, partial(_quantizer, _integer_layers(proto) - in_float))
     proto.ir_version = max(proto.ir_version, helper.find_min_ir_version_for(proto.opset_import))
     sizes = {f"{name} weight": (bits, container(bits)) for name, bits in uniform.items()} | {
         f"{name} activation": (layer.activation.bits, 8)
@@ -161,6 +170,8 @@ def _weight(marker: NodeProto, layer: QuantLayer, integer: bool) -> tuple[list[N
         return _offset_weight(w, y, layer, codes, grid)
     if bits == 1:
         codes, step = 2 * codes + 1, step / 2
+    if precision.weight.group is not None:
+        return _weight_in_groups(w, y, layer, codes, step)
     unsigned = integer and bits + precision.activation.bits > PAIR_BITS
     kind = "UINT8" if unsigned else f"INT{container(bits)}"
     stored = _integers(f"{w}_codes", kind, (codes + 128 * unsigned).numpy())
@@ -181,6 +192,44 @@ def _weight(marker: NodeProto, layer: QuantLayer, integer: bool) -> tuple[list[N
         nodes, source = [helper.make_node("Cast", [source], [f"{y}_codes"], to=TensorProto.INT8)], f"{y}_codes"
     nodes.append(helper.make_node("DequantizeLinear", [source, scale.name, zero_point.name], [y], axis=axis))
     return nodes, [stored, scale, zero_point]
+
+
+def _weight_in_groups(
+    w: str, y: str, layer: QuantLayer, codes: Tensor, step: Tensor
+) -> tuple[list[NodeProto], list[TensorProto]]:
+    """step * code, the codes `(channels, groups, size)`: cut to rows, then in the order of the weight's axes."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    precision, axis = layer.precision.weight, layer.channel_axis
+    assert precision.group is not None
+    channels = codes.shape[axis]
+    rows = to_groups(codes, axis, precision.group).view(channels, step.numel() // channels, -1)
+    features, moved = codes.numel() // channels, codes.movedim(axis, 0).shape
+    stored = _integers(f"{w}_codes", f"INT{container(precision.bits)}", rows.numpy())
+    scale = numpy_helper.from_array(step.view(channels, -1, 1).numpy(), f"{w}_scale")
+    constants = [stored, scale]
+    nodes = [
+        helper.make_node("Cast", [stored.name], [f"{y}_codes"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{y}_codes", scale.name], [f"{y}_groups"]),
+    ]
+    out = f"{y}_groups"
+
+    def then(operator: str, numbers: dict[str, Sequence[int]], name: str, **attributes: Any) -> None:
+        nonlocal out
+        given = [numpy_helper.from_array(np.asarray(v, dtype=np.int64), f"{w}_{k}") for k, v in numbers.items()]
+        constants.extend(given)
+        nodes.append(helper.make_node(operator, [out, *(constant.name for constant in given)], [name], **attributes))
+        out = name
+
+    if rows[0].numel() > features:
+        then("Reshape", {"filled": [channels, -1]}, f"{y}_filled")
+        then("Slice", {"from": [0], "to": [features], "axes": [1]}, f"{y}_rows")
+    transposed = axis != 0
+    then("Reshape", {"shape": list(moved)}, f"{y}_moved" if transposed else y)
+    if transposed:
+        order = [*range(1, axis + 1), 0, *range(axis + 1, codes.dim())]
+        nodes.append(helper.make_node("Transpose", [out], [y], perm=order))
+    return nodes, constants
 
 
 def _offset_weight(

@@ -4,7 +4,8 @@
 network's:
 
     codes       uint8    the codes of all layers, without gaps, each layer from a whole byte on
-    scales      float32  a step per output channel (or tensor) of each layer, and the lower ends of offset grids
+    scales      float32  a step per output channel (or tensor) of each layer, or one for each group of its input
+                         features, channel by channel; and the lower ends of offset grids
     biases      float32  of the layers that have one
     ranges      float32  step and offset beta of each quantized layer input, and the top code of an offset grid
     others      float32  what belongs to no layer (norms, embeddings), if there is any
@@ -168,9 +169,8 @@ _BLOBS = ("codes", "scales", "biases", "ranges")
 def _has_room(layer: QuantLayer, norm: nn.BatchNorm2d) -> bool:
     """Whether the layer has a number per output channel that a BatchNorm's factor can become part of."""
     weight = cast(Tensor, layer.weight)
-    numbers = (
-        weight.shape[layer.channel_axis] if layer.precision.weight.is_float else steps(layer.weight_quantizer).numel()
-    )
+    precision = layer.precision.weight
+    numbers = 1 if precision.granularity == "tensor" and not precision.is_float else weight.shape[layer.channel_axis]
     return bool(numbers == norm.num_features)
 
 
@@ -199,6 +199,8 @@ class _Writer:
         else:
             codes = weight_codes(layer).flatten()
             scale = steps(layer.weight_quantizer)
+            if factor is not None:  # of a channel: for each of its groups
+                factor = factor.repeat_interleave(scale.numel() // factor.numel())
             entry["scales"] = self._add("scales", scale if factor is None else scale * factor)
             if layer.weight_quantizer.top is None:
                 codes = unsigned_codes(codes, precision.weight)
@@ -248,11 +250,10 @@ def _read(layer: QuantLayer, weight: Precision, entry: Mapping[str, Any], tensor
         value = codes.clone().view(torch.float32).view(shape)
     else:
         unsigned = unpack_bits(codes, weight.bits, math.prod(shape)).to(torch.int16).view(shape)
-        scale = per_channel(_slice(tensors["scales"], entry["scales"]), unsigned, layer.channel_axis)
+        where = unsigned, layer.channel_axis, weight.group
+        scale = per_channel(_slice(tensors["scales"], entry["scales"]), *where)
         if "lower" in entry:
-            value = scale * unsigned + per_channel(
-                _slice(tensors["scales"], entry["lower"]), unsigned, layer.channel_axis
-            )
+            value = scale * unsigned + per_channel(_slice(tensors["scales"], entry["lower"]), *where)
         else:
             value = scale * values_of(unsigned, weight)
     layer.weight = nn.Parameter(value)  # its own, also where layers shared one: their scales may differ

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mpsearch.quant.groups import spread_groups
 from mpsearch.quant.modules import QuantLayer, without_quantizers
 from mpsearch.quant.prepare import places, quant_layers
 
@@ -35,8 +36,10 @@ def plain_layer(layer: QuantLayer) -> nn.Module:
     return twin
 
 
-def per_channel(values: Tensor, like: Tensor, axis: int = 0) -> Tensor:
-    """`(channels,)` or `(1,)`, reshaped to broadcast against `like` along `axis`."""
+def per_channel(values: Tensor, like: Tensor, axis: int = 0, group: int | None = None) -> Tensor:
+    """`(channels,)` or `(1,)`, reshaped to broadcast against `like` along `axis`; `(channels * groups,)`, spread."""
+    if group is not None:
+        return spread_groups(values, like, axis, group)
     shape = [1] * like.dim()
     if shape:
         shape[axis] = values.numel()

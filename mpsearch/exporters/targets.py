@@ -35,11 +35,11 @@ class Target:
 
 
 TARGETS: dict[str, Target] = {
-    "native": Target(native.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS, offset_grids=True)),
-    "packed": Target(packed.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS, offset_grids=True)),
+    "native": Target(native.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS, offset_grids=True, groups=True)),
+    "packed": Target(packed.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS, offset_grids=True, groups=True)),
     # Shift and APoT weights are constants on their grid. The lower end of an offset grid is added as a real number.
     "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS, offset_grids=True)),
-    "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS, offset_grids=True)),
+    "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS, offset_grids=True, groups=True)),
     # Bits alone: MHAQ learns its own scales and lower ends.
     "mhaq": Target(mhaq.save, Holds(UNIFORM, UNIFORM, frozenset({"conv2d"}), mhaq.cannot, offset_grids=True)),
     "brevitas": Target(brevitas.save, Holds(UNIFORM, UNIFORM, WITH_INPUTS)),

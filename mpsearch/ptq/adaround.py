@@ -111,9 +111,10 @@ def learned_rounding(layer: QuantLayer, gram: Tensor, cross: Tensor, steps: int 
         steps: of Adam.
     """
     quantizer = cast(UniformQuantizer, layer.weight_quantizer)  # PTQ has no other
-    step, shift = (tensor.detach() for tensor in quantizer.grid())
-    low, high = quantizer.low, quantizer.high
     weight = cast(Tensor, layer.weight).detach()
+    step, shift = (tensor.detach() for tensor in quantizer.grid())
+    step = quantizer.spread(step, weight)
+    low, high = quantizer.low, quantizer.high
     scaled = weight / step - shift
     floor = torch.floor(scaled)
     rest = (scaled - floor).clamp(1e-4, 1 - 1e-4)
@@ -139,6 +140,7 @@ def on_grid(layer: QuantLayer, up: Tensor) -> Tensor:
     """The weight rounded up where `up` holds and down elsewhere: s (clip(floor(W/s - o) + up, n, p) + o)."""
     quantizer = cast(UniformQuantizer, layer.weight_quantizer)  # PTQ has no other
     step, shift = quantizer.grid()
+    step = quantizer.spread(step, cast(Tensor, layer.weight))
     codes = torch.floor(cast(Tensor, layer.weight) / step - shift) + up
     return step * (codes.clamp(quantizer.low, quantizer.high) + shift)
 

@@ -10,11 +10,14 @@ We differ in the last: the paper quantizes the logits themselves; our quantizers
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from mpsearch.precision import Precision
 from mpsearch.ptq.flow import Normal
+from mpsearch.quant.groups import steps_of_groups
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.quantizer import MIN_STEP
 from mpsearch.quant.ranges import unit_step
@@ -34,8 +37,11 @@ def min_max_step(rows: Tensor, precision: Precision) -> Tensor:
         precision: a uniform precision; per tensor, all rows share the largest step.
 
     Returns:
-        `(channels,)`.
+        `(channels,)`, or `(channels, groups)`.
     """
+    if precision.group is not None:
+        by_row = replace(precision, granularity="channel")
+        return steps_of_groups(rows, precision.group, lambda some: min_max_step(some, by_row))
     if not rows.any():
         return unit_step(precision, signed=True).to(rows).expand(len(rows)).clone()
     _, high = code_range(precision.bits, signed=True)

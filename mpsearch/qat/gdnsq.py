@@ -433,5 +433,5 @@ def check_targets(config: PrecisionConfig) -> None:
         for precision in (layer.weight, layer.activation):
             if precision.quantizer not in ("uniform", "float"):
                 raise PrecisionError(f"layer '{name}' is to be {precision}: GDNSQ trains uniform quantizers only")
-        if not layer.weight.is_float and layer.weight.granularity == "tensor":
+        if not layer.weight.is_float and layer.weight.granularity != "channel":
             raise PrecisionError(f"layer '{name}' is to be {layer.weight}: GDNSQ trains weights per channel")

@@ -11,6 +11,7 @@ end, as it is, and a `top` code joins the state dict. By that entry a loaded sta
 precision takes it away.
 
 Bits, granularity and "leave alone" are buffers, not structure: one module, and one compiled graph, serves them all.
+Only groups of input features (`groups.py`) change something: `step` has an element for each of them.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import PrecisionError
-from mpsearch.precision import FLOAT, Precision
+from mpsearch.precision import FLOAT, Precision, group_count
 from mpsearch.quant.fused import Elementwise
+from mpsearch.quant.groups import from_groups, spread_groups, to_groups
 from mpsearch.quant.offset_grid import offset_codes, offset_quantize
 from mpsearch.quant.rounding import scale_gradient
 
@@ -43,10 +45,11 @@ class Quantizer(Elementwise):
 
     Args:
         channels: output channels that may have their own step; 1 for activations.
-        dims: dimensions of the tensor, channel first: `step` has the shape (channels, 1, ..., 1).
+        dims: dimensions of the tensor, channel first: `step` has the shape (channels, 1, ..., 1), and (channels,
+            groups) while the precision has groups.
         signed: symmetric signed codes (weights) instead of unsigned ones (activations).
         offset: the unsigned codes stand for a tensor that takes negative values: learn an offset `beta`.
-        elements: elements that share one step, N of LSQ's gradient scale 1/sqrt(N*p).
+        elements: elements of a channel, which share one step: N of LSQ's gradient scale 1/sqrt(N*p).
         channel_axis: the axis of `channels` (1 for transposed convolutions).
     """
 
@@ -68,8 +71,10 @@ class Quantizer(Elementwise):
         self.offset = offset
         self.elements = elements
         self.channels = channels
+        self.dims = dims
         self.channel_axis = channel_axis
         self.precision = FLOAT
+        self.group: int | None = None  # of the precision; by itself, as a graph is compiled anew for what changes it
         self.step = nn.Parameter(torch.ones(shape))
         self.register_parameter("beta", nn.Parameter(torch.zeros(shape)) if offset else None)
         self.register_buffer("top", None)
@@ -86,13 +91,14 @@ class Quantizer(Elementwise):
         """
         largest = 1.0 if precision.is_float else self._set_grid(precision)
         self._have_offset_grid(False)
-        self.precision = precision
+        self._have_groups(precision.group)
+        self.precision, self.group = precision, precision.group
         self.is_float.fill_(precision.is_float)
         if precision.is_float:
             return
         per_tensor = precision.granularity == "tensor"
         self.shared.fill_(per_tensor)
-        sharing = self.elements * (self.channels if per_tensor else 1)
+        sharing = min(precision.group or self.elements, self.elements) * (self.channels if per_tensor else 1)
         # A shared step is the mean over channels, which divides its gradient by their number: undone here.
         undo_mean = self.channels if per_tensor else 1
         self.gradient_scale.fill_(undo_mean / (sharing * max(largest, 1)) ** 0.5)
@@ -113,13 +119,19 @@ class Quantizer(Elementwise):
     def codes(self, x: Tensor) -> Tensor:
         """Which value of the grid each element of `x` gets under the range that holds now, int32."""
         step, beta = self.current_range()
+        step, beta = self.spread(step, x), None if beta is None else self.spread(beta, x)
         if self.top is not None and beta is not None:
             return offset_codes(x, step, beta, self.top)
         return self.codes_of(x, step, beta)
 
+    def spread(self, values: Tensor, x: Tensor) -> Tensor:
+        """Values in the shape of `step` such that they broadcast against the tensor `x`: those of groups repeated."""
+        size = self.group
+        return values if size is None else spread_groups(values, x, self.channel_axis, size)
+
     @torch.no_grad()
     def set_range(self, step: Tensor, beta: Tensor | None = None) -> None:
-        """Set the step, and the offset where there is one; both broadcast to (channels, 1, ..., 1)."""
+        """Set the step, and the offset where there is one; both broadcast to the shape of `self.step`."""
         self.step.copy_(step.reshape(self.step.shape) if step.numel() == self.step.numel() else step)
         if self.beta is not None and beta is not None:
             self.beta.copy_(beta.reshape(self.beta.shape) if beta.numel() == self.beta.numel() else beta)
@@ -153,6 +165,18 @@ class Quantizer(Elementwise):
         elif self.beta is None:
             self.beta = nn.Parameter(torch.zeros_like(self.step), requires_grad=self.step.requires_grad)
 
+    def _have_groups(self, size: int | None) -> None:
+        """Have a step for each group of so many input features; None: for each channel. Those that were there stay."""
+        shape = [1] * self.dims
+        if self.dims:
+            shape[self.channel_axis] = self.channels
+        if size is not None:
+            shape = [self.channels, group_count(self.elements, size)]
+        for name, start in (("step", 1.0), ("beta", 0.0)):
+            old = getattr(self, name)
+            if old is not None and list(old.shape) != shape:  # None: a kind of a switch, which has the steps
+                setattr(self, name, nn.Parameter(torch.full(shape, start).to(old), requires_grad=old.requires_grad))
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}step" in state_dict:
             self._have_offset_grid(f"{prefix}top" in state_dict)
@@ -172,8 +196,15 @@ class Quantizer(Elementwise):
         if not compiling and self.precision.is_float:
             return x
         grid = self if compiling else self.active()
-        parts = (self.step, self.beta, self.gradient_scale, self.shared, self.top)
-        y = self.run(_quantize, x, *parts, owner=grid, axis=self.channel_axis)
+        size, axis = self.group, self.channel_axis
+        step: Tensor = self.step
+        beta: Tensor | None = self.beta
+        rows = x
+        if size is not None:  # a group is to the rest what a channel is
+            step, beta = step.view(-1, 1), None if beta is None else beta.view(-1, 1)
+            rows, axis = to_groups(x, axis, size), 0
+        y = self.run(_quantize, rows, step, beta, self.gradient_scale, self.shared, self.top, owner=grid, axis=axis)
+        y = y if size is None else from_groups(y, x, self.channel_axis)
         return torch.where(self.is_float, x, y) if compiling else y
 
     def extra_repr(self) -> str:

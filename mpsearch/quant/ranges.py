@@ -1,17 +1,20 @@
 """Range setting: the step (and offset) that a tensor starts from.
 
 MSE range setting, argmin_s ||x - q(x)||^2 (white paper, arXiv 2106.08295, §3.1): a grid over the whole range, then a
-finer grid around the best. Rows are channels; all rows and all candidates of a row are searched at once.
+finer grid around the best. Rows are channels, or groups of their input features; all rows and all candidates of a row
+are searched at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mpsearch.precision import Precision
+from mpsearch.quant.groups import steps_of_groups
 from mpsearch.quant.nearest import magnitudes, midpoints, nearest_level
 from mpsearch.quant.quantizer import MIN_STEP
 from mpsearch.quant.uniform import code_range, fake_quantize, grid_shift
@@ -39,8 +42,11 @@ def weight_step(rows: Tensor, precision: Precision) -> Tensor:
         precision: of any quantizer.
 
     Returns:
-        `(channels,)`, the same value in each entry for per-tensor precision.
+        `(channels,)`, the same value in each entry for per-tensor precision; `(channels, groups)` for one of groups.
     """
+    if precision.group is not None:
+        by_row = replace(precision, granularity="channel")
+        return steps_of_groups(rows, precision.group, lambda some: weight_step(some, by_row))
     channels = rows.shape[0]
     if not rows.any():
         return unit_step(precision, signed=True).to(rows).expand(channels).clone()

@@ -188,7 +188,7 @@ class SoftPhase:
 def soft_phase(quantizer: ShiftQuantizer, x: Tensor) -> SoftPhase:
     """The state of the soft quantizer of `x` (any shape) at its present slope."""
     with torch.no_grad():
-        v = quantizer._steps(x, quantizer.current_range()[0])
+        v = quantizer._steps(x, quantizer.spread(quantizer.current_range()[0], x))
         hard = nearest_level(v, quantizer.levels, quantizer.thresholds)
     with torch.enable_grad():
         v.requires_grad_()

@@ -62,7 +62,7 @@ class SwitchQuantizer(Quantizer):
         first = next(iter(kinds.values()))
         super().__init__(
             first.channels,
-            first.step.dim(),
+            first.dims,
             signed=first.signed,
             offset=first.offset,
             elements=first.elements,

@@ -84,7 +84,7 @@ def ranges(layers: dict[str, QuantLayer]) -> tuple[TensorRange, ...]:
     for name, layer in layers.items():
         weight = cast(Tensor, layer.weight)
         sides: list[tuple[TensorName, Quantizer, Tensor, float | None, float | None]] = [
-            ("weight", layer.weight_quantizer, layer.weight_quantizer.step, float(weight.min()), float(weight.max())),
+            ("weight", layer.weight_quantizer, weight, float(weight.min()), float(weight.max())),
             ("activation", layer.input_quantizer, torch.zeros(()), None, None),
         ]
         for tensor, quantizer, form, seen_low, seen_high in sides:
@@ -121,6 +121,6 @@ def histograms(layers: dict[str, QuantLayer], most: int = HISTOGRAMS) -> tuple[W
 
 
 def _ends(quantizer: Quantizer, form: Tensor) -> tuple[float, float]:
-    """What a quantizer makes of values far outside its range, whatever its type; `form` has one for every step."""
+    """What a quantizer makes of values far outside its range, whatever its type; `form` has the shape of its tensor."""
     far = torch.full_like(form, 1e30, dtype=torch.float32)
     return float(quantizer(-far).min()), float(quantizer(far).max())

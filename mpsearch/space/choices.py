@@ -19,7 +19,7 @@ TENSORS: tuple[TensorName, ...] = ("weight", "activation")
 GRANULARITY: Mapping[TensorName, Granularity] = {"weight": "channel", "activation": "tensor"}
 """What holds where a precision text names none."""
 
-_RANGE = re.compile(r"(?P<quantizer>[a-z]+):(?P<low>\d+)-(?P<high>\d+)(?P<granularity>/[a-z]+)?")
+_RANGE = re.compile(r"(?P<quantizer>[a-z]+):(?P<low>\d+)-(?P<high>\d+)(?P<granularity>/[a-z]+\d*)?")
 
 
 def parse_choices(texts: Iterable[str], tensor: TensorName) -> tuple[Precision, ...]:

@@ -347,10 +347,9 @@ def with_bit_quantizers(model: nn.Module, workbench: Workbench, space: SearchSpa
         weight, activation = uniform_choices(slots["weight"]), uniform_choices(slots["activation"])
         rows = weight_rows(layer)
         shape = layer.weight_quantizer.step.shape
+        granularity = "channel" if weight[0].group is not None else weight[0].granularity  # bits are those of a channel
         steps = [
-            torch.log2(workbench.ranges.weight(name, Precision("uniform", b, weight[0].granularity), rows)).reshape(
-                shape
-            )
+            torch.log2(workbench.ranges.weight(name, Precision("uniform", b, granularity), rows)).reshape(shape)
             for b in slot_bits(slots["weight"])
         ]
         layer.weight_quantizer = BitQuantizer(  # type: ignore[assignment]
