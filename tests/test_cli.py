@@ -351,7 +351,7 @@ def test_a_network_without_layers_is_refused(home: Path) -> None:
 def test_a_foreign_run_folder_is_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "run.json").write_text('{"schema": "mpsearch/run/0", "mpsearch": "0.0.1"}')
-    refused(typed("status", "old", cwd=tmp_path), "mpsearch/run/0", "mpsearch/run/1")
+    refused(typed("status", "old", cwd=tmp_path), "mpsearch/run/0", "mpsearch/run/2")
 
 
 def test_an_unwritable_place_is_refused(home: Path) -> None:

@@ -135,7 +135,7 @@ def test_study_has_named_objectives_a_note_and_our_figures(address: str, folder:
     assert {"key": "cost model", "value": "shift_energy"} in study["user_attrs"]
     figures = {plot["id"]: json.loads(plot["graph_object"]) for plot in study["plotly_graph_objects"]}
     assert set(figures) == {"front", "network", "cost", "weight-bits", "input-bits", "hypervolume", "best"}
-    assert figures["front"]["layout"]["title"]["text"] == "Accuracy against cost"
+    assert figures["front"]["layout"]["title"]["text"] == "top1 against cost"
     drawn = [point for trace in figures["front"]["data"] for point in trace.get("customdata", [])]
     assert sorted(point[0] for point in drawn) == [record.number for record in folder.records()]
 
@@ -284,7 +284,7 @@ def test_study_page_in_a_browser_shows_note_figures_and_artifacts(address: str, 
         page.wait_for_selector("[id='user-defined-plot:front'] .scatterlayer .point", state="attached")
         points = page.locator("[id='user-defined-plot:front'] .scatterlayer .point").count()
         assert points == len(folder.records()) + 1  # the knee is ringed
-        assert "Accuracy against cost" in page.locator("[id='user-defined-plot:front']").text_content()
+        assert "top1 against cost" in page.locator("[id='user-defined-plot:front']").text_content()
         page.goto(f"{address}/dashboard/studies/1/note")
         page.get_by_text("Maximize top1 on the validation split").first.wait_for()
         page.goto(f"{address}/dashboard/studies/1/trials?numbers=0")
