@@ -26,10 +26,11 @@ import typer
 from benchmarks.options import RESULTS, Results
 from benchmarks.printing import print_table
 from benchmarks.rows import MEASURED, Row, Rows
+from mpsearch.metric import TOP1
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.controller import Proposal, SearchController
-from mpsearch.search.front import pareto_front
+from mpsearch.search.front import ScoreRange, pareto_front
 from mpsearch.space.choices import parse_choices
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.study import SearchSpec
@@ -97,13 +98,17 @@ class Network:
 def drive(folder: Path, study: Simulation, die_at: int | None = None) -> list[tuple[int, float, float]]:
     """Run or resume a study; (trials, milliseconds a trial, MiB) each time that `study.every` trials have ended."""
     network = Network(study.layers)
-    run = RunFolder.open(folder) if (folder / "run.json").exists() else RunFolder.create(folder, "name: simulated\n")
+    run = (
+        RunFolder.open(folder)
+        if (folder / "run.json").exists()
+        else RunFolder.create(folder, "name: simulated\n", metric=TOP1)
+    )
     settings = {"sampler": study.sampler, "trials": study.trials, "seed": 0, "stop_dominated": False}
     spec = SearchSpec.model_validate(settings)
     rows, times = list[tuple[int, float, float]](), list[float]()
     with run.driving():
         records = run.records()
-        search = SearchController(network.space, network.cost, spec, records=records)
+        search = SearchController(network.space, network.cost, spec, TOP1, records=records)
         done = len(records)
         held: deque[Proposal] = deque()
 
@@ -111,7 +116,7 @@ def drive(folder: Path, study: Simulation, die_at: int | None = None) -> list[tu
             nonlocal done
             proposal = held.popleft()
             accuracy = network.accuracy(proposal.config, proposal.number)
-            run.append(search.tell(proposal, TrialRecord(proposal.config, "complete", accuracy=accuracy)))
+            run.append(search.tell(proposal, TrialRecord(proposal.config, "complete", score=accuracy)))
             done += 1
             if done == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -143,8 +148,8 @@ def measure(study: Simulation) -> Row:
         left = len(RunFolder.open(broken).records())
         drive(broken, study)
         records, again = (RunFolder.open(path).records() for path in (whole, broken))
-    before = {(r.config.digest, r.accuracy) for r in pareto_front(records[:left])}
-    kept = {(r.config.digest, r.accuracy) for r in pareto_front(again[:left])}
+    before = {(r.config.digest, r.score) for r in pareto_front(records[:left], TOP1)}
+    kept = {(r.config.digest, r.score) for r in pareto_front(again[:left], TOP1)}
     return {
         "growth": [{"trials": done, "trial_ms": ms, "memory_mib": mib} for done, ms, mib in growth],
         "uninterrupted": facts(records),
@@ -156,12 +161,14 @@ def measure(study: Simulation) -> Row:
 
 def facts(records: list[TrialRecord]) -> Row:
     """How a study ended."""
-    front = pareto_front(records)
+    front = pareto_front(records, TOP1)
     return {
         "trials": len(records),
         "repeats": len(records) - len({record.config.digest for record in records}),
         "front": len(front),
-        "hypervolume": front.hypervolume(min(record.cost for record in records if record.cost is not None)),
+        "hypervolume": front.hypervolume(
+            min(record.cost for record in records if record.cost is not None), ScoreRange(0.0, 1.0)
+        ),
     }
 
 

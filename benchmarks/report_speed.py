@@ -57,6 +57,7 @@ def measure(trials: int, layers: int) -> Row:
 
     from mpsearch.cost.model import RelativeCost
     from mpsearch.graph.facts import LayerInfo
+    from mpsearch.metric import TOP1
     from mpsearch.precision import LayerPrecision, PrecisionConfig
     from mpsearch.record import Origin, RunFolder, TrialRecord, WallTime
     from mpsearch.report.data import RunData
@@ -87,7 +88,7 @@ def measure(trials: int, layers: int) -> Row:
         for _ in range(trials - len(ladder))
     ]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = RunFolder.create(Path(temporary) / "run", "name: made-up\n")
+        folder = RunFolder.create(Path(temporary) / "run", "name: made-up\n", metric=TOP1)
         with folder.driving():
             for number, config in enumerate([*ladder, *drawn]):
                 price = cost(config)
@@ -117,7 +118,7 @@ def measure(trials: int, layers: int) -> Row:
         ]
         before_mib = peak_memory_bytes() / 2**20
         with Stopwatch() as watch:
-            run = RunData.of("made-up", folder.records(), infos, cost, 0.05, descent=descent_table(log, slots))
+            run = RunData.of("made-up", folder.records(), infos, cost, 0.05, TOP1, descent=descent_table(log, slots))
             path = write_report(Path(temporary) / "report.html", run)
         size = (len(path.read_bytes()) - len(get_plotlyjs().encode())) / 2**20
     return {

@@ -39,10 +39,11 @@ from benchmarks.printing import print_table, say, spread
 from benchmarks.rows import Row, Rows
 from mpsearch.errors import nearest
 from mpsearch.files import sha256
+from mpsearch.metric import TOP1
 from mpsearch.problem import Problem, open_problem
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord, checkpoint_path
 from mpsearch.search.finalize import finalize
-from mpsearch.search.front import hypervolume_over_time, pareto_front, share_dominated
+from mpsearch.search.front import ScoreRange, hypervolume_over_time, pareto_front, share_dominated
 from mpsearch.study import load_study, read_spec
 from mpsearch.task.cache import content_key
 
@@ -85,6 +86,7 @@ ARMS: dict[str, list[str]] = {
 
 BOOTSTRAPS = 4000
 ONE_COST = 0.03  # difference of log cost below which points are compared
+SHARES_OF_RIGHT = ScoreRange(0.0, 1.0)  # the score axis of every hypervolume here, whatever an arm observes
 SHARES = (1.0, 0.8)  # of a budget, at which points are trained
 
 KEY = ("study", "minutes", "epochs", "arm", "seed")
@@ -177,7 +179,7 @@ def run_arm(settings: Settings, key: Row) -> None:
             "number": row.trial.number,
             "origin": row.trial.origin,
             "cost": row.trial.cost,
-            "proxy_val": row.trial.accuracy,
+            "proxy_val": row.trial.score,
             "divergence": row.trial.divergence,
             "val": row.val_mean,
             "test": row.test_mean,
@@ -191,7 +193,7 @@ def run_arm(settings: Settings, key: Row) -> None:
     waited = min(r.started_s for r in records) - searched["began"]
     steps = [
         key | {"elapsed_s": waited + step.elapsed_s, "hypervolume": step.hypervolume}
-        for step in hypervolume_over_time(records, lowest(problem))
+        for step in hypervolume_over_time(records, lowest(problem), TOP1, SHARES_OF_RIGHT)
     ]
     settings.timeline.append(*steps)
     settings.points.append(*points)  # last: with these rows the arm is done
@@ -209,7 +211,7 @@ def lowest(problem: Problem) -> float:
 
 def best_within(records: list[TrialRecord], costs: list[float]) -> list[TrialRecord]:
     """The trial of highest accuracy on val within each cost, and the cheapest of the front, each once."""
-    front = pareto_front(records).trials
+    front = pareto_front(records, TOP1).trials
     within = [[t for t in front if t.cost is not None and t.cost <= cost * (1 + 1e-9)] for cost in costs]
     found = {trials[-1].number: trials[-1] for trials in (*within, front[:1]) if trials}
     return list(found.values())
@@ -251,7 +253,10 @@ def quality(points: pd.DataFrame, lowest: float) -> pd.DataFrame:
     reference = moocore.filter_dominated(unit(points))
     rows = []
     for (arm, seed), group in points.groupby(["arm", "seed"], sort=False):
-        volumes = {s: share_dominated(list(zip(group[s], group.cost, strict=True)), lowest) for s in ("val", "test")}
+        volumes = {
+            s: share_dominated(list(zip(group[s], group.cost, strict=True)), lowest, SHARES_OF_RIGHT)
+            for s in ("val", "test")
+        }
         igd = float(moocore.igd_plus(unit(group), ref=reference))
         rows.append({"arm": arm, "seed": seed, **volumes, "igd_plus": igd, "trials": group.trials.iloc[0]})
     return pd.DataFrame(rows)

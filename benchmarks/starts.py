@@ -69,7 +69,7 @@ def starts(
             "start": record.start_divergence,
             "start_accuracy": 100 * record.curve[0][1],
             "end": record.divergence,
-            "accuracy": 100 * (record.accuracy or 0.0),
+            "accuracy": 100 * (record.score or 0.0),
         }
         rows.append(case | row)
         say(f"config {case['config']}: {row}, {time.perf_counter() - began:.0f} s")

@@ -34,7 +34,7 @@ def stopping(
                 raise RunError(
                     f"{folder.path} was run with stopping: run it again with --set search.stop_dominated=false"
                 )
-            found = replay(records)
+            found = replay(records, folder.metric)
             rows.append(
                 missing
                 | {
@@ -42,7 +42,7 @@ def stopping(
                     "stopped": len(found.stopped),
                     "total_s": found.total_s,
                     "saved_s": found.saved_s,
-                    "front": len(pareto_front(records)),
+                    "front": len(pareto_front(records, folder.metric)),
                     "lost": list(found.lost),
                 }
             )

@@ -55,7 +55,7 @@ def uniform_ladder(
             record = run_trial(problem.task, config, problem.spec.trial.model_copy(update=update), workbench=workbench)
             measured = {
                 "cost": problem.cost(config),
-                "val": record.accuracy,
+                "val": record.score,
                 "float_val": float_val,
                 "train_s": record.wall.train_s,
                 "evaluate_s": record.wall.evaluate_s,
@@ -63,7 +63,7 @@ def uniform_ladder(
                 "reason": record.reason,
             }
             rows.append(missing | measured)
-            say(f"{shorthand}, seed {missing['seed']}: {100 * (record.accuracy or 0):.2f}")
+            say(f"{shorthand}, seed {missing['seed']}: {100 * (record.score or 0):.2f}")
         group = rows.select(case | {"seed": seed} for seed in seeds)
         accuracies = [100 * (row["val"] or 0) for row in group]
         lines.append(

@@ -81,7 +81,7 @@ if (runData) {
     showNetwork(layers);
     showCost(layers, number);
     const last = front.data.length - 1;
-    Plotly.restyle(front, { x: [[trial.cost]], y: [[trial.accuracy]] }, [last]);
+    Plotly.restyle(front, { x: [[trial.cost]], y: [[trial.score]] }, [last]);
   }
 
   function choose(number) {

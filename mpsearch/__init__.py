@@ -1,6 +1,6 @@
 """mpsearch: AutoML search for mixed-precision quantization.
 
-Bit-widths and quantizer types, per layer, on the Pareto front of accuracy against hardware cost.
+Bit-widths and quantizer types, per layer, on the Pareto front of quality against hardware cost.
 
     import mpsearch
     result = mpsearch.run("digits", trials=24)

@@ -9,6 +9,7 @@ from .exporters.native import load
 from .exporters.read import read_config
 from .graph.attention import open_attention
 from .graph.layers import inspect_model
+from .metric import Metric
 from .observer import Observer
 from .precision import LayerPrecision, Precision, PrecisionConfig
 from .quant.network import QuantizedNetwork
@@ -20,6 +21,7 @@ __version__: str
 
 __all__ = [
     "LayerPrecision",
+    "Metric",
     "MpsearchError",
     "Observer",
     "Precision",

@@ -18,6 +18,7 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.documents import explain
 from mpsearch.errors import MpsearchError, PrecisionError, RunError
 from mpsearch.graph.facts import ModelGraph
+from mpsearch.metric import Metric
 from mpsearch.precision import Precision
 from mpsearch.record import RunFolder
 from mpsearch.space.choices import GRANULARITY, TENSORS, TensorName
@@ -31,14 +32,14 @@ class ProblemFacts:
 
     spec: StudySpec
     task_name: str  # of model and data
-    metric: str  # of the task; higher is better
+    metric: Metric  # what scores are
     graph: ModelGraph
     space: SearchSpace
     cost: RelativeCost
     cheapest: float  # relative cost of the cheapest config
     dearest: float
     float_digest: str  # of the float network's weights: 16 hex digits
-    float_scores: Mapping[str, float] = field(default_factory=dict)  # split -> metric, where it has been measured
+    float_scores: Mapping[str, float] = field(default_factory=dict)  # by split, where they have been measured
     notes: tuple[str, ...] = ()  # what looked wrong about the task when the run started
 
     @property
@@ -47,12 +48,12 @@ class ProblemFacts:
         return self.space.layers
 
     def summary(self) -> list[str]:
-        """What is optimised, in words and units."""
+        """What is optimized, in words and units."""
         spec, costs = self.spec, self.cost
         quantizable, unhandled = self.graph.quantizable, self.graph.unhandled
         macs = self.graph.macs
         lines = [
-            f"Maximize {self.metric} on the validation split and minimize {spec.cost.model} of {self.task_name}.",
+            f"{self.metric.goal} on the validation split and minimize {spec.cost.model} of {self.task_name}.",
             f"Cost 1 is {costs.reference.total:.4g} {costs.reference.unit} a sample: the network at "
             f"{spec.cost.reference} everywhere. Configs of the space '{self.space.name}' cost {self.cheapest:.3g} to "
             f"{self.dearest:.3g}"
@@ -68,7 +69,7 @@ class ProblemFacts:
         if other := sum(self.graph.other_macs.values()):
             lines.append(f"{other / macs:.1%} of the MACs are outside layers (attention products, say) and not priced.")
         if self.float_scores:
-            scores = ", ".join(f"{split} {100 * score:.2f} %" for split, score in self.float_scores.items())
+            scores = ", ".join(f"{split} {self.metric.show(score)}" for split, score in self.float_scores.items())
             lines.append(f"The float network: {scores}.")
         return lines
 
@@ -77,7 +78,7 @@ class ProblemFacts:
         document = _Document(
             schema="mpsearch/problem/1",
             task=self.task_name,
-            metric=self.metric,
+            metric=self.metric.name,
             graph=self.graph,
             space=self.space.name,
             slots=tuple(_Slot.of(slot) for slot in self.space.slots),
@@ -90,8 +91,8 @@ class ProblemFacts:
         return document.model_dump_json(by_alias=True, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str | bytes, spec: StudySpec) -> ProblemFacts:
-        """Read what `to_json` wrote for this study.
+    def from_json(cls, text: str | bytes, spec: StudySpec, metric: Metric) -> ProblemFacts:
+        """Read what `to_json` wrote for this study, whose scores are of `metric`.
 
         Raises:
             RunError: the text is something else; the message says what is wrong with it.
@@ -111,7 +112,7 @@ class ProblemFacts:
         return ProblemFacts(
             spec=spec,
             task_name=document.task,
-            metric=document.metric,
+            metric=metric,
             graph=document.graph,
             space=SearchSpace(document.space, names, slots),
             cost=RelativeCost(document.graph.layers, spec.cost.model, spec.cost.reference),
@@ -142,7 +143,7 @@ def read_facts(folder: RunFolder) -> ProblemFacts:
             f"{rewrite}"
         )
     try:
-        return ProblemFacts.from_json(text, spec)
+        return ProblemFacts.from_json(text, spec, folder.metric)
     except MpsearchError as error:
         raise RunError(f"{folder.problem_json} cannot be used:\n{error}\n{rewrite}") from None
 
@@ -170,7 +171,7 @@ class _Document(_Section):
 
     schema_: Literal["mpsearch/problem/1"] = Field(alias="schema")
     task: str
-    metric: str
+    metric: str  # its name; `run.json` has what it is
     graph: ModelGraph
     space: str  # its name
     slots: tuple[_Slot, ...]

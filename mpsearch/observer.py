@@ -4,7 +4,7 @@ Subclass `Observer`, override what is of interest, and pass it on:
 
     class Print(mpsearch.Observer):
         def on_trial_ended(self, record):
-            print(record.number, record.state, record.accuracy, record.cost)
+            print(record.number, record.state, record.score, record.cost)
 
     mpsearch.run("digits", observer=Print())
 

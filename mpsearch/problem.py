@@ -19,8 +19,8 @@ from mpsearch.space.spec import load_space
 from mpsearch.state_dict import digest
 from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.load import load_task
-from mpsearch.task.scoring import logits_of
-from mpsearch.task.task import Task, Warns
+from mpsearch.task.scoring import evaluate, logits_of, metric_of
+from mpsearch.task.task import Split, Task, Warns
 from mpsearch.train import batch_norm_gap, samples_of
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Problem(ProblemFacts):
             warnings.append(
                 "with the BatchNorm statistics of a training batch the float network answers otherwise than with its "
                 f"own ({gap:.2f} nats; a few hundredths are usual): it was trained on batches made in another way "
-                "(normalization, order of colours, margins), and trials lose accuracy at first; see task.data"
+                "(normalization, order of colours, margins), and trials are worse at first; see task.data"
             )
         return warnings
 
@@ -96,7 +96,7 @@ def open_problem(spec: StudySpec) -> Problem:
     return Problem(
         spec=spec,
         task_name=task.name,
-        metric=task.metric,
+        metric=metric_of(task),
         graph=graph,
         space=space,
         cost=cost,
@@ -115,10 +115,18 @@ def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
         spec: its study, where that has been read (and changed) already.
 
     Raises:
-        RunError: the float network is not the one that the run began with.
+        RunError: the float network or the metric is not the one that the run began with.
         MpsearchError: as `open_problem`.
     """
     problem = open_problem(spec or read_spec(folder))
+    was, now = folder.metric, problem.metric
+    if (was.name, was.direction) != (now.name, now.direction):
+        raise RunError(
+            f"the trials of {folder.path} are scored by {was.name} ({was.direction}), its task now by {now.name} "
+            f"({now.direction}): they could not be compared. Give the task its metric again, or start a new run with "
+            f"`mpsearch run {folder.study_yaml} --out NEW_FOLDER`"
+        )
+    folder.metric = now
     try:
         facts = read_facts(folder)
     except RunError:  # what can be made again is made again
@@ -136,6 +144,16 @@ def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
             f"`mpsearch run {folder.study_yaml} --out NEW_FOLDER`"
         )
     return replace(problem, float_scores=facts.float_scores, notes=facts.notes)
+
+
+def with_float_scores(problem: Problem, *splits: Split) -> Problem:
+    """The problem with the scores of its float network on these splits, measured where they are not known."""
+    missing = [split for split in splits if split not in problem.float_scores]
+    if not missing:
+        return problem
+    model = problem.task.float_model()
+    scores: dict[str, float] = {split: evaluate(problem.task, model, split) for split in missing}
+    return replace(problem, float_scores={**problem.float_scores, **scores})
 
 
 def write_facts(folder: RunFolder, facts: ProblemFacts) -> None:

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 import filelock
 import psutil
 
-from mpsearch.errors import PrecisionError, RunError
+from mpsearch.errors import PrecisionError, RunError, TaskError
 from mpsearch.files import remove_parts, replacing, write_json, write_text
+from mpsearch.metric import METRICS, Metric
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
 TrialState = Literal["complete", "failed", "stopped"]
 Origin = Literal["uniform", "ilp", "descent", "sampler", "manual", "import"]  # who proposed a config, or trained it
 
-SCHEMA = "mpsearch/run/1"
+SCHEMA = "mpsearch/run/2"
+FIRST_SCHEMA = "mpsearch/run/1"
+"""Of runs, still read, whose records call a score `accuracy`; their metric is in `problem.json`, by its name alone."""
 
 Record = TypeVar("Record")
 
@@ -61,14 +64,14 @@ class WallTime:
 class TrialRecord:
     """One config and what became of it: everything that is known of a trial once it has ended.
 
-    `accuracy` is the task's metric on the validation split (a share in [0, 1] for top-1; higher is better).
+    `score` is the task's metric on the validation split, in the metric's own unit (`RunFolder.metric` says which).
     `cost` is relative to the study's reference config. A failed trial has neither and gives its `reason`; a stopped one
-    has the accuracy at which it was stopped, and no more than that.
+    has the score at which it was stopped, and no more than that.
     """
 
     config: PrecisionConfig
     state: TrialState
-    accuracy: float | None = None
+    score: float | None = None
     cost: float | None = None
     reason: str | None = None
     number: int = -1  # position in the study; -1 outside one
@@ -77,7 +80,7 @@ class TrialRecord:
     start_loss: float | None = None  # training loss over the first and the last steps of the fine-tune
     end_loss: float | None = None
     start_divergence: float | None = None  # from the float network on a sample of val before the fine-tune, nats
-    curve: tuple[tuple[int, float], ...] = ()  # (step, accuracy), from before the fine-tune to its end
+    curve: tuple[tuple[int, float], ...] = ()  # (step, score), from before the fine-tune to its end
     divergence: float | None = None  # mean Jeffreys divergence from the float network on val, nats
     correct: str | None = None  # which val samples were right: `compare.pack`
     wall: WallTime = WallTime()
@@ -87,7 +90,7 @@ class TrialRecord:
 
 @dataclass(frozen=True, slots=True)
 class FinalRecord:
-    """One longer training of a picked trial's config: the metric on both splits, shares in [0, 1] for top-1."""
+    """One longer training of a picked trial's config: the scores on both splits."""
 
     number: int  # of the trial
     seed: int
@@ -119,13 +122,15 @@ def record_to_json(record: TrialRecord) -> str:
 
 
 def record_from_json(text: str) -> TrialRecord:
-    """Read what `record_to_json` wrote.
+    """Read what `record_to_json` wrote, today's or that of the first schema.
 
     Raises:
         RunError: the text is not a record; the message says what is wrong with it.
     """
     try:
         document = json.loads(text)
+        if "accuracy" in document:  # what FIRST_SCHEMA calls it
+            document["score"] = document.pop("accuracy")
         unknown = set(document) - set(_FIELDS)
         if unknown:
             raise ValueError(f"unknown key '{sorted(unknown)[0]}'")
@@ -135,7 +140,7 @@ def record_from_json(text: str) -> TrialRecord:
             (layer, _layer_precision(precision)) for layer, precision in document["config"].items()
         )
         document["wall"] = WallTime(**document.get("wall", {}))
-        document["curve"] = tuple((int(step), float(accuracy)) for step, accuracy in document.get("curve", ()))
+        document["curve"] = tuple((int(step), float(score)) for step, score in document.get("curve", ()))
         return TrialRecord(**document)
     except KeyError as error:
         raise RunError(f"not a trial record: {error} is missing") from None
@@ -170,7 +175,12 @@ class RunningTrial:
 
 
 class RunFolder:
-    """The folder of one run: `create` a new one or `open` an existing one; append to it inside `driving`."""
+    """The folder of one run: `create` a new one or `open` an existing one; append to it inside `driving`.
+
+    `metric` says what the scores of its records are.
+    """
+
+    metric: Metric
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -194,8 +204,10 @@ class RunFolder:
         self._lock = filelock.FileLock(path / "driver.lock")
 
     @classmethod
-    def create(cls, path: str | Path, study_yaml: str, space_yaml: str | None = None) -> RunFolder:
+    def create(cls, path: str | Path, study_yaml: str, space_yaml: str | None = None, *, metric: Metric) -> RunFolder:
         """Make the folder of a new run of the resolved study `study_yaml`, whose search space was `space_yaml`.
+
+        `metric` is what its records' scores are.
 
         The space is copied because a run means the configs that there were when it began, whatever its file says later.
 
@@ -208,7 +220,14 @@ class RunFolder:
             raise RunError(
                 f"{path} already holds a run: go on with it by `mpsearch resume {path}`, or give another --out"
             )
-        about = {"schema": SCHEMA, "id": folder.id, "mpsearch": version("mpsearch"), "created_s": time.time()}
+        folder.metric = metric
+        about = {
+            "schema": SCHEMA,
+            "id": folder.id,
+            "mpsearch": version("mpsearch"),
+            "created_s": time.time(),
+            "metric": metric.to_json(),
+        }
         with _explained(f"cannot write the run folder {path}", "give another --out, or make it writable"):
             folder.path.mkdir(parents=True, exist_ok=True)
         write_text(folder.study_yaml, study_yaml, sync=True)
@@ -238,14 +257,27 @@ class RunFolder:
             raise RunError(
                 f'{folder._run_json} is not mpsearch\'s: expected an object with "schema": "{SCHEMA}"'
             ) from None
-        if schema != SCHEMA:
+        if schema not in (SCHEMA, FIRST_SCHEMA):
             writer = f"mpsearch {about['mpsearch']}" if "mpsearch" in about else "something else"
             raise RunError(
                 f"{path} was written by {writer} with schema {schema!r}, this is mpsearch {version('mpsearch')} with "
                 f"{SCHEMA!r}: read it with the version that wrote it, or start a new run"
             )
-        folder.id = str(about["id"])
+        try:
+            folder.id = str(about["id"])
+            folder.metric = Metric.from_json(about["metric"]) if schema == SCHEMA else folder._first_metric()
+        except (KeyError, TaskError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else f"metric: {error}"
+            raise RunError(f"{folder._run_json}: {what}; restore the file from a copy, or start a new run") from None
         return folder
+
+    def _first_metric(self) -> Metric:
+        """The metric of a run of the first schema: by its name in `problem.json`; more of it was always better."""
+        try:
+            name = json.loads(self.problem_json.read_text(encoding="utf-8"))["metric"]
+        except (OSError, ValueError, KeyError, TypeError):
+            name = "top1"
+        return METRICS[name] if name in ("top1", "top5") else Metric(str(name))
 
     @contextlib.contextmanager
     def driving(self) -> Iterator[RunFolder]:

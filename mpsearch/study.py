@@ -98,7 +98,9 @@ class TaskSpec(_Section):
         default=None, description="file with a state dict, or a shipped name; null: train the float model"
     )
     data: DataSpec | None = None
-    metric: Literal["top1", "top5"] = "top1"
+    metric: Literal["top1", "top5"] | None = Field(
+        default=None, description="default: top1; the task of a `factory` says its own"
+    )
     num_classes: int | None = Field(default=None, gt=1, description="default: as many as the data has")
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the model's constructor")
     float_epochs: int = Field(default=30, gt=0, description="epochs of the float model where no checkpoint is given")
@@ -118,7 +120,8 @@ class TaskSpec(_Section):
             filled = [
                 name for name, field in fields if getattr(self, name) != field.get_default(call_default_factory=True)
             ]
-            if extra := sorted(set(filled) - {"factory", "args"}):
+            old = {"metric"} if self.metric == "top1" else set()  # as run folders of earlier versions write it
+            if extra := sorted(set(filled) - {"factory", "args"} - old):
                 raise ValueError(f"`factory` brings its own model, data and metric: leave {', '.join(extra)} out")
         return self
 

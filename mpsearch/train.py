@@ -66,7 +66,7 @@ def jeffreys(output: Tensor, teacher: Tensor) -> Tensor:
 class Teacher:
     """The float model's logits for each training step, computed once.
 
-    Trials of a study train on the same batches in the same order (their accuracies are then compared like with like),
+    Trials of a study train on the same batches in the same order (their scores are then compared like with like),
     so from the second trial on the teacher costs nothing. Logits are kept up to `limit_bytes`.
     """
 

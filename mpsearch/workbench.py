@@ -24,7 +24,7 @@ from mpsearch.quant.shift import DEFAULT_SLOPE, SlopeSchedule
 from mpsearch.record import pack
 from mpsearch.state_dict import load_tensors
 from mpsearch.study import TrialSpec
-from mpsearch.task.scoring import answers_of, evaluate, logits_of
+from mpsearch.task.scoring import answers_of, evaluate, logits_of, metric_of
 from mpsearch.task.task import Answering, Answers, Batch, Sampling, Split, Task
 from mpsearch.train import (
     FitResult,
@@ -73,6 +73,7 @@ class Workbench:
         graph: ModelGraph | None = None,
     ) -> None:
         self.task = task
+        self.metric = metric_of(task)
         self.settings = settings
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         float_model = channels_last(float_model or task.float_model())
@@ -197,7 +198,7 @@ class Workbench:
 class Score:
     """The task's metric and, where the task says how each sample fared, the divergence from the float network too."""
 
-    accuracy: float
+    value: float  # of the metric
     divergence: float | None = None  # mean Jeffreys divergence, nats
     correct: str | None = None  # packed
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mpsearch.documents import MOST_CHARACTERS, YamlError, parse_yaml, to_yaml
 from mpsearch.errors import ExportError, RunError, SpaceError, StudyError
 from mpsearch.exporters.read import read_config
+from mpsearch.metric import TOP1
 from mpsearch.record import RunFolder
 from mpsearch.space.spec import load_space, parse_space
 from mpsearch.study import load_study, parse_study, read_spec
@@ -108,7 +109,7 @@ HOSTILE = {
 def test_hostile_document_is_refused_by_whoever_reads_it(tmp_path: Path, name: str):
     path = tmp_path / "document.yaml"
     path.write_text(HOSTILE[name])
-    folder = RunFolder.create(tmp_path / "run", HOSTILE[name])
+    folder = RunFolder.create(tmp_path / "run", HOSTILE[name], metric=TOP1)
     with pytest.raises(StudyError, match=str(path)):
         load_study(path)
     with pytest.raises(SpaceError, match=str(path)):

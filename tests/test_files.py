@@ -22,6 +22,7 @@ from mpsearch.exporters.packages import need
 from mpsearch.exporters.targets import TARGETS
 from mpsearch.files import replacing, write_json, write_text
 from mpsearch.graph.layers import inspect_model
+from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.report.parts import write_page
@@ -46,7 +47,7 @@ def network() -> mpsearch.QuantizedNetwork:
 def run_folder(path: Path) -> RunFolder:
     folder = RunFolder(path)
     if not folder.trials_jsonl.exists():
-        RunFolder.create(path, "name: a\n")
+        RunFolder.create(path, "name: a\n", metric=TOP1)
         with folder.driving():
             folder.append(TrialRecord(CONFIG, "complete", 0.5, 0.25, number=0))
     return folder
@@ -61,7 +62,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "json": lambda path: write_json(path / "a.json", ["a" * 9999], sync=True),
     "tensors": lambda path: save_tensors({"a": torch.ones(64, 64)}, path / "a.safetensors"),
     "weights": lambda path: save_weights(nn.Linear(64, 64), path / "trial-0.safetensors"),
-    "study": lambda path: RunFolder.create(path, f"name: a\n# {'x' * 9999}"),
+    "study": lambda path: RunFolder.create(path, f"name: a\n# {'x' * 9999}", metric=TOP1),
     "state": write_state,
     "front": lambda path: run_folder(path).write_front({"a": 1}),
     "parquet": lambda path: run_folder(path).write_parquet(),

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from mpsearch.errors import RunError, WriteError
+from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import (
     SCHEMA,
@@ -36,12 +37,12 @@ CONFIG = PrecisionConfig(
 
 
 def record(number: int = 0, **changes) -> TrialRecord:
-    return replace(TrialRecord(CONFIG, "complete", accuracy=0.5, cost=0.25, number=number), **changes)
+    return replace(TrialRecord(CONFIG, "complete", score=0.5, cost=0.25, number=number), **changes)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return RunFolder.create(tmp_path / "runs" / "a", "name: a\n")
+    return RunFolder.create(tmp_path / "runs" / "a", "name: a\n", metric=TOP1)
 
 
 def script(code: str, *arguments: object) -> subprocess.Popen:
@@ -52,7 +53,7 @@ def script(code: str, *arguments: object) -> subprocess.Popen:
 FULL = TrialRecord(
     CONFIG,
     "complete",
-    accuracy=0.1 + 0.2,  # no short decimal form
+    score=0.1 + 0.2,  # no short decimal form
     cost=1 / 3,
     number=7,
     origin="sampler",
@@ -77,8 +78,8 @@ def test_record_survives_json_exactly(given):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_record_with_a_number_that_is_none_is_refused(bad):
-    with pytest.raises(RunError, match=r"trial 0 has accuracy = (nan|inf)"):
-        record_to_json(record(accuracy=bad))
+    with pytest.raises(RunError, match=r"trial 0 has score = (nan|inf)"):
+        record_to_json(record(score=bad))
     with pytest.raises(RunError, match="wall"):
         record_to_json(record(wall=WallTime(train_s=bad)))
 
@@ -191,22 +192,22 @@ def test_disk_that_is_full_in_earnest(folder):
 
 def test_folder_that_holds_a_run_is_refused(folder):
     with pytest.raises(RunError, match=r"already holds a run.*mpsearch resume.*--out"):
-        RunFolder.create(folder.path, "name: b\n")
+        RunFolder.create(folder.path, "name: b\n", metric=TOP1)
     assert folder.study_yaml.read_text() == "name: a\n"
 
 
 def test_folder_half_made_by_a_killed_process_is_made_again(folder):
     (folder.path / "run.json").unlink()
-    RunFolder.create(folder.path, "name: b\n")
+    RunFolder.create(folder.path, "name: b\n", metric=TOP1)
     assert RunFolder.open(folder.path).study_yaml.read_text() == "name: b\n"
 
 
 def test_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"cannot write the run folder .*Not a directory.*--out"):
-        RunFolder.create(tmp_path / "file" / "run", "")
+        RunFolder.create(tmp_path / "file" / "run", "", metric=TOP1)
     with pytest.raises(RunError, match="cannot write the run folder"):
-        RunFolder.create("/proc/run", "")
+        RunFolder.create("/proc/run", "", metric=TOP1)
 
 
 def test_folder_that_turned_unwritable_is_not_driven(folder, monkeypatch):
@@ -230,7 +231,9 @@ def test_folder_without_a_run_is_refused(tmp_path):
             json.dumps({"schema": "mpsearch/run/0", "mpsearch": "0.0.1"}),
             r"mpsearch 0\.0\.1 with schema 'mpsearch/run/0'",
         ),
-        (json.dumps({"schema": "mpsearch/run/2", "mpsearch": "9.0"}), r"mpsearch 9\.0 .*read it with the version"),
+        (json.dumps({"schema": "mpsearch/run/3", "mpsearch": "9.0"}), r"mpsearch 9\.0 .*read it with the version"),
+        (json.dumps({"schema": SCHEMA}), "'id' is missing; restore"),
+        (json.dumps({"schema": SCHEMA, "id": "a", "metric": {"name": "<"}}), "metric: .* letters, digits"),
         (json.dumps({"schema": "other/7"}), r"something else with schema 'other/7'"),
         ("{}", SCHEMA),
         ("[]", SCHEMA),
@@ -303,8 +306,8 @@ def test_parquet_has_a_row_per_trial_and_the_precision_of_every_layer(folder):
         folder.append(FAILED)
     table = pd.read_parquet(folder.write_parquet())
     assert list(table["number"]) == [7, 8]
-    assert table["accuracy"][0] == FULL.accuracy
-    assert pd.isna(table["accuracy"][1])
+    assert table["score"][0] == FULL.score
+    assert pd.isna(table["score"][1])
     assert table["reason"][1] == FAILED.reason
     assert table["wall.train_s"][0] == 2.3
     assert table["layer1.0.conv.weight"][0] == "shift:4/tensor"

@@ -167,6 +167,7 @@ def test_a_trial_is_estimated_by_its_quickest_step_on_the_threads_of_a_worker(mo
 
         def __init__(self, *_: object, **__: object) -> None:
             self.model = torch.nn.Identity()
+            self.name, self.metric = "busy", "top1"
 
         def reset(self, config: object) -> None: ...
 
@@ -175,9 +176,10 @@ def test_a_trial_is_estimated_by_its_quickest_step_on_the_threads_of_a_worker(mo
                 now[0] += spent
                 on_step(step, 0.0)
 
-        def evaluate(self, model: object, split: str) -> None:
+        def evaluate(self, model: object, split: str) -> float:
             seen.append(torch.get_num_threads())
             now[0] += 40.0 if len(seen) == 1 else 1.0
+            return 0.5
 
     monkeypatch.setattr(run, "Workbench", Busy)
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])

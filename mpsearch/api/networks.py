@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from mpsearch.debug.advice import Advice
     from mpsearch.debug.diagnosis import Diagnosis
+    from mpsearch.metric import Metric
     from mpsearch.ptq.pipeline import PtqMethod
     from mpsearch.quant.network import QuantizedNetwork
     from mpsearch.study import StudySpec
@@ -31,8 +32,9 @@ class ScoredNetwork:
 
     Attributes:
         network: model (in eval mode) with its scales; what `mpsearch.export` takes.
-        float_scores: of the float network, by split (val, test); the task's metric as a share.
+        float_scores: of the float network, by split (val, test).
         scores: of the quantized one.
+        metric: what a score is.
         seconds: that each stage took.
         notes: what was left out and why.
         path: the native export, where one was asked for.
@@ -41,21 +43,21 @@ class ScoredNetwork:
     network: QuantizedNetwork
     float_scores: Mapping[str, float]
     scores: Mapping[str, float]
+    metric: Metric
     seconds: Mapping[str, float]
     notes: tuple[str, ...]
     path: Path | None
 
     @property
     def table(self) -> pd.DataFrame:
-        """Rows float and quantized, columns val and test; shares."""
+        """Rows float and quantized, columns val and test."""
         import pandas as pd
 
         return pd.DataFrame([self.float_scores, self.scores], index=["float", "quantized"], columns=list(SPLITS))
 
-    def _percent(self) -> dict[str, float]:
-        return {f"float_{split}": 100 * self.float_scores[split] for split in SPLITS} | {
-            split: 100 * self.scores[split] for split in SPLITS
-        }
+    def _scores(self) -> dict[str, Any]:
+        float_scores = {f"float_{split}": self.float_scores[split] for split in SPLITS}
+        return {"metric": self.metric.to_json(), **float_scores, **{s: self.scores[s] for s in SPLITS}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +67,9 @@ class PtqScores(ScoredNetwork):
     method: PtqMethod
 
     def to_json(self) -> dict[str, Any]:
-        """What `mpsearch ptq --json` prints: scores in percent."""
+        """What `mpsearch ptq --json` prints."""
         return {
-            **self._percent(),
+            **self._scores(),
             "seconds": dict(self.seconds),
             "method": asdict(self.method),
             "notes": list(self.notes),
@@ -89,9 +91,9 @@ class TrainScores(ScoredNetwork):
     log: tuple[Mapping[str, float], ...]
 
     def to_json(self) -> dict[str, Any]:
-        """What `mpsearch train --json` prints: scores in percent."""
+        """What `mpsearch train --json` prints."""
         return {
-            **self._percent(),
+            **self._scores(),
             "cost": self.cost,
             "seconds": dict(self.seconds),
             "notes": list(self.notes),
@@ -120,7 +122,8 @@ class DebugResult:
         """A row per layer, each quantized alone.
 
         Columns: layer, kind, channel_ratio (max|w| of the largest output channel over that of the median one), and for
-        weight_ and activation_: precision, sqnr_db, drop (points), divergence (nats). NaN where a tensor stays float.
+        weight_ and activation_: precision, sqnr_db, drop (by how much the score is worse, as shown), divergence (nats).
+        NaN where a tensor stays float.
         """
         from mpsearch.report.debug_page import sweep_table
 
@@ -128,9 +131,10 @@ class DebugResult:
 
     def text_table(self) -> list[dict[str, str]]:
         """The stages of the flow as `mpsearch debug` prints them: column -> text."""
-        from mpsearch.report.debug_page import STAGE_COLUMNS, stage_rows
+        from mpsearch.report.debug_page import stage_columns, stage_rows
 
-        return [dict(zip(STAGE_COLUMNS, row, strict=True)) for row in stage_rows(self.diagnosis)]
+        columns = stage_columns(self.diagnosis)
+        return [dict(zip(columns, row, strict=True)) for row in stage_rows(self.diagnosis)]
 
     def summary(self) -> list[str]:
         """What was scored and on what, and the layers that stand out, in words."""
@@ -182,7 +186,7 @@ def ptq(
     from mpsearch.ptq.pipeline import BiasCorrection, PtqMethod, Rounding
     from mpsearch.ptq.pipeline import ptq as quantize
     from mpsearch.task.load import load_task
-    from mpsearch.task.scoring import evaluate
+    from mpsearch.task.scoring import evaluate, metric_of
 
     precision = LayerPrecision.shorthand(bits)
     method = PtqMethod(
@@ -194,7 +198,7 @@ def ptq(
     float_scores: dict[str, float] = {split: evaluate(task, model, split) for split in SPLITS}
     scores: dict[str, float] = {split: evaluate(task, result.model, split) for split in SPLITS}
     network = result.network(
-        name=spec.task.model or task.name, task=task.name, metric=task.metric, accuracy=dict(scores)
+        name=spec.task.model or task.name, task=task.name, metric=metric_of(task), score=dict(scores)
     )
     if out is not None:
         _export(network, task, Path(out))
@@ -202,6 +206,7 @@ def ptq(
         network=network,
         float_scores=float_scores,
         scores=scores,
+        metric=metric_of(task),
         seconds=result.seconds,
         notes=result.notes,
         path=None if out is None else Path(out),
@@ -259,14 +264,15 @@ def train(
     result = train_one(problem, read_precisions(target), method, epochs, seed, observer, recipe)
     trained, task = result.trained, problem.task
     network = trained.network(
-        name=problem.spec.task.model or task.name, task=task.name, metric=task.metric, accuracy=dict(result.accuracy)
+        name=problem.spec.task.model or task.name, task=task.name, metric=problem.metric, score=dict(result.score)
     )
     if out is not None:
         _export(network, task, Path(out))
     return TrainScores(
         network=network,
-        float_scores=result.float_accuracy,
-        scores=result.accuracy,
+        float_scores=result.float_score,
+        scores=result.score,
+        metric=problem.metric,
         seconds=trained.seconds,
         notes=trained.notes,
         path=None if out is None else Path(out),

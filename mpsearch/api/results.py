@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mpsearch.observer import SILENT, Observer
 
 if TYPE_CHECKING:
+    from mpsearch.metric import Metric
     from mpsearch.precision import PrecisionConfig
     from mpsearch.record import TrialRecord
 
@@ -21,7 +22,8 @@ class ExportedTrial:
     Attributes:
         path: the folder.
         trial: the trial.
-        scores: of the weights that were exported, by split (val; test where they were trained finally); shares.
+        scores: of the weights that were exported, by split (val; test where they were trained finally).
+        metric: what scores are.
         conversions: what the format could not hold and was converted, in words.
         verified: how it answered in its own runtime, or why it was not run there, in words.
     """
@@ -29,6 +31,7 @@ class ExportedTrial:
     path: Path
     trial: TrialRecord
     scores: Mapping[str, float | None]
+    metric: Metric
     conversions: tuple[str, ...]
     verified: str
 
@@ -45,6 +48,7 @@ class ImportedConfig:
         path: where the config was written as JSON, if that was asked for.
         trial: it as a trial of the run, if it was scored.
         on_front: whether that trial is on the front.
+        metric: what its score is.
         notes: what is not as it should be with a network made elsewhere, in words.
     """
 
@@ -55,6 +59,7 @@ class ImportedConfig:
     path: Path | None
     trial: TrialRecord | None
     on_front: bool
+    metric: Metric
     notes: tuple[str, ...] = ()
 
 
@@ -126,7 +131,7 @@ def export_run(
     Args:
         run: a run folder.
         out: folder to write.
-        pick: the trial: knee, best, trial:7, cost<=0.5 or accuracy>=0.87.
+        pick: the trial: knee, best, trial:7, cost<=0.5, or by the metric: top1>=0.87, psnr>=28.5, bpc<=1.2.
         to: format: native, packed, onnx, qonnx, brevitas, torchao, modelopt, aimet or mhaq.
         allow_lossy: convert what the format cannot hold, and list it, instead of refusing.
         verify: run it in its own runtime, in a process of its own, and compare its answers with the network's.
@@ -142,8 +147,10 @@ def export_run(
     """
     from mpsearch.exporters.run import export_run as export_trial
 
-    exported, trial, scores = export_trial(run, pick, to, out, allow_lossy=allow_lossy, verify=verify)
-    return ExportedTrial(exported.path, trial, scores, tuple(map(str, exported.conversions)), str(exported.verified))
+    exported, trial, scores, metric = export_trial(run, pick, to, out, allow_lossy=allow_lossy, verify=verify)
+    return ExportedTrial(
+        exported.path, trial, scores, metric, tuple(map(str, exported.conversions)), str(exported.verified)
+    )
 
 
 def import_config(
@@ -202,6 +209,7 @@ def import_config(
         left_float=tuple(n for n, layer in precisions.items() if layer.weight.is_float or layer.activation.is_float),
         path=None if out is None else Path(out),
         trial=trial,
-        on_front=trial is not None and trial in pareto_front(folder.records()).trials,
+        on_front=trial is not None and trial in pareto_front(folder.records(), problem.metric).trials,
+        metric=problem.metric,
         notes=() if trained is None else trained.notes,
     )

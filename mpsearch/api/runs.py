@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+    from mpsearch.metric import Metric
     from mpsearch.record import RunFolder, RunningTrial, TrialRecord
     from mpsearch.search.finals import FinalRow, Proxies
     from mpsearch.search.front import ParetoFront
@@ -28,11 +29,12 @@ class Front:
     """The Pareto front of a run.
 
     Attributes:
-        pareto: the front as records, with `knee`, `best`, `at_most(cost)`, `at_least(score)`.
+        pareto: the front as records, with `knee`, `best`, `at_most(cost)`, `at_least(score)`; its `metric` is what
+            scores are.
         records: every trial of any state, in the order of the run's record.
-        gains: trial number -> score over the uniform baseline nearest in cost, in points with its 95 % interval, for
-            trials of the front.
-        hypervolume: in [0, 1], as last written by the run; None before that.
+        gains: trial number -> score minus that of the uniform baseline nearest in cost, in the metric's
+            `difference_unit` with its 95 % interval, for trials of the front.
+        hypervolume: as last written by the run (`mpsearch.search.front` says of what); None before that.
     """
 
     pareto: ParetoFront
@@ -44,12 +46,12 @@ class Front:
     def trials(self) -> pd.DataFrame:
         """A row per record.
 
-        Columns: number, origin, state, accuracy_percent (score on val), relative_cost, weight_bits and activation_bits
-        (means over the layers), on_front, knee, reason, gain (as in `gains`; empty off the front).
+        Columns: number, origin, state, score (on val, in the metric's unit), relative_cost, weight_bits and
+        activation_bits (means over the layers), on_front, knee, reason, gain (as in `gains`; empty off the front).
         """
         from mpsearch.report.tables import trials_table
 
-        trials = trials_table(self.records)
+        trials = trials_table(self.records, self.pareto.metric)
         return trials.assign(gain=[self.gains.get(number, "") for number in trials.number])
 
     @property
@@ -63,16 +65,15 @@ class Front:
         """Score over relative cost: the front, the uniform ladder and every other trial."""
         from mpsearch.report import figures
 
-        return figures.front(self.trials)
+        return figures.front(self.trials, self.pareto.metric)
 
     def to_json(self) -> dict[str, Any]:
         """What `mpsearch front --json` prints."""
         from mpsearch.search.front import front_rows
 
-        ladder = [
-            {"number": trial.number, "accuracy": trial.accuracy, "cost": trial.cost} for trial in self.pareto.ladder
-        ]
-        return {"hypervolume": self.hypervolume, "front": front_rows(self.pareto), "uniform": ladder}
+        ladder = [{"number": trial.number, "score": trial.score, "cost": trial.cost} for trial in self.pareto.ladder]
+        metric = self.pareto.metric.to_json()
+        return {"metric": metric, "hypervolume": self.hypervolume, "front": front_rows(self.pareto), "uniform": ladder}
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Status:
             "failed": self.counts["failed"],
             "stopped": self.counts["stopped"],
             "running": len(self.running),
-            "best": best and {"number": best.number, "accuracy": best.accuracy, "cost": best.cost},
+            "metric": self.pareto.metric.to_json(),
+            "best": best and {"number": best.number, "score": best.score, "cost": best.cost},
             "hypervolume": self.hypervolume,
         }
 
@@ -134,14 +136,16 @@ class Finals:
     """The picked front after its final trainings, beside its baselines.
 
     Attributes:
-        rows: a config each, by rising cost; scores are shares.
-        float_val: score of the float model on val, a share.
+        rows: a config each, by rising cost.
+        metric: what scores are.
+        float_val: score of the float model on val.
         float_test: on test.
         proxies: how well the trials foretold the final order.
         report: the report, one HTML file.
     """
 
     rows: tuple[FinalRow, ...]
+    metric: Metric
     float_val: float
     float_test: float
     proxies: Proxies
@@ -154,7 +158,7 @@ class Finals:
         Columns: number, cost (relative), proxy_val (score on val after the trial), baseline (number of the uniform
         trial nearest in cost, or None), val_mean, val_std, test_mean, test_std (over seeds; std None for a single
         seed), seeds, gain (over the baseline on test, paired by sample: mean, low and high of the 95 % interval, or
-        None). Scores are shares.
+        None). Scores are in the metric's unit.
         """
         import pandas as pd
 
@@ -164,11 +168,12 @@ class Finals:
         """The rows as `mpsearch finalize` prints them: column -> text."""
         from mpsearch.search.finals import final_table
 
-        return final_table(self.rows)
+        return final_table(self.rows, self.metric)
 
     def to_json(self) -> dict[str, Any]:
         """What `mpsearch finalize --json` prints."""
         return {
+            "metric": self.metric.to_json(),
             "float_val": self.float_val,
             "float_test": self.float_test,
             "rows": self._documents(),
@@ -177,7 +182,7 @@ class Finals:
 
     def _documents(self) -> list[dict[str, Any]]:
         return [
-            {"number": row.trial.number, "cost": row.trial.cost, "proxy_val": row.trial.accuracy}
+            {"number": row.trial.number, "cost": row.trial.cost, "proxy_val": row.trial.score}
             | {f.name: getattr(row, f.name) for f in fields(row) if f.name not in ("trial", "correct", "gain")}
             | {"gain": row.gain and asdict(row.gain)}
             for row in self.rows
@@ -280,7 +285,7 @@ def status(run: str | Path) -> Status:
         counts=_counts(records),
         running=tuple(folder.running),
         failures=tuple(record for record in records if record.state == "failed"),
-        pareto=pareto_front(records),
+        pareto=pareto_front(records, folder.metric),
         hypervolume=_hypervolume(folder),
     )
 
@@ -296,7 +301,7 @@ def front(run: str | Path) -> Front:
 
     >>> import mpsearch
     >>> front = mpsearch.front("runs/tiny")
-    >>> bool(front.pareto.best.accuracy == max(front.trials.accuracy_percent) / 100)
+    >>> bool(front.pareto.best.score == max(front.trials.score))
     True
     >>> front.figure().write_html("front.html")
     """
@@ -333,15 +338,15 @@ def rank(run: str | Path, proxies: str = "kl,sqnr", strata: int = 3) -> pd.DataF
 
     from mpsearch.problem import reopen
     from mpsearch.record import RunFolder
-    from mpsearch.warmstart.rank import ACCURACIES, proxy_tau, trials_frame
+    from mpsearch.warmstart.rank import SCORES, proxy_tau, trials_frame
     from mpsearch.warmstart.start import sensitivity_table
 
     folder = RunFolder.open(run)
     problem = reopen(folder)
     tables = [sensitivity_table(name, problem.task, problem.graph, problem.space, folder.warmstart) for name in names]
-    trials = trials_frame(folder.records(), tables)
-    columns = [name for name in trials.columns if name not in ("cost", "accuracy")]
-    return proxy_tau(trials, columns, more_is_better=ACCURACIES, strata=strata, seed=problem.spec.search.seed)
+    trials = trials_frame(folder.records(), problem.metric, tables)
+    columns = [name for name in trials.columns if name not in ("cost", "quality")]
+    return proxy_tau(trials, columns, more_is_better=SCORES, strata=strata, seed=problem.spec.search.seed)
 
 
 def finalize(run: str | Path, observer: Observer = SILENT) -> Finals:
@@ -374,7 +379,9 @@ def finalize(run: str | Path, observer: Observer = SILENT) -> Finals:
     problem = reopen(folder)
     rows = train_finally(problem, folder, observer)
     scores = float_scores(problem, folder)
-    return Finals(tuple(rows), scores["val"], scores["test"], proxies(rows), report_of(folder))
+    return Finals(
+        tuple(rows), problem.metric, scores["val"], scores["test"], proxies(rows, problem.metric), report_of(folder)
+    )
 
 
 def _result(folder: RunFolder) -> RunResult:
@@ -388,7 +395,8 @@ def _front(folder: RunFolder) -> Front:
     from mpsearch.search.front import gains_over_baselines, pareto_front
 
     records = folder.records()
-    return Front(pareto_front(records), tuple(records), gains_over_baselines(records), _hypervolume(folder))
+    front = pareto_front(records, folder.metric)
+    return Front(front, tuple(records), gains_over_baselines(front), _hypervolume(folder))
 
 
 def _counts(records: Sequence[TrialRecord]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from mpsearch.errors import MpsearchError, StudyError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mpsearch.metric import Metric
     from mpsearch.problem import Problem
     from mpsearch.study import StudySpec
     from mpsearch.warmstart.allocate import Allocation
@@ -34,7 +35,8 @@ class Check:
         cheapest: relative cost of the cheapest config.
         dearest: relative cost of the dearest config.
         unit: of the cost model, per sample.
-        float_val: score of the float model on val, the metric as a share.
+        metric: what scores are.
+        float_val: score of the float model on val.
         float_source: where its weights come from.
         trial_s: seconds that one trial should take, run alone without compilation.
         search_s: seconds that all trials should take on this machine.
@@ -49,6 +51,7 @@ class Check:
     cheapest: float
     dearest: float
     unit: str
+    metric: Metric
     float_val: float
     float_source: str
     trial_s: float
@@ -63,6 +66,7 @@ class Check:
             "configs": self.configs,
             "cost": {"cheapest": self.cheapest, "dearest": self.dearest, "unit": self.unit},
             "warnings": list(self.warnings),
+            "metric": self.metric.to_json(),
             "float_val": self.float_val,
             "trial_s": self.trial_s,
             "search_s": self.search_s,
@@ -185,6 +189,7 @@ def check(study: str | Path | StudySpec, set: Sequence[str] = ()) -> Check:
         cheapest=problem.cheapest,
         dearest=problem.dearest,
         unit=problem.cost.reference.unit,
+        metric=problem.metric,
         float_val=evaluate(problem.task, problem.task.float_model(), "val"),
         float_source=getattr(problem.task, "float_model_source", "as given"),
         trial_s=trial_s,

@@ -17,7 +17,7 @@ from mpsearch.errors import MpsearchError, VerificationError
 
 app = typer.Typer(
     name="mpsearch",
-    help="Search the bit-widths and quantizer types of a network's layers: accuracy against hardware cost.",
+    help="Search the bit-widths and quantizer types of a network's layers: quality against hardware cost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

@@ -9,7 +9,7 @@ import typer
 
 from mpsearch import api
 from mpsearch.cli.base import Json, Set, Study, app
-from mpsearch.cli.printing import duration, make_console, make_table, percent, print_json, print_lines
+from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines
 from mpsearch.cli.progress import StageProgress, training_progress
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for a native export (default: none is written).")]
@@ -48,9 +48,10 @@ def ptq(
     if json_:
         print_json(result.to_json())
         return
-    table = make_table("", ">val", ">test")
-    table.add_row("float", *(percent(result.float_scores[split]) for split in ("val", "test")))
-    table.add_row(bits, *(percent(result.scores[split]) for split in ("val", "test")))
+    show = result.metric.show
+    table = make_table(result.metric.name, ">val", ">test")
+    table.add_row("float", *(show(result.float_scores[split]) for split in ("val", "test")))
+    table.add_row(bits, *(show(result.scores[split]) for split in ("val", "test")))
     make_console().print(table)
     _print_made(result)
 
@@ -88,9 +89,10 @@ def train(
     if json_:
         print_json(result.to_json())
         return
-    table = make_table("", ">val", ">test", ">cost")
-    table.add_row("float", *(percent(result.float_scores[split]) for split in ("val", "test")), "")
-    scores = (percent(result.scores[split]) for split in ("val", "test"))
+    show = result.metric.show
+    table = make_table(result.metric.name, ">val", ">test", ">cost")
+    table.add_row("float", *(show(result.float_scores[split]) for split in ("val", "test")), "")
+    scores = (show(result.scores[split]) for split in ("val", "test"))
     table.add_row(f"{method} {target}", *scores, f"{result.cost:.4f}")
     make_console().print(table)
     if result.fixed:
@@ -111,10 +113,10 @@ def debug(
     set_: Set = None,
     json_: Json = False,
 ) -> None:
-    """Find where a config loses accuracy (the white paper's debugging flow) and what to try; scores val only.
+    """Find where a config loses its score (the white paper's debugging flow) and what to try; scores val only.
 
-    Weights or activations, which layers, what their values look like, and which remedies help. JSON: accuracies in
-    percent, points lost as `drop`; mpsearch.debug.advice.document lists the keys.
+    Weights or activations, which layers, what their values look like, and which remedies help. JSON:
+    mpsearch.debug.advice.document lists the keys.
     """
     result = api.networks.debug(study, config, samples, out, set_ or (), StageProgress())
     if json_:

@@ -1,4 +1,4 @@
-"""How the commands print: consoles, tables, JSON, shares and durations."""
+"""How the commands print: consoles, tables, JSON and durations."""
 
 from __future__ import annotations
 
@@ -52,11 +52,6 @@ def replace_unprintable() -> None:
 def print_json(document: Any) -> None:
     """JSON as its standard has it: ValueError for a NaN or an infinity."""
     print(json.dumps(document, indent=1, allow_nan=False))
-
-
-def percent(share: float | None) -> str:
-    """`87.32 %` of 0.8732; a dash of None."""
-    return "-" if share is None else f"{100 * share:.2f} %"
 
 
 def duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from mpsearch.cli.printing import duration, make_console, percent
+from mpsearch.cli.printing import duration, make_console
 from mpsearch.observer import Observer
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class RunProgress(Observer):
     def on_ready(self, problem: Problem, folder: RunFolder) -> None:
         """The run starts."""
         self.folder = folder
+        self._metric = problem.metric
         self._name, self._trials = problem.spec.name, problem.spec.search.trials
         _log_to(folder)
         self._ended = folder.records()
@@ -71,15 +72,15 @@ class RunProgress(Observer):
         self._ended.append(record)
         done = len(self._ended)
         left_s = (time.monotonic() - self._began) / (done - self._earlier) * (self._trials - done)
-        front = pareto_front(self._ended)
-        best = f"best {percent(front.best.accuracy)}, {len(front)} on the front" if front.trials else ""
-        self._progress.sketch = sketch(self._ended)
+        front = pareto_front(self._ended, self._metric)
+        best = f"best {self._metric.show(front.best.score)}, {len(front)} on the front" if front.trials else ""
+        self._progress.sketch = sketch(self._ended, self._metric)
         self._progress.update(self._bar, completed=done, best=best, eta=f"{duration(left_s)} left")
         if self._progress.disable or record.state == "failed":
             outcome = (
                 f"failed: {record.reason}"
                 if record.state == "failed"
-                else f"{percent(record.accuracy)} at cost {record.cost:.4f}"
+                else f"{self._metric.show(record.score)} at cost {record.cost:.4f}"
                 + (", stopped" if record.state == "stopped" else "")
             )
             self._console.print(

@@ -10,7 +10,6 @@ import typer
 
 from mpsearch import api
 from mpsearch.cli.base import Run, app
-from mpsearch.cli.printing import percent
 from mpsearch.observer import Observer
 
 
@@ -58,7 +57,11 @@ def export(
     run: Run,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
     pick: Annotated[
-        str, typer.Option("--pick", help="Trial to export: knee, best, trial:7, cost<=0.5 or accuracy>=0.87.")
+        str,
+        typer.Option(
+            "--pick",
+            help="Trial to export: knee, best, trial:7, cost<=0.5, or by the metric: top1>=0.87, psnr>=28.5, bpc<=1.2.",
+        ),
     ] = "knee",
     to: Annotated[
         str,
@@ -73,7 +76,7 @@ def export(
 ) -> None:
     """Export a config with its weights and scales."""
     exported = api.results.export_run(run, out, pick, to, allow_lossy, verify)
-    scores = ", ".join(f"{split} {percent(score)}" for split, score in exported.scores.items())
+    scores = ", ".join(f"{split} {exported.metric.show(score)}" for split, score in exported.scores.items())
     print(f"trial {exported.trial.number}, cost {exported.trial.cost:.4f}: {scores}; written to {exported.path}")
     for conversion in exported.conversions:
         print(f"converted: {conversion}")
@@ -112,4 +115,4 @@ def import_(
         print(f"written to {imported.path}")
     if imported.trial is not None:
         place = "on the front" if imported.on_front else "dominated"
-        print(f"trial {imported.trial.number}: val {percent(imported.trial.accuracy)}, {place}")
+        print(f"trial {imported.trial.number}: val {imported.metric.show(imported.trial.score)}, {place}")

@@ -13,7 +13,7 @@ import typer
 
 from mpsearch import api
 from mpsearch.cli.base import Json, Run, Set, Study, app
-from mpsearch.cli.printing import duration, make_console, make_table, percent, print_json, print_lines
+from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines
 from mpsearch.cli.progress import FinalProgress, RunProgress
 from mpsearch.errors import RunError
 
@@ -72,9 +72,9 @@ def status(run: Run, json_: Json = False) -> None:
     for record in status.failures[-5:]:
         console.print(f"  trial {record.number} failed: {record.reason}", style="yellow", soft_wrap=True, markup=False)
     if status.pareto.trials:
-        best = status.pareto.best
+        best, metric = status.pareto.best, status.pareto.metric
         console.print(
-            f"best: trial {best.number}, {percent(best.accuracy)} at cost {best.cost:.3f}; "
+            f"best: trial {best.number}, {metric.name} {metric.show(best.score)} at cost {best.cost:.3f}; "
             f"{len(status.pareto)} on front"
         )
 
@@ -119,7 +119,7 @@ def rank(
     console = make_console()
     console.print(table)
     console.print(
-        "Kendall's tau against the accuracy after fine-tuning, with its 95 % interval; 1: the same order, 0: none.",
+        "Kendall's tau against the score after fine-tuning, with its 95 % interval; 1: the same order, 0: none.",
         highlight=False,
     )
 
@@ -138,7 +138,8 @@ def finalize(run: Run, json_: Json = False) -> None:
     console = make_console()
     console.print(table)
     print_lines(finals.proxies.lines(), console)
-    scores = f"float: val {percent(finals.float_val)}, test {percent(finals.float_test)}"
+    metric = finals.metric
+    scores = f"float: {metric.name} on val {metric.show(finals.float_val)}, test {metric.show(finals.float_test)}"
     print_lines([scores, f"report: {finals.report}"], console)
 
 
@@ -170,19 +171,20 @@ def _follow(search: Callable[[RunProgress], api.runs.RunResult], json_: bool) ->
 
 def _print_front(front: api.runs.Front) -> None:
     """The front and the rungs of the uniform ladder, by rising cost; without pandas, which takes a second to import."""
-    pareto = front.pareto
+    pareto, metric = front.pareto, front.pareto.metric
     if not pareto.trials:
         raise RunError("no trial is complete: there is no front yet; see why with `mpsearch status RUN`")
     on_front = {trial.number for trial in pareto}
     dominated = [trial for trial in pareto.ladder if trial.number not in on_front]
-    columns = (">trial", "origin", ">accuracy, val", ">cost", ">weight bits", ">activation bits", "")
-    table = make_table(*columns, "over uniform, points (95 %)")
+    columns = (">trial", "origin", f">{metric.name}, val", ">cost", ">weight bits", ">activation bits", "")
+    over = f"over uniform, {metric.difference_unit}" if metric.difference_unit else "over uniform"
+    table = make_table(*columns, f"{over} (95 %)")
     for trial in sorted((*pareto, *dominated), key=lambda trial: trial.cost or 0.0):
         weight_bits, activation_bits = trial.config.mean_bits
         table.add_row(
             str(trial.number),
             trial.origin,
-            percent(trial.accuracy),
+            metric.show(trial.score),
             f"{trial.cost:.4f}",
             f"{weight_bits:.1f}",
             f"{activation_bits:.1f}",

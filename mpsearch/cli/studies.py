@@ -10,7 +10,7 @@ import typer
 
 from mpsearch import api
 from mpsearch.cli.base import Json, Set, Study, app
-from mpsearch.cli.printing import duration, make_console, make_table, percent, print_json, print_lines
+from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines
 
 if TYPE_CHECKING:
     from mpsearch.precision import Precision
@@ -32,7 +32,9 @@ def check(study: Study, set_: Set = None, json_: Json = False) -> None:
         console.print(line, soft_wrap=True)
     for warning in checked.warnings:
         console.print(f"[yellow]Warning:[/] {warning}", soft_wrap=True, highlight=False)
-    console.print(f"Float model: {percent(checked.float_val)} on val ({checked.float_source}).")
+    console.print(
+        f"Float model: {checked.metric.name} {checked.metric.show(checked.float_val)} on val ({checked.float_source})."
+    )
     console.print(
         f"One trial should take about {duration(checked.trial_s)} run alone without compilation; {search.trials} "
         f"trials, {search.concurrency} at a time, about {duration(checked.search_s)} on {os.cpu_count()} cores.",

@@ -73,17 +73,18 @@ def document(diagnosis: Diagnosis, study: str = "STUDY") -> dict[str, Any]:
     - `attempts`: `action`, `side`, `layers`; `advice`: `action`, `text`, `layers`, `command`;
     - `histograms`: `layer`, `side`, `precision`, `edges`, `before`, `after`.
 
-    Scores are `accuracy` (the metric in percent, as `float_val`), `drop` (points lost), `drop_error` (a bound on its
-    standard error, points), `divergence` (nats), `changed` (percent of the samples with another first answer).
+    `metric` is what scores are: its name, direction and unit. Scores are `score` (as `float_val`), `drop` (by how much
+    it is worse), `drop_error` (a bound on its standard error), `divergence` (nats), `changed` (the share of the samples
+    with another first answer).
     """
 
     def score(value: Score) -> dict[str, float | None]:
         return {
-            "accuracy": _number(100 * value.accuracy),
-            "drop": _number(100 * diagnosis.drop(value)),
-            "drop_error": _number(100 * diagnosis.drop_error(value)),
+            "score": _number(value.value),
+            "drop": _number(diagnosis.drop(value)),
+            "drop_error": _number(diagnosis.drop_error(value)),
             "divergence": _number(value.divergence),
-            "changed": _number(100 * value.changed),
+            "changed": _number(value.changed),
         }
 
     def tensor(facts: TensorFacts | None) -> dict[str, Any] | None:
@@ -92,9 +93,9 @@ def document(diagnosis: Diagnosis, study: str = "STUDY") -> dict[str, Any]:
         return {"precision": str(facts.precision), "sqnr_db": _number(facts.sqnr_db), **score(facts.alone)}
 
     return {
-        "metric": diagnosis.metric,
+        "metric": diagnosis.metric.to_json(),
         "samples": diagnosis.samples,
-        "float_val": _number(100 * diagnosis.float_accuracy),
+        "float_val": _number(diagnosis.float_score),
         "sane": diagnosis.sane,
         "sanity": score(diagnosis.sanity),
         "parts": {
@@ -162,13 +163,13 @@ def _steps(diagnosis: Diagnosis) -> list[Advice]:
 
 def _side_steps(diagnosis: Diagnosis, side: Side) -> Iterator[Advice]:
     """What is to be tried for one side that is a problem."""
-    part = SIDES[side]
+    part, metric = SIDES[side], diagnosis.metric
     without = diagnosis.parts[part]
     tried = {attempt.action: attempt for attempt in diagnosis.attempts if attempt.side == side}
 
     def outcome(attempt: Attempt) -> str:
         return (
-            f"{part} alone then score {100 * attempt.score.accuracy:.2f} % instead of {100 * without.accuracy:.2f} % "
+            f"{part} alone then score {metric.show(attempt.score.value)} instead of {metric.show(without.value)} "
             f"(divergence {attempt.score.divergence:.3g} instead of {without.divergence:.3g})"
         )
 
@@ -176,7 +177,7 @@ def _side_steps(diagnosis: Diagnosis, side: Side) -> Iterator[Advice]:
         attempt = tried.get(action)
         if attempt is None or not math.isfinite(attempt.score.divergence):
             return None
-        worse = attempt.score.accuracy < without.accuracy
+        worse = metric.better(without.value, than=attempt.score.value)
         return None if worse or attempt.score.divergence >= HELPS * without.divergence else attempt
 
     if attempt := helped("cle"):
@@ -228,7 +229,8 @@ def _listed(diagnosis: Diagnosis, names: Sequence[str]) -> str:
 
 
 def _scored(diagnosis: Diagnosis, score: Score) -> str:
-    return f"{100 * score.accuracy:.2f} %, float {100 * diagnosis.float_accuracy:.2f} %"
+    metric = diagnosis.metric
+    return f"{metric.name} {metric.show(score.value)}, float {metric.show(diagnosis.float_score)}"
 
 
 def _shorthand(config: PrecisionConfig) -> str | None:

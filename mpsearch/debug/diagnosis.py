@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from mpsearch.metric import Metric
 from mpsearch.precision import BITS, FLOAT, LayerPrecision, Precision, PrecisionConfig
 
 Side = Literal["weight", "activation"]
@@ -28,7 +29,7 @@ WORST = 3
 class Score:
     """How a network does beside the float one, on the same samples."""
 
-    accuracy: float  # the task's metric
+    value: float  # of the task's metric
     divergence: float  # of its logits from the float model's, nats
     changed: float  # share of samples with another first answer
 
@@ -84,9 +85,9 @@ class Diagnosis:
     """Everything that was measured. Where the sanity check failed, nothing behind it was."""
 
     config: PrecisionConfig
-    metric: str  # what an accuracy is
+    metric: Metric  # what a score is
     samples: int  # of the validation split
-    float_accuracy: float
+    float_score: float
     sanity: Score  # quantizers inserted, everything at float precision
     parts: Mapping[Part, Score]
     layers: tuple[LayerFacts, ...]
@@ -101,8 +102,8 @@ class Diagnosis:
         return self.sanity.divergence <= SANE
 
     def drop(self, score: Score) -> float:
-        """The accuracy lost against the float model."""
-        return self.float_accuracy - score.accuracy
+        """How much worse a score is than the float model's, in its unit."""
+        return self.metric.gain(self.float_score, over=score.value)
 
     def drop_error(self, score: Score) -> float:
         """A bound on the standard error of `drop`, which only samples with another answer contribute to."""
@@ -110,7 +111,7 @@ class Diagnosis:
 
     def harmful(self, part: Part) -> bool:
         """Whether a part loses more than the tolerance; NaN does."""
-        return not self.drop(self.parts[part]) <= TOLERANCE * self.float_accuracy
+        return not self.drop(self.parts[part]) <= TOLERANCE * abs(self.float_score)
 
     def ranked(self, side: Side) -> list[tuple[LayerFacts, TensorFacts]]:
         """The layers quantized on this side, the one that moves the logits most first."""

@@ -1,10 +1,10 @@
-"""Where a quantized network loses its accuracy, and what to try: the white paper's debugging flow (arXiv 2106.08295).
+"""Where a quantized network loses its score, and what to try: the white paper's debugging flow (arXiv 2106.08295).
 
     32-bit sanity -> weights alone, activations alone -> each layer alone -> its values -> remedies, each tried alone
 
 `diagnose` measures, `advise` is the decision tree over what was measured. Scores are of the validation split only;
 ranges are of least squared error, on training data. BatchNorm is folded first, because a folded weight is what a scale
-has to cover. The accuracy that one layer costs is often within the noise of the sample, so layers are ranked by how far
+has to cover. The score that one layer costs is often within the noise of the sample, so layers are ranked by how far
 they move the logits: the Jeffreys divergence from the float model's, in nats.
 
 We differ from the paper in trying the remedies that take seconds (one scale per channel, equalization, bias
@@ -53,7 +53,7 @@ from mpsearch.quant.prepare import (
     set_precision,
     weight_rows,
 )
-from mpsearch.task.scoring import evaluate, logits_of
+from mpsearch.task.scoring import evaluate, logits_of, metric_of
 from mpsearch.task.task import Task
 from mpsearch.train import jeffreys
 
@@ -63,7 +63,7 @@ HISTOGRAM_SAMPLES = 4096  # activations kept of each layer and batch
 
 
 def diagnose(task: Task, config: PrecisionConfig | LayerPrecision, observer: Observer = SILENT) -> Diagnosis:
-    """Measure where `config` costs the task's network its accuracy.
+    """Measure where `config` costs the task's network its score.
 
     Args:
         task: its val split is scored some (2 x layers + 10) times: give a sampled one.
@@ -86,7 +86,17 @@ def diagnose(task: Task, config: PrecisionConfig | LayerPrecision, observer: Obs
     workbench = _Workbench(net, layers, config, calibration_input, scorer, device)
     sanity = workbench.score(_keep(config, None))
     diagnosis = Diagnosis(
-        config, task.metric, scorer.samples, scorer.float_accuracy, sanity, {}, (), (), (), graph.notes + net.notes, 0.0
+        config,
+        metric_of(task),
+        scorer.samples,
+        scorer.float_score,
+        sanity,
+        {},
+        (),
+        (),
+        (),
+        graph.notes + net.notes,
+        0.0,
     )
     observer.on_stage("float model, and quantizers at 32 bits", 1, 1)
     if diagnosis.sane:
@@ -124,16 +134,16 @@ class _Scorer:
 
     def __init__(self, task: Task, float_model: nn.Module) -> None:
         self.task = task
-        self.float_accuracy, self._logits = self._run(float_model)
+        self.float_score, self._logits = self._run(float_model)
         self.samples = len(self._logits)
 
     def __call__(self, model: nn.Module) -> Score:
-        accuracy, logits = self._run(model)
+        value, logits = self._run(model)
         changed = logits.argmax(dim=1) != self._logits.argmax(dim=1)
-        return Score(accuracy, float(jeffreys(logits, self._logits)), float(changed.float().mean()))
+        return Score(value, float(jeffreys(logits, self._logits)), float(changed.float().mean()))
 
     def _run(self, model: nn.Module) -> tuple[float, Tensor]:
-        """The accuracy on val, and the logits `(n, classes)` that it came from."""
+        """The score on val, and the logits `(n, classes)` that it came from."""
         batches: list[Tensor] = []
 
         def keep(_model: nn.Module, _args: Any, output: Any) -> None:
@@ -141,12 +151,12 @@ class _Scorer:
 
         handle = model.register_forward_hook(keep)
         try:
-            accuracy = evaluate(self.task, model, "val")
+            score = evaluate(self.task, model, "val")
         finally:
             handle.remove()
         if not batches:
             raise TaskError(f"evaluate of task '{self.task.name}' did not call the model that it was given")
-        return accuracy, torch.cat(batches)
+        return score, torch.cat(batches)
 
 
 class _Workbench:

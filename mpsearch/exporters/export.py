@@ -71,7 +71,7 @@ def export(
             document = {
                 **fitted.document(SCHEMA),
                 "target": to,
-                "converted": [conversion.to_json() for conversion in conversions],  # accuracy was measured before this
+                "converted": [conversion.to_json() for conversion in conversions],  # the score was measured before this
                 **target.save(fitted, path),
             }
             write_json(path / MANIFEST, document)

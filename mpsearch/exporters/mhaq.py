@@ -139,10 +139,11 @@ def _check_structure(network: QuantizedNetwork) -> None:
 
 
 def _recipe_of_others(network: QuantizedNetwork) -> Recipe:
-    if network.metric not in TOP_K:
+    metric = None if network.metric is None else network.metric.name
+    if metric not in (None, *TOP_K):
         raise ExportError(
             f"MHAQ trains classifiers, its RFDN and its yolo_v11_n; '{network.name}' is none of these networks and is "
-            f"scored by {network.metric}: export to another format, as native or onnx"
+            f"scored by {metric}: export to another format, as native or onnx"
         )
     return CLASSES
 

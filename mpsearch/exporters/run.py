@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mpsearch.exporters.export import VERIFIED_ON, Exported, export
 from mpsearch.exporters.targets import find_target
+from mpsearch.metric import Metric
 from mpsearch.problem import reopen
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.record import RunFolder, TrialRecord
@@ -16,18 +17,19 @@ from mpsearch.search.kept import trained_model
 
 def export_run(
     run: str | Path, pick: str, to: str, path: str | Path, *, allow_lossy: bool = False, verify: bool = True
-) -> tuple[Exported, TrialRecord, Mapping[str, float | None]]:
+) -> tuple[Exported, TrialRecord, Mapping[str, float | None], Metric]:
     """Export the trial of a run that `pick` names, with its finally trained weights if it was finalized.
 
     Returns:
-        where it is and what was converted, the trial, and the accuracies by split of the weights that were exported.
+        where it is and what was converted, the trial, the scores by split of the weights that were exported, and
+        what these scores are.
 
     Raises:
         MpsearchError: no such run, trial or format, the export cannot be written, or answers otherwise.
     """
     find_target(to)  # before anything is trained again
     folder = RunFolder.open(run)
-    record = pick_trial(folder.records(), pick)
+    record = pick_trial(folder.records(), pick, folder.metric)
     problem = reopen(folder)
     model, measured = trained_model(problem, folder, record)
     spec = problem.spec
@@ -36,11 +38,12 @@ def export_run(
         problem.graph.layers,
         name=spec.task.model or spec.task.factory or problem.task.name,
         task=problem.task.name,
-        metric=problem.task.metric,
-        accuracy=measured,
+        metric=problem.metric,
+        score=measured,
         cost={"model": spec.cost.model, "reference": spec.cost.reference, "relative": problem.cost(record.config)},
         example_input=problem.task.calibration_input(2),
         samples=problem.task.calibration_input(VERIFIED_ON),
         float_model=problem.task.float_model(),
     )
-    return export(network, to, path, allow_lossy=allow_lossy, verify=verify), record, measured
+    exported = export(network, to, path, allow_lossy=allow_lossy, verify=verify)
+    return exported, record, measured, problem.metric

@@ -21,6 +21,7 @@ from mpsearch.errors import PrecisionError, TaskError, nearest
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.kinds import kind_of
+from mpsearch.metric import Metric
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
 from mpsearch.ptq.adaround import STEPS, adaround, input_of
 from mpsearch.ptq.bias import correct_bias_analytically, correct_bias_empirically
@@ -117,10 +118,10 @@ class PtqResult:
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     notes: tuple[str, ...] = ()  # what was left out and why, in words
 
-    def network(self, *, name: str, task: str, metric: str, accuracy: Mapping[str, float | None]) -> QuantizedNetwork:
+    def network(self, *, name: str, task: str, metric: Metric, score: Mapping[str, float | None]) -> QuantizedNetwork:
         """What `mpsearch.export` takes."""
         structure = structure_of(self.net, self.model)
-        return QuantizedNetwork(self.model, self.layers, name, task, metric, accuracy, structure=structure)
+        return QuantizedNetwork(self.model, self.layers, name, task, metric, score, structure=structure)
 
 
 def ptq(

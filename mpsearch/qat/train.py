@@ -56,11 +56,11 @@ RECIPES: Mapping[str, Mapping[str, Train]] = {
 
 @dataclass(frozen=True)
 class Scored:
-    """A trained network with its accuracies, as shares, and its relative cost."""
+    """A trained network with its scores and its relative cost."""
 
     trained: Trained
-    float_accuracy: Mapping[str, float]  # by split
-    accuracy: Mapping[str, float]
+    float_score: Mapping[str, float]  # by split
+    score: Mapping[str, float]
     cost: float
     fixed: tuple[str, ...]  # the layers that the space fixes, with the precisions that they keep
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mpsearch.graph.facts import LayerInfo
+from mpsearch.metric import Metric
 from mpsearch.precision import PrecisionConfig
 from mpsearch.quant.network import QuantizedNetwork
 
@@ -25,6 +26,6 @@ class Trained:
     notes: tuple[str, ...] = ()  # what was left out and why, in words
     structure: Mapping[str, Any] | None = None  # how the network was changed before it was quantized
 
-    def network(self, *, name: str, task: str, metric: str, accuracy: Mapping[str, float | None]) -> QuantizedNetwork:
+    def network(self, *, name: str, task: str, metric: Metric, score: Mapping[str, float | None]) -> QuantizedNetwork:
         """What `mpsearch.export` takes."""
-        return QuantizedNetwork(self.model, self.layers, name, task, metric, accuracy, structure=self.structure)
+        return QuantizedNetwork(self.model, self.layers, name, task, metric, score, structure=self.structure)

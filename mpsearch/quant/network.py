@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mpsearch.graph.facts import LayerInfo
+from mpsearch.metric import Metric
 from mpsearch.precision import PrecisionConfig
 from mpsearch.quant.prepare import quant_layers
 
@@ -22,8 +23,8 @@ class QuantizedNetwork:
         layers: the layers of the float model that it was made from.
         name: the network's name.
         task: what it was measured on.
-        metric: what `accuracy` is.
-        accuracy: measured accuracies by split.
+        metric: what `score` is.
+        score: measured scores by split.
         cost: `{"model", "reference", "relative"}`.
         structure: how the network was changed before it was quantized, as `mpsearch.ptq.fold.structure_of` says it.
         example_input: one batch of model input, for the targets that trace (`onnx`, `qonnx`).
@@ -35,8 +36,8 @@ class QuantizedNetwork:
     layers: tuple[LayerInfo, ...]
     name: str
     task: str
-    metric: str = "top1"
-    accuracy: Mapping[str, float | None] = field(default_factory=dict)
+    metric: Metric | None = None
+    score: Mapping[str, float | None] = field(default_factory=dict)
     cost: Mapping[str, Any] | None = None
     structure: Mapping[str, Any] | None = None
     example_input: Any = None
@@ -63,10 +64,11 @@ class QuantizedNetwork:
             "mpsearch": version("mpsearch"),
             "model": self.name,
             "task": self.task,
-            "metric": self.metric,
-            "accuracy": dict(self.accuracy),
             "layers": self.config.to_json(),
         }
+        if self.metric is not None:
+            facts = {"metric": self.metric.name, "direction": self.metric.direction, "unit": self.metric.unit}
+            document |= {**facts, "score": dict(self.score)}
         if self.cost is not None:
             document["cost"] = dict(self.cost)
         return document

@@ -56,7 +56,10 @@ class RunArtifacts:
         if name == "bits.svg":
             table = config_table(record.config, self._layers, self._facts.cost)
             return svg(figures.network(table), f"{title}: bits by layer")
-        return svg(figures.training(record.curve), f"{title}: accuracy on val during the fine-tune")
+        return svg(
+            figures.training(record.curve, self._facts.metric),
+            f"{title}: {self._facts.metric.name} on val during the fine-tune",
+        )
 
 
 def config_json(record: TrialRecord, facts: ProblemFacts) -> str:
@@ -65,8 +68,10 @@ def config_json(record: TrialRecord, facts: ProblemFacts) -> str:
     document = {
         "model": spec.task.model or facts.task_name,
         "task": facts.task_name,
-        "metric": facts.metric,
-        "accuracy": {"val": record.accuracy},
+        "metric": facts.metric.name,
+        "direction": facts.metric.direction,
+        "unit": facts.metric.unit,
+        "score": {"val": record.score},
         "cost": {"model": spec.cost.model, "reference": spec.cost.reference, "relative": record.cost},
         "layers": record.config.to_json(),
     }

@@ -196,7 +196,7 @@ def study_attributes(run: RunData, facts: ProblemFacts) -> dict[str, str | float
     spec, reference = facts.spec, run.cost.reference
     return {
         "task": facts.task_name,
-        "metric": f"{facts.metric} on val",
+        "metric": f"{facts.metric.name} on val, {facts.metric.direction}d",
         "cost model": spec.cost.model,
         "reference": f"{spec.cost.reference}, {reference.total:.4g} {reference.unit} a sample",
         "search space": facts.space.name,
@@ -216,16 +216,21 @@ def study_note(run: RunData, facts: ProblemFacts, folder: RunFolder) -> str:
     lines += [f"**Trials**: {ended or 'none has ended yet'}, of {spec.search.trials} wanted.", ""]
     if run.front.trials:
         lines += [
-            "| trial | origin | accuracy, val | cost | weight bits | activation bits | |",
+            f"| trial | origin | {run.metric.name}, val | cost | weight bits | activation bits | |",
             "|--:|--|--:|--:|--:|--:|--|",
         ]
         for trial in run.front.trials:
             bits = " | ".join(f"{mean:.2f}" for mean in trial.config.mean_bits)
             place = "knee" if trial is run.front.knee else ""
             lines.append(
-                f"| {trial.number} | {trial.origin} | {_percent(trial)} | {trial.cost:.4f} | {bits} | {place} |"
+                f"| {trial.number} | {trial.origin} | {run.metric.show(trial.score)} | {trial.cost:.4f} | {bits} "
+                f"| {place} |"
             )
-        lines += ["", f"Hypervolume {run.front.hypervolume(run.cheapest):.4f}.", ""]
+        lines += [
+            "",
+            f"Hypervolume {run.front.hypervolume(run.cheapest, run.scores):.4f}, {run.scores.said(run.metric)}.",
+            "",
+        ]
     lines += [
         "A trial's number here is its attribute `number`; Optuna counts in the order of ending.",
         "",
@@ -247,8 +252,8 @@ def trial_note(record: TrialRecord, run: RunData, folder: RunFolder) -> str:
         place = f"{record.state}: {record.reason or 'no reason given'}"
     weight, inputs = record.config.mean_bits
     lines = [f"{_TRIAL_NOTE}{record.number}**, proposed by {record.origin}: {place}.", ""]
-    if record.accuracy is not None and record.cost is not None:
-        lines.append(f"- accuracy on val {_percent(record)}, relative cost {record.cost:.4f}")
+    if record.score is not None and record.cost is not None:
+        lines.append(f"- {run.metric.name} on val {run.metric.show(record.score)}, relative cost {record.cost:.4f}")
     lines += [
         f"- mean bits: weights {weight:.2f}, inputs {inputs:.2f}",
         f"- {record.wall.total_s:.1f} s, of which {record.wall.train_s:.1f} s training",
@@ -256,8 +261,8 @@ def trial_note(record: TrialRecord, run: RunData, folder: RunFolder) -> str:
     final = run.finals[run.finals.number == record.number]
     if len(final):
         row = final.iloc[0]
-        spread = "" if row.test_std != row.test_std else f" ± {row.test_std:.2f}"
-        lines.append(f"- after final training: test {row.test:.2f}{spread} %, {row.seeds:.0f} seeds")
+        spread = "" if row.test_std != row.test_std else f" ± {run.metric.show(row.test_std)}"
+        lines.append(f"- after final training: test {run.metric.show(row.test)}{spread}, {row.seeds:.0f} seeds")
     if record.state == "complete":
         lines += ["", f"`mpsearch export {folder.path} --pick trial:{record.number} --to native -o OUT`"]
     return "\n".join(lines)
@@ -299,9 +304,9 @@ def _view(folder: RunFolder, facts: ProblemFacts) -> OptunaView:
     spec, space, budget = facts.spec, facts.space, facts.spec.cost.budget
     if spec.storage == "none":
         storage = optuna.storages.InMemoryStorage()
-        return OptunaView(storage, spec.name, space, budget, folder.records(), facts.cost)
+        return OptunaView(storage, spec.name, space, facts.metric, budget, folder.records(), facts.cost)
     records = [] if folder.driven else folder.records()
-    view = open_view(spec.storage, folder, spec.name, space, budget, records, facts.cost)
+    view = open_view(spec.storage, folder, spec.name, space, facts.metric, budget, records, facts.cost)
     assert view is not None
     return view
 
@@ -315,10 +320,6 @@ def _existing(url: str) -> BaseStorage:
     if not storage.get_all_studies():
         raise RunError(f"{url} holds no study: start one with `mpsearch run STUDY --set storage={url}`")
     return storage
-
-
-def _percent(record: TrialRecord) -> str:
-    return f"{100 * (record.accuracy or 0.0):.2f} %"
 
 
 def _digest(text: str) -> str:

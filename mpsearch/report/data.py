@@ -12,6 +12,7 @@ import pandas as pd
 from mpsearch.cost.model import RelativeCost
 from mpsearch.facts import ProblemFacts, read_facts
 from mpsearch.graph.facts import LayerInfo
+from mpsearch.metric import Metric
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord
 from mpsearch.report.tables import (
     best_table,
@@ -25,7 +26,7 @@ from mpsearch.report.tables import (
     trials_table,
 )
 from mpsearch.report.weights import histograms, ranges_table
-from mpsearch.search.front import ParetoFront, pareto_front
+from mpsearch.search.front import ParetoFront, ScoreRange, pareto_front, score_range, scores_of
 from mpsearch.search.values import read_values
 
 
@@ -38,9 +39,11 @@ class RunData:
     """
 
     name: str
+    metric: Metric  # what scores are
     cost: RelativeCost
     reference: str  # the config that costs 1, as w8a8
     cheapest: float  # relative cost of the cheapest config of the space
+    scores: ScoreRange  # the score axis of the hypervolume
     records: tuple[TrialRecord, ...]
     front: ParetoFront
     trials: pd.DataFrame
@@ -62,7 +65,9 @@ class RunData:
         layers: Sequence[LayerInfo],
         cost: RelativeCost,
         cheapest: float,
+        metric: Metric,
         reference: str = "w8a8",
+        float_score: float | None = None,
         finals: Sequence[FinalRecord] = (),
         descent: pd.DataFrame | None = None,
         ranges: pd.DataFrame | None = None,
@@ -76,7 +81,9 @@ class RunData:
             layers: the layers of the network.
             cost: prices configs.
             cheapest: relative cost of the cheapest config of the space.
+            metric: what scores are.
             reference: what costs 1.
+            float_score: of the float network on val, where it is known.
             finals: every final training so far.
             descent: as from `descent_table`.
             ranges: as from `weights.ranges_table`, of the knee.
@@ -85,22 +92,25 @@ class RunData:
         Raises:
             CostError: `cheapest` is no cost.
         """
-        front = pareto_front(records)
+        front = pareto_front(records, metric)
+        scores = score_range(scores_of(records), metric, float_score)
         known = layers_table(layers, cost)
         empty = pd.DataFrame()
         return cls(
             name=name,
+            metric=metric,
             cost=cost,
             reference=reference,
             cheapest=cheapest,
+            scores=scores,
             records=tuple(records),
             front=front,
-            trials=trials_table(records).assign(config=[config_text(record.config) for record in records]),
+            trials=trials_table(records, metric).assign(config=[config_text(record.config) for record in records]),
             layers=known,
-            bits=bits_table(records, list(known.layer)),
+            bits=bits_table(records, list(known.layer), metric),
             config=config_table(front.knee.config, known, cost) if front.trials else empty,
-            progress=progress_table(records, cheapest),
-            best=best_table(records, cheapest),
+            progress=progress_table(records, cheapest, metric, scores),
+            best=best_table(records, cheapest, metric),
             finals=finals_table(records, finals),
             descent=empty if descent is None else descent,
             ranges=empty if ranges is None else ranges,
@@ -126,7 +136,7 @@ def read_run(run: str | Path | RunFolder, facts: ProblemFacts | None = None) -> 
     if log.exists():
         descent = descent_table(json.loads(log.read_text(encoding="utf-8"))["log"], facts.space.slots)
     ranges, weights = None, None
-    front, values = pareto_front(records), read_values(folder)
+    front, values = pareto_front(records, facts.metric), read_values(folder)
     if front.trials and values is not None and values.config == front.knee.config.digest:  # else of an earlier knee
         ranges, weights = ranges_table(values, front.knee.config), histograms(values, front.knee.config)
     return RunData.of(
@@ -135,7 +145,9 @@ def read_run(run: str | Path | RunFolder, facts: ProblemFacts | None = None) -> 
         facts.graph.layers,
         facts.cost,
         facts.cheapest,
+        facts.metric,
         facts.spec.cost.reference,
+        facts.float_scores.get("val"),
         folder.finals(),
         descent,
         ranges,

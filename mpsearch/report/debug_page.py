@@ -1,4 +1,4 @@
-"""The page of `mpsearch debug`: where a quantized network loses its accuracy, and what to try."""
+"""The page of `mpsearch debug`: where a quantized network loses its score, and what to try."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from mpsearch.debug.diagnosis import SIDES, TOLERANCE, Diagnosis, TensorFacts
 from mpsearch.report import figures
 from mpsearch.report.parts import figure, note, section, table, write_page
 
-STAGE_COLUMNS = ("quantized", "", "accuracy, %", "points lost", "divergence, nats", "answers changed, %")
 _ACTION_WORDS = {
     "cle": "cross-layer equalization",
     "per_channel": "one scale per output channel",
@@ -41,7 +40,7 @@ def write_debug_page(
     """
     sections = [
         section("What to try", _advice(advise(diagnosis, study))),
-        section("Where accuracy is lost", _stages(diagnosis)),
+        section(f"Where {diagnosis.metric.name} is lost", _stages(diagnosis)),
     ]
     if diagnosis.layers:
         sections.append(section("Layer by layer", _layers(diagnosis)))
@@ -54,9 +53,9 @@ def write_debug_page(
 
 def summary(diagnosis: Diagnosis) -> list[str]:
     """What was scored and on what, and the layers that stand out, a paragraph each."""
-    whole = diagnosis.parts.get("all", diagnosis.sanity)
+    metric, whole = diagnosis.metric, diagnosis.parts.get("all", diagnosis.sanity)
     lines = [
-        f"{100 * whole.accuracy:.2f} % quantized, {100 * diagnosis.float_accuracy:.2f} % float: {diagnosis.metric} on "
+        f"{metric.show(whole.value)} quantized, {metric.show(diagnosis.float_score)} float: {metric.name} on "
         f"{diagnosis.samples} samples of the validation split. BatchNorm is folded, ranges are of least squared error."
     ]
     worst = [f"{side}s of {', '.join(names)}" for side in SIDES if (names := diagnosis.worst(side))]
@@ -65,9 +64,16 @@ def summary(diagnosis: Diagnosis) -> list[str]:
     return lines
 
 
+def stage_columns(diagnosis: Diagnosis) -> tuple[str, ...]:
+    """The heads of `stage_rows`."""
+    metric = diagnosis.metric
+    return ("quantized", "", metric.label, metric.lost, "divergence, nats", "answers changed, %")
+
+
 def stage_rows(diagnosis: Diagnosis) -> list[list[str]]:
-    """A row per stage of the flow, by `STAGE_COLUMNS`."""
-    rows = [["float", "", f"{100 * diagnosis.float_accuracy:.2f}", "", "", ""]]
+    """A row per stage of the flow, by `stage_columns`."""
+    metric = diagnosis.metric
+    rows = [["float", "", metric.number(diagnosis.float_score), "", "", ""]]
     stages = [("quantizers at 32 bits", diagnosis.sanity, not diagnosis.sane)]
     words = {"weights": "weights alone", "activations": "activations alone", "all": "all"}
     stages += [(words[part], score, diagnosis.harmful(part)) for part, score in diagnosis.parts.items()]
@@ -76,8 +82,8 @@ def stage_rows(diagnosis: Diagnosis) -> list[list[str]]:
             [
                 words_,
                 "problem" if bad else "fine",
-                f"{100 * score.accuracy:.2f}",
-                f"{100 * diagnosis.drop(score):.2f} ± {100 * diagnosis.drop_error(score):.2f}",
+                metric.number(score.value),
+                f"{metric.number(diagnosis.drop(score))} ± {metric.number(diagnosis.drop_error(score))}",
                 f"{score.divergence:.3g}",
                 f"{100 * score.changed:.1f}",
             ]
@@ -88,14 +94,19 @@ def stage_rows(diagnosis: Diagnosis) -> list[list[str]]:
 def sweep_table(diagnosis: Diagnosis) -> pd.DataFrame:
     """A row per layer, in the network's order; NaN where the config leaves a tensor float.
 
-    Columns: layer, kind, channel_ratio, and for weight_ and activation_: precision, sqnr_db, drop (points),
-    divergence (nats).
+    Columns: layer, kind, channel_ratio, and for weight_ and activation_: precision, sqnr_db, drop (by how much
+    the score is worse, as it is shown), divergence (nats).
     """
 
     def facts(tensor: TensorFacts | None) -> tuple[str, float, float, float]:
         if tensor is None:
             return "float", nan, nan, nan
-        return str(tensor.precision), tensor.sqnr_db, 100 * diagnosis.drop(tensor.alone), tensor.alone.divergence
+        return (
+            str(tensor.precision),
+            tensor.sqnr_db,
+            diagnosis.metric.factor * diagnosis.drop(tensor.alone),
+            tensor.alone.divergence,
+        )
 
     rows = [
         (layer.name, layer.kind, layer.channel_ratio, *facts(layer.weight), *facts(layer.activation))
@@ -118,19 +129,19 @@ def _stages(diagnosis: Diagnosis) -> str:
         f"A part is a problem if it loses more than {TOLERANCE:.0%} of the float score. Divergence: Jeffreys, of the "
         "logits from the float model's. ±: a bound on the standard error."
     )
-    return table(STAGE_COLUMNS, stage_rows(diagnosis), texts={0, 1}) + note(about)
+    return table(stage_columns(diagnosis), stage_rows(diagnosis), texts={0, 1}) + note(about)
 
 
 def _layers(diagnosis: Diagnosis) -> str:
-    layers = sweep_table(diagnosis)
+    layers, metric = sweep_table(diagnosis), diagnosis.metric
     caption = "Each layer quantized alone, everything else float. Farther to the right is worse."
-    drawn = figure(figures.sweep(layers), "sweep", caption)
+    drawn = figure(figures.sweep(layers, metric), "sweep", caption)
     columns = ["layer", "kind", "channel ratio"]
     for side in SIDES:
-        columns += [side, "SQNR, dB", "points lost", "divergence"]
+        columns += [side, "SQNR, dB", metric.lost, "divergence"]
     rows = [
         [row[0], row[1], _shown(row[2], ".1f")]
-        + [_shown(value, form) for value, form in zip(row[3:], ("", ".1f", ".2f", ".2g") * 2, strict=True)]
+        + [_shown(value, form) for value, form in zip(row[3:], ("", ".1f", metric.format, ".2g") * 2, strict=True)]
         for row in layers.itertuples(index=False, name=None)
     ]
     about = (
@@ -153,7 +164,7 @@ def _histograms(diagnosis: Diagnosis) -> str:
 
 
 def _attempts(diagnosis: Diagnosis) -> str:
-    rows = []
+    rows, metric = [], diagnosis.metric
     for tried in diagnosis.attempts:
         without = diagnosis.parts[SIDES[tried.side]]
         rows.append(
@@ -161,13 +172,13 @@ def _attempts(diagnosis: Diagnosis) -> str:
                 _ACTION_WORDS[tried.action],
                 SIDES[tried.side],
                 ", ".join(tried.layers) if 0 < len(tried.layers) <= 3 else "all",
-                f"{100 * tried.score.accuracy:.2f}",
-                f"{100 * without.accuracy:.2f}",
+                metric.number(tried.score.value),
+                metric.number(without.value),
                 f"{tried.score.divergence:.3g}",
                 f"{without.divergence:.3g}",
             ]
         )
-    columns = ["remedy", "quantized alone", "layers", "accuracy, %", "without", "divergence", "without"]
+    columns = ["remedy", "quantized alone", "layers", metric.label, "without", "divergence", "without"]
     return table(columns, rows, texts={0, 1, 2})
 
 

@@ -20,14 +20,14 @@ from mpsearch.shipped import shipped_folder
 Page = Literal["report", "dashboard"]
 
 FIGURES: Mapping[str, Callable[[RunData], go.Figure | None]] = {
-    "front": lambda run: figures.front(run.trials, run.finals) if run.front.trials else None,
+    "front": lambda run: figures.front(run.trials, run.metric, run.finals) if run.front.trials else None,
     "network": lambda run: figures.network(run.config) if len(run.config) else None,
     "cost": lambda run: figures.cost_by_layer(run.config, knee_name(run), run.reference) if len(run.config) else None,
     "weight-bits": lambda run: figures.bits_heatmap(run.bits, "weight") if len(run.bits) else None,
     "input-bits": lambda run: figures.bits_heatmap(run.bits, "activation") if len(run.bits) else None,
-    "proxy": lambda run: figures.proxy(run.finals) if len(run.finals) else None,
+    "proxy": lambda run: figures.proxy(run.finals, run.metric) if len(run.finals) else None,
     "hypervolume": lambda run: figures.hypervolume(run.progress) if len(run.progress) else None,
-    "best": lambda run: figures.best_so_far(run.best) if len(run.best) else None,
+    "best": lambda run: figures.best_so_far(run.best, run.metric) if len(run.best) else None,
     "descent-weight": lambda run: figures.descent(run.descent, "weight") if len(run.descent) else None,
     "descent-input": lambda run: figures.descent(run.descent, "activation") if len(run.descent) else None,
     "weight-ranges": lambda run: figures.ranges(run.ranges, "weight") if _has(run, "weight") else None,
@@ -91,7 +91,12 @@ def knee_name(run: RunData) -> str:
 
 def words(text: str, run: RunData) -> str:
     """A text of the layout with the run's own names in it."""
-    return text.format(reference=run.reference, knee=run.front.knee.number if run.front.trials else "")
+    return text.format(
+        reference=run.reference,
+        knee=run.front.knee.number if run.front.trials else "",
+        metric=run.metric.name,
+        scores=run.scores.said(run.metric),
+    )
 
 
 def _has(run: RunData, tensor: str) -> bool:

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mpsearch.metric import Metric
 from mpsearch.record import TrialRecord
 from mpsearch.report import figures
 from mpsearch.report.data import RunData
@@ -78,13 +79,13 @@ def _outcome(run: RunData) -> str:
     if front.trials:
         knee, best = front.knee, front.best
         tiles = [
-            ("best", f"{100 * objectives(best)[0]:.2f} %", f"trial {best.number}, cost {objectives(best)[1]:.3g}"),
-            ("knee", f"{100 * objectives(knee)[0]:.2f} %", f"trial {knee.number}, cost {objectives(knee)[1]:.3g}"),
+            ("best", run.metric.show(objectives(best)[0]), f"trial {best.number}, cost {objectives(best)[1]:.3g}"),
+            ("knee", run.metric.show(objectives(knee)[0]), f"trial {knee.number}, cost {objectives(knee)[1]:.3g}"),
             ("front", str(len(front)), f"of {len(run.records):,} trials"),
-            ("hypervolume", f"{front.hypervolume(run.cheapest):.4f}", "1 cannot be reached"),
+            ("hypervolume", f"{front.hypervolume(run.cheapest, run.scores):.4f}", run.scores.said(run.metric)),
         ]
         if (baseline := front.nearest_uniform(objectives(knee)[1])) is not None:
-            lines.append(f"Uniform baseline nearest to the knee's cost: {_point(baseline)}.")
+            lines.append(f"Uniform baseline nearest to the knee's cost: {_point(baseline, run.metric)}.")
     reasons = Counter(trial.reason for trial in run.records if trial.state == "failed" and trial.reason)
     lines += [f"Failed {count}×: {reason}" for reason, count in reasons.most_common(5)]
     drawn = "".join(
@@ -104,7 +105,8 @@ def _picker(run: RunData) -> str:
     options = ""
     for label, trials in groups:
         rows = "".join(
-            f"<option value='{trial.number}'{' selected' if trial is run.front.knee else ''}>{_option(trial)}"
+            f"<option value='{trial.number}'{' selected' if trial is run.front.knee else ''}>"
+            f"{_option(trial, run.metric)}"
             f"{', knee' if trial is run.front.knee else ''}</option>"
             for trial in trials
         )
@@ -133,12 +135,12 @@ def _layers(run: RunData) -> str:
     columns = ("layer", "kind", "weight shape", "MACs", "weight", "input", "cost, %", f"{run.reference}, %")
     drawn = table(columns, rows, texts={0, 1, 2, 4, 5}, name="layers", escaped=True)
     about = f"Cost in percent of the whole network at {run.reference}."
-    title = "<h3 id='layers-title' aria-live='polite'>" + escape(_point(run.front.knee)) + "</h3>"
+    title = "<h3 id='layers-title' aria-live='polite'>" + escape(_point(run.front.knee, run.metric)) + "</h3>"
     return title + f"<div class='scroll' tabindex='0'>{drawn}</div>" + note(about)
 
 
 def _front(run: RunData) -> str:
-    columns = ("number", "origin", "accuracy, %", "relative cost", "mean weight bits", "mean activation bits", "")
+    columns = ("number", "origin", run.metric.label, "relative cost", "mean weight bits", "mean activation bits", "")
     trials = list(run.trials[run.trials.on_front].sort_values("relative_cost").pipe(rows_of))
     if not trials:
         return ""
@@ -146,7 +148,7 @@ def _front(run: RunData) -> str:
         (
             str(trial.number),
             str(trial.origin),
-            f"{trial.accuracy_percent:.2f}",
+            run.metric.number(trial.score),
             f"{trial.relative_cost:.4f}",
             f"{trial.weight_bits:.2f}",
             f"{trial.activation_bits:.2f}",
@@ -202,9 +204,12 @@ def _interactive(run: RunData) -> dict[str, Any]:
     letters, in percent of the reference.
     """
     drawn = {
-        row[0] for trace in figures.front(run.trials).data if trace.customdata is not None for row in trace.customdata
+        row[0]
+        for trace in figures.front(run.trials, run.metric).data
+        if trace.customdata is not None
+        for row in trace.customdata
     }
-    trials = [record for record in run.records if record.number in drawn and record.accuracy is not None]
+    trials = [record for record in run.records if record.number in drawn and record.score is not None]
     names = list(run.layers.layer)
     letters: dict[Any, str] = {}
     prices: list[dict[str, float]] = [{} for _ in names]
@@ -218,8 +223,8 @@ def _interactive(run: RunData) -> dict[str, Any]:
             if "".join(pair) not in known:
                 known["".join(pair)] = round(100 * run.cost.addend(name, record.config[name]), 4)
         weights, inputs = ("".join(side) for side in zip(*pairs, strict=True))
-        accuracy, cost = record.accuracy, record.cost
-        return {"title": _point(record), "accuracy": 100 * (accuracy or 0), "cost": cost, "w": weights, "a": inputs}
+        title, score = _point(record, run.metric), run.metric.factor * (record.score or 0.0)
+        return {"title": title, "score": score, "cost": record.cost, "w": weights, "a": inputs}
 
     return {
         "reference": run.reference,
@@ -233,15 +238,15 @@ def _interactive(run: RunData) -> dict[str, Any]:
     }
 
 
-def _option(trial: TrialRecord) -> str:
-    accuracy, cost = objectives(trial)
-    return f"{trial.number}: {100 * accuracy:.2f} %, cost {cost:.3g} ({trial.origin})"
+def _option(trial: TrialRecord, metric: Metric) -> str:
+    score, cost = objectives(trial)
+    return f"{trial.number}: {metric.show(score)}, cost {cost:.3g} ({trial.origin})"
 
 
-def _point(trial: TrialRecord) -> str:
-    if trial.accuracy is None or trial.cost is None:
+def _point(trial: TrialRecord, metric: Metric) -> str:
+    if trial.score is None or trial.cost is None:
         return f"trial {trial.number} ({trial.origin})"
-    return f"trial {trial.number} ({trial.origin}), {100 * trial.accuracy:.2f} % at relative cost {trial.cost:.3g}"
+    return f"trial {trial.number} ({trial.origin}), {metric.show(trial.score)} at relative cost {trial.cost:.3g}"
 
 
 def _shown(value: object) -> str:

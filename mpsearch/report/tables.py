@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby
@@ -11,29 +12,30 @@ import pandas as pd
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.facts import LayerInfo
+from mpsearch.metric import Metric
 from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.record import FinalRecord, TrialRecord
-from mpsearch.search.front import hypervolume_over_time, objectives, pareto_front
+from mpsearch.search.front import ScoreRange, hypervolume_over_time, objectives, pareto_front
 from mpsearch.space.space import Slot
 
 _MARKS = {"uniform": "", "shift": "s", "apot": "p"}
 MARKS_EXPLAINED = "4: uniform, 4 bits · 4s: shift (power of two) · 4p: APoT (sum of powers of two) · f: float"
 
 
-def trials_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
+def trials_table(records: Sequence[TrialRecord], metric: Metric) -> pd.DataFrame:
     """A row per trial, in the order of `records`.
 
-    Columns: number, origin, state, accuracy_percent, relative_cost, weight_bits and activation_bits
+    Columns: number, origin, state, score (in the metric's unit), relative_cost, weight_bits and activation_bits
     (`PrecisionConfig.mean_bits`), on_front, knee, reason.
     """
-    front = pareto_front(records)
+    front = pareto_front(records, metric)
     knee = front.knee if front.trials else None
     rows = [
         (
             trial.number,
             trial.origin,
             trial.state,
-            None if trial.accuracy is None else 100 * trial.accuracy,
+            trial.score,
             trial.cost,
             *trial.config.mean_bits,
             any(trial is member for member in front),  # by identity: numbers may repeat outside a study
@@ -42,25 +44,25 @@ def trials_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
         )
         for trial in records
     ]
-    columns = "number origin state accuracy_percent relative_cost weight_bits activation_bits on_front knee reason"
+    columns = "number origin state score relative_cost weight_bits activation_bits on_front knee reason"
     return pd.DataFrame(rows, columns=columns.split()).astype(
-        {"accuracy_percent": float, "relative_cost": float, "on_front": bool, "knee": bool}
+        {"score": float, "relative_cost": float, "on_front": bool, "knee": bool}
     )
 
 
-def front_table(records: Sequence[TrialRecord]) -> pd.DataFrame:
+def front_table(records: Sequence[TrialRecord], metric: Metric) -> pd.DataFrame:
     """The rows of `trials_table` that are on the front, by rising cost."""
-    trials = trials_table(records)
+    trials = trials_table(records, metric)
     return trials[trials.on_front].sort_values("relative_cost", ignore_index=True)
 
 
-def bits_table(records: Sequence[TrialRecord], layers: Sequence[str]) -> pd.DataFrame:
+def bits_table(records: Sequence[TrialRecord], layers: Sequence[str], metric: Metric) -> pd.DataFrame:
     """A row per front trial (by rising cost) and layer (in the order of `layers`; those not in the config left out).
 
     Columns: position (on the front, 0 the cheapest), number, relative_cost, knee, layer, weight_bits, weight_mark,
     activation_bits, activation_mark, where a mark is the short form explained by `MARKS_EXPLAINED`.
     """
-    front = pareto_front(records)
+    front = pareto_front(records, metric)
     knee = front.knee if front.trials else None
     rows = [
         (
@@ -147,45 +149,47 @@ def config_text(config: Mapping[str, LayerPrecision], most: int = 24) -> str:
 
 
 def finals_table(records: Sequence[TrialRecord], finals: Sequence[FinalRecord]) -> pd.DataFrame:
-    """A row per finally trained trial, by rising cost; accuracies in percent, std over seeds (NaN for a single one).
+    """A row per finally trained trial, by rising cost; in the metric's unit, std over seeds (NaN for a single one).
 
-    Columns: number, origin, relative_cost, proxy (accuracy on val after the trial), val, val_std, test, test_std,
+    Columns: number, origin, relative_cost, proxy (score on val after the trial), val, val_std, test, test_std,
     seeds.
     """
     by_number = {record.number: record for record in records}
-    runs = pd.DataFrame([(f.number, 100 * f.val, 100 * f.test) for f in finals], columns=["number", "val", "test"])
+    runs = pd.DataFrame([(f.number, f.val, f.test) for f in finals], columns=["number", "val", "test"])
     rows = []
     for number, of_trial in runs.groupby("number"):
         trial = by_number.get(int(str(number)))
-        if trial is None or trial.accuracy is None:
+        if trial is None or trial.score is None:
             continue
         spread = [value for name in ("val", "test") for value in (of_trial[name].mean(), of_trial[name].std())]
-        rows.append((trial.number, trial.origin, trial.cost, 100 * trial.accuracy, *spread, len(of_trial)))
+        rows.append((trial.number, trial.origin, trial.cost, trial.score, *spread, len(of_trial)))
     columns = ["number", "origin", "relative_cost", "proxy", "val", "val_std", "test", "test_std", "seeds"]
     return pd.DataFrame(rows, columns=columns).sort_values("relative_cost", ignore_index=True)
 
 
-def best_table(records: Sequence[TrialRecord], cheapest: float) -> pd.DataFrame:
-    """The best accuracy so far among the trials within each of three costs, a row whenever it rises and one at the end.
+def best_table(records: Sequence[TrialRecord], cheapest: float, metric: Metric) -> pd.DataFrame:
+    """The best score so far among the trials within each of three costs, a row whenever it gets better and one at the
+    end.
 
     Columns: bound (the reference's cost, and two spread in log cost down to `cheapest`, that of the cheapest config),
-    elapsed_s (since the first trial started), accuracy_percent, number.
+    elapsed_s (since the first trial started), score, number.
     """
     bounds = [float(f"{min(1.0, cheapest) ** share:.2g}") for share in (0.0, 0.5, 0.8)]
     started_s = min((record.started_s for record in records), default=0.0)
-    complete = [record for record in records if record.state == "complete" and record.accuracy is not None]
+    complete = [record for record in records if record.state == "complete" and record.score is not None]
     ended = pd.DataFrame(
         sorted((r.started_s + r.wall.total_s - started_s, r.number, *objectives(r)) for r in complete),
-        columns=["elapsed_s", "number", "accuracy", "cost"],
+        columns=["elapsed_s", "number", "score", "cost"],
     )
+    ended = ended.assign(quality=ended.score.map(metric.quality))
     rows = []
     for bound in dict.fromkeys(bounds):
         within = ended[ended.cost <= bound]
-        risen = within[within.accuracy > within.accuracy.cummax().shift(fill_value=-1.0)]
-        rows += [(bound, row.elapsed_s, 100 * row.accuracy, row.number) for row in rows_of(risen)]
+        risen = within[within.quality > within.quality.cummax().shift(fill_value=-math.inf)]
+        rows += [(bound, row.elapsed_s, row.score, row.number) for row in rows_of(risen)]
         if len(risen):
             rows.append((bound, ended.elapsed_s.iloc[-1], *rows[-1][2:]))
-    return pd.DataFrame(rows, columns=["bound", "elapsed_s", "accuracy_percent", "number"])
+    return pd.DataFrame(rows, columns=["bound", "elapsed_s", "score", "number"])
 
 
 def descent_table(log: Sequence[Mapping[str, Any]], slots: Sequence[Slot]) -> pd.DataFrame:
@@ -202,14 +206,19 @@ def descent_table(log: Sequence[Mapping[str, Any]], slots: Sequence[Slot]) -> pd
     return pd.DataFrame(rows, columns=["step", "budget", "loss", "layer", "tensor", "bits"])
 
 
-def progress_table(records: Sequence[TrialRecord], cheapest: float) -> pd.DataFrame:
+def progress_table(records: Sequence[TrialRecord], cheapest: float, metric: Metric, scores: ScoreRange) -> pd.DataFrame:
     """A row per complete trial in the order of ending; columns: trials, elapsed_s, hypervolume.
 
     Args:
         records: the trials of a study.
         cheapest: relative cost of the cheapest config of the space, where the hypervolume's cost axis begins.
+        metric: what scores are.
+        scores: the hypervolume's other axis.
     """
-    steps = [(step.trials, step.elapsed_s, step.hypervolume) for step in hypervolume_over_time(records, cheapest)]
+    steps = [
+        (step.trials, step.elapsed_s, step.hypervolume)
+        for step in hypervolume_over_time(records, cheapest, metric, scores)
+    ]
     return pd.DataFrame(steps, columns=["trials", "elapsed_s", "hypervolume"])
 
 

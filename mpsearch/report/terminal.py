@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.progress import Progress
 from rich.text import Text
 
+from mpsearch.metric import Metric
 from mpsearch.record import TrialRecord
 from mpsearch.search.front import objectives, pareto_front
 
@@ -30,26 +31,28 @@ class FrontProgress(Progress):
             yield self.sketch
 
 
-def sketch(records: Sequence[TrialRecord], width: int = WIDTH, height: int = HEIGHT) -> Text | None:
-    """Accuracy (upwards) over log cost (to the right) in characters; None before two trials can be compared.
+def sketch(records: Sequence[TrialRecord], metric: Metric, width: int = WIDTH, height: int = HEIGHT) -> Text | None:
+    """Score (better upwards) over log cost (to the right) in characters; None before two trials can be compared.
 
     `●` is on the front, `■` a rung of the uniform ladder (`□`: dominated), `·` any other trial.
     """
-    front = pareto_front(records)
+    front = pareto_front(records, metric)
     points = [(objectives(r), _mark(r, front.trials)) for r in records if r.state == "complete"]
-    costs, accuracies = [log2(cost) for (_, cost), _ in points], [accuracy for (accuracy, _), _ in points]
-    if len(set(costs)) < 2 or len(set(accuracies)) < 2:
+    costs, qualities = [log2(cost) for (_, cost), _ in points], [metric.quality(score) for (score, _), _ in points]
+    if len(set(costs)) < 2 or len(set(qualities)) < 2:
         return None
     cells = [[" "] * width for _ in range(height)]
-    for (accuracy, cost), mark in sorted(points, key=lambda point: "·□■●".index(point[1])):  # the front lies on top
+    for (score, cost), mark in sorted(points, key=lambda point: "·□■●".index(point[1])):  # the front lies on top
         column = round((log2(cost) - min(costs)) / (max(costs) - min(costs)) * (width - 1))
-        row = round((max(accuracies) - accuracy) / (max(accuracies) - min(accuracies)) * (height - 1))
+        row = round((max(qualities) - metric.quality(score)) / (max(qualities) - min(qualities)) * (height - 1))
         cells[row][column] = mark
-    labels = {0: f"{100 * max(accuracies):.1f} %", height - 1: f"{100 * min(accuracies):.1f} %"}
-    lines = [f"{labels.get(index, ''):>8} │{''.join(row)}" for index, row in enumerate(cells)]
+    scores = sorted((score for (score, _), _ in points), key=metric.quality)
+    labels = {0: metric.show(scores[-1]), height - 1: metric.show(scores[0])}
+    left = max(8, *map(len, labels.values()))
+    lines = [f"{labels.get(index, ''):>{left}} │{''.join(row)}" for index, row in enumerate(cells)]
     low, high = f"{2 ** min(costs):.3g}", f"{2 ** max(costs):.3g}"
-    lines.append(f"{'':>8} └{'─' * width}")
-    lines.append(f"{'':>10}{low}{'cost, log scale':^{width - len(low) - len(high)}}{high}")
+    lines.append(f"{'':>{left}} └{'─' * width}")
+    lines.append(f"{'':>{left + 2}}{low}{'cost, log scale':^{width - len(low) - len(high)}}{high}")
     text = Text("\n".join(lines) + "\n", style="dim", no_wrap=True)
     text.highlight_regex("●", "bold green")
     text.highlight_regex("■", "bold yellow")

@@ -27,14 +27,14 @@ def report_of(folder: RunFolder, facts: ProblemFacts | None = None, refresh_s: i
     """
     facts = facts or read_facts(folder)
     run = read_run(folder, facts)
-    finalized = final_rows(run.records, folder.finals(), facts.spec.final.pick)
+    finalized = final_rows(run.records, folder.finals(), facts.spec.final.pick, facts.metric)
     path = shlex.quote(str(folder.path))
     return write_report(
         folder.report_html,
         run,
         summary=[*facts.summary(), *(f"Warning: {note}" for note in facts.notes)],
-        finalized=final_table(finalized),
-        remarks=proxies(finalized).lines(),
+        finalized=final_table(finalized, facts.metric),
+        remarks=proxies(finalized, facts.metric).lines(),
         commands=[
             f"mpsearch run {shlex.quote(str(folder.study_yaml))} --out NEW_FOLDER",
             f"mpsearch front {path}",

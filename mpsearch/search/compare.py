@@ -1,4 +1,4 @@
-"""Comparing two configs on the same samples: far sharper than comparing two accuracies.
+"""Comparing two configs on the same samples: far sharper than comparing two scores.
 
 An accuracy p on n samples has a standard error of sqrt(p (1 - p) / n): half a point at 87 % of 5,000. Two configs of
 one network mostly fail on the same samples, so that their difference, sample by sample, is known better:
@@ -16,19 +16,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from mpsearch.metric import Metric
 from mpsearch.record import unpack
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How much more accurate one config is than another, as a share, with its confidence interval."""
+    """The score of one config minus that of another, in the metric's unit, with its confidence interval."""
 
     mean: float
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{100 * self.mean:+.2f} ({100 * self.low:+.2f} to {100 * self.high:+.2f})"
+    def show(self, metric: Metric) -> str:
+        """`+1.20 (+0.40 to +2.00)`, in `metric.difference_unit`."""
+        return f"{metric.difference(self.mean)} ({metric.difference(self.low)} to {metric.difference(self.high)})"
 
 
 def paired(a: Sequence[str], b: Sequence[str], confidence: float = 0.95) -> Difference:

@@ -1,9 +1,9 @@
 """SearchController: which config to try next. Plain ask and tell; it knows neither Ray nor torch nor files.
 
-Two objectives, as the sampler sees them: accuracy (maximized) and log2 of relative cost (minimized; one unit is a
-halving). What is known lives in the trial records; the sampler works on an Optuna study in memory that holds the front
-and the latest of them, and is made anew from time to time. So its time and memory do not grow with the run,
-and a resumed run goes on as one that has just been made anew.
+Two objectives, as the sampler sees them: quality (maximized; the score, or its negative where less is better) and log2
+of relative cost (minimized; one unit is a halving). What is known lives in the trial records; the sampler works on an
+Optuna study in memory that holds the front and the latest of them, and is made anew from time to time. So its time and
+memory do not grow with the run, and a resumed run goes on as one that has just been made anew.
 
 Cost is known before training, hence a hard budget is never a trial's surprise: a config above it is moved towards one
 within it before it is proposed. Samplers are told of the budget as a constraint all the same, because records of an
@@ -31,6 +31,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from mpsearch.errors import CostError
+from mpsearch.metric import Metric
 from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
 from mpsearch.private.optuna import generation_key
@@ -101,8 +102,8 @@ class _Breed:
         """The better of two parents that are drawn; either of them where neither dominates."""
         first, second = map(int, self._children.random.integers(len(parents), size=2))
         one, other = parents[first], parents[second]
-        (accuracy, cost), (its_accuracy, its_cost) = one.values, other.values
-        return other if its_accuracy >= accuracy and its_cost <= cost else one
+        (quality, cost), (its_quality, its_cost) = one.values, other.values
+        return other if its_quality >= quality and its_cost <= cost else one
 
 
 class _Learned(FrozenTrial):
@@ -151,7 +152,7 @@ class _Point:
     """What the sampler learns from a trial, and the form in which it is told."""
 
     config: PrecisionConfig
-    accuracy: float
+    quality: float
     cost: float
     trial: FrozenTrial
 
@@ -170,6 +171,7 @@ class SearchController:
         space: the configs there are.
         cost: relative cost of a config, more than 0.
         search: sampler, trials, seed and limits.
+        metric: what scores are.
         budget: the largest relative cost that is acceptable; None: any.
         initial_configs: configs to try after the ladder, each with who proposed it.
         records: what is known already.
@@ -188,6 +190,7 @@ class SearchController:
         space: SearchSpace,
         cost: Cost,
         search: SearchSpec,
+        metric: Metric,
         budget: float | None = None,
         initial_configs: Sequence[tuple[Origin, PrecisionConfig]] = (),
         records: Iterable[TrialRecord] = (),
@@ -197,6 +200,7 @@ class SearchController:
         self._space = space
         self._cost = cost
         self._search = search
+        self._metric = metric
         self._budget = math.inf if budget is None else budget
         self._distributions = space.distributions()
         self._sampler = SAMPLERS["random" if search.sampler == "none" else search.sampler]
@@ -208,7 +212,7 @@ class SearchController:
         self._numbers: set[int] = set()
         self._next = 0
         self._front: list[_Point] = []
-        self._stopping = Stopping()
+        self._stopping = Stopping(metric)
         self._latest: deque[_Point] = deque(maxlen=self._sampler.memory)
         self._ended = 0
         self._asked: dict[int, optuna.Trial | None] = {}  # proposals without a record, by number
@@ -277,13 +281,13 @@ class SearchController:
     def tell(self, proposal: Proposal, record: TrialRecord) -> TrialRecord:
         """Learn what became of a proposal; the record with its number, origin and cost, as it belongs on the disk.
 
-        A trial that ended well but whose accuracy is no finite number comes back as failed.
+        A trial that ended well but whose score is no finite number comes back as failed.
         """
         record = replace(record, number=proposal.number, origin=proposal.origin, config=proposal.config)
-        if record.state != "failed" and not (record.accuracy is not None and math.isfinite(record.accuracy)):
-            record = replace(record, state="failed", reason=f"accuracy is {record.accuracy}")
+        if record.state != "failed" and not (record.score is not None and math.isfinite(record.score)):
+            record = replace(record, state="failed", reason=f"{self._metric.name} is {record.score}")
         if record.state == "failed":
-            record = replace(record, accuracy=None, cost=None)
+            record = replace(record, score=None, cost=None)
             self._failures.append(record.reason or "no reason given")
         else:
             record = replace(record, cost=proposal.cost)
@@ -320,21 +324,22 @@ class SearchController:
     def _thresholds(self, origin: Origin, cost: float) -> Thresholds:
         if not self._search.stop_dominated or origin in BASELINES:
             return NO_THRESHOLDS
-        return self._stopping.thresholds(cost, max((p.accuracy for p in self._front if p.cost <= cost), default=None))
+        best = max((p.quality for p in self._front if p.cost <= cost), default=None)
+        return self._stopping.thresholds(cost, None if best is None else self._metric.quality(best))
 
     def _remember(self, record: TrialRecord) -> _Point | None:
         self._ended += 1
         self._stopping.learn(record)
-        accuracy = self._stopping.foreseen(record)
-        if accuracy is None or record.cost is None or not self._space.contains(record.config):
+        score = self._stopping.foreseen(record)
+        if score is None or record.cost is None or not self._space.contains(record.config):
             return None
-        now = datetime.now()
+        quality, now = self._metric.quality(score), datetime.now()
         trial = _Learned(
             number=-1,  # the study gives it one
             trial_id=-1,
             state=TrialState.COMPLETE,
             value=None,
-            values=[accuracy, math.log2(record.cost)],
+            values=[quality, math.log2(record.cost)],
             datetime_start=now,
             datetime_complete=now,
             params=dict(self._space.params_of(record.config)),
@@ -345,12 +350,12 @@ class SearchController:
         )
         for name, value in (budget_constraint(record.cost, self._budget) or {}).items():
             trial.set_constraint(name, value)
-        point = _Point(record.config, accuracy, record.cost, trial)
+        point = _Point(record.config, quality, record.cost, trial)
         self._latest.append(point)
         reached = record.state == "complete" and point.cost <= self._budget
         if reached:
             front = [*self._front, point]
-            self._front = [front[i] for i in non_dominated([(p.accuracy, p.cost) for p in front], BETTER)]
+            self._front = [front[i] for i in non_dominated([(p.quality, p.cost) for p in front], BETTER)]
         return point
 
     def _renew(self) -> None:

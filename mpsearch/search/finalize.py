@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mpsearch.errors import RunError
 from mpsearch.observer import SILENT, Observer
-from mpsearch.problem import Problem, write_facts
+from mpsearch.problem import Problem, with_float_scores, write_facts
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord, checkpoint_path, final_path
 from mpsearch.search.finals import FinalRow, plan_finals, planned_rows
 from mpsearch.search.front import pareto_front
 from mpsearch.search.knee import keep_values
 from mpsearch.state_dict import save_weights
-from mpsearch.task.scoring import evaluate
 from mpsearch.warmstart.start import start_weights
 from mpsearch.workbench import Workbench
 
@@ -47,7 +45,7 @@ def finalize(
         RunError: the run has no front, or its folder cannot be written.
     """
     final = problem.spec.final
-    plan = plan_finals(folder.records(), final.pick) if trials is None else dict.fromkeys(trials)
+    plan = plan_finals(folder.records(), final.pick, problem.metric) if trials is None else dict.fromkeys(trials)
     if not plan:
         raise RunError(f"{folder.path} has no complete trial: nothing to finalize; see `mpsearch status {folder.path}`")
     steps = round(final.epochs * problem.task.steps_per_epoch(problem.spec.trial.batch_size))
@@ -65,27 +63,25 @@ def finalize(
             checkpoint = checkpoint_path(folder.checkpoints, trial.number)
             start = load_file(checkpoint) if checkpoint.exists() else nearest(trial.cost or 1.0)
             record = _train(workbench, trial, seed, steps, final.lr, start)
-            if record.val > max((f.val for f in done.values() if f.number == trial.number), default=-math.inf):
+            others = [f.val for f in done.values() if f.number == trial.number]
+            if not others or problem.metric.better(record.val, than=problem.metric.best_of(*others)):
                 save_weights(workbench.model, final_path(folder.checkpoints, trial.number))
             folder.append_final(record)
             done[trial.number, seed] = record
-        keep_values(problem, folder, pareto_front(folder.records()), anew=True)
+        keep_values(problem, folder, pareto_front(folder.records(), problem.metric), anew=True)
     return planned_rows(plan, list(done.values()))
 
 
 def float_scores(problem: Problem, folder: RunFolder) -> Mapping[str, float]:
-    """The metric of the float network on val and on test: measured once, and among the facts of the run from then on.
+    """The scores of the float network on val and on test: measured once, and among the facts of the run from then on.
 
     Raises:
         WriteError: the run folder cannot be written.
     """
-    if problem.float_scores.keys() >= {"val", "test"}:
-        return problem.float_scores
-    model = problem.task.float_model()
-    scores = {split: evaluate(problem.task, model, split) for split in ("val", "test")}
-    if all(map(math.isfinite, scores.values())):
-        write_facts(folder, replace(problem, float_scores=scores))
-    return scores
+    scored = with_float_scores(problem, "val", "test")
+    if scored is not problem and all(map(math.isfinite, scored.float_scores.values())):
+        write_facts(folder, scored)
+    return scored.float_scores
 
 
 def _train(
@@ -100,11 +96,11 @@ def _train(
     workbench.reset(trial.config, start)
     if start is not None:
         workbench.restore(start)  # its ranges too, if it has any
-    before, state = workbench.score("val").accuracy, workbench.state()
+    before, state = workbench.score("val").value, workbench.state()
     workbench.fit(steps, seed, lr)
     workbench.reestimate(seed)
-    after = workbench.score("val").accuracy
-    if after < before:
+    after = workbench.score("val").value
+    if workbench.metric.better(before, than=after):
         workbench.restore(state)
     test = workbench.score("test")
-    return FinalRecord(trial.number, seed, steps, max(before, after), test.accuracy, test.correct)
+    return FinalRecord(trial.number, seed, steps, workbench.metric.best_of(before, after), test.value, test.correct)

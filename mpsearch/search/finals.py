@@ -1,6 +1,6 @@
 """Final trainings as rows: each picked point of the front beside its uniform baseline, and what follows from them.
 
-The order of the final accuracies says how far the brief trials could be trusted (`proxies`). No torch is needed here:
+The order of the final scores says how far the brief trials could be trusted (`proxies`). No torch is needed here:
 the trainings are `finalize`'s.
 """
 
@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from mpsearch.metric import Metric
 from mpsearch.record import FinalRecord, TrialRecord
 from mpsearch.search.compare import Difference, paired
 from mpsearch.search.front import ParetoFront, pareto_front
@@ -19,7 +20,7 @@ from mpsearch.search.front import ParetoFront, pareto_front
 
 @dataclass(frozen=True, slots=True)
 class FinalRow:
-    """One config after its final training: mean and standard deviation over seeds, shares in [0, 1]."""
+    """One config after its final training: mean and standard deviation of its scores over seeds."""
 
     trial: TrialRecord
     baseline: int | None  # number of the uniform trial nearest in cost; None: it is a uniform one itself
@@ -34,29 +35,31 @@ class FinalRow:
 
 @dataclass(frozen=True, slots=True)
 class Proxies:
-    """How well what a study ranks by foretold the finalized test accuracy.
+    """How well what a study ranks by foretold the finalized test score.
 
     Attributes:
-        tau: Kendall's tau by proxy, `accuracy` and `divergence` of the trials; 1: the same order, 0: none. Only those
+        tau: Kendall's tau by proxy, `score` and `divergence` of the trials; 1: the same order, 0: none. Only those
             that can be computed.
         misranked: pairs of trials (ranked higher after the trial, in truth lower, its paired difference on test, whose
             interval excludes 0).
+        metric: of the scores.
     """
 
     tau: Mapping[str, float]
     misranked: tuple[tuple[TrialRecord, TrialRecord, Difference], ...]
+    metric: Metric
 
     def lines(self) -> list[str]:
         """In words."""
         lines = []
         if self.tau:
             taus = ", ".join(f"{value:+.2f} of the {name}" for name, value in self.tau.items())
-            lines.append(f"Kendall's tau against finalized test accuracy: {taus} after the trials.")
+            lines.append(f"Kendall's tau against {self.metric.name} on test after final training: {taus} after trials.")
         for above, below, difference in self.misranked:
             lines.append(
-                f"trial {above.number} was ranked above trial {below.number}, but is less accurate on test by "
-                f"{-100 * difference.mean:.2f} points (95 %: {-100 * difference.high:.2f} to "
-                f"{-100 * difference.low:.2f}): brief trials misrank here"
+                f"trial {above.number} was ranked above trial {below.number}, but is worse on test: {self.metric.name} "
+                f"{self.metric.show_difference(difference.mean)} (95 %: {self.metric.difference(difference.low)} to "
+                f"{self.metric.difference(difference.high)}): brief trials misrank here"
             )
         return lines
 
@@ -74,9 +77,11 @@ def picks(front: ParetoFront, count: int) -> list[TrialRecord]:
     return [trials[i] for i in sorted(indices)]
 
 
-def final_rows(records: Sequence[TrialRecord], finals: Sequence[FinalRecord], count: int) -> list[FinalRow]:
+def final_rows(
+    records: Sequence[TrialRecord], finals: Sequence[FinalRecord], count: int, metric: Metric
+) -> list[FinalRow]:
     """A row for each of `count` picked points and their baselines that has been trained, by rising cost."""
-    return planned_rows(plan_finals(records, count), finals)
+    return planned_rows(plan_finals(records, count, metric), finals)
 
 
 def planned_rows(plan: Mapping[TrialRecord, TrialRecord | None], finals: Sequence[FinalRecord]) -> list[FinalRow]:
@@ -87,35 +92,36 @@ def planned_rows(plan: Mapping[TrialRecord, TrialRecord | None], finals: Sequenc
     return sorted(gained, key=lambda row: row.trial.cost or 0.0)
 
 
-def final_table(rows: Sequence[FinalRow]) -> list[dict[str, str]]:
-    """The rows as they are printed: column -> text; accuracies in percent, mean and standard deviation over seeds.
+def final_table(rows: Sequence[FinalRow], metric: Metric) -> list[dict[str, str]]:
+    """The rows as they are printed: column -> text; scores are means and standard deviations over seeds.
 
-    A difference is paired by test sample, with its 95 % interval.
+    A difference is paired by test sample, with its 95 % interval. The heads say the metric and its unit.
     """
+    minus = f"test minus baseline, {metric.difference_unit}" if metric.difference_unit else "test minus baseline"
     by_number = {row.trial.number: row for row in rows}
     table = []
     for row in rows:
         baseline = by_number.get(-1 if row.baseline is None else row.baseline)
-        gain = "" if baseline is None else f"{100 * (row.test_mean - baseline.test_mean):+.2f}"
+        gain = "" if baseline is None else metric.difference(row.test_mean - baseline.test_mean)
         table.append(
             {
                 "trial": str(row.trial.number),
                 "origin": row.trial.origin,
                 "cost": f"{row.trial.cost:.4f}",
-                "val after trial": f"{100 * (row.trial.accuracy or 0):.2f}",
-                "val": _spread(row.val_mean, row.val_std),
-                "test": _spread(row.test_mean, row.test_std),
+                f"{metric.label}: val after trial": metric.number(row.trial.score or 0.0),
+                "val": _spread(metric, row.val_mean, row.val_std),
+                "test": _spread(metric, row.test_mean, row.test_std),
                 "seeds": str(row.seeds),
-                "test minus baseline": str(row.gain) if row.gain else gain,
+                minus: row.gain.show(metric) if row.gain else gain,
                 "baseline": f"trial {baseline.trial.number}, cost {baseline.trial.cost:.4f}" if baseline else "",
             }
         )
     return table
 
 
-def plan_finals(records: Sequence[TrialRecord], count: int) -> dict[TrialRecord, TrialRecord | None]:
+def plan_finals(records: Sequence[TrialRecord], count: int, metric: Metric) -> dict[TrialRecord, TrialRecord | None]:
     """The trials to train: each picked point with its baseline, then the baselines (their own baseline is None)."""
-    front = pareto_front(records)
+    front = pareto_front(records, metric)
     plan: dict[int, tuple[TrialRecord, TrialRecord | None]] = {}
     for trial in picks(front, count) if front.trials else ():
         baseline = front.nearest_uniform(trial.cost or 1.0)
@@ -126,24 +132,26 @@ def plan_finals(records: Sequence[TrialRecord], count: int) -> dict[TrialRecord,
     return dict(plan.values())
 
 
-def proxies(rows: Sequence[FinalRow]) -> Proxies:
+def proxies(rows: Sequence[FinalRow], metric: Metric) -> Proxies:
     """Compare the order of the trials with that of their final trainings, baselines included."""
     from scipy.stats import kendalltau  # here, because most runs that are looked at have no rows
 
     tau: dict[str, float] = {}
-    test = [row.test_mean for row in rows]
-    for name, sign in (("accuracy", 1), ("divergence", -1)):
+    test = [metric.quality(row.test_mean) for row in rows]
+    for name, more_is_better in (("score", metric.maximize), ("divergence", False)):
         values = [getattr(row.trial, name) for row in rows]
         if len(rows) >= 3 and None not in values:
-            correlation = float(kendalltau([sign * value for value in values], test).statistic)
+            correlation = float(kendalltau([value if more_is_better else -value for value in values], test).statistic)
             tau |= {name: correlation} if math.isfinite(correlation) else {}
     misranked = []
     for above, below in itertools.permutations(rows, 2):
-        if (above.trial.accuracy or 0) > (below.trial.accuracy or 0) and above.correct and below.correct:
+        if above.trial.score is None or below.trial.score is None or not (above.correct and below.correct):
+            continue
+        if metric.better(above.trial.score, than=below.trial.score):
             difference = paired(above.correct, below.correct)
-            if difference.high < 0:
+            if metric.quality(difference.high) < 0 and metric.quality(difference.low) < 0:
                 misranked.append((above.trial, below.trial, difference))
-    return Proxies(tau, tuple(sorted(misranked, key=lambda pair: pair[2].mean)))
+    return Proxies(tau, tuple(sorted(misranked, key=lambda pair: metric.quality(pair[2].mean))), metric)
 
 
 def _row(trial: TrialRecord, baseline: TrialRecord | None, finals: Sequence[FinalRecord]) -> FinalRow | None:
@@ -168,5 +176,5 @@ def _gained(row: FinalRow, baseline: FinalRow | None) -> FinalRow:
     return replace(row, gain=paired(row.correct, baseline.correct))
 
 
-def _spread(mean: float, std: float | None) -> str:
-    return f"{100 * mean:.2f}" + ("" if std is None else f" ± {100 * std:.2f}")
+def _spread(metric: Metric, mean: float, std: float | None) -> str:
+    return metric.number(mean) + ("" if std is None else f" ± {metric.number(std)}")

@@ -1,12 +1,14 @@
-"""The Pareto front of a study: the trials that no other beats in accuracy and cost at once, and how good they are.
+"""The Pareto front of a study: the trials that no other beats in score and cost at once, and how good they are.
 
-Two objectives: accuracy (more is better) and relative cost (less is better). Cost is always seen on a log scale,
-because half the cost is the same gain everywhere. Only complete trials take part.
+Two objectives: the score (its metric says which way is better) and relative cost (less is better). Cost is always seen
+on a log scale, because half the cost is the same gain everywhere. Only complete trials take part.
 
-**Hypervolume**, one convention for every study: the share of the unit square that the front dominates, where one axis
-is the error 1 - accuracy and the other log2 cost, 0 at the cheapest config that the space has and 1 at the reference
-config (relative cost 1). The reference point is (1, 1): nothing right, at full cost. So a front is worth 0 if no trial
-is cheaper than the reference, and 1 if the cheapest config makes no error. Accuracy must be a share in [0, 1].
+**Hypervolume**, one convention for every metric: the area that the front dominates, where one axis is the score, 0 at
+the worst score that was observed and 1 at the float network's (`ScoreRange`), and the other is log2 cost, 1 at the
+cheapest config that the space has and 0 at the reference config (relative cost 1). So a front is worth 0 if no trial is
+cheaper than the reference, 1 if the cheapest config is as good as the float network, and more than 1 only where
+quantized networks are better than the float one. It depends on the range, which is said wherever it is shown; fronts
+are compared over one range.
 """
 
 from __future__ import annotations
@@ -18,20 +20,42 @@ from math import isfinite, isnan, log2
 from typing import Any
 
 from mpsearch.errors import CostError, RunError
+from mpsearch.metric import TOP1, TOP5, Metric
 from mpsearch.pareto import non_dominated
 from mpsearch.record import TrialRecord
 from mpsearch.search.compare import paired
 
-BETTER = (True, False)  # more accuracy, less cost
-_REFERENCE_POINT = (1.0, 1.0)  # error, normalised log2 cost
+BETTER = (True, False)  # more quality, less cost
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRange:
+    """The score axis of a hypervolume: 0 at `worst`, 1 at `best`; where both are one, nothing is dominated."""
+
+    worst: float
+    best: float
+    best_is_float: bool = False  # else it is the best trial's, of a run that has not scored its float network
+
+    def share(self, score: float) -> float:
+        """Where a score lies on the axis; below 0 where it is worse than the worst."""
+        return (score - self.worst) / (self.best - self.worst) if self.best != self.worst else 0.0
+
+    def said(self, metric: Metric) -> str:
+        """The range in words, to stand beside a hypervolume."""
+        best = "the float network" if self.best_is_float else "the best trial"
+        return (
+            f"0: {metric.show(self.worst)} (the worst trial) at the reference's cost; "
+            f"1: {metric.show(self.best)} ({best}) at the cheapest config's"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class ParetoFront:
-    """The non-dominated trials by rising cost (and so by rising accuracy), and the uniform ladder to compare with."""
+    """The non-dominated trials by rising cost (and so by better scores), and the uniform ladder to compare with."""
 
     trials: tuple[TrialRecord, ...]
     ladder: tuple[TrialRecord, ...]  # complete trials of uniform configs by rising cost, on the front or not
+    metric: Metric  # of the scores
 
     def __len__(self) -> int:
         return len(self.trials)
@@ -41,7 +65,7 @@ class ParetoFront:
 
     @property
     def best(self) -> TrialRecord:
-        """The most accurate trial. Raises RunError if the front is empty."""
+        """The trial with the best score. Raises RunError if the front is empty."""
         self._require_trials()
         return self.trials[-1]
 
@@ -59,49 +83,51 @@ class ParetoFront:
         low, high = (objectives(end)[0] for end in (self.trials[0], self.trials[-1]))
 
         def above_chord(trial: TrialRecord) -> float:
-            accuracy, cost = objectives(trial)
-            return (accuracy - low) / (high - low) - (log2(cost) - cost_low) / (cost_high - cost_low)
+            score, cost = objectives(trial)
+            return (score - low) / (high - low) - (log2(cost) - cost_low) / (cost_high - cost_low)
 
         inner = max(self.trials[1:-1], key=above_chord, default=self.best)
         return inner if inner is not self.best and above_chord(inner) > 0 else self.best
 
     def at_most(self, cost: float) -> TrialRecord:
-        """The most accurate trial that costs no more. Raises RunError if none does."""
+        """The best trial that costs no more. Raises RunError if none does."""
         self._require_trials()
         affordable = [trial for trial in self.trials if objectives(trial)[1] <= cost]
         if not affordable:
             raise RunError(f"no trial costs {cost:g} or less: the cheapest costs {objectives(self.trials[0])[1]:.4g}")
         return affordable[-1]
 
-    def at_least(self, accuracy: float) -> TrialRecord:
-        """The cheapest trial that is no less accurate. Raises RunError if none is."""
+    def at_least(self, score: float) -> TrialRecord:
+        """The cheapest trial whose score is no worse. Raises RunError if none is."""
         self._require_trials()
-        accurate = [trial for trial in self.trials if objectives(trial)[0] >= accuracy]
-        if not accurate:
-            reached = objectives(self.best)[0]
+        reaching = [trial for trial in self.trials if self.metric.reaches(objectives(trial)[0], score)]
+        if not reaching:
+            metric, reached = self.metric, objectives(self.best)[0]
+            share = " (0.87 is 87 %)" if metric.unit == "%" else ""
             raise RunError(
-                f"no trial has an accuracy of {accuracy:g} or more: the best has {reached:.4g} (0.87 is 87 %)"
+                f"no trial has {metric.name}{metric.sign}{score:g}: the best has {metric.show(reached)}{share}"
             )
-        return accurate[0]
+        return reaching[0]
 
     def nearest_uniform(self, cost: float) -> TrialRecord | None:
         """The best uniform baseline at about this cost; None without any.
 
         Of the uniform trials that no other uniform one beats, the nearest in log cost, the cheaper of two.
         """
-        baselines = _non_dominated(self.ladder)
+        baselines = _non_dominated(self.ladder, self.metric)
         return min(baselines, key=lambda trial: abs(log2(objectives(trial)[1] / cost)), default=None)
 
-    def hypervolume(self, cheapest: float) -> float:
-        """The share of the unit square that the front dominates: see the module's convention.
+    def hypervolume(self, cheapest: float, scores: ScoreRange) -> float:
+        """The area that the front dominates: see the module's convention.
 
         Args:
             cheapest: relative cost of the cheapest config of the space (`RelativeCost.bounds`).
+            scores: the score axis.
 
         Raises:
             CostError: `cheapest` is no cost.
         """
-        return share_dominated([objectives(trial) for trial in self.trials], cheapest)
+        return share_dominated([objectives(trial) for trial in self.trials], cheapest, scores)
 
     def _require_trials(self) -> None:
         if not self.trials:
@@ -118,26 +144,47 @@ class Progress:
 
 
 def objectives(trial: TrialRecord) -> tuple[float, float]:
-    """Accuracy and relative cost of a complete trial. Raises RunError if it has not both."""
-    if trial.state != "complete" or trial.accuracy is None or trial.cost is None:
+    """Score and relative cost of a complete trial. Raises RunError if it has not both."""
+    if trial.state != "complete" or trial.score is None or trial.cost is None:
         why = f": {trial.reason}" if trial.reason else ""
-        raise RunError(f"trial {trial.number} is {trial.state}{why}; it has no accuracy and cost: pick a complete one")
-    return trial.accuracy, trial.cost
+        raise RunError(f"trial {trial.number} is {trial.state}{why}; it has no score and cost: pick a complete one")
+    return trial.score, trial.cost
 
 
-def pareto_front(records: Sequence[TrialRecord]) -> ParetoFront:
-    """The front of the complete trials; of trials with equal accuracy and cost, the first in `records`."""
-    complete = sorted(_complete(records), key=lambda trial: (objectives(trial)[1], -objectives(trial)[0]))
-    return ParetoFront(_non_dominated(complete), tuple(trial for trial in complete if trial.origin == "uniform"))
+def pareto_front(records: Sequence[TrialRecord], metric: Metric) -> ParetoFront:
+    """The front of the complete trials; of trials with equal score and cost, the first in `records`."""
+    complete = sorted(
+        _complete(records), key=lambda trial: (objectives(trial)[1], -metric.quality(objectives(trial)[0]))
+    )
+    ladder = tuple(trial for trial in complete if trial.origin == "uniform")
+    return ParetoFront(_non_dominated(complete, metric), ladder, metric)
+
+
+def scores_of(records: Sequence[TrialRecord]) -> list[float]:
+    """The scores of the complete trials."""
+    return [objectives(trial)[0] for trial in _complete(records)]
+
+
+def score_range(scores: Sequence[float], metric: Metric, float_score: float | None) -> ScoreRange:
+    """From the worst of the trials' scores to the float network's.
+
+    To the best trial's where the float network has not been scored, or is no better than the worst trial.
+    """
+    if not scores:
+        return ScoreRange(0.0, 0.0)
+    worst = min(scores, key=metric.quality)
+    if float_score is not None and metric.better(float_score, than=worst):
+        return ScoreRange(worst, float_score, best_is_float=True)
+    return ScoreRange(worst, metric.best_of(*scores))
 
 
 def front_rows(front: ParetoFront) -> list[dict[str, Any]]:
-    """The front as plain values, by rising cost: number, origin, accuracy, cost and the config of each trial."""
+    """The front as plain values, by rising cost: number, origin, score, cost and the config of each trial."""
     return [
         {
             "number": trial.number,
             "origin": trial.origin,
-            "accuracy": trial.accuracy,
+            "score": trial.score,
             "cost": trial.cost,
             "knee": trial is front.knee,
             "layers": trial.config.to_json(),
@@ -146,12 +193,12 @@ def front_rows(front: ParetoFront) -> list[dict[str, Any]]:
     ]
 
 
-def gains_over_baselines(records: Sequence[TrialRecord]) -> dict[int, str]:
-    """Front trial -> its gain over the uniform baseline nearest in cost, on the same samples, and at which cost ratio.
+def gains_over_baselines(front: ParetoFront) -> dict[int, str]:
+    """Front trial -> its score minus that of the uniform baseline nearest in cost, on the same samples, and the ratio
+    of their costs.
 
     Trials that are baselines themselves, and those of runs that kept no correctness, are left out.
     """
-    front = pareto_front(records)
     gains = {}
     for trial in front:
         _, cost = objectives(trial)
@@ -159,19 +206,21 @@ def gains_over_baselines(records: Sequence[TrialRecord]) -> dict[int, str]:
         if baseline is None or baseline is trial or baseline.correct is None or trial.correct is None:
             continue
         ratio = cost / objectives(baseline)[1]
-        gains[trial.number] = (
-            f"{paired([trial.correct], [baseline.correct])} at {ratio:.2f}x of trial {baseline.number}"
-        )
+        difference = paired([trial.correct], [baseline.correct])
+        gains[trial.number] = f"{difference.show(front.metric)} at {ratio:.2f}x of trial {baseline.number}"
     return gains
 
 
-def _non_dominated(by_cost: Sequence[TrialRecord]) -> tuple[TrialRecord, ...]:
+def _non_dominated(by_cost: Sequence[TrialRecord], metric: Metric) -> tuple[TrialRecord, ...]:
     """Of complete trials by rising cost, those that no other beats."""
-    return tuple(by_cost[i] for i in non_dominated([objectives(trial) for trial in by_cost], BETTER))
+    points = [objectives(trial) for trial in by_cost]
+    return tuple(by_cost[i] for i in non_dominated(points, (metric.maximize, False)))
 
 
-def hypervolume_over_time(records: Sequence[TrialRecord], cheapest: float) -> list[Progress]:
-    """The hypervolume after every complete trial, in the order in which they ended.
+def hypervolume_over_time(
+    records: Sequence[TrialRecord], cheapest: float, metric: Metric, scores: ScoreRange
+) -> list[Progress]:
+    """The hypervolume over the score axis `scores` after every complete trial, in the order in which they ended.
 
     Raises:
         CostError: `cheapest` is no cost.
@@ -179,34 +228,40 @@ def hypervolume_over_time(records: Sequence[TrialRecord], cheapest: float) -> li
     started_s = min((trial.started_s for trial in records), default=0.0)
     points: list[tuple[float, float]] = []
     progress: list[Progress] = []
-    hypervolume = share_dominated([], cheapest)
+    hypervolume = share_dominated([], cheapest, scores)
     for trial in sorted(_complete(records), key=_ended_s):
         points.append(objectives(trial))
-        on_front = non_dominated(points, BETTER)
+        on_front = non_dominated(points, (metric.maximize, False))
         reached = on_front[-1] == len(points) - 1
         points = [points[i] for i in on_front]
         if reached:
-            hypervolume = share_dominated(points, cheapest)
+            hypervolume = share_dominated(points, cheapest, scores)
         progress.append(Progress(len(progress) + 1, _ended_s(trial) - started_s, hypervolume))
     return progress
 
 
-_PICK = re.compile(r"(?P<property>knee|best)|trial:(?P<number>\d+)|(?P<bound>cost<=|accuracy>=)(?P<value>.+)")
+_PICK = re.compile(r"(?P<property>knee|best)|trial:(?P<number>\d+)|(?P<what>[\w.-]+?)(?P<sign><=|>=)(?P<value>[^<>=]+)")
 
 
-def pick(records: Sequence[TrialRecord], text: str) -> TrialRecord:
-    """The trial that a text names: `knee`, `best`, `trial:7`, `cost<=0.5`, `accuracy>=0.87`.
+def pick(records: Sequence[TrialRecord], text: str, metric: Metric) -> TrialRecord:
+    """The trial that a text names: `knee`, `best`, `trial:7`, `cost<=0.5`, and by the metric `top1>=0.87`, `bpc<=1.2`.
 
-    A bound picks from the front: the most accurate trial within a cost, the cheapest with an accuracy. A number picks
-    any complete trial.
+    A bound picks from the front: the best trial within a cost, the cheapest one with a score; the metric may also be
+    called `score`. A number picks any complete trial.
 
     Raises:
         RunError: the text has another form, or there is no such trial.
     """
     match = _PICK.fullmatch("".join(text.split()))
-    value = _number(match["value"]) if match is not None and match["bound"] else 0.0
-    if match is None or value is None:
-        raise RunError(f"cannot pick '{text}': write knee, best, trial:7, cost<=0.5 or accuracy>=0.87")
+    value = _number(match["value"]) if match is not None and match["what"] else 0.0
+    names = {metric.name, "score"} | ({"accuracy"} if metric in (TOP1, TOP5) else set())
+    bounds = {"cost": "<="} | dict.fromkeys(names, metric.sign)
+    if match is None or value is None or (match["what"] and bounds.get(match["what"]) != match["sign"]):
+        way = "more" if metric.maximize else "less"
+        raise RunError(
+            f"cannot pick '{text}': write knee, best, trial:7, cost<=0.5 or {metric.name}{metric.sign}X: {way} of "
+            f"{metric.name} is better"
+        )
     if match["number"] is not None:
         number = int(match["number"])
         named = next((trial for trial in records if trial.number == number), None)
@@ -216,11 +271,9 @@ def pick(records: Sequence[TrialRecord], text: str) -> TrialRecord:
             raise RunError(f"no trial {number}: {have}")
         objectives(named)
         return named
-    front = pareto_front(records)
-    if match["bound"] == "cost<=":
-        return front.at_most(value)
-    if match["bound"] == "accuracy>=":
-        return front.at_least(value)
+    front = pareto_front(records, metric)
+    if match["what"]:
+        return front.at_most(value) if match["what"] == "cost" else front.at_least(value)
     return front.knee if match["property"] == "knee" else front.best
 
 
@@ -242,8 +295,8 @@ def _ended_s(trial: TrialRecord) -> float:
     return trial.started_s + trial.wall.total_s
 
 
-def share_dominated(points: Sequence[tuple[float, float]], cheapest: float) -> float:
-    """The hypervolume, by the module's convention, of points (accuracy, relative cost).
+def share_dominated(points: Sequence[tuple[float, float]], cheapest: float, scores: ScoreRange) -> float:
+    """The hypervolume, by the module's convention, of points (score, relative cost).
 
     Raises:
         CostError: `cheapest` is no cost.
@@ -254,5 +307,5 @@ def share_dominated(points: Sequence[tuple[float, float]], cheapest: float) -> f
         raise CostError(f"the cheapest config must have a relative cost above 0, got {cheapest:g}")
     if cheapest >= 1 or not points:  # nothing is cheaper than the reference
         return 0.0
-    unit = [(1 - accuracy, max(0.0, 1 - log2(cost) / log2(cheapest))) for accuracy, cost in points]
-    return float(moocore.hypervolume(unit, ref=_REFERENCE_POINT))
+    unit = [(1 - scores.share(score), max(0.0, 1 - log2(cost) / log2(cheapest))) for score, cost in points]
+    return float(moocore.hypervolume(unit, ref=(1.0, 1.0)))  # the worst score, at the reference's cost

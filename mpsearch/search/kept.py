@@ -10,7 +10,7 @@ from torch import nn
 
 from mpsearch.problem import Problem
 from mpsearch.record import RunFolder, TrialRecord, checkpoint_path, final_path
-from mpsearch.search.front import pareto_front
+from mpsearch.search.front import pareto_front, scores_of
 from mpsearch.search.trial import run_trial
 from mpsearch.state_dict import load_tensors
 from mpsearch.warmstart.start import start_weights
@@ -24,12 +24,15 @@ class FrontWeights:
 
     def __init__(self, folder: RunFolder, records: Sequence[TrialRecord]) -> None:
         self._folder = folder.checkpoints
-        self.front = pareto_front(records)
+        self._metric = folder.metric
+        self.front = pareto_front(records, self._metric)
+        self.scores = scores_of(records)  # of every complete trial
 
     def keep(self, record: TrialRecord) -> None:
         """Take a record in; whatever is now dominated loses its weights."""
+        self.scores += scores_of([record])
         known = {trial.number: trial for trial in (*self.front.trials, *self.front.ladder, record)}
-        self.front = pareto_front(list(known.values()))
+        self.front = pareto_front(list(known.values()), self._metric)
         for number in known.keys() - {trial.number for trial in (*self.front.trials, *self.front.ladder)}:
             if known[number].origin != "import":  # nobody here could train it again
                 checkpoint_path(self._folder, number).unlink(missing_ok=True)
@@ -45,9 +48,9 @@ def trained_model(
     workbench = Workbench(problem.task, problem.spec.trial, offers=record.config.offers, graph=problem.graph)
     finals = [f for f in folder.finals() if f.number == record.number]
     final, brief = final_path(folder.checkpoints, record.number), checkpoint_path(folder.checkpoints, record.number)
-    measured: dict[str, float | None] = {"val": record.accuracy}
+    measured: dict[str, float | None] = {"val": record.score}
     if finals and final.exists():
-        best = max(finals, key=lambda f: f.val)
+        best = max(finals, key=lambda f: problem.metric.quality(f.val))
         brief, measured = final, {"val": best.val, "test": best.test}
     if brief.exists():
         workbench.reset(record.config)
@@ -56,4 +59,4 @@ def trained_model(
     logger.warning("the weights of trial %d were not kept (it is not on the front): it is trained again", record.number)
     start = start_weights(problem.spec, folder.warmstart)(record.cost or 1.0)
     again = run_trial(problem.task, record.config, problem.spec.trial, start, workbench=workbench)
-    return workbench.model.eval(), {"val": again.accuracy}
+    return workbench.model.eval(), {"val": again.score}

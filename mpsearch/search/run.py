@@ -19,11 +19,11 @@ from torch import Tensor
 from mpsearch.errors import RunError, SpaceError
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
-from mpsearch.problem import Problem, open_problem, reopen, write_facts
+from mpsearch.problem import Problem, open_problem, reopen, with_float_scores, write_facts
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.engine import run_trials
-from mpsearch.search.front import ParetoFront, front_rows, pareto_front
+from mpsearch.search.front import ParetoFront, front_rows, pareto_front, score_range
 from mpsearch.search.kept import FrontWeights
 from mpsearch.search.knee import keep_values
 from mpsearch.search.trial import peak_memory_bytes, run_trial
@@ -53,7 +53,7 @@ def run_study(spec: StudySpec, out: str | Path | None = None, observer: Observer
     problem = open_problem(spec)
     problem = replace(problem, notes=tuple(problem.warnings()))
     space_yaml = shipped("search_spaces", spec.space, SpaceError).read_text(encoding="utf-8")
-    folder = RunFolder.create(out or Path("runs") / spec.name, spec.to_yaml(), space_yaml)
+    folder = RunFolder.create(out or Path("runs") / spec.name, spec.to_yaml(), space_yaml, metric=problem.metric)
     return _search(problem, folder, observer)
 
 
@@ -77,10 +77,13 @@ def resume_study(run: str | Path, trials: int | None = None, observer: Observer 
 
 def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFront:
     spec = problem.spec
+    problem = with_float_scores(problem, "val")
     with folder.driving():
         records = folder.records()
         write_facts(folder, problem)
-        view = open_view(spec.storage, folder, spec.name, problem.space, spec.cost.budget, records, problem.cost)
+        view = open_view(
+            spec.storage, folder, spec.name, problem.space, problem.metric, spec.cost.budget, records, problem.cost
+        )
         folder.checkpoints.mkdir(exist_ok=True)
         observer.on_ready(problem, folder)
         began = time.monotonic()
@@ -91,6 +94,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             problem.space,
             problem.cost,
             spec.search,
+            problem.metric,
             spec.cost.budget,
             initial_configs,
             records,
@@ -107,7 +111,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
                 folder.write_parquet()
     if controller.broken:
         raise RunError(f"the search was given up: {controller.stop_reason}")
-    return pareto_front(folder.records())
+    return pareto_front(folder.records(), problem.metric)
 
 
 class _FrontKeeper(Observer):
@@ -123,7 +127,7 @@ class _FrontKeeper(Observer):
 
     def on_trial_ended(self, record: TrialRecord) -> None:
         self._weights.keep(record)
-        write_front(self._problem, self._folder, self._weights.front)
+        write_front(self._problem, self._folder, self._weights.front, self._weights.scores)
         keep_values(self._problem, self._folder, self._weights.front)
         self._observer.on_trial_ended(record)
 
@@ -188,15 +192,15 @@ def score_network(
                 return known
         prepared = time.perf_counter()
         score = workbench.score("val")
-        if not math.isfinite(score.accuracy):
-            raise FloatingPointError(f"the task's metric on val is {score.accuracy}")
+        if not math.isfinite(score.value):
+            raise FloatingPointError(f"{problem.metric.name} on val is {score.value}")
         record = TrialRecord(
             config=config,
             state="complete",
-            accuracy=score.accuracy,
+            score=score.value,
             cost=problem.cost(config),
             origin="import",
-            curve=((0, score.accuracy),),
+            curve=((0, score.value),),
             divergence=score.divergence,
             correct=score.correct,
             wall=WallTime(prepare_s=prepared - clock, evaluate_s=time.perf_counter() - prepared),
@@ -227,15 +231,17 @@ def _put_on_record(
     return record
 
 
-def write_front(problem: Problem, folder: RunFolder, front: ParetoFront) -> None:
-    """Write `front.json`: current after every trial."""
+def write_front(problem: Problem, folder: RunFolder, front: ParetoFront, trials: Sequence[float]) -> None:
+    """Write `front.json`: current after every trial; `trials` are the scores of all that are complete."""
+    scores = score_range(trials, problem.metric, problem.float_scores.get("val"))
     folder.write_front(
         {
-            "schema": "mpsearch/front/1",
+            "schema": "mpsearch/front/2",
             "study": problem.spec.name,
-            "metric": problem.task.metric,
+            "metric": problem.metric.to_json(),
             "cost": {"model": problem.spec.cost.model, "reference": problem.spec.cost.reference},
-            "hypervolume": front.hypervolume(problem.cheapest),
+            "hypervolume": front.hypervolume(problem.cheapest, scores),
+            "hypervolume_scores": {"worst": scores.worst, "best": scores.best, "best_is_float": scores.best_is_float},
             "front": front_rows(front),
         }
     )

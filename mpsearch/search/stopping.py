@@ -1,15 +1,16 @@
 """When a trial may stop, because whatever it can still reach is dominated.
 
     at the start    D > SLACK * least D of the trials that cost no more
-    halfway         accuracy < best accuracy at no higher cost - OPTIMISM * largest gain of the finished trials nearest
-                               in cost
+    halfway         quality < best quality at no higher cost - OPTIMISM * largest gain of the finished trials nearest
+                              in cost
 
 D: divergence from the float network before any training, with BatchNorm re-estimated, from the weights that the warm
-start has for this cost. It is the same in every run and costs a sixth of a trial, where the accuracy after a brief
-training differs from run to run by as much as configs of one cost do. Gain: accuracy at the end minus accuracy halfway,
-at least 0. A trial is told its thresholds when it starts; both only tighten meanwhile, so they err on the side of
-going on. Trials that stop give no gains, which errs on the same side. `replay` says what stopping would have saved, and
-lost, in a study that ran without it.
+start has for this cost. It is the same in every run and costs a sixth of a trial, where the score after a brief
+training differs from run to run by as much as configs of one cost do. Gain: quality at the end minus quality halfway,
+at least 0; quality is the score, or its negative where less is better (`Metric.quality`). A trial is told its
+thresholds when it starts; both only tighten meanwhile, so they err on the side of going on. Trials that stop give no
+gains, which errs on the same side. `replay` says what stopping would have saved, and lost, in a study that ran without
+it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mpsearch.metric import Metric
 from mpsearch.pareto import non_dominated
 from mpsearch.record import TrialRecord
 from mpsearch.search.front import pareto_front
@@ -41,7 +43,7 @@ class Thresholds:
     """What a trial must pass to go on; None: nothing is asked."""
 
     start: float | None = None  # the largest divergence at the start, nats
-    halfway: float | None = None  # the smallest accuracy halfway
+    halfway: float | None = None  # the worst score halfway
 
 
 NO_THRESHOLDS = Thresholds()
@@ -50,19 +52,22 @@ NO_THRESHOLDS = Thresholds()
 class Stopping:
     """What the trials that have ended say of those to come."""
 
-    def __init__(self) -> None:
+    def __init__(self, metric: Metric) -> None:
+        self._metric = metric
         self._gains: deque[tuple[float, float, float]] = deque(maxlen=MEMORY)  # log2 cost, gain from start and halfway
         self._starts: list[tuple[float, float]] = []  # (cost, divergence) that nothing cheaper undercuts, by cost
 
     def learn(self, record: TrialRecord) -> None:
         """Take in a trial that has ended."""
-        if record.cost is None or record.accuracy is None:
+        if record.cost is None or record.score is None:
             return
         if record.start_divergence is not None:
             self._learn_start(record.cost, record.start_divergence)
-        halfway = accuracy_halfway(record)
+        halfway = score_halfway(record)
         if record.state == "complete" and halfway is not None:
-            whole, half = (max(0.0, record.accuracy - before) for before in (record.curve[0][1], halfway))
+            whole, half = (
+                max(0.0, self._metric.gain(record.score, before)) for before in (record.curve[0][1], halfway)
+            )
             self._gains.append((math.log2(record.cost), whole, half))
 
     def thresholds(self, cost: float, best: float | None) -> Thresholds:
@@ -70,23 +75,23 @@ class Stopping:
 
         Args:
             cost: relative, of the trial.
-            best: the best accuracy known at no higher cost; None: there is none.
+            best: the best score known at no higher cost; None: there is none.
         """
         start = min((divergence for its_cost, divergence in self._starts if its_cost <= cost), default=None)
         nearest = self._nearest(cost)
-        return Thresholds(
-            None if start is None else SLACK * start,
-            None if best is None or len(nearest) < LEAST else best - OPTIMISM * max(gain for _, gain in nearest),
-        )
+        halfway = None
+        if best is not None and len(nearest) >= LEAST:
+            halfway = self._metric.improved(best, by=-OPTIMISM * max(gain for _, gain in nearest))
+        return Thresholds(None if start is None else SLACK * start, halfway)
 
     def foreseen(self, record: TrialRecord) -> float | None:
-        """The accuracy that a stopped trial might have reached: what it had, and the usual gain at its cost."""
+        """The score that a stopped trial might have reached: what it had, and the usual gain at its cost."""
         nearest = [] if record.cost is None or record.state != "stopped" else self._nearest(record.cost)
-        if record.accuracy is None or not nearest:
-            return record.accuracy
+        if record.score is None or not nearest:
+            return record.score
         at_start = len(record.curve) == 1
         gain = statistics.median(whole if at_start else half for whole, half in nearest)
-        return min(1.0, record.accuracy + gain)
+        return self._metric.clamped(self._metric.improved(record.score, by=gain))
 
     def _nearest(self, cost: float) -> list[tuple[float, float]]:
         by_distance = sorted(self._gains, key=lambda item: abs(item[0] - math.log2(cost)))
@@ -97,8 +102,8 @@ class Stopping:
         self._starts = [starts[i] for i in non_dominated(starts, (False, False))]
 
 
-def accuracy_halfway(record: TrialRecord) -> float | None:
-    """The accuracy of a trial at the middle of its fine-tune, if it was taken."""
+def score_halfway(record: TrialRecord) -> float | None:
+    """The score of a trial at the middle of its fine-tune, if it was taken."""
     return record.curve[1][1] if len(record.curve) == 3 else None
 
 
@@ -112,28 +117,34 @@ class Replay:
     total_s: float
 
 
-def replay(records: Sequence[TrialRecord]) -> Replay:
+def replay(records: Sequence[TrialRecord], metric: Metric) -> Replay:
     """Go through the trials of a study that ran without stopping, in the order of their numbers."""
-    known, finished = Stopping(), list[TrialRecord]()
+    known, finished = Stopping(metric), list[TrialRecord]()
     stopped: list[TrialRecord] = []
     saved_s = 0.0
     for record in sorted(records, key=lambda r: r.number):
-        halfway = accuracy_halfway(record)
-        if record.state != "complete" or record.cost is None or record.accuracy is None:
+        halfway = score_halfway(record)
+        if record.state != "complete" or record.cost is None or record.score is None:
             continue
-        best = max((r.accuracy for r in finished if r.cost <= record.cost), default=None)  # type: ignore[type-var,operator]
+        cheaper = [r.score for r in finished if r.cost <= record.cost]  # type: ignore[operator]
+        best = metric.best_of(*cheaper) if cheaper else None  # type: ignore[arg-type]
         thresholds = known.thresholds(record.cost, best)
         free = record.origin not in BASELINES
         if free and thresholds.start is not None and (record.start_divergence or 0.0) > thresholds.start:
             saved_s += record.wall.train_s
-        elif free and thresholds.halfway is not None and halfway is not None and halfway < thresholds.halfway:
+        elif (
+            free
+            and thresholds.halfway is not None
+            and halfway is not None
+            and metric.better(thresholds.halfway, than=halfway)
+        ):
             saved_s += record.wall.train_s / 2
         else:
             finished.append(record)
             known.learn(record)
             continue
         stopped.append(record)
-    front = {trial.number for trial in pareto_front(records)}
+    front = {trial.number for trial in pareto_front(records, metric)}
     return Replay(
         tuple(r.number for r in stopped),
         tuple(r.number for r in stopped if r.number in front),

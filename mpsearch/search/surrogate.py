@@ -1,11 +1,11 @@
-"""A sampler with a cheap model of accuracy: of many children of the front it proposes the most promising one.
+"""A sampler with a cheap model of quality: of many children of the front it proposes the most promising one.
 
-Quantization noise falls by half with every bit, and what the tensors do to accuracy nearly adds up, so the model is
+Quantization noise falls by half with every bit, and what the tensors do to quality nearly adds up, so the model is
 linear in 2^-bits of each tensor, a column a quantizer type, and in their sums over tensors, which is what is known of
 tensors that have hardly been tried. Bayesian ridge regression gives a mean and a deviation for any config.
 
-The cost of a config is known. Hence the expected hypervolume improvement, of a Gaussian accuracy N(m, s) at the known
-log2 cost c, is a sum over the steps of the front: on each the front has accuracy a_j, over a width w_j of log2 cost
+The cost of a config is known. Hence the expected hypervolume improvement, of a Gaussian quality N(m, s) at the known
+log2 cost c, is a sum over the steps of the front: on each the front has quality a_j, over a width w_j of log2 cost
 
     EHVI(c) = sum_j w_j * [(m - a_j) * Phi(z_j) + s * phi(z_j)],    z_j = (m - a_j) / s
 
@@ -96,13 +96,13 @@ class Features:
 
 
 def expected_improvement(mean: Floats, deviation: Floats, cost: Floats, front: Floats) -> Floats:
-    """The expected hypervolume improvement of candidates `(k,)`, in accuracy times octaves of cost.
+    """The expected hypervolume improvement of candidates `(k,)`, in quality times octaves of cost.
 
     Args:
-        mean: of their accuracy.
-        deviation: of their accuracy, above 0.
+        mean: of their quality.
+        deviation: of their quality, above 0.
         cost: log2 of their relative cost.
-        front: `(n, 2)`, accuracy and log2 cost of non-dominated trials, by rising cost.
+        front: `(n, 2)`, quality and log2 cost of non-dominated trials, by rising cost.
     """
     edges = np.concatenate([[-np.inf], front[:, 1], [max(0.0, front[-1, 1])]])
     level = np.concatenate([[0.0], front[:, 0]])
@@ -171,8 +171,8 @@ class SurrogateSampler(BaseSampler):
     def _learn(self, trials: Sequence[FrozenTrial]) -> None:
         """Fit the model, unless it knows nearly all of the trials."""
         if self._model is None or len(trials) > 1.05 * self._learned:
-            accuracy = np.array([trial.values[0] for trial in trials])
-            self._model = self._regression().fit(self._rows([trial.params for trial in trials]), accuracy)
+            quality = np.array([trial.values[0] for trial in trials])
+            self._model = self._regression().fit(self._rows([trial.params for trial in trials]), quality)
             self._learned = len(trials)
 
     def _rows(self, params: Sequence[Mapping[str, Any]]) -> Floats:

@@ -65,7 +65,7 @@ def run_trial(
         thresholds: what the trial must pass at the start and halfway; else it stops.
 
     Returns:
-        A complete or stopped record. Its accuracy is that of the hard-quantized network.
+        A complete or stopped record. Its score is that of the hard-quantized network.
 
     Raises:
         FloatingPointError: the loss or the score became NaN or infinite.
@@ -74,14 +74,15 @@ def run_trial(
     started = time.time()
     clock = time.perf_counter()
     workbench = workbench or Workbench(task, settings, offers=config.offers)
+    metric = workbench.metric
     workbench.reset(config, start_weights)
     prepared = time.perf_counter()
     curve: list[tuple[int, float]] = []
 
     def scored(step: int, score: Score) -> Score:
-        if not math.isfinite(score.accuracy):
-            raise FloatingPointError(f"the task's metric on val is {score.accuracy} after {step} steps")
-        curve.append((step, score.accuracy))
+        if not math.isfinite(score.value):
+            raise FloatingPointError(f"{metric.name} on val is {score.value} after {step} steps")
+        curve.append((step, score.value))
         return score
 
     score = workbench.quick_score()
@@ -102,9 +103,10 @@ def run_trial(
             began = time.perf_counter()
             scored(half, workbench.quick_score())
             scoring_s += time.perf_counter() - began
-            if thresholds.halfway is not None and curve[-1][1] < thresholds.halfway:
+            if thresholds.halfway is not None and metric.better(thresholds.halfway, than=curve[-1][1]):
                 raise Dominated(
-                    f"{curve[-1][1]:.4f} after {half} steps, below the threshold of {thresholds.halfway:.4f}"
+                    f"{metric.name} {metric.show(curve[-1][1])} after {half} steps, worse than the threshold of "
+                    f"{metric.show(thresholds.halfway)}"
                 )
 
     start_loss = end_loss = reason = None
@@ -124,13 +126,13 @@ def run_trial(
     if state == "complete" and trains:
         workbench.reestimate(settings.seed)
         quick, score = score, scored(settings.steps, workbench.score("val"))
-        if score.accuracy < quick.accuracy:
+        if metric.better(quick.value, than=score.value):
             score = _better(workbench, start, score)
     done = time.perf_counter()
     return TrialRecord(
         config=config,
         state=state,
-        accuracy=score.accuracy if state == "complete" else curve[-1][1],
+        score=score.value if state == "complete" else curve[-1][1],
         cost=None if cost is None else cost(config),
         reason=reason,
         seed=settings.seed,
@@ -155,7 +157,7 @@ def _better(workbench: Workbench, start: Mapping[str, Tensor], end: Score) -> Sc
     trained = workbench.state()
     workbench.restore(start)
     score = workbench.score("val")
-    if score.accuracy < end.accuracy:
+    if workbench.metric.better(end.value, than=score.value):
         workbench.restore(trained)
         return end
     return score

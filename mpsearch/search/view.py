@@ -24,13 +24,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import RunError
+from mpsearch.metric import Metric
 from mpsearch.record import RunFolder, TrialRecord
-from mpsearch.search.controller import DIRECTIONS, budget_constraint
+from mpsearch.search.controller import budget_constraint
 from mpsearch.space.space import SearchSpace
 
 logger = logging.getLogger(__name__)
 
-METRICS = ["accuracy on val (share)", "cost (log2 of the reference's)"]
 SHOWN_LAYERS = 5  # in the cost breakdown of a trial; the others are summed
 
 ARTIFACTS: Mapping[str, tuple[str, str]] = {
@@ -49,10 +49,10 @@ _STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "stopped"
 class OptunaView:
     """An Optuna study that shows a run.
 
-    Values are accuracy and log2 of relative cost; a failed or stopped trial has none. User attributes hold the rest of
-    the record, among it `number`, by which a trial is known here: Optuna counts in the order of adding. The
-    budget is a constraint, in octaves (at most 0 is within), under Optuna's key and under the older one that
-    optuna-dashboard reads.
+    Values are the score, in its unit and direction, and log2 of relative cost; a failed or stopped trial has none. User
+    attributes hold the rest of the record, among it `number`, by which a trial is known here: Optuna counts in the
+    order of adding. The budget is a constraint, in octaves (at most 0 is within), under Optuna's key and the older
+    one that optuna-dashboard reads.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class OptunaView:
         storage: BaseStorage,
         name: str,
         space: SearchSpace,
+        metric: Metric,
         budget: float | None,
         records: Iterable[TrialRecord],
         cost: RelativeCost | None = None,
@@ -68,11 +69,14 @@ class OptunaView:
         self._cost = cost
         self._budget = math.inf if budget is None else budget
         self._distributions = space.distributions()
-        self.study = optuna.create_study(storage=storage, study_name=name, directions=DIRECTIONS, load_if_exists=True)
+        directions = [metric.direction, "minimize"]
+        self.study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
         if self.study.metric_names is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self.study.set_metric_names(METRICS)
+                unit = "share" if metric.unit == "%" else metric.unit
+                score = f"{metric.name} on val" + (f" ({unit})" if unit else "")
+                self.study.set_metric_names([score, "cost (log2 of the reference's)"])
         self._lost = False
         self._waiting: dict[int, TrialRecord] = {}  # by number: ended, but not one before them
         self._next = 0
@@ -117,8 +121,8 @@ class OptunaView:
         within = self._space.contains(record.config)
         constraints = None if record.cost is None else budget_constraint(record.cost, self._budget)
         values = None
-        if record.state == "complete" and record.accuracy is not None and record.cost is not None:
-            values = [record.accuracy, math.log2(record.cost)]
+        if record.state == "complete" and record.score is not None and record.cost is not None:
+            values = [record.score, math.log2(record.cost)]
         trial = create_trial(
             state=_STATES[record.state],
             values=values,
@@ -150,6 +154,7 @@ def open_view(
     folder: RunFolder,
     name: str,
     space: SearchSpace,
+    metric: Metric,
     budget: float | None = None,
     records: Iterable[TrialRecord] = (),
     cost: RelativeCost | None = None,
@@ -161,6 +166,7 @@ def open_view(
         folder: of the run.
         name: of the study; at a URL the run's id follows, because others keep their studies there too.
         space: the configs that there are.
+        metric: what scores are.
         budget: the largest relative cost that is acceptable.
         records: the trials that have ended.
         cost: prices the layers of each trial.
@@ -173,7 +179,7 @@ def open_view(
     if storage not in ("sqlite", "journal"):
         name = f"{name}-{folder.id}"
     with _explained(storage):
-        return OptunaView(open_storage(storage, folder), name, space, budget, records, cost)
+        return OptunaView(open_storage(storage, folder), name, space, metric, budget, records, cost)
 
 
 def open_storage(storage: str, folder: RunFolder | None = None) -> BaseStorage:

@@ -13,7 +13,7 @@ def ends_first(items: Sequence[_T]) -> list[_T]:
     """First and last, then what is in the middle of the widest gap, and so on: wherever it ends, all is covered.
 
     Of two gaps as wide, and of two in the middle, the latter comes first: towards the cheap end, where `items` go from
-    dear to cheap, as accuracy changes most there.
+    dear to cheap, as scores change most there.
 
     >>> ends_first([8, 7, 6, 5, 4, 3, 2])
     [8, 2, 5, 3, 6, 4, 7]

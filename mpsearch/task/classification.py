@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
 from mpsearch.files import sha256
+from mpsearch.metric import Metric
 from mpsearch.shipped import shipped
 from mpsearch.study import TaskSpec
 from mpsearch.task.cache import cached_tensors, content_key
@@ -52,11 +53,12 @@ class ClassificationTask:
             TaskError: model, checkpoint and data do not fit together.
         """
         self.name = f"{(spec.model or '').rpartition(':')[2]}/{images.name}"
-        self.metric: str = spec.metric
+        metric = spec.metric or "top1"
+        self.metric: str | Metric = metric
         self.images = images
         self._spec = spec
         self._classes = spec.num_classes or images.num_classes
-        self._top = {"top1": 1, "top5": 5}[spec.metric]
+        self._top = {"top1": 1, "top5": 5}[metric]
         if self._classes < images.num_classes:
             raise TaskError(
                 f"task.num_classes: got {self._classes}, the data has {images.num_classes} classes: leave it out, "

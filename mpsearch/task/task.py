@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from mpsearch.metric import Metric
+
 Split = Literal["train", "val", "test"]
 Batch = tuple[Any, Any]  # model input, target
 
@@ -61,11 +63,12 @@ class Warns(Protocol):
 class Task(Protocol):
     """A trained network with its data and metric.
 
-    `name` identifies model and data in records and exports, `metric` names what `evaluate` returns (higher is better).
+    `name` identifies model and data in records and exports; `metric` says what `evaluate` returns: the name of a common
+    metric (`mpsearch.metric.METRICS`), or a `Metric`.
     """
 
     name: str
-    metric: str
+    metric: str | Metric
 
     def float_model(self) -> nn.Module:
         """A fresh copy of the trained float network, in eval mode, on the CPU."""
@@ -80,7 +83,7 @@ class Task(Protocol):
         ...
 
     def evaluate(self, model: nn.Module, split: Split) -> float:
-        """The metric of `model` (called in eval mode, without gradients) on a split."""
+        """The score of `model` (called in eval mode, without gradients) on a split."""
         ...
 
     def loss(self, output: Any, target: Any) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""How well a proxy ranks configs: Kendall's tau against fine-tuned accuracy, stratum by stratum of cost.
+"""How well a proxy ranks configs: Kendall's tau against the fine-tuned score, stratum by stratum of cost.
 
-Over all trials nearly every proxy looks good, because whatever costs more is more accurate. What a search needs is the
+Over all trials nearly every proxy looks good, because whatever costs more is better. What a search needs is the
 order among configs of about equal cost, so the trials are cut into strata of equal size by cost and each has its tau.
 """
 
@@ -14,26 +14,31 @@ import pandas as pd
 from scipy.stats import kendalltau
 
 from mpsearch.errors import PrecisionError, RunError, nearest
+from mpsearch.metric import Metric
 from mpsearch.record import TrialRecord
 from mpsearch.warmstart.table import SensitivityTable
 
 ALL = "all"
-ACCURACIES = ("before", "halfway")  # proxies of which more is better
+SCORES = ("before", "halfway")  # proxies of which more is better
 _LEAST = 3  # trials in a stratum that has a tau
 
 
-def trials_frame(records: Sequence[TrialRecord], tables: Sequence[SensitivityTable] = ()) -> pd.DataFrame:
-    """A row per complete trial: `cost`, `accuracy`, and what might have foretold it.
+def trials_frame(
+    records: Sequence[TrialRecord], metric: Metric, tables: Sequence[SensitivityTable] = ()
+) -> pd.DataFrame:
+    """A row per complete trial: `cost`, `quality` (`Metric.quality` of its score), and what might have foretold it.
 
-    Columns beside these: `before` and `halfway`, the accuracies before and in the middle of the fine-tune; `start` and
+    Columns beside these: `before` and `halfway`, the quality before and in the middle of the fine-tune; `start` and
     `divergence`, from the float network before and after it; for each table, the sum of the sensitivities, by proxy.
     """
     rows = []
     for record in records:
-        if record.state != "complete":
+        if record.state != "complete" or record.score is None:
             continue
-        curve = dict(zip(("before", "halfway"), (accuracy for _, accuracy in record.curve[:-1]), strict=False))
-        row = {"cost": record.cost, "accuracy": record.accuracy, "before": nan, "halfway": nan} | curve
+        curve = dict(
+            zip(("before", "halfway"), (metric.quality(score) for _, score in record.curve[:-1]), strict=False)
+        )
+        row = {"cost": record.cost, "quality": metric.quality(record.score), "before": nan, "halfway": nan} | curve
         row["start"] = nan if record.start_divergence is None else record.start_divergence
         row["divergence"] = nan if record.divergence is None else record.divergence
         for table in tables:
@@ -42,7 +47,7 @@ def trials_frame(records: Sequence[TrialRecord], tables: Sequence[SensitivityTab
             except PrecisionError:  # a config from elsewhere, with precisions that the space does not have
                 row[table.proxy] = nan
         rows.append(row)
-    columns = ["cost", "accuracy", "before", "halfway", "start", "divergence", *(table.proxy for table in tables)]
+    columns = ["cost", "quality", "before", "halfway", "start", "divergence", *(table.proxy for table in tables)]
     return pd.DataFrame(rows, columns=columns).astype(float)
 
 
@@ -56,16 +61,16 @@ def proxy_tau(
     confidence: float = 0.95,
     seed: int,
 ) -> pd.DataFrame:
-    """Kendall's tau-b of each proxy against accuracy in each stratum of cost, and over all trials.
+    """Kendall's tau-b of each proxy against quality in each stratum of cost, and over all trials.
 
-    1: the proxy puts the trials in the order of their accuracy; 0: it knows nothing; -1: it reverses them. The interval
+    1: the proxy puts the trials in the order of their quality; 0: it knows nothing; -1: it reverses them. The interval
     is that of the percentile bootstrap over trials; with few trials or many ties it is wide, or NaN.
 
     Args:
-        trials: a row per trial; columns `cost`, `accuracy` and the proxies. Rows without both, or without the proxy in
+        trials: a row per trial; columns `cost`, `quality` and the proxies. Rows without both, or without the proxy in
             question, are left out.
         proxies: columns; less is better, as with sensitivities.
-        more_is_better: those of them where more is better, such as an accuracy before fine-tuning.
+        more_is_better: those of them where more is better, such as the quality before fine-tuning.
         strata: how many, of equal numbers of trials (ties in cost stay together, so there may be fewer).
         resamples: of the bootstrap; 0: no interval.
         confidence: that the interval covers the tau of many such trials.
@@ -78,19 +83,19 @@ def proxy_tau(
     Raises:
         RunError: a column is missing.
     """
-    for column in ("cost", "accuracy", *proxies):
+    for column in ("cost", "quality", *proxies):
         if column not in trials.columns:
             raise RunError(f"the table of trials has no column '{column}': {nearest(column, map(str, trials.columns))}")
     random = np.random.default_rng(seed)
-    known = trials[np.isfinite(trials["cost"].astype(float)) & np.isfinite(trials["accuracy"].astype(float))]
+    known = trials[np.isfinite(trials["cost"].astype(float)) & np.isfinite(trials["quality"].astype(float))]
     rows = []
     for name, stratum in [(ALL, known), *_strata(known, strata)]:
         for proxy in proxies:
             usable = stratum[np.isfinite(stratum[proxy].astype(float))]
-            accuracy = usable["accuracy"].to_numpy(float)
+            quality = usable["quality"].to_numpy(float)
             value = usable[proxy].to_numpy(float) * (1 if proxy in more_is_better else -1)
-            low, high = _interval(accuracy, value, resamples, confidence, random)
-            rows.append((name, proxy, _tau(accuracy, value), len(usable), low, high))
+            low, high = _interval(quality, value, resamples, confidence, random)
+            rows.append((name, proxy, _tau(quality, value), len(usable), low, high))
     return pd.DataFrame(rows, columns=["stratum", "proxy", "tau", "n", "low", "high"])
 
 
@@ -102,18 +107,18 @@ def _strata(trials: pd.DataFrame, count: int) -> list[tuple[str, pd.DataFrame]]:
     return [(f"{group['cost'].min():.3g}-{group['cost'].max():.3g}", group) for group in groups]
 
 
-def _tau(accuracy: np.ndarray, value: np.ndarray) -> float:
-    if len(accuracy) < _LEAST or np.ptp(accuracy) == 0 or np.ptp(value) == 0:
+def _tau(quality: np.ndarray, value: np.ndarray) -> float:
+    if len(quality) < _LEAST or np.ptp(quality) == 0 or np.ptp(value) == 0:
         return nan
-    return float(kendalltau(accuracy, value).statistic)
+    return float(kendalltau(quality, value).statistic)
 
 
 def _interval(
-    accuracy: np.ndarray, value: np.ndarray, resamples: int, confidence: float, random: np.random.Generator
+    quality: np.ndarray, value: np.ndarray, resamples: int, confidence: float, random: np.random.Generator
 ) -> tuple[float, float]:
-    n = len(accuracy)
+    n = len(quality)
     drawn = random.integers(n, size=(resamples, n)) if n >= _LEAST else np.empty((0, n), int)
-    taus = [tau for rows in drawn if isfinite(tau := _tau(accuracy[rows], value[rows]))]
+    taus = [tau for rows in drawn if isfinite(tau := _tau(quality[rows], value[rows]))]
     if not taus:
         return nan, nan
     low, high = np.quantile(taus, [(1 - confidence) / 2, (1 + confidence) / 2])

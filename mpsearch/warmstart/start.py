@@ -42,7 +42,7 @@ SENSITIVITY_SAMPLES = 128
 REACH = 1.0
 """Bits that rounding moves a tensor at most: to one of the two whole numbers beside what was learned."""
 DISTANCE = 2
-"""Slots in which two roundings of one snapshot differ at least: those that differ in one hardly differ in accuracy."""
+"""Slots in which two roundings of one snapshot differ at least: those that differ in one hardly differ in score."""
 
 
 def warm_start(

@@ -15,6 +15,7 @@ from mpsearch.debug.advice import Advice, advise, document
 from mpsearch.debug.diagnosis import Attempt, Diagnosis, LayerFacts, Score, TensorFacts
 from mpsearch.debug.measure import channel_ratio, diagnose
 from mpsearch.errors import PrecisionError, TaskError
+from mpsearch.metric import TOP1
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.quant.prepare import prepare
 from mpsearch.study import load_study
@@ -85,7 +86,7 @@ def test_a_layer_with_badly_scaled_channels_is_named_and_equalization_recommende
     advice = named(found)
     assert advice["cle"].layers == advice["per_channel"].layers == ("block2.conv1",)
     scores = {attempt.action: attempt.score for attempt in found.attempts}
-    assert f"{100 * scores['per_channel'].accuracy:.2f} % instead of" in advice["per_channel"].text
+    assert f"{100 * scores['per_channel'].value:.2f} % instead of" in advice["per_channel"].text
     for action in ("cle", "per_channel"):
         assert scores[action].divergence < 0.1 * found.parts["weights"].divergence
     assert advice["cle"].command == "mpsearch ptq digits --bits w6a32/tensor"
@@ -115,9 +116,9 @@ def test_a_config_that_costs_nothing_is_left_alone(fine: Diagnosis) -> None:
 def test_scores_are_those_of_the_prepared_network(task: ClassificationTask, net: nn.Module, fine: Diagnosis) -> None:
     """W8A8 per channel does not depend on folding, up to the last bit of a step."""
     assert fine.samples == task.images.size("val")
-    assert fine.float_accuracy == task.evaluate(net, "val")
+    assert fine.float_score == task.evaluate(net, "val")
     quantized = prepare(net, fine.config, task.calibration_input(512))
-    assert fine.parts["all"].accuracy == pytest.approx(task.evaluate(quantized, "val"), abs=1.5 / fine.samples)
+    assert fine.parts["all"].value == pytest.approx(task.evaluate(quantized, "val"), abs=1.5 / fine.samples)
 
 
 def test_sqnr_follows_the_bits(task: ClassificationTask, net: nn.Module, fine: Diagnosis) -> None:
@@ -191,7 +192,7 @@ def facts(weights: float, activations: float, everything: float) -> Diagnosis:
         TensorFacts(config["fc"].activation, 20.0, scores[1]),
     )
     parts = dict(zip(("weights", "activations", "all"), scores, strict=True))
-    return Diagnosis(config, "top1", 1000, 0.9, Score(0.9, 0.0, 0.0), parts, (layer,), (), (), (), 1.0)
+    return Diagnosis(config, TOP1, 1000, 0.9, Score(0.9, 0.0, 0.0), parts, (layer,), (), (), (), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -263,9 +264,9 @@ def test_the_channel_ratio_is_of_the_largest_channel_to_the_median_one() -> None
 def test_the_document_is_json_in_percent(badly_scaled: Diagnosis) -> None:
     text = json.dumps(document(badly_scaled, "digits"), allow_nan=False)
     read = json.loads(text)
-    assert read["float_val"] == 100 * badly_scaled.float_accuracy
+    assert read["float_val"] == badly_scaled.float_score
     part = read["parts"]["weights"]
-    assert part["drop"] == pytest.approx(read["float_val"] - part["accuracy"])
+    assert part["drop"] == pytest.approx(read["float_val"] - part["score"])
     assert part["harmful"]
     assert read["layers"][0]["activation"] is None
     assert read["worst"]["weight"][0] == "block2.conv1"

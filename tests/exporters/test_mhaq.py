@@ -25,6 +25,7 @@ import mpsearch
 from mpsearch.errors import ExportError
 from mpsearch.exporters.mhaq_networks import dataset, recognize
 from mpsearch.graph.layers import inspect_model
+from mpsearch.metric import METRICS
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.space.build import build_space
 from mpsearch.space.spec import load_space
@@ -156,7 +157,7 @@ def test_what_a_checkout_lacks_is_in_the_notes(tmp_path: Path) -> None:
 
 def test_only_classifiers_and_networks_of_its_own_have_a_recipe(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="'small' is none of these networks and is scored by psnr"):
-        mpsearch.export(network(CONFIG, metric="psnr"), "mhaq", tmp_path / "out")
+        mpsearch.export(network(CONFIG, metric=METRICS["psnr"]), "mhaq", tmp_path / "out")
 
 
 def rfdn(features: int = 50, scale: int = 4) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from mpsearch.errors import ExportError
 from mpsearch.exporters import packed
 from mpsearch.exporters.read import read_config
 from mpsearch.graph.layers import inspect_model
+from mpsearch.metric import TOP1
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 
 MODEL = """
@@ -67,7 +68,8 @@ def exported(tmp_path: Path) -> tuple[Path, nn.Module]:
         layers,
         name="small",
         task="noise",
-        accuracy={"val": 0.5, "test": None},
+        score={"val": 0.5, "test": None},
+        metric=TOP1,
         cost={"model": "bops", "reference": "w8a8", "relative": 0.3},
     )
     return mpsearch.export(result, "native", tmp_path / "out").path, prepared

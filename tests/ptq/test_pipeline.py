@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import mpsearch
 from mpsearch.errors import PrecisionError, TaskError
 from mpsearch.exporters import native
+from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision
 from mpsearch.ptq.pipeline import PtqMethod, ptq
 from mpsearch.train import FitSettings, fit
@@ -107,14 +108,14 @@ def test_every_stage_that_ran_is_timed_in_order(trained, digits) -> None:
 @pytest.mark.parametrize("data_free", [False, True])
 def test_an_export_gives_the_model_back(trained, digits, tmp_path: Path, data_free: bool) -> None:
     result = ptq(trained, PER_TENSOR, None if data_free else digits[0][:64], PtqMethod(rounding="nearest"))
-    native.save(result.network(name="net", task="digits", metric="top1", accuracy={"val": 0.5}), tmp_path / "out")
+    native.save(result.network(name="net", task="digits", metric=TOP1, score={"val": 0.5}), tmp_path / "out")
     loaded = mpsearch.load(MobileNet().eval(), tmp_path / "out")
     assert torch.equal(loaded(digits[2]), result.model(digits[2]))
 
 
 def test_an_export_of_another_network_is_refused_by_name(trained, digits, tmp_path: Path) -> None:
     result = ptq(trained, PER_TENSOR)
-    native.save(result.network(name="net", task="digits", metric="top1", accuracy={}), tmp_path / "out")
+    native.save(result.network(name="net", task="digits", metric=TOP1, score={}), tmp_path / "out")
     with pytest.raises(mpsearch.MpsearchError, match="structure"):
         mpsearch.load(nn.Sequential(nn.Linear(2, 2)), tmp_path / "out")
 

@@ -12,6 +12,7 @@ import mpsearch
 from mpsearch.errors import ExportError, PrecisionError
 from mpsearch.exporters import native
 from mpsearch.exporters.read import read_precisions
+from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.problem import Problem, open_problem
 from mpsearch.qat.pipeline import qat
@@ -43,7 +44,7 @@ def test_weights_with_one_range_train_with_folded_norms(problem: Problem, tmp_pa
     trained = qat(task, config, problem.spec.trial)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in trained.model.modules())
     assert task.evaluate(trained.model, "val") > task.evaluate(task.float_model(), "val") - 0.1
-    native.save(trained.network(name="m", task=task.name, metric=task.metric, accuracy={}), tmp_path / "out")
+    native.save(trained.network(name="m", task=task.name, metric=TOP1, score={}), tmp_path / "out")
     x = task.calibration_input(16)
     again = mpsearch.load(task.float_model(), tmp_path / "out")
     assert torch.equal(again(x), trained.model(x))
@@ -85,8 +86,8 @@ def test_train_one_scores_both_splits_and_prices_the_config(problem: Problem, me
     assert seen == [(step, len(seen)) for step in range(1, len(seen) + 1)]
     assert scored.cost == pytest.approx(1.0)
     for split in ("val", "test"):
-        assert scored.accuracy[split] == problem.task.evaluate(scored.trained.model, split)
-        assert scored.float_accuracy[split] == problem.task.evaluate(problem.task.float_model(), split)
+        assert scored.score[split] == problem.task.evaluate(scored.trained.model, split)
+        assert scored.float_score[split] == problem.task.evaluate(problem.task.float_model(), split)
 
 
 def test_a_target_is_for_every_layer_that_the_space_does_not_fix() -> None:
@@ -114,7 +115,7 @@ def test_layers_that_the_space_fixes_are_named(problem: Problem, tmp_path: Path)
 def test_a_config_file_is_a_target(problem: Problem, tmp_path: Path) -> None:
     task = problem.task
     trained = qat(task, everywhere(problem, "apot:4", "uniform:5"), problem.spec.trial.model_copy(update={"steps": 1}))
-    native.save(trained.network(name="m", task=task.name, metric=task.metric, accuracy={}), tmp_path / "out")
+    native.save(trained.network(name="m", task=task.name, metric=TOP1, score={}), tmp_path / "out")
     for path in (tmp_path / "out", tmp_path / "out" / "precision.json"):
         assert target_config(problem.space, read_precisions(str(path))) == (trained.config, ())
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.facts import LayerInfo
+from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import FinalRecord, Origin, TrialRecord, WallTime
 from mpsearch.report.data import RunData
@@ -56,5 +57,5 @@ FINALS = [
 
 def run_data(records: list[TrialRecord] | None = None, **changes: Any) -> RunData:
     """The tables of a run with `RECORDS`."""
-    values: dict[str, Any] = {"name": "digits", "layers": INFOS, "cost": COST, "cheapest": CHEAPEST}
+    values: dict[str, Any] = {"name": "digits", "layers": INFOS, "cost": COST, "cheapest": CHEAPEST, "metric": TOP1}
     return RunData.of(records=RECORDS if records is None else records, **(values | changes))

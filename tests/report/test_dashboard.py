@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from mpsearch.cli import app
 from mpsearch.errors import RunError
 from mpsearch.exporters.read import read_config
+from mpsearch.metric import TOP1
 from mpsearch.problem import Problem, open_problem, write_facts
 from mpsearch.record import RunFolder
 from mpsearch.report import dashboard
@@ -128,13 +129,13 @@ def study_of(address: str) -> dict[str, Any]:
 
 def test_study_has_named_objectives_a_note_and_our_figures(address: str, folder: RunFolder) -> None:
     study = study_of(address)
-    assert study["objective_names"] == ["accuracy on val (share)", "cost (log2 of the reference's)"]
+    assert study["objective_names"] == ["top1 on val (share)", "cost (log2 of the reference's)"]
     assert "Maximize top1 on the validation split" in study["note"]["body"]
     assert f"mpsearch export {folder.path} --pick knee" in study["note"]["body"]
     assert {"key": "cost model", "value": "shift_energy"} in study["user_attrs"]
     figures = {plot["id"]: json.loads(plot["graph_object"]) for plot in study["plotly_graph_objects"]}
     assert set(figures) == {"front", "network", "cost", "weight-bits", "input-bits", "hypervolume", "best"}
-    assert figures["front"]["layout"]["title"]["text"] == "Accuracy against cost"
+    assert figures["front"]["layout"]["title"]["text"] == "top1 against cost"
     drawn = [point for trace in figures["front"]["data"] for point in trace.get("customdata", [])]
     assert sorted(point[0] for point in drawn) == [record.number for record in folder.records()]
 
@@ -210,10 +211,12 @@ def test_a_trial_that_ends_is_shown_while_the_dashboard_runs(
 ) -> None:
     monkeypatch.setattr(dashboard, "EVERY_S", 0.05)
     records = folder.records()
-    live = RunFolder.create(tmp_path / "live", folder.study_yaml.read_text(), folder.space_yaml.read_text())
+    live = RunFolder.create(
+        tmp_path / "live", folder.study_yaml.read_text(), folder.space_yaml.read_text(), metric=TOP1
+    )
     write_facts(live, problem)
     with live.driving():
-        view = open_view("sqlite", live, "quick", problem.space, None, (), problem.cost)
+        view = open_view("sqlite", live, "quick", problem.space, TOP1, None, (), problem.cost)
         live.append(records[0])
         view.add(records[0])
         with serving(str(live.path), port=0) as served:
@@ -231,7 +234,7 @@ def test_a_note_that_somebody_wrote_stays(folder: RunFolder, problem: Problem) -
     from optuna_dashboard import get_note, save_note
 
     spec = read_spec(folder)
-    view = open_view("journal", folder, spec.name, problem.space, None, folder.records(), problem.cost)
+    view = open_view("journal", folder, spec.name, problem.space, TOP1, None, folder.records(), problem.cost)
     prepared = Prepared(view.study, folder, problem)
     prepared.refresh()
     assert get_note(view.study).startswith("## quick")
@@ -251,7 +254,9 @@ def test_a_watched_report_is_written_after_every_trial_until_the_run_ends(
     folder: RunFolder, problem: Problem, tmp_path: Path
 ) -> None:
     records = folder.records()
-    live = RunFolder.create(tmp_path / "live", folder.study_yaml.read_text(), folder.space_yaml.read_text())
+    live = RunFolder.create(
+        tmp_path / "live", folder.study_yaml.read_text(), folder.space_yaml.read_text(), metric=TOP1
+    )
     driving = live.driving()
     driving.__enter__()
     unheard = iter([lambda: None, lambda: live.append(records[1]), lambda: driving.__exit__(None, None, None)])
@@ -279,7 +284,7 @@ def test_study_page_in_a_browser_shows_note_figures_and_artifacts(address: str, 
         page.wait_for_selector("[id='user-defined-plot:front'] .scatterlayer .point", state="attached")
         points = page.locator("[id='user-defined-plot:front'] .scatterlayer .point").count()
         assert points == len(folder.records()) + 1  # the knee is ringed
-        assert "Accuracy against cost" in page.locator("[id='user-defined-plot:front']").text_content()
+        assert "top1 against cost" in page.locator("[id='user-defined-plot:front']").text_content()
         page.goto(f"{address}/dashboard/studies/1/note")
         page.get_by_text("Maximize top1 on the validation split").first.wait_for()
         page.goto(f"{address}/dashboard/studies/1/trials?numbers=0")

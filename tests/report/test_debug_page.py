@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from mpsearch.debug.diagnosis import Attempt, Diagnosis, Histogram, LayerFacts, Score, TensorFacts
 from mpsearch.errors import WriteError
+from mpsearch.metric import TOP1
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.report import figures
 from mpsearch.report.debug_page import stage_rows, sweep_table, write_debug_page
@@ -21,9 +22,9 @@ W4, A8 = Precision("uniform", 4, "tensor"), Precision("uniform", 8, "tensor")
 CONFIG = PrecisionConfig({"conv": LayerPrecision(W4, FLOAT), EVIL: LayerPrecision(W4, A8)})
 FOUND = Diagnosis(
     config=CONFIG,
-    metric="top1",
+    metric=TOP1,
     samples=400,
-    float_accuracy=0.9,
+    float_score=0.9,
     sanity=Score(0.9, 1e-12, 0.0),
     parts={
         "weights": Score(0.6, 1.5, 0.36),
@@ -95,7 +96,7 @@ def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_sweep_shows_both_tensors_of_each_layer_in_order() -> None:
-    weights, inputs = figures.sweep(sweep_table(FOUND)).data
+    weights, inputs = figures.sweep(sweep_table(FOUND), TOP1).data
     assert list(weights.x) == [1.25, 0.125]
     assert list(inputs.x)[1] == 0.5
     assert inputs.x[0] != inputs.x[0]  # NaN: left float
@@ -107,7 +108,7 @@ def test_of_many_layers_the_sweep_shows_those_that_matter() -> None:
         divergence = nan if number == 99 else float(number)
         return LayerFacts(f"l{number}", "linear", 1.0, TensorFacts(W4, 20.0, Score(0.9, divergence, 0.0)), None)
 
-    weights, _ = figures.sweep(sweep_table(replace(FOUND, layers=tuple(map(layer, range(100)))))).data
+    weights, _ = figures.sweep(sweep_table(replace(FOUND, layers=tuple(map(layer, range(100))))), TOP1).data
     assert [name for name, _ in weights.customdata] == [f"l{number}" for number in range(60, 100)]
 
 

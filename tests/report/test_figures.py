@@ -10,6 +10,7 @@ import pytest
 from pictured import CHEAPEST, COST, FINALS, INFOS, LAYERS, RECORDS, infos, run_data, trial
 
 from mpsearch.cost.model import RelativeCost
+from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import TrialRecord
 from mpsearch.report import figures
@@ -25,9 +26,11 @@ from mpsearch.report.tables import (
     progress_table,
     trials_table,
 )
-from mpsearch.search.front import pareto_front
+from mpsearch.search.front import ScoreRange, pareto_front
 from mpsearch.space.choices import parse_choices
 from mpsearch.space.space import Slot
+
+SHARES = ScoreRange(0.0, 1.0)
 
 
 def series(figure: object) -> dict[str, list[tuple[float, float]]]:
@@ -44,27 +47,27 @@ def wide(count: int, trials: int = 1) -> list[TrialRecord]:
 
 
 def test_trials_table_has_a_row_per_trial_with_the_means_of_its_bits() -> None:
-    table = trials_table(RECORDS)
+    table = trials_table(RECORDS, TOP1)
     assert list(table.number) == [0, 1, 2, 3, 4, 5]
     assert list(table[table.on_front].number) == [0, 2, 3]
     assert list(table[table.knee].number) == [2]
     assert (table.weight_bits[2], table.activation_bits[2]) == (4.0, 8.0)
-    assert table.accuracy_percent[0] == 90.0
+    assert table.score[0] == 0.9
     assert table.reason[4] == "CUDA <out> of memory"
 
 
 def test_front_table_is_the_front_by_rising_cost() -> None:
-    assert list(front_table(RECORDS).number) == [3, 2, 0]
+    assert list(front_table(RECORDS, TOP1).number) == [3, 2, 0]
 
 
 def test_progress_table_ends_at_the_hypervolume_of_the_front() -> None:
-    table = progress_table(RECORDS, cheapest=CHEAPEST)
+    table = progress_table(RECORDS, CHEAPEST, TOP1, SHARES)
     assert list(table.elapsed_s) == [30.0, 60.0, 90.0, 120.0, 180.0]
-    assert table.hypervolume.iloc[-1] == pytest.approx(pareto_front(RECORDS).hypervolume(CHEAPEST))
+    assert table.hypervolume.iloc[-1] == pytest.approx(pareto_front(RECORDS, TOP1).hypervolume(CHEAPEST, SHARES))
 
 
 def test_front_shows_every_complete_trial_once_under_its_origin() -> None:
-    figure = figures.front(trials_table(RECORDS))
+    figure = figures.front(trials_table(RECORDS, TOP1), TOP1)
     points = series(figure)
     assert points["front"] == [(0.125, 40.0), (0.25, 81.25), (1.0, 90.0)]
     assert points["uniform ladder"] == [(0.25, 60.0), (1.0, 90.0)]
@@ -76,23 +79,23 @@ def test_front_shows_every_complete_trial_once_under_its_origin() -> None:
 
 
 def test_front_tells_origins_apart_by_colour_and_by_marker() -> None:
-    traces = [trace for trace in figures.front(trials_table(RECORDS)).data if trace.customdata is not None]
+    traces = [trace for trace in figures.front(trials_table(RECORDS, TOP1), TOP1).data if trace.customdata is not None]
     assert len({trace.marker.color for trace in traces}) == len(traces) == 4
     assert len({trace.marker.symbol for trace in traces}) == len(traces)
 
 
 def test_front_draws_the_nondominated_larger() -> None:
-    ladder = next(t for t in figures.front(trials_table(RECORDS)).data if t.name == "uniform ladder")
+    ladder = next(t for t in figures.front(trials_table(RECORDS, TOP1), TOP1).data if t.name == "uniform ladder")
     assert ladder.marker.size[0] < ladder.marker.size[1]
 
 
 def test_heatmap_has_a_row_per_layer_and_a_column_per_front_trial() -> None:
-    figure = figures.bits_heatmap(bits_table(RECORDS, LAYERS), "weight")
+    figure = figures.bits_heatmap(bits_table(RECORDS, LAYERS, TOP1), "weight")
     (heatmap,) = figure.data
     assert [list(row) for row in heatmap.z] == [[2, 4, 8]] * 3
     assert list(figure.layout.yaxis.ticktext) == ["stem.conv", "mid&lt;1&gt;", "head"]
     assert list(figure.layout.xaxis.ticktext) == ["3", "2*", "0"]
-    assert [list(row) for row in figures.bits_heatmap(bits_table(RECORDS, LAYERS), "activation").data[0].z] == [
+    assert [list(row) for row in figures.bits_heatmap(bits_table(RECORDS, LAYERS, TOP1), "activation").data[0].z] == [
         [8] * 3
     ] * 3
 
@@ -105,7 +108,9 @@ def test_heatmap_marks_the_quantizer_and_keeps_float_off_the_bit_scale() -> None
             "head": LayerPrecision.parse("apot:4", "uniform:8"),
         }
     )
-    (heatmap,) = figures.bits_heatmap(bits_table([TrialRecord(config, "complete", 0.5, 0.5)], LAYERS), "weight").data
+    (heatmap,) = figures.bits_heatmap(
+        bits_table([TrialRecord(config, "complete", 0.5, 0.5)], LAYERS, TOP1), "weight"
+    ).data
     assert [list(row) for row in heatmap.text] == [["f"], ["3s"], ["4p"]]
     assert [list(row) for row in heatmap.z] == [[9], [3], [4]]
     assert heatmap.zmax == 9.5
@@ -113,7 +118,7 @@ def test_heatmap_marks_the_quantizer_and_keeps_float_off_the_bit_scale() -> None
 
 def test_heatmap_of_many_layers_shows_means_of_runs_and_says_so() -> None:
     records = wide(count=100)
-    figure = figures.bits_heatmap(bits_table(records, list(records[0].config)), "weight")
+    figure = figures.bits_heatmap(bits_table(records, list(records[0].config), TOP1), "weight")
     (heatmap,) = figure.data
     assert [list(row) for row in heatmap.z] == [[pytest.approx(8 / 3 if i % 2 == 0 else 10 / 3)] for i in range(33)] + [
         [4]
@@ -126,7 +131,7 @@ def test_heatmap_of_many_layers_shows_means_of_runs_and_says_so() -> None:
 def test_heatmap_of_a_run_that_is_partly_float_says_so() -> None:
     records = wide(count=80)
     mixed = records[0].config.replace(**{"block.0": LayerPrecision.parse("float", "float")})
-    bits = bits_table([TrialRecord(mixed, "complete", 0.5, 0.5)], list(mixed))
+    bits = bits_table([TrialRecord(mixed, "complete", 0.5, 0.5)], list(mixed), TOP1)
     (heatmap,) = figures.bits_heatmap(bits, "weight").data
     assert (heatmap.text[0][0], heatmap.z[0][0]) == ("4f", 4)
     assert (heatmap.text[1][0], heatmap.z[1][0]) == ("3", 3)
@@ -134,34 +139,36 @@ def test_heatmap_of_a_run_that_is_partly_float_says_so() -> None:
 
 def test_heatmap_of_many_trials_keeps_the_ends_and_the_knee() -> None:
     records = wide(count=2, trials=60)
-    columns = list(figures.bits_heatmap(bits_table(records, list(records[0].config)), "weight").layout.xaxis.ticktext)
+    columns = list(
+        figures.bits_heatmap(bits_table(records, list(records[0].config), TOP1), "weight").layout.xaxis.ticktext
+    )
     assert len(columns) == 16
     assert (columns[:2], columns[-1]) == (["0", "1*"], "59")
 
 
 def test_heatmap_of_many_trials_says_that_it_left_some_out() -> None:
     records = wide(count=2, trials=60)
-    figure = figures.bits_heatmap(bits_table(records, list(records[0].config)), "weight")
+    figure = figures.bits_heatmap(bits_table(records, list(records[0].config), TOP1), "weight")
     assert "16 of 60 trials" in figure.layout.xaxis.title.text
 
 
 def test_heatmap_of_long_names_keeps_their_ends() -> None:
     name = "backbone.features.stage3.block11.conv2"
     config = PrecisionConfig.uniform([name], LayerPrecision.shorthand("w4a4"))
-    figure = figures.bits_heatmap(bits_table([TrialRecord(config, "complete", 0.5, 0.5)], [name]), "weight")
+    figure = figures.bits_heatmap(bits_table([TrialRecord(config, "complete", 0.5, 0.5)], [name], TOP1), "weight")
     assert list(figure.layout.yaxis.ticktext) == ["…es.stage3.block11.conv2"]
     assert name in figure.data[0].customdata[0][0]
 
 
 def test_hypervolume_is_drawn_over_time_in_a_readable_unit() -> None:
-    figure = figures.hypervolume(progress_table(RECORDS, cheapest=CHEAPEST))
+    figure = figures.hypervolume(progress_table(RECORDS, CHEAPEST, TOP1, SHARES))
     assert list(figure.data[0].x) == [0.5, 1.0, 1.5, 2.0, 3.0]
     assert figure.layout.xaxis.title.text.endswith(", min")
 
 
 def test_figures_of_no_trials_are_empty() -> None:
-    assert series(figures.front(trials_table([])))["front"] == []
-    assert len(figures.hypervolume(progress_table([], 0.5)).data[0].x) == 0
+    assert series(figures.front(trials_table([], TOP1), TOP1))["front"] == []
+    assert len(figures.hypervolume(progress_table([], 0.5, TOP1, SHARES)).data[0].x) == 0
 
 
 # ---------------------------------------------------------------------------------------- the config, layer by layer
@@ -252,19 +259,19 @@ def crowd(count: int) -> list[TrialRecord]:
 
 
 def test_front_of_many_trials_thins_out_the_dominated_and_says_so() -> None:
-    figure = figures.front(trials_table(crowd(1000)), most=100)
+    figure = figures.front(trials_table(crowd(1000), TOP1), TOP1, most=100)
     points = series(figure)
     assert len(points["sampler"]) == 101
     assert len(points["uniform ladder"]) == 1
     assert (0.2, 90.0) in points["sampler"]
     assert "102 of 1,000 trials are drawn" in figure.layout.xaxis.title.text
-    assert "drawn" not in figures.front(trials_table(crowd(50))).layout.xaxis.title.text
+    assert "drawn" not in figures.front(trials_table(crowd(50), TOP1), TOP1).layout.xaxis.title.text
 
 
 def test_front_shows_stopped_trials_apart_and_hovers_tell_the_config() -> None:
     stopped = replace(trial(6, 0.4, 0.3), state="stopped", reason="dominated")
-    table = trials_table([*RECORDS, stopped]).assign(config="all of it")
-    figure = figures.front(table)
+    table = trials_table([*RECORDS, stopped], TOP1).assign(config="all of it")
+    figure = figures.front(table, TOP1)
     assert series(figure)["stopped early"] == [(0.4, 30.0)]
     (sampler,) = [trace for trace in figure.data if trace.name == "sampler"]
     assert sampler.customdata[0] == [2, 4.0, 8.0, "all of it", "sampler"]
@@ -277,14 +284,14 @@ def test_front_shows_stopped_trials_apart_and_hovers_tell_the_config() -> None:
 def test_finals_table_has_mean_and_spread_over_seeds() -> None:
     table = finals_table(RECORDS, FINALS)
     assert list(table.number) == [3, 2, 0]
-    assert list(table.proxy) == pytest.approx([40.0, 81.25, 90.0])
-    assert list(table.test) == pytest.approx([45.0, 82.0, 92.0])
-    assert table.test_std[1] == pytest.approx(8**0.5)  # of 80 and 84
+    assert list(table.proxy) == pytest.approx([0.40, 0.8125, 0.90])
+    assert list(table.test) == pytest.approx([0.45, 0.82, 0.92])
+    assert table.test_std[1] == pytest.approx(0.01 * 8**0.5)  # of 80 and 84
     assert isnan(table.test_std[0])  # one seed
 
 
 def test_front_shows_finalized_test_results_with_error_bars() -> None:
-    figure = figures.front(trials_table(RECORDS), finals_table(RECORDS, FINALS))
+    figure = figures.front(trials_table(RECORDS, TOP1), TOP1, finals_table(RECORDS, FINALS))
     points = series(figure)
     assert points["test, uniform"] == [(1.0, pytest.approx(92.0))]
     assert points["test, finalized"] == [(0.125, pytest.approx(45.0)), (0.25, pytest.approx(82.0))]
@@ -293,7 +300,7 @@ def test_front_shows_finalized_test_results_with_error_bars() -> None:
 
 
 def test_proxy_compares_the_trial_with_the_final_training() -> None:
-    figure = figures.proxy(finals_table(RECORDS, FINALS))
+    figure = figures.proxy(finals_table(RECORDS, FINALS), TOP1)
     points = {trace.name: (list(trace.x), list(trace.y)) for trace in figure.data}
     assert points["uniform ladder"] == ([90.0], [pytest.approx(92.0)])
     assert "Kendall's tau 1.00 over 3 configs" in figure.layout.xaxis.title.text
@@ -303,17 +310,17 @@ def test_proxy_compares_the_trial_with_the_final_training() -> None:
 
 
 def test_best_so_far_is_within_each_cost_and_never_falls() -> None:
-    table = best_table(RECORDS, CHEAPEST)
+    table = best_table(RECORDS, CHEAPEST, TOP1)
     assert list(dict.fromkeys(table.bound)) == [1.0, 0.25]  # (1/16)^0 and ^(1/2); none is within ^(4/5)
     of_all = table[table.bound == 1.0]
-    assert list(of_all.accuracy_percent) == [90.0, 90.0]
+    assert list(of_all.score) == [0.9, 0.9]
     within = table[table.bound == 0.25]
-    assert list(zip(within.elapsed_s, within.accuracy_percent, within.number, strict=True)) == [
-        (60.0, 60.0, 1),
-        (90.0, 81.25, 2),
-        (180.0, 81.25, 2),
+    assert list(zip(within.elapsed_s, within.score, within.number, strict=True)) == [
+        (60.0, 0.60, 1),
+        (90.0, 0.8125, 2),
+        (180.0, 0.8125, 2),
     ]
-    names = [trace.name for trace in figures.best_so_far(table).data]
+    names = [trace.name for trace in figures.best_so_far(table, TOP1).data]
     assert names == ["cost ≤ 1", "cost ≤ 0.25"]
 
 

@@ -20,6 +20,7 @@ from mpsearch.errors import RunError
 from mpsearch.facts import ProblemFacts, read_facts
 from mpsearch.files import write_text
 from mpsearch.graph.facts import ModelGraph
+from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import RunFolder, pack
 from mpsearch.report.data import read_run
@@ -69,7 +70,7 @@ def facts_of(task: dict[str, Any]) -> ProblemFacts:
     return ProblemFacts(
         spec=spec,
         task_name="net/data",
-        metric="top1",
+        metric=TOP1,
         graph=ModelGraph(layers, {"bmm": 100}),
         space=SearchSpace("uniform", tuple(LAYERS), slots),
         cost=RelativeCost(layers, "bops"),
@@ -97,7 +98,7 @@ def values_of(config: PrecisionConfig) -> KneeValues:
 def run_of(path: Path, task: dict[str, Any], records: list[Any] = RECORDS) -> RunFolder:
     """A run folder as a driver leaves it."""
     facts = facts_of(task)
-    folder = RunFolder.create(path, facts.spec.to_yaml(), "name: uniform\n")
+    folder = RunFolder.create(path, facts.spec.to_yaml(), "name: uniform\n", metric=TOP1)
     with folder.driving():
         write_text(folder.problem_json, facts.to_json())
         for record in records:
@@ -106,6 +107,11 @@ def run_of(path: Path, task: dict[str, Any], records: list[Any] = RECORDS) -> Ru
             folder.append_final(final)
     write_values(folder, values_of(RECORDS[2].config))
     return folder
+
+
+def searched(first: Path) -> str:
+    """PYTHONPATH with a folder before what it holds already: the checkout under test, say."""
+    return os.pathsep.join(filter(None, (str(first), os.environ.get("PYTHONPATH"))))
 
 
 def look(command: str, *folders: RunFolder) -> tuple[str, dict[str, Any]]:
@@ -117,7 +123,7 @@ def look(command: str, *folders: RunFolder) -> tuple[str, dict[str, Any]]:
         capture_output=True,
         text=True,
         timeout=240,
-        env={**os.environ, "PYTHONPATH": str(home), "COLUMNS": "160"},
+        env={**os.environ, "PYTHONPATH": searched(home), "COLUMNS": "160"},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(done.stderr.splitlines()[-1])
@@ -150,7 +156,7 @@ def test_the_trap_springs_where_the_task_is_loaded(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(folder.path)]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+        command, cwd=tmp_path, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": searched(tmp_path)}
     )
     assert done.returncode != 0
     assert (tmp_path / "sprung").exists()
@@ -170,7 +176,7 @@ def test_looking_at_two_thousand_trials_takes_little_memory(tmp_path: Path, comm
         )
         for number in range(2000)
     ]
-    folder = RunFolder.create(tmp_path / "run", facts_of(TASKS["factory"]).spec.to_yaml())
+    folder = RunFolder.create(tmp_path / "run", facts_of(TASKS["factory"]).spec.to_yaml(), metric=TOP1)
     with folder.driving():
         for record in records[:-1]:
             folder.append(record)

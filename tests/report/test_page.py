@@ -13,6 +13,7 @@ from pictured import FINALS, LAYERS, RECORDS, run_data
 from plotly.offline import get_plotlyjs
 
 from mpsearch.errors import WriteError
+from mpsearch.metric import TOP1
 from mpsearch.record import TrialRecord
 from mpsearch.report.data import RunData
 from mpsearch.report.page import write_report
@@ -63,12 +64,12 @@ def test_report_says_what_was_asked_and_what_came_out(tmp_path: Path) -> None:
     assert "<p>Find the bits.</p><p>Cost: pJ.</p>" in text
     assert "5 complete, 1 failed." in text
     tiles = re.findall(r"<div class='tile'><dt>(.*?)</dt><dd>(.*?)</dd><dd class='small'>(.*?)</dd></div>", text)
-    # the cost axis goes from 1/16 to 1: 0.40 reaches from 1/8 to 1/4, 0.8125 from there to 1
+    # the cost axis goes from 1/16 to 1: the score axis from 0.40 to 0.90
     assert tiles == [
         ("best", "90.00 %", "trial 0, cost 1"),
         ("knee", "81.25 %", "trial 2, cost 0.25"),
         ("front", "3", "of 6 trials"),
-        ("hypervolume", f"{0.40 / 4 + 0.8125 / 2:.4f}", "1 cannot be reached"),
+        ("hypervolume", f"{(0.8125 - 0.40) / 0.50 / 2:.4f}", run_data().scores.said(TOP1)),
     ]
     assert "Uniform baseline nearest to the knee&#x27;s cost: trial 1 (uniform)" in text
 
@@ -84,7 +85,7 @@ def test_report_has_the_figures_for_which_there_is_data(tmp_path: Path) -> None:
 def test_table_of_the_front_is_by_rising_cost_and_marks_the_knee(tmp_path: Path) -> None:
     text = report(tmp_path)
     assert Cells(text).rows[-4:] == [
-        ["number", "origin", "accuracy, %", "relative cost", "mean weight bits", "mean activation bits", ""],
+        ["number", "origin", "top1, %", "relative cost", "mean weight bits", "mean activation bits", ""],
         ["3", "manual", "40.00", "0.1250", "2.00", "8.00", ""],
         ["2", "sampler", "81.25", "0.2500", "4.00", "8.00", "knee"],
         ["0", "uniform", "90.00", "1.0000", "8.00", "8.00", ""],

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpsearch.errors import TaskError
+from mpsearch.metric import TOP1
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord
@@ -68,7 +69,7 @@ def make_runner(path: Path, sleep_s: float) -> Callable[[Proposal], TrialRecord]
         if (fate / f"die-{number}").exists():
             os.kill(os.getpid(), signal.SIGKILL)
         accuracy = float("nan") if (fate / f"nan-{number}").exists() else truth(proposal.config)
-        return TrialRecord(proposal.config, "complete", accuracy=accuracy, started_s=time.time())
+        return TrialRecord(proposal.config, "complete", score=accuracy, started_s=time.time())
 
     return run
 
@@ -91,12 +92,13 @@ def drive(
     observer: Observer = SILENT,
 ) -> SearchController:
     """Start a run in `path`, or go on with it."""
-    folder = RunFolder.open(path) if (path / "run.json").exists() else RunFolder.create(path, "name: toy\n")
+    there = (path / "run.json").exists()
+    folder = RunFolder.open(path) if there else RunFolder.create(path, "name: toy\n", metric=TOP1)
     with folder.driving():
         records = folder.records()
         space = make_space()
-        controller = SearchController(space, relative_cost, SearchSpec(trials=trials), records=records)
-        view = open_view(storage, folder, "toy", space, None, records)
+        controller = SearchController(space, relative_cost, SearchSpec(trials=trials), TOP1, records=records)
+        view = open_view(storage, folder, "toy", space, TOP1, None, records)
         runner = functools.partial(make_runner, path, sleep_s)
         run_trials(controller, folder, view, runner, EngineSpec(address=address), concurrency, observer)
     return controller

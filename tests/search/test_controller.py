@@ -10,6 +10,7 @@ import pytest
 from drive import make_space, relative_cost, truth
 
 from mpsearch.errors import CostError
+from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import TrialRecord
 from mpsearch.search.controller import SAMPLERS, Proposal, SearchController
@@ -29,11 +30,11 @@ def controller(
     space=None, sampler="nsga2", trials=40, budget=None, initial_configs=(), records=(), **spec
 ) -> SearchController:
     search = SearchSpec(sampler=sampler, trials=trials, **spec)
-    return SearchController(space or make_space(), relative_cost, search, budget, initial_configs, records)
+    return SearchController(space or make_space(), relative_cost, search, TOP1, budget, initial_configs, records)
 
 
 def answer(search: SearchController, proposal: Proposal) -> TrialRecord:
-    return search.tell(proposal, TrialRecord(proposal.config, "complete", accuracy=truth(proposal.config)))
+    return search.tell(proposal, TrialRecord(proposal.config, "complete", score=truth(proposal.config)))
 
 
 def run(search: SearchController, limit: int = 10**6) -> list[TrialRecord]:
@@ -73,7 +74,7 @@ def test_each_rung_of_the_ladder_is_followed_by_three_anchors():
 def test_tell_fills_in_what_the_controller_knows():
     search = controller()
     proposal = search.ask()
-    given = TrialRecord(proposal.config, "complete", accuracy=0.5, seed=3)
+    given = TrialRecord(proposal.config, "complete", score=0.5, seed=3)
     assert search.tell(proposal, given) == replace(given, number=0, origin="uniform", cost=proposal.cost)
     assert proposal.cost == relative_cost(proposal.config) == 1
 
@@ -81,9 +82,9 @@ def test_tell_fills_in_what_the_controller_knows():
 @pytest.mark.parametrize("accuracy", [math.nan, math.inf, None])
 def test_accuracy_that_is_no_number_is_a_failure(accuracy):
     search = controller()
-    record = search.tell(proposal := search.ask(), TrialRecord(proposal.config, "complete", accuracy=accuracy))
-    assert (record.state, record.accuracy, record.cost) == ("failed", None, None)
-    assert record.reason == f"accuracy is {accuracy}"
+    record = search.tell(proposal := search.ask(), TrialRecord(proposal.config, "complete", score=accuracy))
+    assert (record.state, record.score, record.cost) == ("failed", None, None)
+    assert record.reason == f"top1 is {accuracy}"
 
 
 @every_sampler
@@ -128,7 +129,7 @@ def test_space_is_searched_to_its_last_config_where_chance_would_hardly_find_it(
     space = make_space(3, ["uniform:1-8"])
     search = controller(space, sampler, trials=1000)
     while (proposal := search.ask()) is not None:  # without a front, whose neighbours would help
-        search.tell(proposal, TrialRecord(proposal.config, "complete", accuracy=0.0))
+        search.tell(proposal, TrialRecord(proposal.config, "complete", score=0.0))
     assert search.stop_reason == f"no config is left to try after {space.size}"
 
 
@@ -175,7 +176,7 @@ def test_cheapest_config_need_not_have_the_fewest_bits():
         return sum({"shift": 1, "uniform": layer.weight.bits}[layer.weight.quantizer] for layer in config.values()) / 16
 
     space = make_space(2, ["uniform:2-8", "shift:4"])
-    records = run(SearchController(space, cost, SearchSpec(), budget=1 / 8))
+    records = run(SearchController(space, cost, SearchSpec(), TOP1, budget=1 / 8))
     assert [{layer.weight.quantizer for layer in r.config.values()} for r in records] == [{"shift"}]
 
 
@@ -262,7 +263,7 @@ def test_failures_in_a_row_stop_the_search_with_the_last_reason():
 
 def test_time_limit_starts_no_new_trial():
     now = 100.0
-    search = SearchController(make_space(), relative_cost, SearchSpec(time_limit_s=10.0), clock=lambda: now)
+    search = SearchController(make_space(), relative_cost, SearchSpec(time_limit_s=10.0), TOP1, clock=lambda: now)
     proposal = search.ask()
     now += 10
     assert search.ask() is None
@@ -282,7 +283,7 @@ def test_trials_that_run_count_towards_those_wanted():
 
 def test_record_of_a_config_outside_the_space_is_kept_in_mind_but_not_learned_from():
     config = PrecisionConfig.uniform(make_space().layers, LayerPrecision.parse("shift:3", "uniform:8"))
-    known = TrialRecord(config, "complete", accuracy=0.9, cost=0.4, number=0, origin="manual")
+    known = TrialRecord(config, "complete", score=0.9, cost=0.4, number=0, origin="manual")
     records = run(controller(trials=20, initial_configs=[("manual", config)], records=[known]))
     assert [r.number for r in records] == list(range(1, 20))
     assert config not in {r.config for r in records}
@@ -291,8 +292,8 @@ def test_record_of_a_config_outside_the_space_is_kept_in_mind_but_not_learned_fr
 def test_stopped_trial_keeps_what_it_had():
     search = controller()
     proposal = search.ask()
-    record = search.tell(proposal, TrialRecord(proposal.config, "stopped", accuracy=0.25, reason="dominated"))
-    assert (record.state, record.accuracy, record.cost) == ("stopped", 0.25, 1.0)
+    record = search.tell(proposal, TrialRecord(proposal.config, "stopped", score=0.25, reason="dominated"))
+    assert (record.state, record.score, record.cost) == ("stopped", 0.25, 1.0)
 
 
 def test_nsga2_proposes_children_of_its_best():
@@ -306,7 +307,7 @@ def test_nsga2_proposes_children_of_its_best():
     configs = []
     while (proposal := search.ask()) is not None:
         configs.append(proposal.config)
-        search.tell(proposal, TrialRecord(proposal.config, "complete", accuracy=accuracy(proposal.config)))
+        search.tell(proposal, TrialRecord(proposal.config, "complete", score=accuracy(proposal.config)))
     share = np.mean([config["layer0"].weight.bits == 8 for config in configs[-60:]])
     assert share > 0.6  # 1 in 8 by chance
 
@@ -334,7 +335,7 @@ def test_sampler_comes_nearer_to_the_known_optimum_than_random_search(sampler):
 
     def gap(name, seed):
         records = run(controller(space, name, trials=120, seed=seed))
-        return optimum - hypervolume([(r.accuracy, r.cost) for r in records])
+        return optimum - hypervolume([(r.score, r.cost) for r in records])
 
     gaps = {name: [gap(name, seed) for seed in range(5)] for name in (sampler, "random")}
     assert min(gaps[sampler]) >= 0
@@ -355,7 +356,7 @@ def test_a_trial_is_told_the_bars_it_must_pass_and_a_control_is_not():
     while (proposal := search.ask()).origin == "uniform":
         assert proposal.thresholds == NO_THRESHOLDS
         end = truth(proposal.config)
-        ended = TrialRecord(proposal.config, "complete", accuracy=end, start_divergence=1 - end)
+        ended = TrialRecord(proposal.config, "complete", score=end, start_divergence=1 - end)
         search.tell(proposal, replace(ended, curve=((0, 0.1), (75, end - 0.125), (150, end))))
     best = max(truth(rung) for rung in make_space().ladder() if relative_cost(rung) <= proposal.cost)
     assert proposal.thresholds.halfway == pytest.approx(best - OPTIMISM * 0.125)
@@ -369,13 +370,13 @@ def test_a_stopped_trial_is_never_on_the_front_that_bars_are_made_from():
     for _ in range(LADDER):
         rung = search.ask()
         curve = ((0, 0.1), (75, 0.2), (150, 0.5))
-        search.tell(rung, TrialRecord(rung.config, "complete", accuracy=0.5, curve=curve))
+        search.tell(rung, TrialRecord(rung.config, "complete", score=0.5, curve=curve))
     stopped = search.ask()
-    search.tell(stopped, TrialRecord(stopped.config, "stopped", accuracy=0.45, curve=((0, 0.45),)))
-    assert max(point.accuracy for point in search._front) == 0.5  # not the 0.85 that it is foreseen to reach
-    assert search._latest[-1].accuracy == pytest.approx(0.85)
+    search.tell(stopped, TrialRecord(stopped.config, "stopped", score=0.45, curve=((0, 0.45),)))
+    assert max(point.quality for point in search._front) == 0.5  # not the 0.85 that it is foreseen to reach
+    assert search._latest[-1].quality == pytest.approx(0.85)
 
 
 def answer_of(search: SearchController, proposal: Proposal) -> TrialRecord:
-    record = TrialRecord(proposal.config, "complete", accuracy=0.5, curve=((0, 0.1), (75, 0.2), (150, 0.5)))
+    record = TrialRecord(proposal.config, "complete", score=0.5, curve=((0, 0.1), (75, 0.2), (150, 0.5)))
     return search.tell(proposal, record)

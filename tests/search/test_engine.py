@@ -19,6 +19,7 @@ import pytest
 from drive import make_space, relative_cost, truth
 
 from mpsearch.errors import RunError, TaskError
+from mpsearch.metric import TOP1
 from mpsearch.observer import Observer
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.controller import SearchController
@@ -90,7 +91,7 @@ assert not any(name == "ray" or name.startswith("ray.") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     records = assert_whole(tmp_path / "run", 10)
-    assert [r.accuracy for r in records] == [truth(r.config) for r in records]
+    assert [r.score for r in records] == [truth(r.config) for r in records]
     assert [r.cost for r in records] == [relative_cost(r.config) for r in records]
     assert len(worker_pids(tmp_path / "run")) == 1  # the runner is made once
 
@@ -119,7 +120,7 @@ def test_failed_trials_are_recorded_with_their_reason_and_the_search_goes_on(tmp
     records = assert_whole(tmp_path, 8)
     failed = {r.number: r for r in records if r.state == "failed"}
     assert sorted(failed) == [2, 3]
-    assert failed[2].reason == "accuracy is nan"
+    assert failed[2].reason == "top1 is nan"
     assert failed[3].reason.startswith("ValueError: trial 3 will not do (drive.py, line ")
     assert failed[3].started_s > 1e9
 
@@ -151,8 +152,8 @@ def test_five_failures_in_a_row_stop_the_search(tmp_path):
 
 
 def test_set_up_that_is_broken_ends_the_search_with_its_error(tmp_path):
-    folder = RunFolder.create(tmp_path / "run", "")
-    controller = SearchController(make_space(), relative_cost, SearchSpec(trials=5))
+    folder = RunFolder.create(tmp_path / "run", "", metric=TOP1)
+    controller = SearchController(make_space(), relative_cost, SearchSpec(trials=5), TOP1)
     with folder.driving(), pytest.raises(TaskError, match="no such checkpoint"):
         run_trials(controller, folder, None, drive.refuse, HERE)
     assert folder.records() == []
@@ -180,7 +181,7 @@ def test_every_storage_gives_the_same_trials(tmp_path, storage):
     drive.drive(tmp_path / "a", trials=12)
     drive.drive(tmp_path / "b", trials=12, storage=storage)
     first, second = (RunFolder.open(tmp_path / name).records() for name in "ab")
-    assert [(r.number, r.config, r.accuracy) for r in first] == [(r.number, r.config, r.accuracy) for r in second]
+    assert [(r.number, r.config, r.score) for r in first] == [(r.number, r.config, r.score) for r in second]
 
 
 def test_driver_ended_at_any_time_is_resumed_with_nothing_lost_and_a_second_one_is_refused(tmp_path):
@@ -201,11 +202,11 @@ def test_driver_ended_at_any_time_is_resumed_with_nothing_lost_and_a_second_one_
 
 
 def test_time_limit_lets_running_trials_end(tmp_path):
-    folder = RunFolder.create(tmp_path / "run", "")
+    folder = RunFolder.create(tmp_path / "run", "", metric=TOP1)
     space = make_space()
-    controller = SearchController(space, relative_cost, SearchSpec(trials=100, time_limit_s=0.5))
+    controller = SearchController(space, relative_cost, SearchSpec(trials=100, time_limit_s=0.5), TOP1)
     with folder.driving():
-        view = open_view("none", folder, "toy", space)
+        view = open_view("none", folder, "toy", space, TOP1)
         run_trials(controller, folder, view, functools.partial(drive.make_runner, folder.path, 0.2), HERE)
     assert 1 <= len(folder.records()) <= 3
     assert all(r.state == "complete" for r in folder.records())
@@ -235,11 +236,11 @@ def test_ray_runs_the_same_trials_survives_its_workers_and_takes_them_along_when
     assert driver.returncode == 0, errors
     records = {r.number: r for r in assert_whole(path, 12)}
     assert {n: r.reason for n, r in records.items() if r.state == "failed"} == {
-        2: "accuracy is nan",
+        2: "top1 is nan",
         3: records[3].reason,
     }
     assert records[3].reason.startswith("ValueError: trial 3 will not do")
-    assert all(r.accuracy == truth(r.config) for r in records.values() if r.state == "complete")
+    assert all(r.score == truth(r.config) for r in records.values() if r.state == "complete")
     assert len(worker_pids(path)) <= 5  # two, and some for the death: workers keep their runner
     assert {line.partition(" ")[0] for line in output.splitlines()} == {"started", "ended"}  # and no word of Ray's
     assert errors == ""
@@ -285,8 +286,8 @@ def test_ray_driver_interrupted_ends_in_good_order(tmp_path):
     ],
 )
 def test_ray_set_up_that_is_broken_ends_the_search_with_its_error(tmp_path, make_runner, error, message):
-    folder = RunFolder.create(tmp_path / "run", "")
-    controller = SearchController(make_space(), relative_cost, SearchSpec(trials=5))
+    folder = RunFolder.create(tmp_path / "run", "", metric=TOP1)
+    controller = SearchController(make_space(), relative_cost, SearchSpec(trials=5), TOP1)
     with folder.driving(), pytest.raises(error, match=message):
         run_trials(controller, folder, None, make_runner, EngineSpec(), concurrency=2)
     assert folder.records() == []
@@ -349,8 +350,8 @@ def test_ray_cluster_runs_trials_while_disk_and_controller_stay_here(tmp_path, c
 @pytest.mark.ray
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
 def test_ray_that_is_not_there_is_refused(tmp_path, address):
-    folder = RunFolder.create(tmp_path / "run", "")
+    folder = RunFolder.create(tmp_path / "run", "", metric=TOP1)
     address = address.format(port=free_port())
-    controller = SearchController(make_space(), relative_cost, SearchSpec(trials=5))
+    controller = SearchController(make_space(), relative_cost, SearchSpec(trials=5), TOP1)
     with folder.driving(), pytest.raises(RunError, match=rf"cannot reach a Ray cluster at '{address}'.*address=none"):
         run_trials(controller, folder, None, lambda: None, EngineSpec(address=address))

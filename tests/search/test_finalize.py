@@ -10,6 +10,7 @@ import pytest
 from drive import make_space
 
 import mpsearch
+from mpsearch.metric import TOP1
 from mpsearch.problem import open_problem
 from mpsearch.record import FinalRecord, Origin, RunFolder, TrialRecord, pack
 from mpsearch.search.finalize import finalize
@@ -45,34 +46,34 @@ TRIALS = [
 
 def test_gain_over_the_control_is_paired_and_shown_with_its_interval() -> None:
     finals = [final(1, 1, 0.80), final(1, 2, 0.80), final(8, 1, 0.83), final(8, 2, 0.84)]
-    rows = {row.trial.number: row for row in final_rows(TRIALS, finals, 6)}
+    rows = {row.trial.number: row for row in final_rows(TRIALS, finals, 6, TOP1)}
     assert rows[8].baseline == 1
     gain = rows[8].gain
     assert gain is not None
     assert gain.mean == pytest.approx(rows[8].test_mean - rows[1].test_mean)
     assert 0 < gain.low < gain.mean < gain.high < 0.06
-    texts = {text["trial"]: text for text in final_table(list(rows.values()))}
-    assert texts["8"]["test minus baseline"] == str(gain)
-    assert texts["1"]["test minus baseline"] == ""
+    texts = {text["trial"]: text for text in final_table(list(rows.values()), TOP1)}
+    assert texts["8"]["test minus baseline, points"] == gain.show(TOP1)
+    assert texts["1"]["test minus baseline, points"] == ""
     old = [replace(f, correct=None) for f in finals]  # of a run made before correctness was kept
-    texts = {text["trial"]: text for text in final_table(final_rows(TRIALS, old, 6))}
-    assert texts["8"]["test minus baseline"] == f"{100 * gain.mean:+.2f}"
+    texts = {text["trial"]: text for text in final_table(final_rows(TRIALS, old, 6, TOP1), TOP1)}
+    assert texts["8"]["test minus baseline, points"] == f"{100 * gain.mean:+.2f}"
 
 
 def test_proxies_have_their_tau_and_misranked_pairs_are_named() -> None:
     in_order = [final(0, 1, 0.91), final(1, 1, 0.80), final(8, 1, 0.83), final(9, 1, 0.86)]
-    good = proxies(final_rows(TRIALS, in_order, 6))
-    assert good.tau == {"accuracy": 1.0, "divergence": 1.0}
+    good = proxies(final_rows(TRIALS, in_order, 6, TOP1), TOP1)
+    assert good.tau == {"score": 1.0, "divergence": 1.0}
     assert good.misranked == ()
     swapped = [final(0, 1, 0.91), final(1, 1, 0.80), final(8, 1, 0.86), final(9, 1, 0.83)]
-    bad = proxies(final_rows(TRIALS, swapped, 6))
-    assert bad.tau["accuracy"] == pytest.approx(4 / 6)
+    bad = proxies(final_rows(TRIALS, swapped, 6, TOP1), TOP1)
+    assert bad.tau["score"] == pytest.approx(4 / 6)
     assert [(above.number, below.number) for above, below, _ in bad.misranked] == [(9, 8)]
     assert "trial 9 was ranked above trial 8" in bad.lines()[1]
 
 
 def test_two_rows_have_no_order_to_speak_of() -> None:
-    assert proxies(final_rows(TRIALS, [final(0, 1, 0.9), final(1, 1, 0.8)], 6)).lines() == []
+    assert proxies(final_rows(TRIALS, [final(0, 1, 0.9), final(1, 1, 0.8)], 6, TOP1), TOP1).lines() == []
 
 
 def test_final_training_goes_on_from_the_trial_and_is_never_worse_on_val(tmp_path: Path) -> None:
@@ -81,13 +82,13 @@ def test_final_training_goes_on_from_the_trial_and_is_never_worse_on_val(tmp_pat
     mpsearch.run_study(spec, tmp_path / "run")
     folder = RunFolder.open(tmp_path / "run")
     problem = open_problem(spec)
-    trained = [r for r in pareto_front(folder.records()) if len(r.curve) == 3][:2]
+    trained = [r for r in pareto_front(folder.records(), TOP1) if len(r.curve) == 3][:2]
     assert trained
     finalize(problem, folder, trials=trained)
     assert [f.number for f in folder.finals()] == [r.number for r in trained]
     for record, done in zip(trained, folder.finals(), strict=True):
-        assert record.accuracy is not None
-        assert done.val >= record.accuracy  # a training that moves nothing ends where the trial did
+        assert record.score is not None
+        assert done.val >= record.score  # a training that moves nothing ends where the trial did
     harmful = open_problem(spec.model_copy(update={"final": spec.final.model_copy(update={"lr": 50.0, "epochs": 0.2})}))
     finalize(harmful, folder, trials=trained[:1])
-    assert folder.finals()[-1].val >= trained[0].accuracy  # type: ignore[operator]
+    assert folder.finals()[-1].val >= trained[0].score  # type: ignore[operator]

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 import mpsearch
 from mpsearch.errors import RunError, WriteError
 from mpsearch.facts import read_facts
-from mpsearch.problem import open_problem, reopen, write_facts
+from mpsearch.metric import TOP1
+from mpsearch.problem import open_problem, reopen, with_float_scores, write_facts
 from mpsearch.quant.prepare import quant_layers
 from mpsearch.record import RunFolder, checkpoint_path
 from mpsearch.report.data import read_run
@@ -55,7 +56,7 @@ def folder(finished: Path, tmp_path: Path) -> RunFolder:
 
 
 def front_of(folder: RunFolder) -> ParetoFront:
-    return pareto_front(folder.records())
+    return pareto_front(folder.records(), TOP1)
 
 
 def test_values_of_the_knee_are_those_of_its_network(folder: RunFolder) -> None:
@@ -89,7 +90,7 @@ def test_values_of_the_knee_are_those_of_its_network(folder: RunFolder) -> None:
 def test_values_follow_the_knee(folder: RunFolder) -> None:
     problem, front = reopen(folder), front_of(folder)
     other = next(trial for trial in front if trial is not front.knee)
-    keep_values(problem, folder, ParetoFront((other,), front.ladder))
+    keep_values(problem, folder, ParetoFront((other,), front.ladder, TOP1))
     values = read_values(folder)
     assert values is not None
     assert (values.config, values.checkpoint) == (other.config.digest, f"trial-{other.number}.safetensors")
@@ -157,7 +158,8 @@ def test_resume_writes_what_an_older_run_lacks_and_runs_nothing(folder: RunFolde
 
 
 def test_facts_of_a_run_are_those_of_its_problem(folder: RunFolder) -> None:
-    problem, facts = open_problem(mpsearch.load_study("digits", QUICK)), read_facts(folder)
+    facts = read_facts(folder)
+    problem = with_float_scores(open_problem(mpsearch.load_study("digits", QUICK)), "val")
     for name in ("task_name", "metric", "graph", "cheapest", "dearest", "float_digest", "layers"):
         assert getattr(facts, name) == getattr(problem, name)
     assert facts.space.slots == problem.space.slots
@@ -172,7 +174,7 @@ def test_a_run_is_not_gone_on_with_under_another_network(tmp_path: Path) -> None
     weights = open_problem(spec).task.float_model().state_dict()
     save_file(weights, checkpoint)
     spec = spec.model_copy(update={"task": spec.task.model_copy(update={"checkpoint": str(checkpoint)})})
-    folder = RunFolder.create(tmp_path / "run", spec.to_yaml())
+    folder = RunFolder.create(tmp_path / "run", spec.to_yaml(), metric=TOP1)
     write_facts(folder, open_problem(spec))
     assert reopen(folder).float_digest == read_facts(folder).float_digest
     weights["conv1.weight"] = weights["conv1.weight"] + 1e-3
@@ -185,7 +187,7 @@ def test_a_run_is_not_gone_on_with_under_another_network(tmp_path: Path) -> None
 def test_a_folder_that_may_only_be_read_is_reopened_without_its_facts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder.create(tmp_path / "run", mpsearch.load_study("digits", QUICK).to_yaml())
+    folder = RunFolder.create(tmp_path / "run", mpsearch.load_study("digits", QUICK).to_yaml(), metric=TOP1)
 
     def refused(path: Path, text: str, sync: bool) -> None:
         raise WriteError(f"cannot write {path}")

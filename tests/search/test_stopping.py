@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from drive import make_space
 
+from mpsearch.metric import TOP1
 from mpsearch.record import TrialRecord, WallTime
-from mpsearch.search.stopping import LEAST, NEAREST, OPTIMISM, SLACK, Stopping, accuracy_halfway, replay
+from mpsearch.search.stopping import LEAST, NEAREST, OPTIMISM, SLACK, Stopping, replay, score_halfway
 
 CONFIGS = make_space().neighbours(make_space().ladder()[3])
 
@@ -17,7 +18,7 @@ def ended(number: int, cost: float, halfway: float, accuracy: float, **changes: 
     record = TrialRecord(
         CONFIGS[number % len(CONFIGS)],
         "complete",
-        accuracy=accuracy,
+        score=accuracy,
         cost=cost,
         number=number,
         origin="sampler",
@@ -28,7 +29,7 @@ def ended(number: int, cost: float, halfway: float, accuracy: float, **changes: 
 
 
 def learned(*records: TrialRecord) -> Stopping:
-    stopping = Stopping()
+    stopping = Stopping(TOP1)
     for record in records:
         stopping.learn(record)
     return stopping
@@ -53,14 +54,14 @@ def test_losses_are_no_optimism_and_stopped_trials_teach_nothing() -> None:
     assert learned(*falling).thresholds(0.5, 0.85).halfway == pytest.approx(0.85)
     stopped = [ended(i, 0.5, 0.1, 0.1, state="stopped", curve=((0, 0.1), (75, 0.1))) for i in range(LEAST)]
     assert learned(*stopped).thresholds(0.5, 0.85).halfway is None
-    assert accuracy_halfway(stopped[0]) is None
+    assert score_halfway(stopped[0]) is None
 
 
 def test_replay_stops_what_is_hopeless_and_says_what_it_saved() -> None:
     good = [ended(i, 0.5, 0.80, 0.85 + i / 1000) for i in range(6)]
     hopeless, baseline = ended(6, 0.6, 0.30, 0.40), ended(7, 0.6, 0.30, 0.40, origin="uniform")
     cheap = ended(8, 0.1, 0.30, 0.40)  # nothing is known at its cost
-    found = replay([*good, hopeless, baseline, cheap])
+    found = replay([*good, hopeless, baseline, cheap], TOP1)
     assert found.stopped == (6,)
     assert found.lost == ()
     assert (found.saved_s, found.total_s) == (4.0, 90.0)
@@ -69,7 +70,7 @@ def test_replay_stops_what_is_hopeless_and_says_what_it_saved() -> None:
 def test_replay_admits_a_front_point_that_stopping_would_have_lost() -> None:
     good = [ended(i, 0.5, 0.80, 0.85) for i in range(6)]
     late = ended(6, 0.6, 0.60, 0.95)
-    assert replay([*good, late]).lost == (6,)
+    assert replay([*good, late], TOP1).lost == (6,)
 
 
 def test_a_start_is_held_against_the_nearest_to_float_at_no_higher_cost() -> None:
@@ -89,13 +90,13 @@ def test_a_stopped_trial_is_foreseen_to_gain_what_others_of_its_cost_did() -> No
     assert known.foreseen(at_start) == pytest.approx(0.3 + 0.52)
     assert known.foreseen(halfway) == pytest.approx(0.3 + 0.02)
     assert known.foreseen(finished[0]) == 0.6
-    assert Stopping().foreseen(at_start) == 0.3
-    assert known.foreseen(replace(at_start, accuracy=0.7)) == 1.0
+    assert Stopping(TOP1).foreseen(at_start) == 0.3
+    assert known.foreseen(replace(at_start, score=0.7)) == 1.0
 
 
 def test_replay_saves_the_whole_training_of_what_starts_too_far_from_float() -> None:
     near = ended(0, 0.5, 0.8, 0.9, start_divergence=0.2)
     far = ended(1, 0.6, 0.8, 0.85, start_divergence=0.7)
     baseline = ended(2, 0.6, 0.8, 0.85, start_divergence=0.7, origin="uniform")
-    found = replay([near, far, baseline])
+    found = replay([near, far, baseline], TOP1)
     assert (found.stopped, found.lost, found.saved_s) == ((1,), (), 8.0)

@@ -8,12 +8,14 @@ from drive import make_space, relative_cost, truth
 from scipy.integrate import quad
 from scipy.stats import norm
 
+from mpsearch.metric import TOP1
 from mpsearch.record import TrialRecord
 from mpsearch.search.controller import SearchController
-from mpsearch.search.front import pareto_front
+from mpsearch.search.front import ScoreRange, pareto_front
 from mpsearch.search.surrogate import Children, Features, expected_improvement
 from mpsearch.study import SearchSpec
 
+SHARES = ScoreRange(0.0, 1.0)
 FRONT = np.array([[0.5, -3.0], [0.7, -2.0], [0.9, -0.5]])
 
 
@@ -67,12 +69,12 @@ def test_a_child_has_its_parents_slots_but_for_single_steps():
 def test_it_finds_a_better_front_than_its_children_alone_would():
     def hypervolume(sampler: str, seed: int) -> float:
         space = make_space(12)
-        search = SearchController(space, relative_cost, SearchSpec(sampler=sampler, trials=60, seed=seed))  # type: ignore[arg-type]
+        search = SearchController(space, relative_cost, SearchSpec(sampler=sampler, trials=60, seed=seed), TOP1)  # type: ignore[arg-type]
         records = []
         while (proposal := search.ask()) is not None:
-            record = TrialRecord(proposal.config, "complete", accuracy=truth(proposal.config))
+            record = TrialRecord(proposal.config, "complete", score=truth(proposal.config))
             records.append(search.tell(proposal, record))
-        return pareto_front(records).hypervolume(relative_cost(space.rung(1)))
+        return pareto_front(records, TOP1).hypervolume(relative_cost(space.rung(1)), SHARES)
 
     ours, theirs = ([hypervolume(sampler, seed) for seed in range(3)] for sampler in ("surrogate", "nsga2"))
     assert np.mean(ours) > np.mean(theirs)

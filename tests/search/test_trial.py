@@ -46,7 +46,7 @@ def uniform(workbench: Workbench, text: str) -> PrecisionConfig:
 def test_trial_at_8_bits_is_as_good_as_the_float_model(task: Task, workbench: Workbench) -> None:
     record = run_trial(task, uniform(workbench, "w8a8"), SETTINGS, workbench=workbench, cost=lambda config: 1.0)
     assert record.state == "complete"
-    assert record.accuracy == pytest.approx(task.evaluate(task.float_model(), "val"), abs=0.02)
+    assert record.score == pytest.approx(task.evaluate(task.float_model(), "val"), abs=0.02)
     assert record.cost == 1.0
     assert record.wall.train_s > 0
     assert record.peak_memory_bytes > 1e8
@@ -56,9 +56,9 @@ def test_trial_repairs_what_range_setting_alone_leaves_broken(task: Task, workbe
     config = uniform(workbench, "w2a2")
     untrained = run_trial(task, config, SETTINGS.model_copy(update={"steps": 0}), workbench=workbench)
     trained = run_trial(task, config, SETTINGS, workbench=workbench)
-    assert trained.accuracy is not None
-    assert untrained.accuracy is not None
-    assert trained.accuracy > untrained.accuracy + 0.05
+    assert trained.score is not None
+    assert untrained.score is not None
+    assert trained.score > untrained.score + 0.05
     assert trained.end_loss is not None
     assert trained.start_loss is not None
     assert trained.end_loss < trained.start_loss
@@ -69,7 +69,7 @@ def test_a_reused_bench_gives_what_a_fresh_one_gives(task: Task, workbench: Work
     run_trial(task, uniform(workbench, "w1a1"), SETTINGS, workbench=workbench)
     reused = run_trial(task, config, SETTINGS, workbench=workbench)
     fresh = run_trial(task, config, SETTINGS)
-    assert (reused.accuracy, reused.end_loss) == (fresh.accuracy, fresh.end_loss)
+    assert (reused.score, reused.end_loss) == (fresh.score, fresh.end_loss)
 
 
 MIXED = [("shift:4", "uniform:8"), ("apot:4", "apot:4"), ("uniform:4", "shift:4"), ("shift:3/tensor", "uniform:4")]
@@ -84,9 +84,9 @@ def test_one_bench_switches_types_and_gives_what_a_fresh_one_gives(task: Task, w
         config = PrecisionConfig.uniform(names, LayerPrecision.parse(weight, activation))
         reused = run_trial(task, config, BRIEF, workbench=switching)
         fresh = run_trial(task, config, BRIEF)
-        assert (reused.accuracy, reused.end_loss) == (fresh.accuracy, fresh.end_loss), f"{weight} x {activation}"
-        assert reused.accuracy is not None
-        assert reused.accuracy > 0.5, f"{weight} x {activation}"
+        assert (reused.score, reused.end_loss) == (fresh.score, fresh.end_loss), f"{weight} x {activation}"
+        assert reused.score is not None
+        assert reused.score > 0.5, f"{weight} x {activation}"
 
 
 def test_a_bench_without_offers_refuses_other_types_by_layer(task: Task, workbench: Workbench) -> None:
@@ -101,10 +101,10 @@ def test_start_weights_are_where_the_trial_starts(task: Task, workbench: Workben
     zeros = {name: torch.zeros_like(value) for name, value in task.float_model().state_dict().items()}
     ruined = run_trial(task, config, still, zeros, workbench=workbench)
     restored = run_trial(task, config, still, workbench=workbench)
-    assert ruined.accuracy is not None
-    assert ruined.accuracy < 0.2
-    assert restored.accuracy is not None
-    assert restored.accuracy > 0.5
+    assert ruined.score is not None
+    assert ruined.score < 0.2
+    assert restored.score is not None
+    assert restored.score > 0.5
 
 
 def test_a_trial_never_sees_the_test_split(workbench: Workbench) -> None:
@@ -141,12 +141,12 @@ def test_a_task_without_distillation_uses_its_own_loss(task: Task) -> None:
 def test_a_score_that_is_no_number_is_an_error(task: Task, workbench: Workbench) -> None:
     broken = copy.copy(workbench)
     broken.score = lambda split: Score(float("nan"))  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match="metric on val is nan after 0 steps"):
+    with pytest.raises(FloatingPointError, match="top1 on val is nan after 0 steps"):
         run_trial(task, uniform(workbench, "w8a8"), SETTINGS.model_copy(update={"steps": 0}), workbench=broken)
     halfway = copy.copy(workbench)
     scores = iter([Score(0.5), Score(float("nan"))])
     halfway.quick_score = lambda: next(scores)  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match="metric on val is nan after 10 steps"):
+    with pytest.raises(FloatingPointError, match="top1 on val is nan after 10 steps"):
         run_trial(task, uniform(workbench, "w2a2"), SETTINGS, workbench=halfway)  # a record holds finite numbers
 
 
@@ -186,7 +186,7 @@ def test_a_compiled_trial_scores_like_an_eager_one(task: Task, workbench: Workbe
         config = uniform(workbench, text)
         eager = run_trial(task, config, SETTINGS, workbench=workbench)
         fast = run_trial(task, config, SETTINGS, workbench=compiled)
-        assert fast.accuracy == pytest.approx(eager.accuracy, abs=0.02)
+        assert fast.score == pytest.approx(eager.score, abs=0.02)
         assert fast.end_loss == pytest.approx(eager.end_loss, rel=0.1)
 
 
@@ -194,9 +194,9 @@ def test_a_trial_is_scored_before_halfway_and_at_its_end(task: Task, workbench: 
     record = run_trial(task, uniform(workbench, "w3a3"), SETTINGS, workbench=workbench)
     steps, accuracies = zip(*record.curve, strict=True)
     assert steps == (0, 10, 20)
-    assert record.accuracy == max(accuracies[0], accuracies[-1])
+    assert record.score == max(accuracies[0], accuracies[-1])
     assert record.correct is not None
-    assert unpack(record.correct).mean() == pytest.approx(record.accuracy)
+    assert unpack(record.correct).mean() == pytest.approx(record.score)
     assert record.divergence is not None
     assert 0 < record.divergence < 10
 
@@ -215,7 +215,7 @@ def test_a_fine_tune_that_does_harm_is_taken_back(task: Task, workbench: Workben
     record = run_trial(task, config, SETTINGS, workbench=harmed)
     assert record.curve[-1][1] < record.curve[0][1] - 0.1
     # w4a4 starts far from float, so its start has BatchNorm statistics of its own and not the float network's
-    assert record.accuracy == record.curve[0][1] == workbench.score("val").accuracy > untrained.accuracy
+    assert record.score == record.curve[0][1] == workbench.score("val").value > untrained.score
     assert record.correct == workbench.score("val").correct
 
 
@@ -223,7 +223,7 @@ def test_a_config_that_answers_as_the_float_network_does_is_not_trained(task: Ta
     record = run_trial(task, uniform(workbench, "w8a8"), SETTINGS, workbench=workbench)
     assert record.divergence is not None
     assert record.divergence < SETTLED
-    assert record.curve == ((0, record.accuracy),)
+    assert record.curve == ((0, record.score),)
     assert record.state == "complete"
     assert record.end_loss is None
     lower = run_trial(task, uniform(workbench, "w3a3"), SETTINGS, workbench=workbench)
@@ -244,7 +244,7 @@ def test_a_trial_below_its_bar_stops_halfway_with_what_it_had(task: Task, workbe
     assert steps == list(range(10))
     assert record.reason is not None
     assert "after 10 steps" in record.reason
-    assert record.curve[-1] == (10, record.accuracy)
+    assert record.curve[-1] == (10, record.score)
     above = run_trial(
         task, uniform(workbench, "w2a2"), SETTINGS, workbench=workbench, thresholds=Thresholds(halfway=0.0)
     )
@@ -258,7 +258,7 @@ def test_a_trial_that_starts_too_far_from_float_is_not_trained(task: Task, workb
     assert record.reason is not None
     assert "at the start" in record.reason
     assert record.start_divergence is not None
-    assert record.curve == ((0, record.accuracy),)
+    assert record.curve == ((0, record.score),)
     assert record.end_loss is None
     passed = run_trial(
         task, config, SETTINGS, workbench=workbench, thresholds=Thresholds(start=record.start_divergence)
@@ -292,7 +292,7 @@ def test_before_and_halfway_a_sample_is_scored_and_at_the_end_everything(task: T
     record = run_trial(task, uniform(workbench, "w2a2"), SETTINGS, workbench=sampled)
     before, halfway, end = (accuracy for _, accuracy in record.curve)
     assert {before, halfway} <= {i / 20 for i in range(21)}
-    assert end == record.accuracy == workbench.score("val").accuracy
+    assert end == record.score == workbench.score("val").value
 
 
 def test_peak_memory_is_the_largest_size_and_not_the_present_one() -> None:

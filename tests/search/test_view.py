@@ -9,6 +9,7 @@ import pytest
 from drive import make_space, relative_cost, truth
 
 from mpsearch.errors import RunError
+from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord, WallTime
 from mpsearch.search.view import MOST_WAITING, open_view
@@ -33,7 +34,7 @@ RECORDS = [
 
 @pytest.fixture
 def folder(tmp_path):
-    return RunFolder.create(tmp_path / "run", "name: a\n")
+    return RunFolder.create(tmp_path / "run", "name: a\n", metric=TOP1)
 
 
 @pytest.fixture(params=["sqlite", "journal"])
@@ -51,12 +52,12 @@ def stored(folder: RunFolder, storage: str) -> optuna.Study:
 
 
 def test_view_shows_what_is_recorded(folder, storage):
-    view = open_view(storage, folder, "a", SPACE, 0.7)
+    view = open_view(storage, folder, "a", SPACE, TOP1, 0.7)
     for record in RECORDS:
         view.add(record)
     study = stored(folder, storage)
     first, failed, _, stopped, foreign = study.trials
-    assert study.metric_names == ["accuracy on val (share)", "cost (log2 of the reference's)"]
+    assert study.metric_names == ["top1 on val (share)", "cost (log2 of the reference's)"]
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE"]
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "PRUNED", "COMPLETE"]
     assert [t.user_attrs["number"] for t in study.trials] == [0, 1, 2, 3, 4]
@@ -74,26 +75,26 @@ def test_view_shows_what_is_recorded(folder, storage):
 
 
 def test_view_that_fell_behind_catches_up_and_shows_nothing_twice(folder, storage):
-    open_view(storage, folder, "a", SPACE, None, RECORDS[:2])
-    open_view(storage, folder, "a", SPACE, None, RECORDS[1:])
-    open_view(storage, folder, "a", SPACE, None, RECORDS)
+    open_view(storage, folder, "a", SPACE, TOP1, None, RECORDS[:2])
+    open_view(storage, folder, "a", SPACE, TOP1, None, RECORDS[1:])
+    open_view(storage, folder, "a", SPACE, TOP1, None, RECORDS)
     assert [t.user_attrs["number"] for t in stored(folder, storage).trials] == [0, 2, 1, 3, 4]
 
 
 def test_view_without_a_budget_has_no_constraint(folder):
-    open_view("sqlite", folder, "a", SPACE, None, RECORDS)
+    open_view("sqlite", folder, "a", SPACE, TOP1, None, RECORDS)
     assert all(t.constraints == {} for t in stored(folder, "sqlite").trials)
 
 
 def test_no_view_is_no_view(folder):
-    assert open_view("none", folder, "a", SPACE) is None
+    assert open_view("none", folder, "a", SPACE, TOP1) is None
 
 
 def test_shared_database_keeps_runs_of_one_study_apart(tmp_path):
     url = f"sqlite:///{tmp_path / 'shared.db'}"
-    folders = [RunFolder.create(tmp_path / name, "") for name in "ab"]
+    folders = [RunFolder.create(tmp_path / name, "", metric=TOP1) for name in "ab"]
     for folder in folders:
-        open_view(url, folder, "a", SPACE, None, RECORDS[:1])
+        open_view(url, folder, "a", SPACE, TOP1, None, RECORDS[:1])
     names = {study.study_name for study in optuna.get_all_study_summaries(url)}
     assert names == {f"a-{folder.id}" for folder in folders}
 
@@ -103,18 +104,18 @@ def test_shared_database_keeps_runs_of_one_study_apart(tmp_path):
 )
 def test_storage_that_cannot_be_opened_is_refused_without_its_password(folder, url):
     with pytest.raises(RunError, match=r"cannot open the storage .*--set storage=sqlite") as caught:
-        open_view(url, folder, "a", SPACE)
+        open_view(url, folder, "a", SPACE, TOP1)
     assert "secret" not in str(caught.value)
 
 
 def test_corrupt_database_is_refused(folder):
     folder.study_db.write_text("no database at all, and long enough to be looked at" * 30)
     with pytest.raises(RunError, match=r"cannot open the storage 'sqlite'.*not a database"):
-        open_view("sqlite", folder, "a", SPACE)
+        open_view("sqlite", folder, "a", SPACE, TOP1)
 
 
 def test_view_that_fails_in_the_middle_is_given_up_with_one_warning(folder, caplog, monkeypatch):
-    view = open_view("sqlite", folder, "a", SPACE, None, RECORDS[:1])
+    view = open_view("sqlite", folder, "a", SPACE, TOP1, None, RECORDS[:1])
 
     def fail(trial):
         raise ConnectionError("gone\nfar away")
@@ -129,7 +130,7 @@ def test_view_that_fails_in_the_middle_is_given_up_with_one_warning(folder, capl
 
 
 def test_optuna_numbers_trials_as_we_do_whatever_the_order_in_which_they_end(folder):
-    view = open_view("sqlite", folder, "toy", SPACE)
+    view = open_view("sqlite", folder, "toy", SPACE, TOP1)
     for number in (1, 0, 3):
         view.add(complete(number, CONFIGS[number]))
     shown = [trial.user_attrs["number"] for trial in view.study.trials]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
+from mpsearch.metric import Metric
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.study import TrialSpec
 from mpsearch.task.scoring import evaluate
@@ -21,7 +22,7 @@ from mpsearch.workbench import Workbench
 class Pixels:
     """A task that trusts the protocol: it sets no mode, wants no gradient, and leaves another mode behind."""
 
-    name, metric = "pixels", "agreement"
+    name, metric = "pixels", Metric("agreement", unit="%", format=".2f", bounds=(0.0, 1.0))
 
     def __init__(self) -> None:
         self.seen: list[tuple[bool, bool]] = []
@@ -72,10 +73,10 @@ def test_a_trial_halfway_is_scored_in_eval_mode_and_goes_on_in_training_mode() -
     workbench.reset(PrecisionConfig.uniform(["0", "3"], LayerPrecision.shorthand("w4a4")))
     workbench.fit(1, seed=0)
     mode = workbench.model.training
-    score = workbench.score("val").accuracy
+    score = workbench.score("val").value
     assert task.seen[-1] == (False, False)
     assert workbench.model.training == mode
-    assert workbench.score("val").accuracy == score  # statistics are as they were
+    assert workbench.score("val").value == score  # statistics are as they were
 
 
 def test_logits_of_positions_are_refused_before_any_trial_and_flat_ones_are_taken() -> None:

@@ -10,6 +10,7 @@ import pytest
 from scipy.stats import kendalltau
 
 from mpsearch.errors import RunError
+from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import TrialRecord
 from mpsearch.warmstart.rank import proxy_tau, trials_frame
@@ -21,7 +22,7 @@ def trials(count: int = 40, seed: int = 0) -> pd.DataFrame:
     random = np.random.default_rng(seed)
     cost = np.sort(random.uniform(0.1, 1.0, count))
     accuracy = 0.5 + 0.4 * cost + random.normal(0, 0.01, count)
-    return pd.DataFrame({"cost": cost, "accuracy": accuracy, "cost_like": -cost, "wise": -accuracy, "ptq": accuracy**3})
+    return pd.DataFrame({"cost": cost, "quality": accuracy, "cost_like": -cost, "wise": -accuracy, "ptq": accuracy**3})
 
 
 def test_tau_is_that_of_scipy_in_every_stratum() -> None:
@@ -30,7 +31,7 @@ def test_tau_is_that_of_scipy_in_every_stratum() -> None:
     quarters = [table, *(table.iloc[10 * i : 10 * i + 10] for i in range(4))]
     assert found.n.tolist() == [40, 10, 10, 10, 10]
     for row, part in zip(found.itertuples(), quarters, strict=True):
-        assert row.tau == pytest.approx(kendalltau(part.accuracy, -part.cost_like).statistic)
+        assert row.tau == pytest.approx(kendalltau(part.quality, -part.cost_like).statistic)
     assert found.stratum[0] == "all"
     assert found.stratum[1] == f"{table.cost[0]:.3g}-{table.cost[9]:.3g}"
 
@@ -63,7 +64,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     truth, covered = 2 / np.pi * np.arcsin(0.5), 0
     for seed in range(40):
         x, noise = np.random.default_rng(seed).normal(size=(2, 60))
-        table = pd.DataFrame({"cost": 1.0, "accuracy": x, "proxy": -(0.5 * x + 0.75**0.5 * noise)})
+        table = pd.DataFrame({"cost": 1.0, "quality": x, "proxy": -(0.5 * x + 0.75**0.5 * noise)})
         (row,) = proxy_tau(table, ["proxy"], strata=1, resamples=100, confidence=0.9, seed=seed).itertuples()
         covered += row.low <= truth <= row.high
     assert 0.75 <= covered / 40 <= 1.0
@@ -73,7 +74,7 @@ def test_what_cannot_be_ranked_is_nan_and_missing_values_are_left_out() -> None:
     table = trials(12)
     table["constant"] = 1.0
     table.loc[3, "wise"] = np.nan
-    table.loc[4, "accuracy"] = np.nan
+    table.loc[4, "quality"] = np.nan
     table.loc[5, "cost"] = np.nan
     found = proxy_tau(table, ["constant", "wise"], strata=5, resamples=10, seed=0)
     assert found[found.proxy == "constant"][["tau", "low", "high"]].isna().all(axis=None)
@@ -99,9 +100,9 @@ def test_what_a_study_knows_of_its_trials_is_ranked() -> None:
     brief = TrialRecord(config, "complete", 0.6, 0.3, curve=((0, 0.6),))
     foreign = replace(known, config=PrecisionConfig({"fc": LayerPrecision.shorthand("w5a4")}))
     stopped = replace(known, state="stopped")
-    frame = trials_frame([known, brief, foreign, stopped], [table])
+    frame = trials_frame([known, brief, foreign, stopped], TOP1, [table])
     assert frame.iloc[0].to_dict() == {
-        "cost": 0.3, "accuracy": 0.9, "before": 0.5, "halfway": 0.8, "start": 0.4, "divergence": 0.1, "kl": 0.75
+        "cost": 0.3, "quality": 0.9, "before": 0.5, "halfway": 0.8, "start": 0.4, "divergence": 0.1, "kl": 0.75
     }  # fmt: skip
     assert len(frame) == 3
     assert frame.halfway.isna().tolist() == [False, True, False]

@@ -10,6 +10,7 @@ from typing import Literal
 import pandas as pd
 import plotly.graph_objects as go
 
+from mpsearch.metric import Metric
 from mpsearch.report.figures.layers import MAX_ROWS, shortened
 from mpsearch.report.style import STYLE, between, layout
 
@@ -40,11 +41,12 @@ def hypervolume(progress: pd.DataFrame) -> go.Figure:
     return figure
 
 
-def best_so_far(best: pd.DataFrame) -> go.Figure:
-    """The best accuracy so far within some bounds on cost, over wall time.
+def best_so_far(best: pd.DataFrame, metric: Metric) -> go.Figure:
+    """The best score so far within some bounds on cost, over wall time.
 
     Args:
         best: as from `best_table`.
+        metric: what scores are.
     """
     unit, seconds = _unit(best.elapsed_s)
     figure = go.Figure(layout=layout(height=320))
@@ -53,39 +55,40 @@ def best_so_far(best: pd.DataFrame) -> go.Figure:
     for index, (bound, rows) in enumerate(best.groupby("bound", sort=False)):
         figure.add_scatter(
             x=(rows.elapsed_s / seconds).tolist(),
-            y=rows.accuracy_percent.tolist(),
+            y=(metric.factor * rows.score).tolist(),
             customdata=rows.number.tolist(),
             name=f"cost ≤ {bound:g}",
             mode="lines",
             line={"shape": "hv", "width": 2, "color": colours[index % 4], "dash": dashes[index % 4]},
-            hovertemplate=f"%{{y:.2f}} %, trial %{{customdata}}, %{{x:.1f}} {unit}",
+            hovertemplate=f"%{{y:{metric.format}}} {metric.unit}, trial %{{customdata}}, %{{x:.1f}} {unit}",
         )
     figure.update_xaxes(title=f"time since the first trial started, {unit}", rangemode="tozero")
-    figure.update_yaxes(title="best accuracy so far, %")
+    figure.update_yaxes(title=f"best {metric.label} so far")
     return figure
 
 
-def training(curve: Sequence[tuple[int, float]]) -> go.Figure:
-    """Accuracy on val during the fine-tune of one trial.
+def training(curve: Sequence[tuple[int, float]], metric: Metric) -> go.Figure:
+    """Score on val during the fine-tune of one trial.
 
     Args:
-        curve: (step, accuracy as a share), from before the first step to the last.
+        curve: (step, score), from before the first step to the last.
+        metric: what scores are.
     """
-    steps, accuracies = [step for step, _ in curve], [100 * accuracy for _, accuracy in curve]
+    steps, scores = [step for step, _ in curve], [metric.factor * score for _, score in curve]
     figure = go.Figure(layout=layout(height=320))
     line = {"color": STYLE["blue"], "width": 2}
-    figure.add_scatter(x=steps, y=accuracies, name="accuracy", mode="lines+markers", line=line)
-    low, high = min(accuracies, default=0.0), max(accuracies, default=100.0)
-    room = max(1.0, 0.1 * (high - low))
-    ticks = [round(low + share * (high - low), 1) for share in (0.0, 0.5, 1.0)]
+    figure.add_scatter(x=steps, y=scores, name=metric.name, mode="lines+markers", line=line)
+    low, high = min(scores, default=0.0), max(scores, default=1.0)
+    room = max(0.01 * abs(high), 0.1 * (high - low)) or 1.0
+    ticks = [low + share * (high - low) for share in (0.0, 0.5, 1.0)]
     figure.update_xaxes(
         title="step", range=[0, max(steps, default=1) or 1], tickvals=steps, ticktext=list(map(str, steps))
     )
     figure.update_yaxes(
-        title="accuracy, %",
+        title=metric.label,
         range=[low - room, high + room],
         tickvals=list(dict.fromkeys(ticks)),
-        ticktext=[f"{tick:g}" for tick in dict.fromkeys(ticks)],
+        ticktext=[format(tick, metric.format) for tick in dict.fromkeys(ticks)],
     )
     return figure
 

@@ -11,6 +11,7 @@ from typing import Literal
 import pandas as pd
 import plotly.graph_objects as go
 
+from mpsearch.metric import Metric
 from mpsearch.report.figures.layers import MAX_ROWS, shortened
 from mpsearch.report.style import STYLE, layout
 from mpsearch.report.tables import rows_of
@@ -68,13 +69,14 @@ def ranges(values: pd.DataFrame, side: Literal["weight", "activation"]) -> go.Fi
     return figure
 
 
-def sweep(layers: pd.DataFrame) -> go.Figure:
+def sweep(layers: pd.DataFrame, metric: Metric) -> go.Figure:
     """How far each layer moves the logits when its weight, or its input, is quantized alone.
 
     Of more than `MAX_ROWS` layers those that move them least are left out.
 
     Args:
         layers: as from `debug_page.sweep_table`.
+        metric: what a score is.
     """
     most = layers[["weight_divergence", "activation_divergence"]].max(axis=1)
     shown = layers[most.rank(method="first", ascending=False, na_option="top") <= MAX_ROWS]
@@ -87,7 +89,8 @@ def sweep(layers: pd.DataFrame) -> go.Figure:
             name={"weight": "its weight", "activation": "its input"}[side],
             mode="markers",
             marker={"color": colour, "symbol": symbol, "size": 10},
-            hovertemplate="%{customdata[0]}<br>divergence %{x:.3g} nats<br>%{customdata[1]:.2f} points lost",
+            hovertemplate="%{customdata[0]}<br>divergence %{x:.3g} nats<br>"
+            f"{metric.name} worse by %{{customdata[1]:{metric.format}}} {metric.difference_unit}",
         )
     figure.update_xaxes(type="log", title="divergence, nats, log scale", exponentformat="power", dtick=1)
     figure.update_yaxes(
