@@ -85,7 +85,7 @@ def allocate(
         PrecisionError: the table says nothing of some choice.
         SpaceError: a slot has no choice with a finite sensitivity.
     """
-    program = _Program(space, cost)
+    program = Program(space, cost)
     return program.solve(_summed(space, table), budget, count, distance) or program.refuse(budget)
 
 
@@ -97,7 +97,7 @@ def ilp_ladder(
     Raises:
         MpsearchError: as `allocate`; of budgets that cannot be met, the first is named.
     """
-    program, values = _Program(space, cost), _summed(space, table)
+    program, values = Program(space, cost), _summed(space, table)
     return [(program.solve(values, budget) or program.refuse(budget))[0] for budget in budgets]
 
 
@@ -145,7 +145,7 @@ def round_bits(
         CostError: no config is within the budget, or the cost model is neither a sum nor a maximum over layers.
         PrecisionError: the bits or the marginal of a tensor are missing or not finite.
     """
-    program = _Program(space, cost)
+    program = Program(space, cost)
     learned = [sum(_numbers(bits, slot, "bits")) / len(slot.layers) for slot in space.slots]
     slopes = [sum(_numbers(marginals, slot, "marginal")) for slot in space.slots]
     falling = [slope for slope in slopes if slope < 0]
@@ -176,7 +176,7 @@ def linear_change(marginal: float, bits: float) -> float:
     return marginal * bits
 
 
-class _Program:
+class Program:
     """The mixed-integer program of the module's top for one space and cost model; values, budgets and cuts vary.
 
     Variables: the x of all slots, then the y of each pair of slots that some layer has. Layers with the same two slots
@@ -221,7 +221,7 @@ class _Program:
         self._agree = LinearConstraint(matrix, right, right)
 
     def solve(
-        self, values: Sequence[Sequence[float]], budget: float, count: int = 1, distance: int = 1
+        self, values: Sequence[Sequence[float]], budget: float, count: int = 1, distance: int = 1, gap: float = 0.0
     ) -> list[Allocation]:
         """The `count` best configs within a budget, none if there is none.
 
@@ -230,6 +230,7 @@ class _Program:
             budget: relative cost.
             count: how many.
             distance: in how many slots they differ at least.
+            gap: how far, as a share, a value may be above the least possible one; more than 0 is faster.
 
         Raises:
             SpaceError: a slot has no choice that may be taken.
@@ -246,7 +247,7 @@ class _Program:
         too_dear = 0
         while len(allocations) < count:
             # A budget that is passed by less than the solver's tolerance again and again is made smaller.
-            columns = self._optimum(flat, budget * (1 - ROUNDING * (too_dear // 20)), cuts)
+            columns = self._optimum(flat, budget * (1 - ROUNDING * (too_dear // 20)), cuts, gap)
             if columns is None:
                 break
             config = self._config(columns)
@@ -272,7 +273,9 @@ class _Program:
             f"none at all is cheaper than {cheapest:.4g}: raise the budget, or allow lower precisions in the space"
         )
 
-    def _optimum(self, flat: Floats, budget: float, cuts: Sequence[tuple[list[int], int]]) -> list[int] | None:
+    def _optimum(
+        self, flat: Floats, budget: float, cuts: Sequence[tuple[list[int], int]], gap: float
+    ) -> list[int] | None:
         """The x that are 1, one for each slot; None if nothing is feasible."""
         count, size = self._x[-1], self._x[-1] + len(self._prices)
         finite = np.isfinite(flat)
@@ -308,7 +311,7 @@ class _Program:
                 integrality=integral,
                 bounds=Bounds(0, upper),
                 constraints=constraints,
-                options={"mip_rel_gap": 0},
+                options={"mip_rel_gap": gap},
             )
         if result.status == _INFEASIBLE:
             return None
