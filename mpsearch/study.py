@@ -184,6 +184,9 @@ class SearchSpec(_Section):
     sampler: Literal["surrogate", "nsga2", "tpe", "gp", "random", "none"] = Field(
         default="surrogate", description="none: the ladder and the warm start's configs alone"
     )
+    prescreen: int = Field(
+        default=300, ge=0, description="untrained configs that the warm start scores; the best are tried first; 0: none"
+    )
     trials: int = Field(default=60, gt=0, description="finished trials, the uniform ladder included")
     concurrency: int = Field(default=2, gt=0, description="trials that run at the same time")
     seed: int = Field(default=0, ge=0)

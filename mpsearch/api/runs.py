@@ -87,6 +87,7 @@ class Status:
         failures: the failed trials, oldest first.
         pareto: the front so far; empty before the first complete trial.
         hypervolume: as in `Front`.
+        prescreened: untrained configs that were scored.
     """
 
     study: str
@@ -96,6 +97,7 @@ class Status:
     failures: tuple[TrialRecord, ...]
     pareto: ParetoFront
     hypervolume: float | None
+    prescreened: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """What `mpsearch status --json` prints."""
@@ -107,6 +109,7 @@ class Status:
             "failed": self.counts["failed"],
             "stopped": self.counts["stopped"],
             "running": len(self.running),
+            "prescreened": self.prescreened,
             "best": best and {"number": best.number, "accuracy": best.accuracy, "cost": best.cost},
             "hypervolume": self.hypervolume,
         }
@@ -282,6 +285,7 @@ def status(run: str | Path) -> Status:
         failures=tuple(record for record in records if record.state == "failed"),
         pareto=pareto_front(records),
         hypervolume=_hypervolume(folder),
+        prescreened=len({record.config for record in folder.prescreened()}),
     )
 
 
@@ -358,7 +362,8 @@ def finalize(run: str | Path, observer: Observer = SILENT) -> Finals:
 
     >>> import mpsearch
     >>> tiny = ["final.pick=1", "final.epochs=0.1", "final.seeds=1", "trial.steps=2", "warm_start.method=none"]
-    >>> _ = mpsearch.run("digits", out="runs/brief", trials=2, set=[*tiny, "engine.address=none"])
+    >>> tiny += ["search.prescreen=0", "engine.address=none"]
+    >>> _ = mpsearch.run("digits", out="runs/brief", trials=2, set=tiny)
     >>> finals = mpsearch.finalize("runs/brief")
     >>> finals.table.seeds.to_list()[:1]
     [1]

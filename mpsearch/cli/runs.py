@@ -65,6 +65,7 @@ def status(run: Run, json_: Json = False) -> None:
     console.print(
         f"{status.study}: {status.counts['complete']} of {status.trials} trials complete, "
         f"{status.counts['failed']} failed, {status.counts['stopped']} stopped, {len(status.running)} running"
+        + (f", {status.prescreened} untrained configs scored" if status.prescreened else "")
     )
     for trial in status.running:
         runs_s = max(0.0, time.time() - trial.started_s)

@@ -12,7 +12,7 @@ import pandas as pd
 from mpsearch.cost.model import RelativeCost
 from mpsearch.facts import ProblemFacts, read_facts
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.record import FinalRecord, RunFolder, TrialRecord
+from mpsearch.record import FinalRecord, PrescreenRecord, RunFolder, TrialRecord
 from mpsearch.report.tables import (
     best_table,
     bits_table,
@@ -21,6 +21,7 @@ from mpsearch.report.tables import (
     descent_table,
     finals_table,
     layers_table,
+    prescreen_table,
     progress_table,
     trials_table,
 )
@@ -34,7 +35,7 @@ class RunData:
     """A run as tables; the functions of `report.tables` and `report.weights` say which columns each has.
 
     `config` is the picked config (the knee), layer by layer; it is empty before the first complete trial. `descent`,
-    `ranges` and `histograms` are empty where a run has none.
+    `prescreen`, `ranges` and `histograms` are empty where a run has none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class RunData:
     best: pd.DataFrame
     finals: pd.DataFrame
     descent: pd.DataFrame = field(default_factory=pd.DataFrame)
+    prescreen: pd.DataFrame = field(default_factory=pd.DataFrame)
     ranges: pd.DataFrame = field(default_factory=pd.DataFrame)
     histograms: pd.DataFrame = field(default_factory=pd.DataFrame)
 
@@ -67,6 +69,7 @@ class RunData:
         descent: pd.DataFrame | None = None,
         ranges: pd.DataFrame | None = None,
         histograms: pd.DataFrame | None = None,
+        prescreen: Sequence[PrescreenRecord] = (),
     ) -> RunData:
         """The tables of a study; it may still be running.
 
@@ -81,6 +84,7 @@ class RunData:
             descent: as from `descent_table`.
             ranges: as from `weights.ranges_table`, of the knee.
             histograms: as from `weights.histograms`, of the knee.
+            prescreen: every start score so far.
 
         Raises:
             CostError: `cheapest` is no cost.
@@ -105,6 +109,7 @@ class RunData:
             descent=empty if descent is None else descent,
             ranges=empty if ranges is None else ranges,
             histograms=empty if histograms is None else histograms,
+            prescreen=prescreen_table(prescreen),
         )
 
 
@@ -140,4 +145,5 @@ def read_run(run: str | Path | RunFolder, facts: ProblemFacts | None = None) -> 
         descent,
         ranges,
         weights,
+        folder.prescreened(),
     )

@@ -33,6 +33,7 @@ from mpsearch.state_dict import save_weights, state
 from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.scoring import evaluate
 from mpsearch.train import threads
+from mpsearch.warmstart.prescreen import prescreen, prescreens
 from mpsearch.warmstart.start import start_weights, warm_start
 from mpsearch.workbench import Workbench
 
@@ -87,6 +88,8 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
         initial_configs = warm_start(
             spec, problem.task, problem.graph, problem.space, problem.cost, folder.warmstart, observer
         )
+        if prescreens(spec):
+            initial_configs = prescreen(problem, folder, initial_configs, observer)
         controller = SearchController(
             problem.space,
             problem.cost,
