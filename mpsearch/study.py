@@ -181,7 +181,7 @@ class WarmStartSpec(_Section):
 class SearchSpec(_Section):
     """How configs are proposed and how many trials run."""
 
-    sampler: Literal["surrogate", "nsga2", "tpe", "gp", "random", "none"] = Field(
+    sampler: Literal["surrogate", "additive", "nsga2", "tpe", "gp", "random", "none"] = Field(
         default="surrogate", description="none: the ladder and the warm start's configs alone"
     )
     prescreen: int = Field(

@@ -35,6 +35,7 @@ from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
 from mpsearch.private.optuna import generation_key
 from mpsearch.record import Origin, TrialRecord
+from mpsearch.search.additive import NOTHING, AdditiveSampler, Knowledge, attributes
 from mpsearch.search.front import BETTER
 from mpsearch.search.stopping import BASELINES, NO_THRESHOLDS, Stopping, Thresholds
 from mpsearch.search.surrogate import Children, SurrogateSampler
@@ -59,20 +60,26 @@ GENERATION = 12  # children of NSGA-II before it chooses parents anew; more of t
 class SamplerKind:
     """How a sampler is made from a seed, how often that happens, what it learns from, and how often it is asked."""
 
-    make: Callable[[int, SearchSpace, Cost], BaseSampler]
+    make: Callable[[int, SearchSpace, Cost, Knowledge], BaseSampler]
     every: int  # records after which it is made anew
     memory: int  # latest records that it is told, beside the front
     draws: int = 20  # known configs in a row after which the front's neighbours are tried instead
 
 
 SAMPLERS: Mapping[str, SamplerKind] = {
+    "additive": SamplerKind(
+        lambda seed, space, cost, knowledge: AdditiveSampler(space, cost, knowledge, seed),
+        every=100,
+        memory=300,
+        draws=5,
+    ),
     "surrogate": SamplerKind(
-        lambda seed, space, cost: SurrogateSampler(space, lambda p: math.log2(cost(space.config_of(p))), seed),
+        lambda seed, space, cost, _: SurrogateSampler(space, lambda p: math.log2(cost(space.config_of(p))), seed),
         every=100,
         memory=300,
     ),
     "nsga2": SamplerKind(
-        lambda seed, space, _: NSGAIISampler(
+        lambda seed, space, *_: NSGAIISampler(
             population_size=GENERATION, child_generation_strategy=_Breed(space, seed), seed=seed
         ),
         every=GENERATION,
@@ -175,6 +182,7 @@ class SearchController:
         records: what is known already.
         clock: seconds, monotonic.
         started: when the time limit began to run, by the clock; default: now.
+        knowledge: what is known before the first trial, for the sampler `additive`.
 
     Raises:
         CostError: not even the cheapest config is within the budget.
@@ -193,11 +201,13 @@ class SearchController:
         records: Iterable[TrialRecord] = (),
         clock: Callable[[], float] = time.monotonic,
         started: float | None = None,
+        knowledge: Knowledge = NOTHING,
     ) -> None:
         self._space = space
         self._cost = cost
         self._search = search
         self._budget = math.inf if budget is None else budget
+        self._knowledge = replace(knowledge, budget=self._budget)
         self._distributions = space.distributions()
         self._sampler = SAMPLERS["random" if search.sampler == "none" else search.sampler]
         self._clock = clock
@@ -339,7 +349,7 @@ class SearchController:
             datetime_complete=now,
             params=dict(self._space.params_of(record.config)),
             distributions=self._distributions,
-            user_attrs={},
+            user_attrs=dict(attributes(record.divergence)),
             system_attrs=dict(_GENERATION),
             intermediate_values={},
         )
@@ -359,7 +369,7 @@ class SearchController:
         self._random = np.random.default_rng(state)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = self._sampler.make(seed, self._space, self._cost)
+            sampler = self._sampler.make(seed, self._space, self._cost, self._knowledge)
         self._study = optuna.create_study(sampler=_WholeSpace(sampler, self._distributions), directions=DIRECTIONS)
         latest = {point.config.digest for point in self._latest}
         points = [*(point for point in self._front if point.config.digest not in latest), *self._latest]

@@ -21,6 +21,7 @@ from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem, open_problem, reopen, write_facts
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path
+from mpsearch.search.additive import Knowledge
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.engine import run_trials
 from mpsearch.search.front import ParetoFront, front_rows, pareto_front
@@ -33,8 +34,9 @@ from mpsearch.state_dict import save_weights, state
 from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.scoring import evaluate
 from mpsearch.train import threads
-from mpsearch.warmstart.prescreen import prescreen, prescreens
+from mpsearch.warmstart.prescreen import prescreen, prescreens, start_scores
 from mpsearch.warmstart.start import start_weights, warm_start
+from mpsearch.warmstart.table import SensitivityTable
 from mpsearch.workbench import Workbench
 
 logger = logging.getLogger(__name__)
@@ -98,6 +100,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             initial_configs,
             records,
             started=began,
+            knowledge=_knowledge(folder),
         )
         front = _FrontKeeper(problem, folder, records, observer)
         make_runner = functools.partial(
@@ -111,6 +114,12 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
     if controller.broken:
         raise RunError(f"the search was given up: {controller.stop_reason}")
     return pareto_front(folder.records())
+
+
+def _knowledge(folder: RunFolder) -> Knowledge:
+    """What the warm start has learned for the sampler."""
+    table = folder.warmstart / "sensitivity.json"
+    return Knowledge(start_scores(folder.prescreened()), SensitivityTable.load(table) if table.exists() else None)
 
 
 class _FrontKeeper(Observer):

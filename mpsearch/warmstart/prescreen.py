@@ -31,8 +31,9 @@ from mpsearch.record import PrescreenRecord, RunFolder
 from mpsearch.space.order import ends_first
 from mpsearch.space.space import SearchSpace
 from mpsearch.study import StudySpec
-from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design, Effects
+from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design
 from mpsearch.warmstart.allocate import Program, ilp_ladder
+from mpsearch.warmstart.propose import propose, variant
 from mpsearch.warmstart.start import InitialConfig, global_combinations, sensitivity_table
 from mpsearch.warmstart.start_score import BATCHES, StartScorer
 from mpsearch.warmstart.table import SensitivityTable
@@ -48,7 +49,6 @@ DISTANCE = 4  # slots in which they differ at least
 TEMPERATURES = (0.0, 0.25, 0.5)  # of the draws in turn: at 1 hundreds of scores go to what nobody has tried
 ROUND = 3  # proposals of one model
 SETTLED = 8  # rounds for which a choice of link and noise holds
-GAP = 0.01  # share by which a proposal may miss the best value of its draw
 SHARE_OF_TIME = 0.25  # of search.time_limit_s, where there is one
 STALLED = 40  # proposals in a row that are known: there are hardly others
 
@@ -130,7 +130,7 @@ class _Scores:
     def __len__(self) -> int:
         return sum(batches == BATCHES for _, batches in self._known)
 
-    def __contains__(self, config: PrecisionConfig) -> bool:
+    def __contains__(self, config: object) -> bool:
         return (config, BATCHES) in self._known
 
     def items(self) -> list[tuple[PrecisionConfig, float]]:
@@ -206,45 +206,11 @@ def _proposals(
                 model.draw(random, TEMPERATURES[turn % len(TEMPERATURES)]), space, cost, table, program, budget, random
             )
             if config is None or config in scores:
-                config = _variant(space, cost, config, scores, budget, random)
+                config = variant(space, cost, config, scores, budget, random)
             new = config is not None and config not in scores
             stalled = 0 if new else stalled + 1
             if new and config is not None:
                 yield "model", config
-
-
-def propose(
-    effects: Effects,
-    space: SearchSpace,
-    cost: Callable[[PrecisionConfig], float],
-    table: SensitivityTable | None,
-    program: Program | None,
-    budget: float,
-    random: np.random.Generator,
-) -> PrecisionConfig | None:
-    """The best config within a budget under a table of effects; None where there is none.
-
-    Without a program, for a cost that is no sum over layers, the best of some random ones.
-    """
-    if program is not None:
-        values = usable(effects.of_slots(space), space, table)
-        allocations = program.solve(values, budget, gap=GAP)
-        return allocations[0].config if allocations else None
-    drawn = [config for config in (space.sample(random) for _ in range(200)) if cost(config) <= budget]
-    return min(drawn, key=effects, default=None)
-
-
-def usable(values: Sequence[Sequence[float]], space: SearchSpace, table: SensitivityTable | None) -> list[list[float]]:
-    """Effects with infinity at the choices that break the network, by what the sensitivities say."""
-    if table is None:
-        return [list(of_slot) for of_slot in values]
-    return [
-        [
-            value if all(math.isfinite(table.of(layer, slot.tensor, c)) for layer in slot.layers) else math.inf
-            for value, c in zip(of_slot, slot.choices, strict=True)
-        ]
-        for of_slot, slot in zip(values, space.slots, strict=True)
-    ]
 
 
 def _program(space: SearchSpace, cost: RelativeCost) -> Program | None:
@@ -253,22 +219,6 @@ def _program(space: SearchSpace, cost: RelativeCost) -> Program | None:
     except CostError as reason:
         logger.info("proposals are drawn at random: %s", reason)
         return None
-
-
-def _variant(
-    space: SearchSpace,
-    cost: RelativeCost,
-    config: PrecisionConfig | None,
-    scores: _Scores,
-    budget: float,
-    random: np.random.Generator,
-) -> PrecisionConfig | None:
-    """An unknown neighbour of a known config within the budget; None where there is none."""
-    if config is None:
-        return None
-    neighbours = space.neighbours(config)
-    in_turn = (neighbours[int(i)] for i in random.permutation(len(neighbours)))
-    return next((other for other in in_turn if other not in scores and cost(other) <= budget), None)
 
 
 def _picked(
