@@ -184,6 +184,10 @@ class SearchSpec(_Section):
     sampler: Literal["surrogate", "additive", "nsga2", "tpe", "gp", "random", "none"] = Field(
         default="surrogate", description="none: the ladder and the warm start's configs alone"
     )
+    objective: Literal["divergence", "metric"] = Field(
+        default="divergence",
+        description="what samplers improve: divergence from the float network, where a task has it, or its metric",
+    )
     prescreen: int = Field(
         default=300, ge=0, description="untrained configs that the warm start scores; the best are tried first; 0: none"
     )

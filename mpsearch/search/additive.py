@@ -115,9 +115,9 @@ class AdditiveSampler(BaseSampler):
         """Condition the model on all that is known; False where that is too little."""
         scores = [(t, t.user_attrs[DIVERGENCE]) for t in trials if DIVERGENCE in t.user_attrs]
         starts = self._knowledge.starts
-        compared = bool(scores) or bool(starts)
+        compared = bool(scores) or (bool(starts) and len(trials) < LEAST)
         if not compared:
-            scores = [(t, -t.values[0]) for t in trials]
+            starts, scores = (), [(t, -t.values[0]) for t in trials]
         ends = [(self._space.config_of(t.params), score) for t, score in scores]
         count = len(starts) + len(ends)
         if count < LEAST:

@@ -5,8 +5,9 @@ configs that others propose: the uniform ladder, global combinations, integer pr
 descent's roundings and the neighbours of these. Then an additive model of the scores so far (`additive.py`) proposes:
 a draw from its posterior, and what is best under it within a budget.
 
-Whoever searches hard on one score overfits it. So the best of each budget are scored again on more batches, and the
-second that is kept differs from the first in several slots; what the warm start itself proposes is tried all the same.
+Whoever searches hard on one score overfits it. So the best of each budget are scored again on more batches, fewer of
+them on many, and the second that is kept differs from the first in several slots; what the warm start itself proposes
+is tried all the same.
 
 Every score is on the disk at once (`RunFolder.append_prescreened`): a run that was killed goes on where it was.
 """
@@ -42,8 +43,7 @@ from mpsearch.workbench import Workbench
 logger = logging.getLogger(__name__)
 
 SEEDS = 0.5  # share of the scores at most that go to configs of others
-AGAIN = 12  # configs of a budget that are scored again
-AGAIN_BATCHES = 16  # on so many batches
+AGAIN = ((12, 8), (4, 16))  # so many of the best of a budget are scored again, on so many batches
 KEPT = 2  # configs of a budget that become initial configs
 DISTANCE = 4  # slots in which they differ at least
 TEMPERATURES = (0.0, 0.25, 0.5)  # of the draws in turn: at 1 hundreds of scores go to what nobody has tried
@@ -145,7 +145,9 @@ class _Scores:
         """The score of a config on so many batches."""
         if (config, batches) not in self._known:
             self._scorer = self._scorer or self._make()
-            score = self._scorer(config, batches)
+            fewer = [n for n in (BATCHES, *(n for _, n in AGAIN)) if n < batches and (config, n) in self._known]
+            begun = (max(fewer), self._known[config, max(fewer)]) if fewer else (0, 0.0)
+            score = self._scorer(config, batches, begun)
             finite = score if math.isfinite(score) else None
             record = PrescreenRecord(config, self._problem.cost(config), finite, batches, source)
             self._folder.append_prescreened(record)
@@ -155,7 +157,7 @@ class _Scores:
     def _make(self) -> StartScorer:
         problem = self._problem
         workbench = Workbench(problem.task, problem.spec.trial, offers=problem.space.offers, graph=problem.graph)
-        scorer = StartScorer(workbench, problem.space.offers, AGAIN_BATCHES)
+        scorer = StartScorer(workbench, problem.space.offers, AGAIN[-1][1])
         ladder = problem.space.ladder()
         scorer.choose_arithmetic(ladder[len(ladder) // 2 :][:3])
         return scorer
@@ -230,13 +232,13 @@ def _picked(
     by_score = sorted((score, i, config) for i, (config, score) in enumerate(scores.items()) if math.isfinite(score))
     kept: list[list[PrecisionConfig]] = []
     for budget in ends_first(list(budgets)):
-        best = [config for _, _, config in by_score if cost(config) <= budget][:AGAIN]
-        again: list[tuple[float, int, PrecisionConfig]] = []
-        for config in best:
-            if late() and not scores.known(config, AGAIN_BATCHES):
+        ranked = [config for _, _, config in by_score if cost(config) <= budget][: AGAIN[0][0]]
+        for count, batches in AGAIN:
+            best = ranked[:count]
+            if late() and not all(scores.known(config, batches) for config in best):
                 break
-            again.append((scores.add(config, "again", AGAIN_BATCHES), len(again), config))
-        ranked = [config for _, _, config in sorted(again)] or best
+            again = {config: scores.add(config, "again", batches) for config in best}
+            ranked = [*sorted(best, key=again.__getitem__), *ranked[count:]]
         of_budget: list[PrecisionConfig] = []
         for config in ranked:
             if len(of_budget) < KEPT and all(_distance(space, config, other) >= distance for other in of_budget):

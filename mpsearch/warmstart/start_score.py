@@ -75,14 +75,17 @@ class StartScorer:
         self._logits = logits_of(workbench.task)
         self.bf16 = workbench.bf16
 
-    def __call__(self, config: PrecisionConfig, batches: int = BATCHES) -> float:
-        """The start score of a config, nats; infinite or NaN where the network breaks.
+    def __call__(self, config: PrecisionConfig, batches: int = BATCHES, begun: tuple[int, float] = (0, 0.0)) -> float:
+        """The start score of a config on the first `batches`, nats; infinite or NaN where the network breaks.
+
+        Where its score on fewer is known, `begun` is (batches, score): only the others are run.
 
         Raises:
             PrecisionError: the config does not fit the network.
         """
         self._put(config)
-        return self._divergence(batches, self.bf16)
+        count, score = begun
+        return (count * score + (batches - count) * self._divergence(batches, self.bf16, count)) / batches
 
     def choose_arithmetic(self, configs: Iterable[PrecisionConfig]) -> bool:
         """Stay in bfloat16 only if it is faster here and scores some configs as float32 does; whether it does."""
@@ -117,15 +120,15 @@ class StartScorer:
                     quantizer.set_range(*self._ranges.activation(name, precision))
 
     @torch.inference_mode()
-    def _divergence(self, batches: int, bf16: bool) -> float:
+    def _divergence(self, batches: int, bf16: bool, skip: int = 0) -> float:
         total = 0.0
-        for x, expected in self._batches.first(batches):
+        for x, expected in self._batches.first(batches, skip):
             with autocast(x, bf16):
                 output = self._logits(call(self._model, x))
             total += float(jeffreys(output, expected))
             if not math.isfinite(total):
                 break
-        return total / batches
+        return total / max(1, batches - skip)
 
 
 def agrees(pairs: Sequence[tuple[float, float]]) -> bool:
@@ -177,9 +180,13 @@ class _Batches:
         self._kept: list[tuple[Any, Tensor]] = []
         next(self.first(1))  # before anything is scored: logits that cannot be compared are refused
 
-    def first(self, count: int) -> Iterator[tuple[Any, Tensor]]:
-        """Input and logits `(n, classes)` of the first `count` batches."""
-        yield from self._kept[:count]
+    def first(self, count: int, skip: int = 0) -> Iterator[tuple[Any, Tensor]]:
+        """Input and logits `(n, classes)` of the first `count` batches, but for the very first `skip`."""
+        yield from self._kept[skip:count]
+        yield from islice(self._others(count), max(0, skip - len(self._kept)), None)
+
+    def _others(self, count: int) -> Iterator[tuple[Any, Tensor]]:
+        """Those of the first `count` batches that are not kept yet."""
         if count <= len(self._kept):
             return
         settings, device = self._workbench.settings, self._workbench.device

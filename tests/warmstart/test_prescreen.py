@@ -17,7 +17,7 @@ from mpsearch.problem import Problem, open_problem
 from mpsearch.record import RunFolder
 from mpsearch.search.run import resume_study
 from mpsearch.warmstart import prescreen as module
-from mpsearch.warmstart.prescreen import AGAIN_BATCHES, KEPT, prescreen, prescreens, start_scores
+from mpsearch.warmstart.prescreen import AGAIN, KEPT, prescreen, prescreens, start_scores
 from mpsearch.warmstart.start import sensitivity_table
 from mpsearch.warmstart.start_score import BATCHES
 
@@ -40,7 +40,9 @@ class Known:
     def choose_arithmetic(self, _configs: object) -> bool:
         return False
 
-    def __call__(self, config: mpsearch.PrecisionConfig, batches: int = BATCHES) -> float:
+    def __call__(
+        self, config: mpsearch.PrecisionConfig, batches: int = BATCHES, begun: tuple[int, float] = (0, 0.0)
+    ) -> float:
         harms = [4.0 ** (1 - p.weight.bits) + 4.0 ** (1 - p.activation.bits) for p in config.values()]
         return sum(harm / (1 + i) for i, harm in enumerate(harms)) + 0.001 / batches
 
@@ -75,7 +77,7 @@ def test_the_best_of_each_budget_are_kept_and_differ(problem: Problem, folder: R
     assert 0 < len(of_prescreen) <= 2 * KEPT
     scores = start_scores(folder.prescreened())
     assert len(scores) == len({config for config, _ in scores}) == COUNT
-    again = {r.config: r.divergence for r in folder.prescreened() if r.batches == AGAIN_BATCHES}
+    again = {r.config: r.divergence for r in folder.prescreened() if r.batches == AGAIN[-1][1]}
     within = {config: score for config, score in again.items() if problem.cost(config) <= 0.2}
     assert min(within, key=lambda config: within[config] or 0.0) in of_prescreen
     assert {"ladder", "manual", "combination", "ilp", "model"} <= {r.source for r in folder.prescreened()}
@@ -96,7 +98,7 @@ def test_a_prescreen_that_was_killed_goes_on_where_it_was(
 ) -> None:
     calls = 0
 
-    def dies(scorer: Known, config: mpsearch.PrecisionConfig, batches: int = BATCHES) -> float:
+    def dies(scorer: Known, config: mpsearch.PrecisionConfig, batches: int = BATCHES, *begun: object) -> float:
         nonlocal calls
         calls += 1
         if calls > COUNT // 2:
@@ -152,7 +154,7 @@ def test_a_cold_search_has_none() -> None:
 def test_a_run_tries_what_was_prescreened_counts_it_and_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "AGAIN", 2)
+    monkeypatch.setattr(module, "AGAIN", ((2, 8), (1, 16)))
     stages: list[tuple[str, int, int]] = []
 
     class Stages(Observer):

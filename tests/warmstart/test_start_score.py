@@ -64,6 +64,15 @@ def test_a_score_does_not_depend_on_what_was_scored_before(problem: Problem, wor
     assert StartScorer(workbench, space.offers, room_bytes=0)(space.combinations()[-1], 1) == pytest.approx(other)
 
 
+def test_a_score_on_more_batches_goes_on_from_that_on_fewer(problem: Problem, workbench: Workbench) -> None:
+    config = problem.space.rung(4)
+    scorer = StartScorer(workbench, problem.space.offers, most_batches=5)
+    begun = (2, scorer(config, 2))
+    assert scorer(config, 5, begun) == pytest.approx(scorer(config, 5), rel=1e-6)
+    made_again = StartScorer(workbench, problem.space.offers, most_batches=5, room_bytes=0)
+    assert made_again(config, 5, begun) == pytest.approx(scorer(config, 5), rel=1e-6)
+
+
 def test_fewer_bits_and_no_quantizers_score_as_they_must(problem: Problem, workbench: Workbench) -> None:
     scorer, space = StartScorer(workbench, problem.space.offers), problem.space
     floats = PrecisionConfig((name, LayerPrecision.parse("float:32", "float:32")) for name in space.layers)
