@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mpsearch.api.studies import read_study
 from mpsearch.errors import MpsearchError
@@ -309,17 +309,23 @@ def front(run: str | Path) -> Front:
     return _front(RunFolder.open(run))
 
 
-def rank(run: str | Path, proxies: str = "kl,sqnr", strata: int = 3) -> pd.DataFrame:
+def rank(
+    run: str | Path, proxies: str = "kl,sqnr", strata: int = 3, against: Literal["trial", "final"] = "trial"
+) -> pd.DataFrame:
     """Say how well each proxy ranks the trials that were fine-tuned: Kendall's tau-b, by stratum of cost.
 
     Args:
         run: a run folder; it keeps what is measured.
         proxies: sensitivities to measure, separated by commas: kl, jeffreys, sqnr, fit.
         strata: number of groups of about equally many trials, by cost.
+        against: what is to be foretold: the score after a `trial`, or the mean on test after the `final` trainings.
 
     Returns:
-        A row per stratum and proxy. Columns: stratum (`all`, or its costs as `0.1-0.25`), proxy, tau (1: the same
-        order, 0: none), n (trials), low and high (95 % interval by bootstrap); NaN where nothing can be ranked.
+        A row per stratum and proxy: `start` (the divergence before training), `additive` (the additive model's, of
+        configs it did not see), `before`, `halfway`, `divergence` (after the trial), against final trainings
+        `accuracy` too (the trial's score), and those measured. Columns: stratum (`all`, or its costs as `0.1-0.25`),
+        proxy, tau (1: the same order, 0: none), n (trials), low and high (95 % interval by bootstrap); NaN where
+        nothing can be ranked.
 
     Raises:
         MpsearchError: there is no run, its study cannot be opened, or no such proxy.
@@ -327,7 +333,7 @@ def rank(run: str | Path, proxies: str = "kl,sqnr", strata: int = 3) -> pd.DataF
     >>> import mpsearch
     >>> taus = mpsearch.rank("runs/tiny", proxies="sqnr", strata=1)
     >>> sorted(taus.proxy)
-    ['before', 'divergence', 'halfway', 'sqnr', 'start']
+    ['additive', 'before', 'divergence', 'halfway', 'sqnr', 'start']
     """
     from mpsearch.warmstart.table import check_proxy
 
@@ -337,15 +343,32 @@ def rank(run: str | Path, proxies: str = "kl,sqnr", strata: int = 3) -> pd.DataF
 
     from mpsearch.problem import reopen
     from mpsearch.record import RunFolder
-    from mpsearch.warmstart.rank import ACCURACIES, proxy_tau, trials_frame
+    from mpsearch.warmstart.additive import start_scores
+    from mpsearch.warmstart.rank import ACCURACIES, LEAST_RANKED, foreseen_divergence, proxy_tau, trials_frame
     from mpsearch.warmstart.start import sensitivity_table
 
     folder = RunFolder.open(run)
     problem = reopen(folder)
     tables = [sensitivity_table(name, problem.task, problem.graph, problem.space, folder.warmstart) for name in names]
-    trials = trials_frame(folder.records(), tables)
-    columns = [name for name in trials.columns if name not in ("cost", "accuracy")]
-    return proxy_tau(trials, columns, more_is_better=ACCURACIES, strata=strata, seed=problem.spec.search.seed)
+    records, starts = folder.records(), start_scores(folder.prescreened())
+    kl = next((table for table in tables if table.proxy == "kl"), None)
+    foreseen = foreseen_divergence(records, starts, problem.space, kl)
+    trials = trials_frame(records, tables, foreseen, folder.finals())
+    target = {"trial": "accuracy", "final": "final"}[against]
+    if against == "final" and (trials.final.notna()).sum() < LEAST_RANKED:
+        raise MpsearchError(
+            f"{int(trials.final.notna().sum())} trials of {folder.path} have been finally trained, and {LEAST_RANKED} "
+            f"are needed to rank them: `mpsearch finalize {folder.path}` first, or rank against trials"
+        )
+    columns = [name for name in trials.columns if name not in ("cost", "final", target)]
+    return proxy_tau(
+        trials,
+        columns,
+        against=target,
+        more_is_better=ACCURACIES,
+        strata=strata,
+        seed=problem.spec.search.seed,
+    )
 
 
 def finalize(run: str | Path, observer: Observer = SILENT) -> Finals:

@@ -34,7 +34,8 @@ from mpsearch.state_dict import save_weights, state
 from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.scoring import evaluate
 from mpsearch.train import threads
-from mpsearch.warmstart.prescreen import prescreen, prescreens, start_scores
+from mpsearch.warmstart.additive import start_scores
+from mpsearch.warmstart.prescreen import prescreen, prescreens
 from mpsearch.warmstart.start import start_weights, warm_start
 from mpsearch.warmstart.table import SensitivityTable
 from mpsearch.workbench import Workbench

@@ -35,6 +35,7 @@ from scipy.optimize import isotonic_regression, nnls
 from scipy.sparse import csr_array, hstack
 
 from mpsearch.precision import PrecisionConfig
+from mpsearch.record import PrescreenRecord
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.warmstart.table import SensitivityTable
 
@@ -138,6 +139,11 @@ class Effects:
             self.values[slot.name].tolist() if slot.name in self.values else [0.0] * len(slot.choices)
             for slot in space.slots
         ]
+
+
+def start_scores(records: Sequence[PrescreenRecord]) -> list[tuple[PrecisionConfig, float]]:
+    """Each prescreened config with its start score, where that is a number: on the batches that all were scored on."""
+    return [(r.config, r.divergence) for r in records if r.divergence is not None and r.source != "again"]
 
 
 class AdditiveModel:

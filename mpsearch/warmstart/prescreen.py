@@ -105,15 +105,6 @@ def prescreen(
     return [initial for turn in turns for initial in turn if initial is not None]
 
 
-def start_scores(records: Sequence[PrescreenRecord]) -> list[tuple[PrecisionConfig, float]]:
-    """Each config that was prescreened with its start score, of those whose score is a number; once each."""
-    return [
-        (record.config, record.divergence)
-        for record in records
-        if record.divergence is not None and record.batches == BATCHES
-    ]
-
-
 class _Scores:
     """The start scores of a run: from its folder, or computed and put there."""
 

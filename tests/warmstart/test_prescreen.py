@@ -17,7 +17,8 @@ from mpsearch.problem import Problem, open_problem
 from mpsearch.record import RunFolder
 from mpsearch.search.run import resume_study
 from mpsearch.warmstart import prescreen as module
-from mpsearch.warmstart.prescreen import AGAIN, KEPT, prescreen, prescreens, start_scores
+from mpsearch.warmstart.additive import start_scores
+from mpsearch.warmstart.prescreen import AGAIN, KEPT, prescreen, prescreens
 from mpsearch.warmstart.start import sensitivity_table
 from mpsearch.warmstart.start_score import BATCHES
 
@@ -163,15 +164,19 @@ def test_a_run_tries_what_was_prescreened_counts_it_and_shows_it(
                 stages.append((stage, done, total))
 
     run = tmp_path / "run"
-    small = ["search.prescreen=20", "search.trials=4", "trial.steps=2", "warm_start.ilp=false"]
+    small = ["search.prescreen=9", "search.trials=4", "trial.steps=2", "warm_start.ilp=false"]
     spec = mpsearch.load_study("digits", [*SETTINGS, *small])
     mpsearch.run_study(spec, run, Stages())
-    assert stages[0] == ("prescreen", 0, 20)
-    assert stages.count(("prescreen", 20, 20)) == 1
-    assert mpsearch.status(run).to_json()["prescreened"] == 20
+    assert stages[0] == ("prescreen", 0, 9)
+    assert stages.count(("prescreen", 9, 9)) == 1
+    assert mpsearch.status(run).to_json()["prescreened"] == 9
     records = RunFolder.open(run).records()
     assert "prescreen" in [record.origin for record in records]
     assert "proposed by the model" in mpsearch.report(run).read_text(encoding="utf-8")
+    taus = mpsearch.rank(run, proxies="sqnr", strata=1)
+    assert taus[taus.proxy == "additive"].n.max() >= 3
+    with pytest.raises(mpsearch.MpsearchError, match="mpsearch finalize"):
+        mpsearch.rank(run, proxies="sqnr", strata=1, against="final")
     before = RunFolder.open(run).prescreened()
     resume_study(run, trials=5)
     assert RunFolder.open(run).prescreened() == before
