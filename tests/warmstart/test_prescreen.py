@@ -164,12 +164,12 @@ def test_a_run_tries_what_was_prescreened_counts_it_and_shows_it(
                 stages.append((stage, done, total))
 
     run = tmp_path / "run"
-    small = ["search.prescreen=9", "search.trials=4", "trial.steps=2", "warm_start.ilp=false"]
+    small = ["search.prescreen=16", "search.trials=4", "trial.steps=2", "warm_start.ilp=false"]
     spec = mpsearch.load_study("digits", [*SETTINGS, *small])
     mpsearch.run_study(spec, run, Stages())
-    assert stages[0] == ("prescreen", 0, 9)
-    assert stages.count(("prescreen", 9, 9)) == 1
-    assert mpsearch.status(run).to_json()["prescreened"] == 9
+    assert stages[0] == ("prescreen", 0, 16)
+    assert stages.count(("prescreen", 16, 16)) == 1
+    assert mpsearch.status(run).to_json()["prescreened"] == 16
     records = RunFolder.open(run).records()
     assert "prescreen" in [record.origin for record in records]
     assert "proposed by the model" in mpsearch.report(run).read_text(encoding="utf-8")
