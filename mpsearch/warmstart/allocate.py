@@ -295,6 +295,8 @@ class Program:
             feasible = room > 0
             if not cuts:
                 upper[count:][self._dominated(flat)] = 0.0
+                if feasible and 2 * len(self._alone) == len(self._space.slots):
+                    upper[count:][self._beaten(flat, room)] = 0.0
             row = np.concatenate([np.zeros(count), self._prices * (_COST_SCALE / room if feasible else 0.0)])
             constraints.append(LinearConstraint(csr_array(row[None]), -np.inf, _COST_SCALE))
         if not feasible:  # or NaN
@@ -330,6 +332,56 @@ class Program:
             dominated[first : first + sums.size] = True
             dominated[first + best] = False
         return dominated
+
+    def _beaten(self, flat: Floats, room: float) -> NDArray[np.bool_]:
+        """The y of no config that is better than one that is at hand; for slots that all meet just one other.
+
+        Lagrange relaxation: with a price L on cost, no config within the budget has less than
+        b(L) = sum over layers of min (value + L cost) - L room, nor less than b(L) + r with a pair whose own
+        value + L cost is r above its layer's least. Where that is above the value of a known config, it is out.
+        """
+        sizes = [len(self._space.slots[w].choices) * len(self._space.slots[a].choices) for w, a, _ in self._alone]
+        value = np.full((len(sizes), max(sizes)), np.inf)
+        cost = np.zeros_like(value)
+        for row, (w, a, first) in enumerate(self._alone):
+            sums = flat[self._x[w] : self._x[w + 1], None] + flat[None, self._x[a] : self._x[a + 1]]
+            value[row, : sums.size] = np.where(np.isfinite(sums), sums, np.inf).ravel()
+            cost[row, : sums.size] = self._prices[first : first + sums.size]
+        rows = np.arange(len(sizes))
+        low, high = 0.0, (np.ptp(value[np.isfinite(value)]) + 1e-12) / max(room, 1e-12)
+        beaten = np.zeros(len(self._prices), dtype=bool)
+
+        def within(price: float) -> NDArray[np.intp] | None:
+            chosen = np.argmin(value + price * cost, axis=1)
+            return chosen if cost[rows, chosen].sum() <= room else None
+
+        for _ in range(60):  # a price so high that the cheapest pairs are taken
+            if within(high) is not None:
+                break
+            high *= 2
+        else:
+            return beaten
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (low, middle) if within(middle) is not None else (middle, high)
+        chosen = within(high)
+        assert chosen is not None
+        left = room - cost[rows, chosen].sum()
+        while True:  # what is left of the budget goes where it does most good
+            gain = np.where(cost - cost[rows, chosen][:, None] <= left, value[rows, chosen][:, None] - value, -np.inf)
+            row, column = divmod(int(np.argmax(gain)), gain.shape[1])
+            if not gain[row, column] > 0:
+                break
+            left -= cost[row, column] - cost[row, chosen[row]]
+            chosen[row] = column
+        known = value[rows, chosen].sum()
+        reduced = value + high * cost
+        least = reduced.min(axis=1)
+        above = least.sum() - high * room + (reduced - least[:, None])
+        out = above > known + 1e-9 * (abs(known) + np.abs(value[rows, chosen]).sum())
+        for row, (_, _, first) in enumerate(self._alone):
+            beaten[first : first + sizes[row]] = out[row, : sizes[row]]
+        return beaten
 
     def _config(self, columns: Sequence[int]) -> PrecisionConfig:
         slots = zip(self._space.slots, columns, self._x, strict=False)
