@@ -167,9 +167,9 @@ class Workbench:
         batches = self.train_batches(steps, seed)
         return fit(self.model, batches, self.loss(seed), settings, on_step)
 
-    def reestimate(self, seed: int) -> None:
-        """Re-estimate BatchNorm statistics on training batches."""
-        count = self.settings.bn_batches
+    def reestimate(self, seed: int, most: int | None = None) -> None:
+        """Re-estimate BatchNorm statistics on `trial.bn_batches` training batches, at most `most` of them."""
+        count = min(self.settings.bn_batches, self.settings.bn_batches if most is None else most)
         if count:
             reestimate_batch_norm(self.model, self.train_batches(count, seed + 1))
 
