@@ -206,9 +206,9 @@ def import_back(trained: Any, checkpoint: Path, folder: Path, task: Classificati
     read_mhaq = importlib.import_module(IMPORTER).read_mhaq
     read_mhaq(checkpoint, folder / CONFIG_FILE, task.float_model(), layers).put_on(workbench)
     x = next(task.images.batches("val", COMPARED))[0].contiguous()
-    models = [model.eval().cpu().to(memory_format=torch.contiguous_format) for model in (trained, workbench.model)]
+    models: list[Any] = [trained.eval().cpu(), workbench.model.eval()]
     with torch.inference_mode():
-        expected, actual = (model(x) for model in models)
+        expected, actual = (model.to(memory_format=torch.contiguous_format)(x) for model in models)
     return {
         "imported": True,
         "samples": len(x),

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TrialState = Literal["complete", "failed", "stopped"]
-Origin = Literal["uniform", "ilp", "descent", "sampler", "manual", "import"]  # who proposed a config, or trained it
+Origin = Literal[
+    "uniform", "ilp", "descent", "prescreen", "sampler", "manual", "import"
+]  # who proposed a config, or trained it
 
 SCHEMA = "mpsearch/run/2"
 FIRST_SCHEMA = "mpsearch/run/1"
@@ -100,6 +102,17 @@ class FinalRecord:
     correct: str | None = None  # which test samples were right: `compare.pack`
 
 
+@dataclass(frozen=True, slots=True)
+class PrescreenRecord:
+    """An untrained config that was scored before the trials."""
+
+    config: PrecisionConfig
+    cost: float  # relative
+    divergence: float | None  # from the float network on training batches, nats; None: no finite number
+    batches: int
+    source: str  # who proposed it: ladder, descent, ilp, neighbour, model, ...; again: it was scored before on fewer
+
+
 _FIELDS = tuple(f.name for f in fields(TrialRecord))
 
 
@@ -119,6 +132,25 @@ def record_to_json(record: TrialRecord) -> str:
         raise RunError(
             f"trial {record.number} has {bad} = {document[bad]}: a record holds finite numbers; record it as failed"
         ) from None
+
+
+def prescreen_to_json(record: PrescreenRecord) -> str:
+    """One line of JSON from which `prescreen_from_json` makes an equal record."""
+    layers = {layer: str(precision) for layer, precision in record.config.items()}
+    known = {f.name: getattr(record, f.name) for f in fields(record) if f.name != "config"}
+    return json.dumps({**known, "config": layers}, allow_nan=False, ensure_ascii=False)
+
+
+def prescreen_from_json(text: str) -> PrescreenRecord:
+    """Read what `prescreen_to_json` wrote. Raises RunError: the text is no such record."""
+    try:
+        document = json.loads(text)
+        document["config"] = PrecisionConfig(
+            (layer, _layer_precision(precision)) for layer, precision in document["config"].items()
+        )
+        return PrescreenRecord(**document)
+    except (KeyError, ValueError, TypeError, AttributeError, PrecisionError) as error:
+        raise RunError(f"not a prescreen record: {error}") from None
 
 
 def record_from_json(text: str) -> TrialRecord:
@@ -190,6 +222,7 @@ class RunFolder:
         self.trials_jsonl = path / "trials.jsonl"
         self.trials_parquet = path / "trials.parquet"
         self.finals_jsonl = path / "finals.jsonl"
+        self.prescreen_jsonl = path / "prescreen.jsonl"
         self.front_json = path / "front.json"
         self.problem_json = path / "problem.json"
         self.knee_json = path / "knee.json"
@@ -299,7 +332,7 @@ class RunFolder:
             raise RunError(f"cannot write the run folder {self.path}: {error.strerror or error}: {action}") from None
         try:
             with _explained(f"cannot write the run folder {self.path}", action):
-                for path in (self.trials_jsonl, self.finals_jsonl):
+                for path in (self.trials_jsonl, self.finals_jsonl, self.prescreen_jsonl):
                     _cut_torn_line(path)
             for folder, name in ((self.path, "*.json"), (self.path, "*.parquet"), (self.checkpoints, "*")):
                 remove_parts(folder, name)  # of a driver that was killed
@@ -333,6 +366,14 @@ class RunFolder:
     def finals(self) -> list[FinalRecord]:
         """Every final training that has ended, in that order. Raises RunError as `records` does."""
         return _read_lines(self.finals_jsonl, lambda line: FinalRecord(**json.loads(line)))
+
+    def append_prescreened(self, record: PrescreenRecord) -> None:
+        """Put the score of an untrained config on the disk. Raises RunError as `append` does."""
+        self._append(self.prescreen_jsonl, prescreen_to_json(record), "the score of an untrained config")
+
+    def prescreened(self) -> list[PrescreenRecord]:
+        """Every score of an untrained config, in that order. Raises RunError as `records` does."""
+        return _read_lines(self.prescreen_jsonl, prescreen_from_json)
 
     def _append(self, path: Path, line: str, what: str) -> None:
         if not self._lock.is_locked:

@@ -184,8 +184,15 @@ class WarmStartSpec(_Section):
 class SearchSpec(_Section):
     """How configs are proposed and how many trials run."""
 
-    sampler: Literal["surrogate", "nsga2", "tpe", "gp", "random", "none"] = Field(
+    sampler: Literal["surrogate", "additive", "nsga2", "tpe", "gp", "random", "none"] = Field(
         default="surrogate", description="none: the ladder and the warm start's configs alone"
+    )
+    objective: Literal["divergence", "metric"] = Field(
+        default="divergence",
+        description="what samplers improve: divergence from the float network, where a task has it, or its metric",
+    )
+    prescreen: int = Field(
+        default=300, ge=0, description="untrained configs that the warm start scores; the best are tried first; 0: none"
     )
     trials: int = Field(default=60, gt=0, description="finished trials, the uniform ladder included")
     concurrency: int = Field(default=2, gt=0, description="trials that run at the same time")

@@ -136,12 +136,13 @@ class Workbench:
         logits = logits_of(self.task)
         return lambda step, x, output, _target: jeffreys(logits(output), self.teacher(seed, step, x))
 
-    def train_batches(self, steps: int, seed: int) -> Iterator[Batch]:
+    def train_batches(self, steps: int, seed: int, size: int | None = None) -> Iterator[Batch]:
         """`steps` batches to train on. A batch of one sample is passed over where a BatchNorm cannot train on it.
 
-        It is what is left of a task's data at the end of an epoch, if the task does not drop or fill it.
+        It is what is left of a task's data at the end of an epoch, if the task does not drop or fill it. `size` is how
+        many samples a batch has; default: `trial.batch_size`.
         """
-        size = self.settings.batch_size
+        size = size or self.settings.batch_size
         if not self._single:
             return self.task.train_batches(size, steps, seed)
         spare = steps // max(1, self.task.steps_per_epoch(size)) + 1
@@ -167,9 +168,9 @@ class Workbench:
         batches = self.train_batches(steps, seed)
         return fit(self.model, batches, self.loss(seed), settings, on_step)
 
-    def reestimate(self, seed: int) -> None:
-        """Re-estimate BatchNorm statistics on training batches."""
-        count = self.settings.bn_batches
+    def reestimate(self, seed: int, most: int | None = None) -> None:
+        """Re-estimate BatchNorm statistics on `trial.bn_batches` training batches, at most `most` of them."""
+        count = min(self.settings.bn_batches, self.settings.bn_batches if most is None else most)
         if count:
             reestimate_batch_norm(self.model, self.train_batches(count, seed + 1))
 

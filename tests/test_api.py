@@ -25,6 +25,7 @@ ON_RUNS = (  # in an order in which each finds what the ones before it made
 )
 COMMANDS = (*ON_STUDIES, *ON_RUNS)
 TINY = ["engine.address=none", "trial.steps=2", "trial.bn_batches=1", "warm_start.method=none"]
+TINY += ["search.prescreen=0"]
 COLD = [*TINY, "warm_start.ilp=false", "warm_start.combinations=0", "storage=none"]
 
 

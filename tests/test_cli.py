@@ -372,7 +372,7 @@ def test_rank_says_how_well_proxies_foretold_the_trials(home: Path) -> None:
     done = mpsearch("rank", "run", "--proxies", "sqnr", "--strata", "1", "--json", cwd=home)
     assert done.returncode == 0, done.stderr
     rows = {row["proxy"]: row for row in json.loads(done.stdout)["rows"]}
-    assert set(rows) == {"before", "halfway", "start", "divergence", "sqnr"}
+    assert set(rows) == {"before", "halfway", "start", "additive", "divergence", "sqnr"}
     assert rows["sqnr"]["n"] >= 8
     assert rows["sqnr"]["tau"] > 0.3  # fewer bits, less accuracy
     assert (home / "run" / "warmstart" / "sensitivity-sqnr.json").exists()

@@ -32,7 +32,7 @@ def test_docstring_examples_hold() -> None:
 
 def test_readme_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    quick = ["trial.steps=2", "warm_start.steps=4", "search.trials=2", "trial.bn_batches=1"]
+    quick = ["trial.steps=2", "warm_start.steps=4", "search.trials=2", "search.prescreen=9", "trial.bn_batches=1"]
     monkeypatch.setattr(
         "mpsearch.study.load_study", lambda study, overrides=(): load_study(study, [*overrides, *quick])
     )

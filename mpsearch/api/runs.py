@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mpsearch.api.studies import read_study
 from mpsearch.errors import MpsearchError
@@ -88,6 +88,7 @@ class Status:
         failures: the failed trials, oldest first.
         pareto: the front so far; empty before the first complete trial.
         hypervolume: as in `Front`.
+        prescreened: untrained configs that were scored.
     """
 
     study: str
@@ -97,6 +98,7 @@ class Status:
     failures: tuple[TrialRecord, ...]
     pareto: ParetoFront
     hypervolume: float | None
+    prescreened: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """What `mpsearch status --json` prints."""
@@ -108,6 +110,7 @@ class Status:
             "failed": self.counts["failed"],
             "stopped": self.counts["stopped"],
             "running": len(self.running),
+            "prescreened": self.prescreened,
             "metric": self.pareto.metric.to_json(),
             "best": best and {"number": best.number, "score": best.score, "cost": best.cost},
             "hypervolume": self.hypervolume,
@@ -287,6 +290,7 @@ def status(run: str | Path) -> Status:
         failures=tuple(record for record in records if record.state == "failed"),
         pareto=pareto_front(records, folder.metric),
         hypervolume=_hypervolume(folder),
+        prescreened=len({record.config for record in folder.prescreened()}),
     )
 
 
@@ -310,17 +314,23 @@ def front(run: str | Path) -> Front:
     return _front(RunFolder.open(run))
 
 
-def rank(run: str | Path, proxies: str = "kl,sqnr", strata: int = 3) -> pd.DataFrame:
+def rank(
+    run: str | Path, proxies: str = "kl,sqnr", strata: int = 3, against: Literal["trial", "final"] = "trial"
+) -> pd.DataFrame:
     """Say how well each proxy ranks the trials that were fine-tuned: Kendall's tau-b, by stratum of cost.
 
     Args:
         run: a run folder; it keeps what is measured.
         proxies: sensitivities to measure, separated by commas: kl, jeffreys, sqnr, fit.
         strata: number of groups of about equally many trials, by cost.
+        against: what is to be foretold: the score after a `trial`, or the mean on test after the `final` trainings.
 
     Returns:
-        A row per stratum and proxy. Columns: stratum (`all`, or its costs as `0.1-0.25`), proxy, tau (1: the same
-        order, 0: none), n (trials), low and high (95 % interval by bootstrap); NaN where nothing can be ranked.
+        A row per stratum and proxy: `start` (the divergence before training), `additive` (the additive model's, of
+        configs it did not see), `before`, `halfway`, `divergence` (after the trial), against final trainings
+        `quality` too (of the trial's score), and those measured. Columns: stratum (`all`, or its costs as `0.1-0.25`),
+        proxy, tau (1: the same order, 0: none), n (trials), low and high (95 % interval by bootstrap); NaN where
+        nothing can be ranked.
 
     Raises:
         MpsearchError: there is no run, its study cannot be opened, or no such proxy.
@@ -328,7 +338,7 @@ def rank(run: str | Path, proxies: str = "kl,sqnr", strata: int = 3) -> pd.DataF
     >>> import mpsearch
     >>> taus = mpsearch.rank("runs/tiny", proxies="sqnr", strata=1)
     >>> sorted(taus.proxy)
-    ['before', 'divergence', 'halfway', 'sqnr', 'start']
+    ['additive', 'before', 'divergence', 'halfway', 'sqnr', 'start']
     """
     from mpsearch.warmstart.table import check_proxy
 
@@ -338,15 +348,32 @@ def rank(run: str | Path, proxies: str = "kl,sqnr", strata: int = 3) -> pd.DataF
 
     from mpsearch.problem import reopen
     from mpsearch.record import RunFolder
-    from mpsearch.warmstart.rank import SCORES, proxy_tau, trials_frame
+    from mpsearch.warmstart.additive import start_scores
+    from mpsearch.warmstart.rank import LEAST_RANKED, SCORES, foreseen_divergence, proxy_tau, trials_frame
     from mpsearch.warmstart.start import sensitivity_table
 
     folder = RunFolder.open(run)
     problem = reopen(folder)
     tables = [sensitivity_table(name, problem.task, problem.graph, problem.space, folder.warmstart) for name in names]
-    trials = trials_frame(folder.records(), problem.metric, tables)
-    columns = [name for name in trials.columns if name not in ("cost", "quality")]
-    return proxy_tau(trials, columns, more_is_better=SCORES, strata=strata, seed=problem.spec.search.seed)
+    records, starts = folder.records(), start_scores(folder.prescreened())
+    kl = next((table for table in tables if table.proxy == "kl"), None)
+    foreseen = foreseen_divergence(records, starts, problem.space, kl)
+    trials = trials_frame(records, problem.metric, tables, foreseen, folder.finals())
+    target = {"trial": "quality", "final": "final"}[against]
+    if against == "final" and (trials.final.notna()).sum() < LEAST_RANKED:
+        raise MpsearchError(
+            f"{int(trials.final.notna().sum())} trials of {folder.path} have been finally trained, and {LEAST_RANKED} "
+            f"are needed to rank them: `mpsearch finalize {folder.path}` first, or rank against trials"
+        )
+    columns = [name for name in trials.columns if name not in ("cost", "final", target)]
+    return proxy_tau(
+        trials,
+        columns,
+        against=target,
+        more_is_better=SCORES,
+        strata=strata,
+        seed=problem.spec.search.seed,
+    )
 
 
 def finalize(run: str | Path, observer: Observer = SILENT) -> Finals:
@@ -363,7 +390,8 @@ def finalize(run: str | Path, observer: Observer = SILENT) -> Finals:
 
     >>> import mpsearch
     >>> tiny = ["final.pick=1", "final.epochs=0.1", "final.seeds=1", "trial.steps=2", "warm_start.method=none"]
-    >>> _ = mpsearch.run("digits", out="runs/brief", trials=2, set=[*tiny, "engine.address=none"])
+    >>> tiny += ["search.prescreen=0", "engine.address=none"]
+    >>> _ = mpsearch.run("digits", out="runs/brief", trials=2, set=tiny)
     >>> finals = mpsearch.finalize("runs/brief")
     >>> finals.table.seeds.to_list()[:1]
     [1]

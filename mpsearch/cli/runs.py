@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -65,6 +65,7 @@ def status(run: Run, json_: Json = False) -> None:
     console.print(
         f"{status.study}: {status.counts['complete']} of {status.trials} trials complete, "
         f"{status.counts['failed']} failed, {status.counts['stopped']} stopped, {len(status.running)} running"
+        + (f", {status.prescreened} untrained configs scored" if status.prescreened else "")
     )
     for trial in status.running:
         runs_s = max(0.0, time.time() - trial.started_s)
@@ -104,10 +105,14 @@ def rank(
     strata: Annotated[
         int, typer.Option("--strata", min=1, help="Number of groups of about equally many trials, by cost.")
     ] = 3,
+    against: Annotated[
+        Literal["trial", "final"],
+        typer.Option("--against", help="What is to be foretold: the score after a trial, or on test after finalize."),
+    ] = "trial",
     json_: Json = False,
 ) -> None:
     """Say how well each proxy ranks the trials that were fine-tuned: Kendall's tau, by stratum of cost."""
-    taus = api.runs.rank(run, proxies, strata)
+    taus = api.runs.rank(run, proxies, strata, against)
     if json_:
         print_json({"rows": taus.astype(object).where(taus.notna(), None).to_dict("records")})
         return
@@ -119,7 +124,8 @@ def rank(
     console = make_console()
     console.print(table)
     console.print(
-        "Kendall's tau against the score after fine-tuning, with its 95 % interval; 1: the same order, 0: none.",
+        f"Kendall's tau against the score {'on test after final' if against == 'final' else 'after brief'} training, "
+        "with its 95 % interval; 1: the same order, 0: none.",
         highlight=False,
     )
 

@@ -13,7 +13,7 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.facts import ProblemFacts, read_facts
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.metric import Metric
-from mpsearch.record import FinalRecord, RunFolder, TrialRecord
+from mpsearch.record import FinalRecord, PrescreenRecord, RunFolder, TrialRecord
 from mpsearch.report.tables import (
     best_table,
     bits_table,
@@ -22,6 +22,7 @@ from mpsearch.report.tables import (
     descent_table,
     finals_table,
     layers_table,
+    prescreen_table,
     progress_table,
     trials_table,
 )
@@ -29,13 +30,15 @@ from mpsearch.report.weights import histograms, ranges_table
 from mpsearch.search.front import ParetoFront, ScoreRange, pareto_front, score_range, scores_of
 from mpsearch.search.values import read_values
 
+RANKED = 8  # complete trials from which the report says how well cheap scores rank them
+
 
 @dataclass(frozen=True)
 class RunData:
     """A run as tables; the functions of `report.tables` and `report.weights` say which columns each has.
 
     `config` is the picked config (the knee), layer by layer; it is empty before the first complete trial. `descent`,
-    `ranges` and `histograms` are empty where a run has none.
+    `prescreen`, `ranking`, `ranges` and `histograms` are empty where a run has none.
     """
 
     name: str
@@ -54,6 +57,8 @@ class RunData:
     best: pd.DataFrame
     finals: pd.DataFrame
     descent: pd.DataFrame = field(default_factory=pd.DataFrame)
+    prescreen: pd.DataFrame = field(default_factory=pd.DataFrame)
+    ranking: pd.DataFrame = field(default_factory=pd.DataFrame)
     ranges: pd.DataFrame = field(default_factory=pd.DataFrame)
     histograms: pd.DataFrame = field(default_factory=pd.DataFrame)
 
@@ -72,6 +77,8 @@ class RunData:
         descent: pd.DataFrame | None = None,
         ranges: pd.DataFrame | None = None,
         histograms: pd.DataFrame | None = None,
+        prescreen: Sequence[PrescreenRecord] = (),
+        ranking: pd.DataFrame | None = None,
     ) -> RunData:
         """The tables of a study; it may still be running.
 
@@ -88,6 +95,8 @@ class RunData:
             descent: as from `descent_table`.
             ranges: as from `weights.ranges_table`, of the knee.
             histograms: as from `weights.histograms`, of the knee.
+            prescreen: every start score so far.
+            ranking: as from `proxy_tau`, of what is cheap.
 
         Raises:
             CostError: `cheapest` is no cost.
@@ -115,6 +124,8 @@ class RunData:
             descent=empty if descent is None else descent,
             ranges=empty if ranges is None else ranges,
             histograms=empty if histograms is None else histograms,
+            prescreen=prescreen_table(prescreen),
+            ranking=empty if ranking is None else ranking,
         )
 
 
@@ -152,4 +163,25 @@ def read_run(run: str | Path | RunFolder, facts: ProblemFacts | None = None) -> 
         descent,
         ranges,
         weights,
+        folder.prescreened(),
+        _ranking(folder, records, facts),
     )
+
+
+def _ranking(folder: RunFolder, records: Sequence[TrialRecord], facts: ProblemFacts) -> pd.DataFrame | None:
+    """How well start score, additive model and trial foretell: final trainings, or trials where these are few."""
+    from mpsearch.warmstart.additive import start_scores  # here, because most that is looked at needs no scipy
+    from mpsearch.warmstart.rank import LEAST_RANKED, SCORES, foreseen_divergence, proxy_tau, trials_frame
+
+    complete = [record for record in records if record.state == "complete"]
+    if len(complete) < RANKED:
+        return None
+    finals = folder.finals()
+    foreseen = foreseen_divergence(complete, start_scores(folder.prescreened()), facts.space)
+    trials = trials_frame(complete, facts.metric, (), foreseen, finals)
+    final = int(trials.final.notna().sum()) >= LEAST_RANKED
+    proxies = ["start", "additive", "divergence", *(["quality"] if final else [])]
+    shown = [name for name in proxies if trials[name].notna().any()]
+    against = "final" if final else "quality"
+    ranking = proxy_tau(trials, shown, against=against, more_is_better=SCORES, strata=2, resamples=200, seed=0)
+    return ranking.assign(against=against)

@@ -28,6 +28,7 @@ FIGURES: Mapping[str, Callable[[RunData], go.Figure | None]] = {
     "proxy": lambda run: figures.proxy(run.finals, run.metric) if len(run.finals) else None,
     "hypervolume": lambda run: figures.hypervolume(run.progress) if len(run.progress) else None,
     "best": lambda run: figures.best_so_far(run.best, run.metric) if len(run.best) else None,
+    "prescreen": lambda run: figures.prescreen(run.prescreen) if len(run.prescreen) else None,
     "descent-weight": lambda run: figures.descent(run.descent, "weight") if len(run.descent) else None,
     "descent-input": lambda run: figures.descent(run.descent, "activation") if len(run.descent) else None,
     "weight-ranges": lambda run: figures.ranges(run.ranges, "weight") if _has(run, "weight") else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -185,12 +186,43 @@ def _histograms(run: RunData) -> str:
     return f"<div class='span'>{about}<div class='small-multiples'>{drawn}</div></div>"
 
 
+_PROXIES = {
+    "start": "start score",
+    "additive": "additive model",
+    "divergence": "trial, divergence",
+    "quality": "trial, metric",
+}
+
+
+def _ranking(run: RunData) -> str:
+    """Kendall's tau of what is cheap, by stratum of cost."""
+    if not len(run.ranking):
+        return ""
+    proxies = list(dict.fromkeys(run.ranking.proxy))
+    rows = []
+    for stratum, of_stratum in run.ranking.groupby("stratum", sort=False):
+        taus = {row.proxy: row for row in rows_of(of_stratum)}
+        rows.append([str(stratum), str(max(row.n for row in taus.values())), *(_tau(taus[name]) for name in proxies)])
+    target = "on test after final training" if run.ranking.against.iloc[0] == "final" else "after the trial"
+    about = note(
+        f"Kendall's tau of each to the score {target}, with its 95 % interval: 1 is the same order, 0 none. The "
+        "additive model foretells a trial from the others."
+    )
+    columns = ["cost", "trials", *(_PROXIES[name] for name in proxies)]
+    return about + table(columns, rows, texts={0})
+
+
+def _tau(row: Any) -> str:
+    return "–" if isnan(row.tau) else f"{row.tau:+.2f} ({row.low:.1f} to {row.high:.1f})"
+
+
 PARTS: Mapping[str, Callable[[RunData], str]] = {
     "outcome": _outcome,
     "picker": _picker,
     "layers": _layers,
     "front-table": _front,
     "histograms": _histograms,
+    "ranking": _ranking,
 }
 
 

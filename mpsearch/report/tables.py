@@ -13,8 +13,8 @@ import pandas as pd
 from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.metric import Metric
-from mpsearch.precision import LayerPrecision, Precision
-from mpsearch.record import FinalRecord, TrialRecord
+from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
+from mpsearch.record import FinalRecord, PrescreenRecord, TrialRecord
 from mpsearch.search.front import ScoreRange, hypervolume_over_time, objectives, pareto_front
 from mpsearch.space.space import Slot
 
@@ -204,6 +204,21 @@ def descent_table(log: Sequence[Mapping[str, Any]], slots: Sequence[Slot]) -> pd
         if slot.name in entry["bits"]
     ]
     return pd.DataFrame(rows, columns=["step", "budget", "loss", "layer", "tensor", "bits"])
+
+
+def prescreen_table(scores: Sequence[PrescreenRecord]) -> pd.DataFrame:
+    """A row per untrained config that was scored, on the most batches, in the order of scoring.
+
+    Columns: source (who proposed it), relative_cost, divergence (nats). Scores that are no numbers are left out.
+    """
+    best: dict[PrecisionConfig, PrescreenRecord] = {}
+    sources: dict[PrecisionConfig, str] = {}
+    for score in scores:
+        sources.setdefault(score.config, score.source)
+        if score.config not in best or score.batches >= best[score.config].batches:
+            best[score.config] = score
+    rows = [(sources[c], score.cost, score.divergence) for c, score in best.items() if score.divergence is not None]
+    return pd.DataFrame(rows, columns=["source", "relative_cost", "divergence"])
 
 
 def progress_table(records: Sequence[TrialRecord], cheapest: float, metric: Metric, scores: ScoreRange) -> pd.DataFrame:

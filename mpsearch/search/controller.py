@@ -1,9 +1,14 @@
 """SearchController: which config to try next. Plain ask and tell; it knows neither Ray nor torch nor files.
 
-Two objectives, as the sampler sees them: quality (maximized; the score, or its negative where less is better) and log2
-of relative cost (minimized; one unit is a halving). What is known lives in the trial records; the sampler works on an
-Optuna study in memory that holds the front and the latest of them, and is made anew from time to time. So its time and
-memory do not grow with the run, and a resumed run goes on as one that has just been made anew.
+Two objectives, as the sampler sees them: exp(-D) or the task's quality (maximized; the score, or its negative where
+less is better), D being the divergence from the float network, and log2 of relative cost (minimized; one unit is a
+halving). D is the smoother one: over pairs of configs within 10 % of cost, Kendall's tau of a trial's divergence to the
+accuracy after final training is 0.78 and 0.79 on two networks, that of its accuracy 0.68 and 0.64. Front, knee and
+report are in the metric all the same.
+
+What is known lives in the trial records; the sampler works on an Optuna study in memory that holds the front and the
+latest of them, and is made anew from time to time. So its time and memory do not grow with the run, and a resumed run
+goes on as one that has just been made anew.
 
 Cost is known before training, hence a hard budget is never a trial's surprise: a config above it is moved towards one
 within it before it is proposed. Samplers are told of the budget as a constraint all the same, because records of an
@@ -36,6 +41,7 @@ from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
 from mpsearch.private.optuna import generation_key
 from mpsearch.record import Origin, TrialRecord
+from mpsearch.search.additive import NOTHING, AdditiveSampler, Knowledge, attributes
 from mpsearch.search.front import BETTER
 from mpsearch.search.stopping import BASELINES, NO_THRESHOLDS, Stopping, Thresholds
 from mpsearch.search.surrogate import Children, SurrogateSampler
@@ -60,20 +66,26 @@ GENERATION = 12  # children of NSGA-II before it chooses parents anew; more of t
 class SamplerKind:
     """How a sampler is made from a seed, how often that happens, what it learns from, and how often it is asked."""
 
-    make: Callable[[int, SearchSpace, Cost], BaseSampler]
+    make: Callable[[int, SearchSpace, Cost, Knowledge], BaseSampler]
     every: int  # records after which it is made anew
     memory: int  # latest records that it is told, beside the front
     draws: int = 20  # known configs in a row after which the front's neighbours are tried instead
 
 
 SAMPLERS: Mapping[str, SamplerKind] = {
+    "additive": SamplerKind(
+        lambda seed, space, cost, knowledge: AdditiveSampler(space, cost, knowledge, seed),
+        every=100,
+        memory=300,
+        draws=5,
+    ),
     "surrogate": SamplerKind(
-        lambda seed, space, cost: SurrogateSampler(space, lambda p: math.log2(cost(space.config_of(p))), seed),
+        lambda seed, space, cost, _: SurrogateSampler(space, lambda p: math.log2(cost(space.config_of(p))), seed),
         every=100,
         memory=300,
     ),
     "nsga2": SamplerKind(
-        lambda seed, space, _: NSGAIISampler(
+        lambda seed, space, *_: NSGAIISampler(
             population_size=GENERATION, child_generation_strategy=_Breed(space, seed), seed=seed
         ),
         every=GENERATION,
@@ -153,6 +165,7 @@ class _Point:
 
     config: PrecisionConfig
     quality: float
+    value: float  # what the sampler improves
     cost: float
     trial: FrozenTrial
 
@@ -177,6 +190,7 @@ class SearchController:
         records: what is known already.
         clock: seconds, monotonic.
         started: when the time limit began to run, by the clock; default: now.
+        knowledge: what is known before the first trial, for the sampler `additive`.
 
     Raises:
         CostError: not even the cheapest config is within the budget.
@@ -196,12 +210,14 @@ class SearchController:
         records: Iterable[TrialRecord] = (),
         clock: Callable[[], float] = time.monotonic,
         started: float | None = None,
+        knowledge: Knowledge = NOTHING,
     ) -> None:
         self._space = space
         self._cost = cost
         self._search = search
         self._metric = metric
         self._budget = math.inf if budget is None else budget
+        self._knowledge = replace(knowledge, budget=self._budget)
         self._distributions = space.distributions()
         self._sampler = SAMPLERS["random" if search.sampler == "none" else search.sampler]
         self._clock = clock
@@ -334,29 +350,35 @@ class SearchController:
         if score is None or record.cost is None or not self._space.contains(record.config):
             return None
         quality, now = self._metric.quality(score), datetime.now()
+        value = self._value(record, quality)
         trial = _Learned(
             number=-1,  # the study gives it one
             trial_id=-1,
             state=TrialState.COMPLETE,
             value=None,
-            values=[quality, math.log2(record.cost)],
+            values=[value, math.log2(record.cost)],
             datetime_start=now,
             datetime_complete=now,
             params=dict(self._space.params_of(record.config)),
             distributions=self._distributions,
-            user_attrs={},
+            user_attrs=dict(attributes(record.divergence)),
             system_attrs=dict(_GENERATION),
             intermediate_values={},
         )
         for name, value in (budget_constraint(record.cost, self._budget) or {}).items():
             trial.set_constraint(name, value)
-        point = _Point(record.config, quality, record.cost, trial)
+        point = _Point(record.config, quality, value, record.cost, trial)
         self._latest.append(point)
         reached = record.state == "complete" and point.cost <= self._budget
         if reached:
             front = [*self._front, point]
-            self._front = [front[i] for i in non_dominated([(p.quality, p.cost) for p in front], BETTER)]
+            self._front = [front[i] for i in non_dominated([(p.value, p.cost) for p in front], BETTER)]
         return point
+
+    def _value(self, record: TrialRecord, quality: float) -> float:
+        """What the sampler improves: exp(-D), or the quality where there is no D or it is asked for."""
+        divergence = self._stopping.foreseen_divergence(record) if self._search.objective == "divergence" else None
+        return quality if divergence is None else math.exp(-divergence)
 
     def _renew(self) -> None:
         """Make sampler and study anew from the front and the latest records."""
@@ -364,7 +386,7 @@ class SearchController:
         self._random = np.random.default_rng(state)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = self._sampler.make(seed, self._space, self._cost)
+            sampler = self._sampler.make(seed, self._space, self._cost, self._knowledge)
         self._study = optuna.create_study(sampler=_WholeSpace(sampler, self._distributions), directions=DIRECTIONS)
         latest = {point.config.digest for point in self._latest}
         points = [*(point for point in self._front if point.config.digest not in latest), *self._latest]

@@ -21,6 +21,7 @@ from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem, open_problem, reopen, with_float_scores, write_facts
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path
+from mpsearch.search.additive import Knowledge
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.engine import run_trials
 from mpsearch.search.front import ParetoFront, front_rows, pareto_front, score_range
@@ -33,7 +34,10 @@ from mpsearch.state_dict import save_weights, state
 from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.scoring import evaluate
 from mpsearch.train import threads
+from mpsearch.warmstart.additive import start_scores
+from mpsearch.warmstart.prescreen import prescreen, prescreens
 from mpsearch.warmstart.start import start_weights, warm_start
+from mpsearch.warmstart.table import SensitivityTable
 from mpsearch.workbench import Workbench
 
 logger = logging.getLogger(__name__)
@@ -90,6 +94,8 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
         initial_configs = warm_start(
             spec, problem.task, problem.graph, problem.space, problem.cost, folder.warmstart, observer
         )
+        if prescreens(spec):
+            initial_configs = prescreen(problem, folder, initial_configs, observer)
         controller = SearchController(
             problem.space,
             problem.cost,
@@ -99,6 +105,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             initial_configs,
             records,
             started=began,
+            knowledge=_knowledge(folder),
         )
         front = _FrontKeeper(problem, folder, records, observer)
         make_runner = functools.partial(
@@ -112,6 +119,12 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
     if controller.broken:
         raise RunError(f"the search was given up: {controller.stop_reason}")
     return pareto_front(folder.records(), problem.metric)
+
+
+def _knowledge(folder: RunFolder) -> Knowledge:
+    """What the warm start has learned for the sampler."""
+    table = folder.warmstart / "sensitivity.json"
+    return Knowledge(start_scores(folder.prescreened()), SensitivityTable.load(table) if table.exists() else None)
 
 
 class _FrontKeeper(Observer):

@@ -55,6 +55,7 @@ class Stopping:
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
         self._gains: deque[tuple[float, float, float]] = deque(maxlen=MEMORY)  # log2 cost, gain from start and halfway
+        self._ratios: deque[tuple[float, float]] = deque(maxlen=MEMORY)  # log2 cost, divergence at the end over start
         self._starts: list[tuple[float, float]] = []  # (cost, divergence) that nothing cheaper undercuts, by cost
 
     def learn(self, record: TrialRecord) -> None:
@@ -63,6 +64,8 @@ class Stopping:
             return
         if record.start_divergence is not None:
             self._learn_start(record.cost, record.start_divergence)
+            if record.divergence is not None and record.start_divergence > 0:
+                self._ratios.append((math.log2(record.cost), record.divergence / record.start_divergence))
         halfway = score_halfway(record)
         if record.state == "complete" and halfway is not None:
             whole, half = (
@@ -92,6 +95,14 @@ class Stopping:
         at_start = len(record.curve) == 1
         gain = statistics.median(whole if at_start else half for whole, half in nearest)
         return self._metric.clamped(self._metric.improved(record.score, by=gain))
+
+    def foreseen_divergence(self, record: TrialRecord) -> float | None:
+        """The divergence of a trial; of a stopped one what it might have reached, by the usual ratio at its cost."""
+        if record.state != "stopped" or record.start_divergence is None or record.cost is None:
+            return record.divergence
+        octaves = math.log2(record.cost)
+        nearest = sorted(self._ratios, key=lambda item: abs(item[0] - octaves))[:NEAREST]
+        return record.start_divergence * (statistics.median(ratio for _, ratio in nearest) if nearest else 1.0)
 
     def _nearest(self, cost: float) -> list[tuple[float, float]]:
         by_distance = sorted(self._gains, key=lambda item: abs(item[0] - math.log2(cost)))

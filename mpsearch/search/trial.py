@@ -32,6 +32,9 @@ A ResNet-20 at W8A8 and W7A7 starts at 0.002 and 0.006; 100 steps of distillatio
 NEAR = 0.1
 """Nats from the float network's answers below which BatchNorm's own statistics are better than estimates of them."""
 
+START_BN_BATCHES = 4
+"""Batches that re-estimate BatchNorm at the start, for a score that only says whether to go on; training moves them."""
+
 
 class Dominated(Exception):
     """The trial cannot reach the front any more."""
@@ -86,8 +89,9 @@ def run_trial(
         return score
 
     score = workbench.quick_score()
-    if settings.steps > 0 and score.divergence is not None and score.divergence >= NEAR:
-        workbench.reestimate(settings.seed)
+    far = settings.steps > 0 and score.divergence is not None and score.divergence >= NEAR
+    if far:
+        workbench.reestimate(settings.seed, START_BN_BATCHES)
         score = workbench.quick_score()
     start_divergence = score.divergence
     trains = settings.steps > 0 and not (start_divergence is not None and start_divergence < SETTLED)
@@ -127,7 +131,7 @@ def run_trial(
         workbench.reestimate(settings.seed)
         quick, score = score, scored(settings.steps, workbench.score("val"))
         if metric.better(quick.value, than=score.value):
-            score = _better(workbench, start, score)
+            score = _better(workbench, start, score, settings.seed if far else None)
     done = time.perf_counter()
     return TrialRecord(
         config=config,
@@ -152,10 +156,15 @@ def run_trial(
     )
 
 
-def _better(workbench: Workbench, start: Mapping[str, Tensor], end: Score) -> Score:
-    """Leave the model at its start where that scores better than the end; the score of what it is left at."""
+def _better(workbench: Workbench, start: Mapping[str, Tensor], end: Score, seed: int | None) -> Score:
+    """Leave the model at its start where that scores better than the end; the score of what it is left at.
+
+    `seed`: of the batches that re-estimate the start's BatchNorm, all of them now; None: it has its own statistics.
+    """
     trained = workbench.state()
     workbench.restore(start)
+    if seed is not None:
+        workbench.reestimate(seed)
     score = workbench.score("val")
     if workbench.metric.better(end.value, than=score.value):
         workbench.restore(trained)

@@ -85,7 +85,7 @@ def allocate(
         PrecisionError: the table says nothing of some choice.
         SpaceError: a slot has no choice with a finite sensitivity.
     """
-    program = _Program(space, cost)
+    program = Program(space, cost)
     return program.solve(_summed(space, table), budget, count, distance) or program.refuse(budget)
 
 
@@ -97,7 +97,7 @@ def ilp_ladder(
     Raises:
         MpsearchError: as `allocate`; of budgets that cannot be met, the first is named.
     """
-    program, values = _Program(space, cost), _summed(space, table)
+    program, values = Program(space, cost), _summed(space, table)
     return [(program.solve(values, budget) or program.refuse(budget))[0] for budget in budgets]
 
 
@@ -145,7 +145,7 @@ def round_bits(
         CostError: no config is within the budget, or the cost model is neither a sum nor a maximum over layers.
         PrecisionError: the bits or the marginal of a tensor are missing or not finite.
     """
-    program = _Program(space, cost)
+    program = Program(space, cost)
     learned = [sum(_numbers(bits, slot, "bits")) / len(slot.layers) for slot in space.slots]
     slopes = [sum(_numbers(marginals, slot, "marginal")) for slot in space.slots]
     falling = [slope for slope in slopes if slope < 0]
@@ -176,7 +176,7 @@ def linear_change(marginal: float, bits: float) -> float:
     return marginal * bits
 
 
-class _Program:
+class Program:
     """The mixed-integer program of the module's top for one space and cost model; values, budgets and cuts vary.
 
     Variables: the x of all slots, then the y of each pair of slots that some layer has. Layers with the same two slots
@@ -221,7 +221,7 @@ class _Program:
         self._agree = LinearConstraint(matrix, right, right)
 
     def solve(
-        self, values: Sequence[Sequence[float]], budget: float, count: int = 1, distance: int = 1
+        self, values: Sequence[Sequence[float]], budget: float, count: int = 1, distance: int = 1, gap: float = 0.0
     ) -> list[Allocation]:
         """The `count` best configs within a budget, none if there is none.
 
@@ -230,6 +230,7 @@ class _Program:
             budget: relative cost.
             count: how many.
             distance: in how many slots they differ at least.
+            gap: how far, as a share, a value may be above the least possible one; more than 0 is faster.
 
         Raises:
             SpaceError: a slot has no choice that may be taken.
@@ -246,7 +247,7 @@ class _Program:
         too_dear = 0
         while len(allocations) < count:
             # A budget that is passed by less than the solver's tolerance again and again is made smaller.
-            columns = self._optimum(flat, budget * (1 - ROUNDING * (too_dear // 20)), cuts)
+            columns = self._optimum(flat, budget * (1 - ROUNDING * (too_dear // 20)), cuts, gap)
             if columns is None:
                 break
             config = self._config(columns)
@@ -272,7 +273,9 @@ class _Program:
             f"none at all is cheaper than {cheapest:.4g}: raise the budget, or allow lower precisions in the space"
         )
 
-    def _optimum(self, flat: Floats, budget: float, cuts: Sequence[tuple[list[int], int]]) -> list[int] | None:
+    def _optimum(
+        self, flat: Floats, budget: float, cuts: Sequence[tuple[list[int], int]], gap: float
+    ) -> list[int] | None:
         """The x that are 1, one for each slot; None if nothing is feasible."""
         count, size = self._x[-1], self._x[-1] + len(self._prices)
         finite = np.isfinite(flat)
@@ -292,6 +295,8 @@ class _Program:
             feasible = room > 0
             if not cuts:
                 upper[count:][self._dominated(flat)] = 0.0
+                if feasible and 2 * len(self._alone) == len(self._space.slots):
+                    upper[count:][self._beaten(flat, room)] = 0.0
             row = np.concatenate([np.zeros(count), self._prices * (_COST_SCALE / room if feasible else 0.0)])
             constraints.append(LinearConstraint(csr_array(row[None]), -np.inf, _COST_SCALE))
         if not feasible:  # or NaN
@@ -308,7 +313,7 @@ class _Program:
                 integrality=integral,
                 bounds=Bounds(0, upper),
                 constraints=constraints,
-                options={"mip_rel_gap": 0},
+                options={"mip_rel_gap": gap},
             )
         if result.status == _INFEASIBLE:
             return None
@@ -327,6 +332,56 @@ class _Program:
             dominated[first : first + sums.size] = True
             dominated[first + best] = False
         return dominated
+
+    def _beaten(self, flat: Floats, room: float) -> NDArray[np.bool_]:
+        """The y of no config that is better than one that is at hand; for slots that all meet just one other.
+
+        Lagrange relaxation: with a price L on cost, no config within the budget has less than
+        b(L) = sum over layers of min (value + L cost) - L room, nor less than b(L) + r with a pair whose own
+        value + L cost is r above its layer's least. Where that is above the value of a known config, it is out.
+        """
+        sizes = [len(self._space.slots[w].choices) * len(self._space.slots[a].choices) for w, a, _ in self._alone]
+        value = np.full((len(sizes), max(sizes)), np.inf)
+        cost = np.zeros_like(value)
+        for row, (w, a, first) in enumerate(self._alone):
+            sums = flat[self._x[w] : self._x[w + 1], None] + flat[None, self._x[a] : self._x[a + 1]]
+            value[row, : sums.size] = np.where(np.isfinite(sums), sums, np.inf).ravel()
+            cost[row, : sums.size] = self._prices[first : first + sums.size]
+        rows = np.arange(len(sizes))
+        low, high = 0.0, (np.ptp(value[np.isfinite(value)]) + 1e-12) / max(room, 1e-12)
+        beaten = np.zeros(len(self._prices), dtype=bool)
+
+        def within(price: float) -> NDArray[np.intp] | None:
+            chosen = np.argmin(value + price * cost, axis=1)
+            return chosen if cost[rows, chosen].sum() <= room else None
+
+        for _ in range(60):  # a price so high that the cheapest pairs are taken
+            if within(high) is not None:
+                break
+            high *= 2
+        else:
+            return beaten
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (low, middle) if within(middle) is not None else (middle, high)
+        chosen = within(high)
+        assert chosen is not None
+        left = room - cost[rows, chosen].sum()
+        while True:  # what is left of the budget goes where it does most good
+            gain = np.where(cost - cost[rows, chosen][:, None] <= left, value[rows, chosen][:, None] - value, -np.inf)
+            row, column = divmod(int(np.argmax(gain)), gain.shape[1])
+            if not gain[row, column] > 0:
+                break
+            left -= cost[row, column] - cost[row, chosen[row]]
+            chosen[row] = column
+        known = value[rows, chosen].sum()
+        reduced = value + high * cost
+        least = reduced.min(axis=1)
+        above = least.sum() - high * room + (reduced - least[:, None])
+        out = above > known + 1e-9 * (abs(known) + np.abs(value[rows, chosen]).sum())
+        for row, (_, _, first) in enumerate(self._alone):
+            beaten[first : first + sizes[row]] = out[row, : sizes[row]]
+        return beaten
 
     def _config(self, columns: Sequence[int]) -> PrecisionConfig:
         slots = zip(self._space.slots, columns, self._x, strict=False)

@@ -56,6 +56,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
     quick = ["search.trials=6", "search.stop_dominated=false", "search.concurrency=1"]
     warm = ["warm_start.steps=20", "warm_start.budgets=[0.4]", "warm_start.ilp=false", "warm_start.combinations=0"]
+    warm += ["search.prescreen=0"]
     run_study(load_study("digits", [*QUICK, *quick, *warm]), folder)
     return folder
 

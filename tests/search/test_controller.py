@@ -8,6 +8,7 @@ import moocore
 import numpy as np
 import pytest
 from drive import make_space, relative_cost, truth
+from optuna.trial import TrialState
 
 from mpsearch.errors import CostError
 from mpsearch.metric import TOP1
@@ -380,3 +381,23 @@ def test_a_stopped_trial_is_never_on_the_front_that_bars_are_made_from():
 def answer_of(search: SearchController, proposal: Proposal) -> TrialRecord:
     record = TrialRecord(proposal.config, "complete", score=0.5, curve=((0, 0.1), (75, 0.2), (150, 0.5)))
     return search.tell(proposal, record)
+
+
+def told(search: SearchController, accuracy: float, divergence: float | None, **more) -> float:
+    """What the sampler is told of a trial with these scores: the larger of its objectives' first."""
+    proposal = search.ask()
+    record = TrialRecord(proposal.config, "complete", accuracy=accuracy, divergence=divergence)
+    search.tell(proposal, replace(record, **more))
+    return search._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))[-1].values[0]
+
+
+def test_the_sampler_improves_the_divergence_or_the_metric_as_asked():
+    assert told(controller(), 0.9, 0.5) == pytest.approx(math.exp(-0.5))
+    assert told(controller(objective="metric"), 0.9, 0.5) == 0.9
+    assert told(controller(), 0.9, None) == 0.9
+
+
+def test_a_stopped_trial_counts_with_the_divergence_it_might_have_reached():
+    search = controller(objective="divergence")
+    told(search, 0.9, 0.2, start_divergence=0.8)
+    assert told(search, 0.3, None, state="stopped", start_divergence=2.0) == pytest.approx(math.exp(-0.5))

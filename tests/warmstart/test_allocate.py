@@ -17,7 +17,15 @@ from mpsearch.precision import PrecisionConfig
 from mpsearch.space.build import build_space
 from mpsearch.space.space import SearchSpace
 from mpsearch.space.spec import parse_space
-from mpsearch.warmstart.allocate import allocate, equivalent_bits, ilp_ladder, linear_change, noise_change, round_bits
+from mpsearch.warmstart.allocate import (
+    Program,
+    allocate,
+    equivalent_bits,
+    ilp_ladder,
+    linear_change,
+    noise_change,
+    round_bits,
+)
 from mpsearch.warmstart.start import global_combinations
 from mpsearch.warmstart.table import SensitivityTable
 
@@ -355,3 +363,23 @@ def test_global_combinations_are_those_that_nothing_global_beats() -> None:
     few = global_combinations(space, cost, table, 2)
     assert few == [found[0], found[-1]]
     assert global_combinations(space, cost, table, 0) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_leaving_out_what_relaxation_rules_out_changes_no_optimum(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(seed)
+    layers = [layer(i, int(random.integers(1_000, 50_000))) for i in range(8)]
+    space = space_for(layers, "uniform:1-8", "shift:2-4")
+    table, cost = random_table(space, seed), RelativeCost(layers)
+    budgets = (0.15, 0.22, 0.4, 0.9)
+    ours = [allocate(space, cost, table, budget)[0].value for budget in budgets]
+    left_out: list[int] = []
+    beaten = Program._beaten
+
+    def counted(program: Program, flat: np.ndarray, room: float) -> np.ndarray:
+        left_out.append(int(beaten(program, flat, room).sum()))
+        return np.zeros(len(program._prices), dtype=bool)
+
+    monkeypatch.setattr(Program, "_beaten", counted)
+    assert [allocate(space, cost, table, budget)[0].value for budget in budgets] == pytest.approx(ours, rel=1e-9)
+    assert min(left_out) > 0

@@ -212,8 +212,14 @@ def test_the_cheap_end_of_several_types_is_tried_after_the_snapshots(tmp_path: P
 def test_a_study_tries_what_was_learned_and_resumes_without_a_second_descent(
     problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = ["engine.address=none", "trial.steps=2", "search.trials=10"]
-    warm = [*WITHOUT_CONTROLS, "warm_start.steps=20", "warm_start.budgets=[0.5]", "warm_start.neighbours=2"]
+    overrides = ["engine.address=none", "trial.steps=2", "search.trials=10", "search.prescreen=0"]
+    warm = [
+        *WITHOUT_CONTROLS,
+        "search.prescreen=0",
+        "warm_start.steps=20",
+        "warm_start.budgets=[0.5]",
+        "warm_start.neighbours=2",
+    ]
     stages: list[tuple[str, int, int]] = []
 
     class Stages(Observer):

@@ -12,8 +12,10 @@ from scipy.stats import kendalltau
 from mpsearch.errors import RunError
 from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
-from mpsearch.record import TrialRecord
-from mpsearch.warmstart.rank import proxy_tau, trials_frame
+from mpsearch.record import FinalRecord, TrialRecord
+from mpsearch.space.choices import parse_choices
+from mpsearch.space.space import SearchSpace, Slot
+from mpsearch.warmstart.rank import foreseen_divergence, proxy_tau, trials_frame
 from mpsearch.warmstart.table import SensitivityTable
 
 
@@ -100,10 +102,42 @@ def test_what_a_study_knows_of_its_trials_is_ranked() -> None:
     brief = TrialRecord(config, "complete", 0.6, 0.3, curve=((0, 0.6),))
     foreign = replace(known, config=PrecisionConfig({"fc": LayerPrecision.shorthand("w5a4")}))
     stopped = replace(known, state="stopped")
-    frame = trials_frame([known, brief, foreign, stopped], TOP1, [table])
+    frame = trials_frame([known, brief, foreign, stopped], TOP1, [table], {-1: 0.2}, [FinalRecord(-1, 0, 9, 0.8, 0.7)])
     assert frame.iloc[0].to_dict() == {
-        "cost": 0.3, "quality": 0.9, "before": 0.5, "halfway": 0.8, "start": 0.4, "divergence": 0.1, "kl": 0.75
+        "cost": 0.3, "quality": 0.9, "final": 0.7, "before": 0.5, "halfway": 0.8, "start": 0.4, "additive": 0.2,
+        "divergence": 0.1, "kl": 0.75,
     }  # fmt: skip
     assert len(frame) == 3
     assert frame.halfway.isna().tolist() == [False, True, False]
     assert frame.kl.isna().tolist() == [False, False, True]
+
+
+def test_the_additive_model_ranks_trials_by_the_others_and_finals_are_means_over_seeds() -> None:
+    slots = [
+        Slot(tensor, (name,), parse_choices(["uniform:2-8"], tensor))  # type: ignore[arg-type]
+        for name in ("a", "b", "c")
+        for tensor in ("weight", "activation")
+    ]
+    space = SearchSpace("toy", ("a", "b", "c"), tuple(slots))
+    random = np.random.default_rng(0)
+
+    def harm(config: PrecisionConfig) -> float:
+        weights = zip((4.0, 1.0, 0.3), config.values(), strict=True)
+        return sum(w * (2.0**-p.weight.bits + 2.0**-p.activation.bits) for w, p in weights) ** 2
+
+    configs = list(dict.fromkeys(space.sample(random) for _ in range(60)))
+    records = [
+        TrialRecord(c, "complete", accuracy=1 - harm(c), cost=0.5, divergence=0.3 * harm(c), number=i)
+        for i, c in enumerate(configs[:16])
+    ]
+    foreseen = foreseen_divergence(records, [(c, harm(c)) for c in configs], space)
+    finals = [FinalRecord(i, seed, 9, 0.0, r.score + 0.1 * seed) for i, r in enumerate(records[:5]) for seed in (0, 1)]  # type: ignore[operator]
+    table = trials_frame(records, TOP1, (), foreseen, finals)
+    assert table.final[:5].to_numpy() == pytest.approx(table.quality[:5] + 0.05)
+    assert table.final[5:].isna().all()
+    taus = proxy_tau(table, ["additive", "divergence"], strata=1, resamples=0, seed=0).set_index("proxy").tau
+    assert taus.additive > 0.8
+    assert taus.divergence == pytest.approx(1)
+    against_final = proxy_tau(table, ["divergence"], against="final", strata=1, resamples=0, seed=0)
+    assert (against_final.n[0], against_final.tau[0]) == (5, pytest.approx(1))
+    assert foreseen_divergence(records[:3], [], space) == {}

@@ -9,7 +9,7 @@ Whatever is too much to be seen is aggregated or left out, and the figure says s
 
 from mpsearch.report.figures.layers import bits_heatmap, cost_by_layer, network
 from mpsearch.report.figures.points import front, proxy
-from mpsearch.report.figures.progress import best_so_far, descent, hypervolume, training
+from mpsearch.report.figures.progress import best_so_far, descent, hypervolume, prescreen, training
 from mpsearch.report.figures.values import before_after, ranges, sweep
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "front",
     "hypervolume",
     "network",
+    "prescreen",
     "proxy",
     "ranges",
     "sweep",

@@ -44,7 +44,8 @@ def front(
         hoverinfo="skip",
     )
     _add_trials(figure, stopped, metric, "stopped early", {"color": STYLE["grey"], "symbol": "x-thin-open"})
-    order = {origin: index for index, origin in enumerate(("sampler", "import", "manual", "descent", "ilp", "uniform"))}
+    drawn = ("sampler", "import", "manual", "prescreen", "descent", "ilp", "uniform")
+    order = {origin: index for index, origin in enumerate(drawn)}
     for origin in sorted(set(complete.origin), key=lambda name: (order.get(name, -1), name)):
         of_origin = shown[shown.origin == origin].sort_values("relative_cost")
         style = origin_style(origin)

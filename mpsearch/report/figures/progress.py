@@ -14,6 +14,7 @@ from mpsearch.metric import Metric
 from mpsearch.report.figures.layers import MAX_ROWS, shortened
 from mpsearch.report.style import STYLE, between, layout
 
+MAX_POINTS = 1000  # of a colour
 MAX_STEPS = 60  # points of a line of the descent
 
 
@@ -64,6 +65,32 @@ def best_so_far(best: pd.DataFrame, metric: Metric) -> go.Figure:
         )
     figure.update_xaxes(title=f"time since the first trial started, {unit}", rangemode="tozero")
     figure.update_yaxes(title=f"best {metric.label} so far")
+    return figure
+
+
+def prescreen(scores: pd.DataFrame) -> go.Figure:
+    """The start score of every untrained config over its cost, both in log scale.
+
+    Args:
+        scores: as from `prescreen_table`; at most the last MAX_POINTS are drawn.
+    """
+    figure = go.Figure(layout=layout(height=320))
+    for name, colour, rows in (
+        ("proposed by others", STYLE["grey"], scores[scores.source != "model"]),
+        ("proposed by the model", STYLE["blue"], scores[scores.source == "model"]),
+    ):
+        drawn = rows.tail(MAX_POINTS)
+        figure.add_scatter(
+            x=drawn.relative_cost.tolist(),
+            y=drawn.divergence.tolist(),
+            customdata=drawn.source.tolist(),
+            name=name,
+            mode="markers",
+            marker={"color": colour, "size": 5, "opacity": 0.7},
+            hovertemplate="%{customdata}: %{y:.3g} nats, cost %{x:.4g}<extra></extra>",
+        )
+    figure.update_xaxes(title="relative cost", type="log")
+    figure.update_yaxes(title="start score, nats from float", type="log")
     return figure
 
 

@@ -1,0 +1,170 @@
+"""A sampler that asks an integer program: the best config within a budget, under a draw of what each choice does.
+
+An additive model (`warmstart/additive.py`) is conditioned on the start scores of the prescreen and on the trials'
+divergences; where a task has none, on the trials' objective alone. A draw from its posterior is a table of effects, and
+the integer program of `warmstart/allocate.py` finds its best config within a budget: Thompson sampling with an exact
+oracle, where a sampler that draws children of the front sees a few dozen of all configs.
+
+The budget lies in a gap of the front. Of the gaps with the largest area (width in octaves of cost, times what the
+objective rises by), some are tried, and that counts where the draw promises the largest gain over what is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from mpsearch.cost.model import RelativeCost
+from mpsearch.errors import CostError
+from mpsearch.pareto import non_dominated
+from mpsearch.precision import PrecisionConfig
+from mpsearch.search.front import BETTER
+from mpsearch.search.surrogate import Children
+from mpsearch.space.space import SearchSpace
+from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design, Effects, Scores
+from mpsearch.warmstart.allocate import Program
+from mpsearch.warmstart.propose import propose, variant
+from mpsearch.warmstart.table import SensitivityTable
+
+DIVERGENCE = "divergence"
+"""The user attribute of a trial that holds its divergence, nats."""
+
+GAPS = 2  # of the front, in which a config is looked for
+TEMPERATURE = 0.5  # of the draws
+GROWN = 1.2  # by how much the scores must have grown for link and noise to be chosen anew
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What is known before the first trial."""
+
+    starts: Scores = ()  # start scores
+    table: SensitivityTable | None = None
+    budget: float = math.inf  # the largest relative cost that is acceptable
+
+
+NOTHING = Knowledge()
+
+
+class AdditiveSampler(BaseSampler):
+    """Proposes the best config of a posterior draw within a budget that lies in a gap of the front.
+
+    Args:
+        space: the configs there are.
+        cost: relative, of a config. Under one that is no `RelativeCost`, or no sum or maximum over layers, the best of
+            many random configs takes the place of the program's.
+        knowledge: what is known before the first trial.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self, space: SearchSpace, cost: Callable[[PrecisionConfig], float], knowledge: Knowledge, seed: int
+    ) -> None:
+        self._space, self._cost, self._knowledge = space, cost, knowledge
+        self._random = np.random.default_rng([seed, 4])
+        self._children = Children(space, seed)
+        self._design = Design(space, knowledge.table)
+        self._program: Program | None = None
+        if isinstance(cost, RelativeCost):
+            try:
+                self._program = Program(space, cost)
+            except CostError:
+                self._program = None
+        self._model: AdditiveModel | None = None
+        self._chosen_of = 0  # scores that link and noise were chosen by
+
+    def infer_relative_search_space(self, *_: object) -> dict[str, BaseDistribution]:
+        """Nothing: the controller knows the space, and so do we."""
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The parameters of the proposal; none before the first trial has ended."""
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        front = _front(trials)
+        if not front:
+            return {}
+        if not self._learn(trials):
+            mother, father = (front[i].params for i in self._random.integers(len(front), size=2).tolist())
+            return self._children(mother, father)
+        assert self._model is not None
+        effects = self._model.draw(self._random, TEMPERATURE)
+        known = {self._space.config_of(t.params) for t in trials}
+        config = max(self._found(effects, front), key=lambda gain_and_config: gain_and_config[0])[1]
+        if config is not None and config in known:
+            config = variant(self._space, self._cost, config, known, self._cost(config), self._random, effects)
+        return {} if config is None else dict(self._space.params_of(config))
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Never called."""
+        raise NotImplementedError("all parameters are drawn together")
+
+    def _learn(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Condition the model on all that is known; False where that is too little."""
+        scores = [(t, t.user_attrs[DIVERGENCE]) for t in trials if DIVERGENCE in t.user_attrs]
+        starts = self._knowledge.starts
+        compared = bool(scores) or (bool(starts) and len(trials) < LEAST)
+        if not compared:
+            starts, scores = (), [(t, -t.values[0]) for t in trials]
+        ends = [(self._space.config_of(t.params), score) for t, score in scores]
+        count = len(starts) + len(ends)
+        if count < LEAST:
+            return False
+        keep = self._model is not None and count < GROWN * self._chosen_of
+        setting = self._model.setting if keep and self._model is not None else None
+        if not keep:
+            self._chosen_of = count
+        self._model = AdditiveModel(
+            self._design, starts, ends, setting, links=("sqrt", "log") if compared else ("identity",)
+        )
+        return True
+
+    def _found(self, effects: Effects, front: Sequence[FrozenTrial]) -> list[tuple[float, PrecisionConfig | None]]:
+        """For some gaps, the best config within a budget there and what it gains: octaves times the link's unit."""
+        known = [(float(t.values[1]), effects(self._space.config_of(t.params))) for t in front]
+        found: list[tuple[float, PrecisionConfig | None]] = [(-math.inf, None)]
+        for low, high in self._gaps(front):
+            budget = min(2.0 ** (low + (high - low) * self._random.uniform(0.3, 1.0)), self._knowledge.budget)
+            config = propose(
+                effects, self._space, self._cost, self._knowledge.table, self._program, budget, self._random
+            )
+            if config is not None:
+                at_most = [harm for octaves, harm in known if octaves <= math.log2(budget)]
+                least = min(at_most, default=max(harm for _, harm in known))
+                found.append(((least - effects(config)) * (high - low), config))
+        return found
+
+    def _gaps(self, front: Sequence[FrozenTrial]) -> list[tuple[float, float]]:
+        """Some of the largest gaps, as log2 of their ends' costs; which, is also a matter of chance."""
+        points = [(float(t.values[1]), float(t.values[0])) for t in front]
+        points.append((max(0.0, points[-1][0] + 0.1), points[-1][1]))
+        rise = points[-1][1] - points[0][1] or 1.0
+        gaps = [
+            ((b - a) * (max(0.0, above - below) + 0.1 * rise), (a, b)) for (a, below), (b, above) in pairwise(points)
+        ]
+        chance = self._random.exponential(size=len(gaps))
+        ranked = sorted(range(len(gaps)), key=lambda i: -gaps[i][0] * chance[i])
+        return [gaps[i][1] for i in ranked[:GAPS]]
+
+
+def _front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The non-dominated trials by rising cost."""
+    on_front = non_dominated([trial.values for trial in trials], BETTER)
+    return sorted((trials[i] for i in on_front), key=lambda trial: float(trial.values[1]))
+
+
+def attributes(divergence: float | None) -> Mapping[str, float]:
+    """What a trial carries for this sampler."""
+    return {} if divergence is None else {DIVERGENCE: divergence}
