@@ -31,6 +31,7 @@ class Metric:
         bounds: the lowest and the highest score that there can be; may be infinite.
         per_sample: whether a score is the mean of a value for each sample, so that two networks can be compared sample
             by sample.
+        exponential: whether it is e to the power of that mean, as a perplexity is.
 
     Raises:
         TaskError: name, direction, format or bounds are none.
@@ -49,6 +50,7 @@ class Metric:
     format: str = ".4g"
     bounds: tuple[float, float] = (-math.inf, math.inf)
     per_sample: bool = False
+    exponential: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", self.name):
@@ -150,6 +152,12 @@ class Metric:
         """A difference of two scores with its sign and unit: `+1.20 points`, `-0.20 dB`."""
         return f"{self.difference(difference)} {self.difference_unit}".rstrip()
 
+    def score_of(self, mean: float) -> float:
+        """The score, of the mean of the samples' values."""
+        if not self.exponential:
+            return mean
+        return math.exp(mean) if mean < 700 else math.inf
+
     def to_json(self) -> dict[str, Any]:
         """A JSON value from which `from_json` makes an equal metric; an infinite bound is null."""
         return {
@@ -159,6 +167,7 @@ class Metric:
             "format": self.format,
             "bounds": [bound if math.isfinite(bound) else None for bound in self.bounds],
             "per_sample": self.per_sample,
+            "exponential": self.exponential,
         }
 
     @classmethod
@@ -193,7 +202,7 @@ METRICS: Mapping[str, Metric] = {
         Metric("psnr", unit="dB", format=".2f", per_sample=True),
         Metric("ssim", format=".4f", bounds=(-1.0, 1.0), per_sample=True),
         Metric("r2", format=".4f", bounds=(-math.inf, 1.0)),
-        Metric("perplexity", "minimize", format=".2f", bounds=(1.0, math.inf)),
+        Metric("perplexity", "minimize", "", ".2f", (1.0, math.inf), per_sample=True, exponential=True),
         Metric("bpc", "minimize", "bits/char", ".3f", (0.0, math.inf), per_sample=True),
         Metric("bits_per_byte", "minimize", "bits/byte", ".3f", (0.0, math.inf), per_sample=True),
         Metric("cross_entropy", "minimize", "nats", ".4f", (0.0, math.inf), per_sample=True),

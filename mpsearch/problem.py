@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mpsearch.cost.model import RelativeCost
-from mpsearch.errors import CostError, RunError, WriteError
+from mpsearch.errors import CostError, RunError, TaskError, WriteError
 from mpsearch.facts import ProblemFacts, read_facts
 from mpsearch.files import write_text
+from mpsearch.graph.inputs import tensors
 from mpsearch.private.torch import BatchNormNd
 from mpsearch.quant.prepare import inspect_network
 from mpsearch.record import RunFolder
@@ -19,11 +20,16 @@ from mpsearch.space.spec import load_space
 from mpsearch.state_dict import digest
 from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.load import load_task
-from mpsearch.task.scoring import evaluate, logits_of, metric_of
+from mpsearch.task.scoring import comparison_of, evaluate, metric_of
 from mpsearch.task.task import Split, Task, Warns
 from mpsearch.train import batch_norm_gap, samples_of
 
 logger = logging.getLogger(__name__)
+
+GAP_SAMPLES = 256
+"""Samples whose statistics are compared with BatchNorm's, as far as they have no more than `GAP_ELEMENTS` numbers."""
+
+GAP_ELEMENTS = 2**24
 
 WIDE_GAP = 0.15
 """Nats of `batch_norm_gap` from which it is worth a warning.
@@ -60,8 +66,17 @@ class Problem(ProblemFacts):
                 "trial.batch_size is 1, so that BatchNorm normalizes each sample by itself: trials train another "
                 "network than the one that is scored; set it to 2 or more (16 is usual)"
             )
-        x, _ = next(iter(self.task.train_batches(256, 1, seed=0)))
-        gap = batch_norm_gap(model, x, logits_of(self.task)) if samples_of(x) > 1 else 0.0
+        compared = comparison_of(self.task)
+        if compared is None or not compared.classes:
+            return warnings
+        x, _ = next(iter(self.task.train_batches(settings.batch_size, 1, seed=0)))
+        largest = max((tensor.numel() for tensor in tensors(x)), default=0) / max(1, samples_of(x))
+        if settings.batch_size < GAP_SAMPLES and largest * GAP_SAMPLES <= GAP_ELEMENTS:
+            x, _ = next(iter(self.task.train_batches(GAP_SAMPLES, 1, seed=0)))
+        try:
+            gap = batch_norm_gap(model, x, compared.rows) if samples_of(x) > 1 else 0.0
+        except TaskError:  # outputs of no said kind: a trial that distils says so
+            return warnings
         if gap >= WIDE_GAP:
             warnings.append(
                 "with the BatchNorm statistics of a training batch the float network answers otherwise than with its "

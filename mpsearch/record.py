@@ -17,6 +17,7 @@ import os
 import socket
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -33,7 +34,6 @@ from mpsearch.metric import METRICS, Metric
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 TrialState = Literal["complete", "failed", "stopped"]
@@ -81,10 +81,10 @@ class TrialRecord:
     seed: int = 0
     start_loss: float | None = None  # training loss over the first and the last steps of the fine-tune
     end_loss: float | None = None
-    start_divergence: float | None = None  # from the float network on a sample of val before the fine-tune, nats
+    start_divergence: float | None = None  # from the float network on a sample of val before the fine-tune
     curve: tuple[tuple[int, float], ...] = ()  # (step, score), from before the fine-tune to its end
-    divergence: float | None = None  # mean Jeffreys divergence from the float network on val, nats
-    correct: str | None = None  # which val samples were right: `compare.pack`
+    divergence: float | None = None  # mean divergence from the float network on val (`Comparison`)
+    values: str | None = None  # by sample of val, of which the score is the mean: `pack`
     wall: WallTime = WallTime()
     started_s: float = 0.0  # seconds since the epoch
     peak_memory_bytes: int = 0
@@ -99,7 +99,7 @@ class FinalRecord:
     steps: int
     val: float
     test: float
-    correct: str | None = None  # which test samples were right: `compare.pack`
+    values: str | None = None  # by sample of test: `pack`
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class PrescreenRecord:
 
     config: PrecisionConfig
     cost: float  # relative
-    divergence: float | None  # from the float network on training batches, nats; None: no finite number
+    divergence: float | None  # from the float network on training batches; None: no finite number
     batches: int
     source: str  # who proposed it: ladder, descent, ilp, neighbour, model, ...; again: it was scored before on fewer
 
@@ -161,8 +161,7 @@ def record_from_json(text: str) -> TrialRecord:
     """
     try:
         document = json.loads(text)
-        if "accuracy" in document:  # what FIRST_SCHEMA calls it
-            document["score"] = document.pop("accuracy")
+        document = _renamed(document)
         unknown = set(document) - set(_FIELDS)
         if unknown:
             raise ValueError(f"unknown key '{sorted(unknown)[0]}'")
@@ -178,6 +177,14 @@ def record_from_json(text: str) -> TrialRecord:
         raise RunError(f"not a trial record: {error} is missing") from None
     except (ValueError, TypeError, AttributeError, PrecisionError) as error:
         raise RunError(f"not a trial record: {error}") from None
+
+
+def _renamed(document: dict[str, Any]) -> dict[str, Any]:
+    """A record with today's names for what FIRST_SCHEMA calls otherwise."""
+    return {_FIRST_NAMES.get(name, name): value for name, value in document.items()}
+
+
+_FIRST_NAMES = {"accuracy": "score", "correct": "values"}
 
 
 @lru_cache(maxsize=4096)  # thousands of trials share a handful of precisions
@@ -365,7 +372,7 @@ class RunFolder:
 
     def finals(self) -> list[FinalRecord]:
         """Every final training that has ended, in that order. Raises RunError as `records` does."""
-        return _read_lines(self.finals_jsonl, lambda line: FinalRecord(**json.loads(line)))
+        return _read_lines(self.finals_jsonl, lambda line: FinalRecord(**_renamed(json.loads(line))))
 
     def append_prescreened(self, record: PrescreenRecord) -> None:
         """Put the score of an untrained config on the disk. Raises RunError as `append` does."""
@@ -482,7 +489,7 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
-    row = {name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall", "curve", "correct")}
+    row = {name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall", "curve", "values")}
     row["digest"] = record.config.digest
     row |= {f"wall.{name}": value for name, value in asdict(record.wall).items()}
     for name, layer in record.config.items():
@@ -514,20 +521,28 @@ def _explained(what: str, action: str) -> Iterator[None]:
         raise RunError(f"{what}: {error.strerror or error}: {action}") from None
 
 
-def pack(correct: NDArray[np.bool_]) -> str:
-    """`(n,)` booleans as a text of about n / 6 characters: `N:base64 of the bits`."""
+def pack(values: NDArray[Any]) -> str:
+    """`(n,)` values of samples as text.
+
+    Booleans take n / 6 characters, `N:base64 of the bits`; numbers some 5 n, `Nf:base64 of deflated float32`.
+    """
     import numpy as np  # here, because a run's status needs nothing of it
 
-    return f"{len(correct)}:{base64.b64encode(np.packbits(correct).tobytes()).decode()}"
+    if values.dtype == bool:
+        return f"{len(values)}:{base64.b64encode(np.packbits(values).tobytes()).decode()}"
+    packed = zlib.compress(values.astype("<f4").tobytes())
+    return f"{len(values)}f:{base64.b64encode(packed).decode()}"
 
 
-def unpack(text: str) -> NDArray[np.bool_]:
-    """The inverse of `pack`."""
+def unpack(text: str) -> NDArray[Any]:
+    """The inverse of `pack`: `(n,)` booleans, or float32."""
     import numpy as np
 
     count, _, code = text.partition(":")
-    bits = np.frombuffer(base64.b64decode(code), dtype=np.uint8)
-    return np.unpackbits(bits, count=int(count)).astype(bool)
+    packed = base64.b64decode(code)
+    if count.endswith("f"):
+        return np.frombuffer(zlib.decompress(packed), dtype="<f4")
+    return np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=int(count)).astype(bool)
 
 
 def checkpoint_path(folder: Path, number: int) -> Path:

@@ -64,31 +64,32 @@ def jeffreys(output: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Teacher:
-    """The float model's logits for each training step, computed once.
+    """The float model's outputs for each training step, computed once.
 
     Trials of a study train on the same batches in the same order (their scores are then compared like with like),
-    so from the second trial on the teacher costs nothing. Logits are kept up to `limit_bytes`.
+    so from the second trial on the teacher costs nothing. `keep` says what is kept of an output, up to `limit_bytes`.
     """
 
-    def __init__(self, model: nn.Module, logits: Callable[[Any], Tensor], *, bf16: bool, limit_bytes: int = 2**27):
+    def __init__(self, model: nn.Module, keep: Callable[[Any], Any], *, bf16: bool, limit_bytes: int = 2**27):
         self._model = model.eval()
-        self._logits = logits
+        self._keep = keep
         self._bf16 = bf16
         self._room = limit_bytes
-        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._kept: dict[tuple[int, int], Any] = {}
 
     @torch.no_grad()
-    def __call__(self, seed: int, step: int, x: Any) -> Tensor:
-        """The logits `(n, classes)` for batch `step` of the batches with this seed."""
+    def __call__(self, seed: int, step: int, x: Any) -> Any:
+        """What is kept of the output for batch `step` of the batches with this seed; numbers are float32."""
         if (seed, step) in self._kept:
             return self._kept[seed, step]
         with autocast(x, self._bf16):
-            logits = self._logits(call(self._model, x)).float()
-        size = logits.numel() * logits.element_size()
+            kept = self._keep(call(self._model, x))
+        kept = map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, kept)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors(kept))
         if size <= self._room:
             self._room -= size
-            self._kept[seed, step] = logits
-        return logits
+            self._kept[seed, step] = kept
+        return kept
 
 
 def fit(
@@ -272,8 +273,13 @@ def single_value_norms(model: nn.Module, x: Any) -> tuple[str, ...]:
 
 
 def samples_of(x: Any) -> int:
-    """How many samples a batch has: the length of its first tensor with an axis; 0 where there is none."""
-    return next((len(tensor) for tensor in tensors(x) if tensor.dim()), 0)
+    """How many samples a batch has: the length of its first tensor with an axis, or list of tensors; 0 without any."""
+    if isinstance(x, Tensor):
+        return len(x) if x.dim() else 0
+    if isinstance(x, list) and x and all(isinstance(item, Tensor) for item in x):
+        return len(x)  # images of different sizes, say
+    items = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ()
+    return next((count for count in map(samples_of, items) if count), 0)
 
 
 def autocast(x: Any, bf16: bool) -> torch.autocast:

@@ -24,15 +24,14 @@ from mpsearch.quant.shift import DEFAULT_SLOPE, SlopeSchedule
 from mpsearch.record import pack
 from mpsearch.state_dict import load_tensors
 from mpsearch.study import TrialSpec
-from mpsearch.task.scoring import answers_of, evaluate, logits_of, metric_of
-from mpsearch.task.task import Answering, Answers, Batch, Sampling, Split, Task
+from mpsearch.task.scoring import comparison_of, distillation, measure, metric_of
+from mpsearch.task.task import Batch, Measured, Sampling, Split, Task
 from mpsearch.train import (
     FitResult,
     FitSettings,
     Teacher,
     bf16_is_fast,
     fit,
-    jeffreys,
     reestimate_batch_norm,
     samples_of,
     single_value_norms,
@@ -74,15 +73,17 @@ class Workbench:
     ) -> None:
         self.task = task
         self.metric = metric_of(task)
+        self.comparison = comparison_of(task)
+        self._distillation = distillation(task) if settings.distill else None
         self.settings = settings
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         float_model = channels_last(float_model or task.float_model())
         calibration = task.calibration_input(settings.calibration_samples)
         self.graph: ModelGraph = graph or inspect_network(float_model, calibration)
         self.layers: tuple[LayerInfo, ...] = self.graph.layers
-        if settings.distill:
-            with evaluating(float_model):  # before any trial: logits that cannot be compared are refused
-                logits_of(task)(call(float_model, first_samples(calibration, 1)))
+        if self._distillation is not None:
+            with evaluating(float_model):  # before any trial: outputs that cannot be compared are refused
+                self._distillation[0](call(float_model, first_samples(calibration, 1)))
         self.ranges = RangeSetter(float_model, self.layers, calibration)
         self._single = single_value_norms(float_model, calibration)
         if self._single and settings.batch_size == 1 and (settings.steps or settings.bn_batches):
@@ -95,9 +96,10 @@ class Workbench:
         self._start = {name: value.detach().clone() for name, value in float_model.state_dict().items()}
         self._float = float_model
         self._quick_task = task.sampled(QUICK_SCORE_SAMPLES) if isinstance(task, Sampling) else task
-        self._float_answers: dict[tuple[str, Split], Answers] = {}
+        self._float_rows: dict[tuple[str, Split], Tensor] = {}
         self.compile_quantizers(self.model)
-        self.teacher = Teacher(float_model.to(self.device), logits_of(task), bf16=self.bf16)
+        keep = (lambda output: output) if self._distillation is None else self._distillation[0]
+        self.teacher = Teacher(float_model.to(self.device), keep, bf16=self.bf16)
 
     def compile_quantizers(self, model: nn.Module) -> nn.Module:
         """Have a model's quantizers compiled, in place, where the study says so, or where it pays and can be done."""
@@ -130,11 +132,11 @@ class Workbench:
         load_tensors(self.model, state, strict=False)  # loaded, because what is packed has no variable to copy into
 
     def loss(self, seed: int) -> Callable[[int, Any, Any, Any], Tensor]:
-        """The training loss: Jeffreys divergence to the float model, or the task's own."""
-        if not self.settings.distill:
+        """The training loss: how far the outputs are from the float model's, or the task's own."""
+        if self._distillation is None:
             return lambda _step, _x, output, target: self.task.loss(output, target)
-        logits = logits_of(self.task)
-        return lambda step, x, output, _target: jeffreys(logits(output), self.teacher(seed, step, x))
+        keep, loss = self._distillation
+        return lambda step, x, output, _target: loss(keep(output), self.teacher(seed, step, x))
 
     def train_batches(self, steps: int, seed: int, size: int | None = None) -> Iterator[Batch]:
         """`steps` batches to train on. A batch of one sample is passed over where a BatchNorm cannot train on it.
@@ -183,25 +185,31 @@ class Workbench:
         return self._score(self._quick_task, "val")
 
     def _score(self, task: Task, split: Split) -> Score:
-        if not isinstance(task, Answering):
-            return Score(evaluate(task, self.model, split))
-        answers = answers_of(task, self.model, split)
-        if not math.isfinite(answers.accuracy):
-            return Score(answers.accuracy)
+        measured = measure(task, self.model, split)
+        if not math.isfinite(measured.score):
+            return Score(measured.score)
+        values = None if measured.values is None else pack(measured.values.numpy())
+        return Score(measured.score, self._divergence(task, split, measured), values)
+
+    def _divergence(self, task: Task, split: Split, measured: Measured) -> float | None:
+        if self.comparison is None or measured.rows is None:
+            return None
         key = ("quick_score" if task is self._quick_task else "all", split)
-        if key not in self._float_answers:
-            self._float_answers[key] = answers_of(task, self._float, split)
-        divergence = float(jeffreys(answers.logits, self._float_answers[key].logits))
-        return Score(answers.accuracy, divergence, pack(answers.correct.numpy()))
+        if key not in self._float_rows:
+            rows = measure(task, self._float, split).rows
+            assert rows is not None  # the same task measures both
+            self._float_rows[key] = rows
+        divergence = float(self.comparison.divergence(measured.rows, self._float_rows[key]))
+        return divergence if math.isfinite(divergence) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The task's metric and, where the task says how each sample fared, the divergence from the float network too."""
+    """The task's score and, where the task says how each sample fared, its values and the divergence from float too."""
 
     value: float  # of the metric
-    divergence: float | None = None  # mean Jeffreys divergence, nats
-    correct: str | None = None  # packed
+    divergence: float | None = None  # mean, in the unit of the task's comparison
+    values: str | None = None  # by sample, packed
 
 
 def channels_last(model: nn.Module) -> nn.Module:

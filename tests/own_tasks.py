@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from mpsearch.task.task import Batch, Split
+from mpsearch.metric import Metric
 
 SEEDS = {"train": 0, "val": 1, "test": 2}
+COUNTS = {"train": 64, "val": 64, "test": 64}
 
 
 class Residual(nn.Module):
@@ -27,100 +27,122 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
-class Own:
-    """What the two tasks below share: a float network that is trained once, in a second."""
+class Trains:
+    """Its float network is trained once, in a second, and then kept."""
 
-    name: str
-    metric: str
-
-    def network(self) -> nn.Module:
-        raise NotImplementedError
-
-    def samples(self, count: int, seed: int) -> Batch:
+    def batches(self, split: str) -> Any:
         raise NotImplementedError
 
     def loss(self, output: Any, target: Any) -> Tensor:
         raise NotImplementedError
 
-    def float_model(self) -> nn.Module:
-        model = self.network()
-        model.load_state_dict(trained(type(self)))
-        return model.eval()
-
-    def train_batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
-        for step in range(steps):
-            yield self.samples(batch_size, 1000 * seed + step + 10)
-
-    def calibration_input(self, samples: int, seed: int = 0) -> Tensor:
-        return self.samples(samples, seed)[0]
-
-    def steps_per_epoch(self, batch_size: int) -> int:
-        return 4
+    def train(self, model: nn.Module) -> None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(40):
+            for x, target in self.batches("train"):
+                optimizer.zero_grad()
+                self.loss(model(x), target).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
 
 
-class Denoising(Own):
+class Denoising(Trains):
     """Noise off pictures of waves: PSNR, more is better."""
 
     name, metric = "waves", "psnr"
 
-    def network(self) -> nn.Module:
+    def float_model(self) -> nn.Module:
+        torch.manual_seed(0)
         return Residual()
 
-    def samples(self, count: int, seed: int) -> Batch:
-        random = torch.Generator().manual_seed(seed)
+    def batches(self, split: str) -> Any:
+        random = torch.Generator().manual_seed(SEEDS[split])
         across = torch.linspace(0, 6, 8).reshape(1, 8) + torch.linspace(0, 6, 8).reshape(8, 1)
-        clean = 0.5 + 0.4 * torch.sin(across + 6 * torch.rand(count, 1, 1, 1, generator=random))
-        return clean + 0.1 * torch.randn(clean.shape, generator=random), clean
+        clean = 0.5 + 0.4 * torch.sin(across + 6 * torch.rand(COUNTS[split], 1, 1, 1, generator=random))
+        noisy = clean + 0.1 * torch.randn(clean.shape, generator=random)
+        return DataLoader(TensorDataset(noisy, clean), batch_size=32)
 
     def loss(self, output: Any, target: Any) -> Tensor:
         return F.mse_loss(output, target)
 
-    def logits(self, output: Any) -> Tensor:
-        return output.flatten(1)  # type: ignore[no-any-return]
 
-    def evaluate(self, model: nn.Module, split: Split) -> float:
-        x, clean = self.samples(64, SEEDS[split])
-        return float((-10 * (model(x) - clean).square().mean(dim=(1, 2, 3)).log10()).mean())
-
-
-class Tokens(Own):
+class Tokens(Trains):
     """The next of eight tokens, where each follows from the one before: perplexity, less is better."""
 
     name, metric = "tokens", "perplexity"
 
-    def network(self) -> nn.Module:
+    def float_model(self) -> nn.Module:
+        torch.manual_seed(0)
         return nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
 
-    def samples(self, count: int, seed: int) -> Batch:
-        random = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(8, (count, 1), generator=random)
-        for _ in range(6):
-            jump = (torch.rand(count, 1, generator=random) < 0.2).long()
-            tokens = torch.cat([tokens, (3 * tokens[:, -1:] + 1 + jump) % 8], dim=1)
-        return tokens[:, :-1], tokens[:, 1:]
+    def batches(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        random = torch.Generator().manual_seed(SEEDS[split])
+        for _ in range(COUNTS[split] // 32):
+            tokens = torch.randint(8, (32, 1), generator=random)
+            for _ in range(6):
+                jump = (torch.rand(32, 1, generator=random) < 0.2).long()
+                tokens = torch.cat([tokens, (3 * tokens[:, -1:] + 1 + jump) % 8], dim=1)
+            yield tokens[:, :-1], tokens[:, 1:]
 
     def loss(self, output: Any, target: Any) -> Tensor:
         return F.cross_entropy(output.flatten(0, 1), target.flatten())
 
-    def logits(self, output: Any) -> Tensor:
-        return output.flatten(0, 1)  # type: ignore[no-any-return]
 
-    def evaluate(self, model: nn.Module, split: Split) -> float:
-        x, y = self.samples(64, SEEDS[split])
-        return math.exp(float(self.loss(model(x), y)))
+class Masks(Trains):
+    """Which pixels are bright: mean IoU, accumulated."""
+
+    name, metric = "masks", "miou"
+
+    def float_model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+    def batches(self, split: str) -> Any:
+        x = torch.randn(COUNTS[split], 1, 6, 6, generator=torch.Generator().manual_seed(SEEDS[split]))
+        return [(x[i : i + 32], (x[i : i + 32, 0] > 0).long()) for i in range(0, len(x), 32)]
+
+    def loss(self, output: Any, target: Any) -> Tensor:
+        return F.cross_entropy(output, target)
 
 
-@cache
-def trained(kind: type[Own]) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    task = kind()
-    model = task.network()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for x, target in task.train_batches(32, 150, seed=5):
-        optimizer.zero_grad()
-        task.loss(model(x), target).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return model.state_dict()
+class Boxes:
+    """One bright box in an image, for a detector of torchvision: how well its best box fits, a share."""
+
+    name, kind = "boxes", "detection"
+    metric = Metric("overlap", unit="%", format=".2f", bounds=(0.0, 1.0), per_sample=True)
+
+    def float_model(self) -> nn.Module:
+        from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+        torch.manual_seed(0)
+        model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=2)
+        model.transform.fixed_size = (96, 96)
+        return model  # type: ignore[no-any-return]
+
+    def batches(self, split: str) -> Iterator[Any]:
+        random = torch.Generator().manual_seed(SEEDS[split])
+        for _ in range(2):
+            images, targets = [], []
+            for _ in range(4):
+                left, top = (int(torch.randint(0, 24, (1,), generator=random)) for _ in range(2))
+                image = 0.1 * torch.rand(3, 48, 48, generator=random)
+                image[:, top : top + 16, left : left + 16] = 1.0
+                box = torch.tensor([[left, top, left + 16.0, top + 16.0]])
+                images.append(image)
+                targets.append({"boxes": box, "labels": torch.ones(1, dtype=torch.long)})
+            yield (images, targets), targets
+
+    def loss(self, output: Any, target: Any) -> Tensor:
+        return sum(output.values(), start=torch.zeros(()))
+
+    def score(self, output: Any, target: Any) -> Tensor:
+        from torchvision.ops import box_iou
+
+        return torch.stack(
+            [
+                box_iou(o["boxes"], t["boxes"]).max() if len(o["boxes"]) else torch.zeros(())
+                for o, t in zip(output, target, strict=True)
+            ]
+        )
 
 
 def denoising() -> Denoising:
@@ -129,3 +151,11 @@ def denoising() -> Denoising:
 
 def tokens() -> Tokens:
     return Tokens()
+
+
+def masks() -> Masks:
+    return Masks()
+
+
+def boxes() -> Boxes:
+    return Boxes()

@@ -80,3 +80,22 @@ def test_every_shipped_study_is_valid_and_names_a_shipped_space(monkeypatch: pyt
         spec = load_study(path.stem)
         assert spec.name == path.stem
         assert spec.space in shipped_names("search_spaces")
+
+
+def test_the_task_of_the_documentation_is_searched(tmp_path: Path) -> None:
+    from commands import mpsearch
+
+    page = (ROOT / "docs" / "own-task.md").read_text(encoding="utf-8")
+    code, metric = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (study,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "denoising.py").write_text(code)
+    (tmp_path / "study.yaml").write_text(study)
+    scope: dict[str, object] = {}
+    exec(metric, scope)
+    assert scope["within_50_cents"].show(0.9155) == "91.55 %"  # type: ignore[attr-defined]
+    quick = ["trial.steps=2", "search.trials=3", "engine.address=none", "warm_start.method=none"]
+    sets = [part for value in quick for part in ("--set", value)]
+    done = mpsearch("run", "study.yaml", "--out", "run", *sets, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Maximize psnr on the validation split" in done.stderr
+    assert re.search(r"\d\.\d\d dB", done.stdout)

@@ -20,7 +20,7 @@ task: {{factory: "own_tasks:{factory}"}}
 space: free.yaml
 warm_start: {{method: none}}
 search: {{trials: 10, concurrency: 1, sampler: nsga2}}
-trial: {{steps: 6, batch_size: 16, distill: false, compile: false, calibration_samples: 32, bn_batches: 0}}
+trial: {{steps: 6, batch_size: 16, compile: false, calibration_samples: 32, bn_batches: 0}}
 final: {{pick: 2, epochs: 1, seeds: 2}}
 engine: {{address: none}}
 """
@@ -186,6 +186,7 @@ def test_a_run_of_the_first_schema_is_read(study: Study, tmp_path: Path) -> None
     lines = [json.loads(line) for line in study.folder.trials_jsonl.read_text().splitlines()]
     with (old / "trials.jsonl").open("w") as file:
         for line in lines:
+            line["correct"] = line.pop("values")
             quality = line.pop("score") * (1 if study.metric.maximize else -1)  # of which more was better
             file.write(json.dumps(line | {"accuracy": quality}) + "\n")
     folder = RunFolder.open(old)

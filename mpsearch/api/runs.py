@@ -186,7 +186,7 @@ class Finals:
     def _documents(self) -> list[dict[str, Any]]:
         return [
             {"number": row.trial.number, "cost": row.trial.cost, "proxy_val": row.trial.score}
-            | {f.name: getattr(row, f.name) for f in fields(row) if f.name not in ("trial", "correct", "gain")}
+            | {f.name: getattr(row, f.name) for f in fields(row) if f.name not in ("trial", "values", "gain")}
             | {"gain": row.gain and asdict(row.gain)}
             for row in self.rows
         ]

@@ -209,7 +209,7 @@ def inspect(
     Args:
         study: a shipped study by name, the path of a study file, or a StudySpec.
         sensitivity: measure what quantizing each tensor alone does to the network, too.
-        proxy: how that is measured: kl (default), jeffreys (both divergences of the logits in nats), fit (Fisher
+        proxy: how that is measured: kl (default), jeffreys (both divergences of the outputs), fit (Fisher
             information, arXiv 2210.08502) or sqnr (noise over signal).
         samples: calibration samples from train that are used to measure it (default 512).
         set: `key.path=value` to override values of the study file.
@@ -280,13 +280,13 @@ def read_study(study: str | Path | StudySpec, set: Sequence[str] | None) -> Stud
 def _sensitivities(problem: Problem, proxy: str, samples: int) -> Sensitivities:
     import pandas as pd
 
-    from mpsearch.task.scoring import logits_of
+    from mpsearch.task.scoring import comparison_of
     from mpsearch.warmstart.allocate import ilp_ladder
     from mpsearch.warmstart.sensitivity import measure
 
     task, space, cost = problem.task, problem.space, problem.cost
     x = task.calibration_input(samples)
-    table = measure(proxy, task.float_model(), problem.graph.layers, space, x, logits_of(task))
+    table = measure(proxy, task.float_model(), problem.graph.layers, space, x, comparison_of(task))
     budget = math.inf if problem.spec.cost.budget is None else problem.spec.cost.budget
     rungs = [rung for rung in space.ladder() if cost(rung) <= budget]
     steps = ilp_ladder(space, cost, table, [cost(rung) for rung in rungs])

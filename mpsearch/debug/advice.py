@@ -74,8 +74,8 @@ def document(diagnosis: Diagnosis, study: str = "STUDY") -> dict[str, Any]:
     - `histograms`: `layer`, `side`, `precision`, `edges`, `before`, `after`.
 
     `metric` is what scores are: its name, direction and unit. Scores are `score` (as `float_val`), `drop` (by how much
-    it is worse), `drop_error` (a bound on its standard error), `divergence` (nats), `changed` (the share of the samples
-    with another first answer).
+    it is worse), `drop_error` (a bound on its standard error), `divergence` (in `unit`), `changed` (the share of the
+    answers that are others); what does not apply to the metric is null.
     """
 
     def score(value: Score) -> dict[str, float | None]:
@@ -95,6 +95,7 @@ def document(diagnosis: Diagnosis, study: str = "STUDY") -> dict[str, Any]:
     return {
         "metric": diagnosis.metric.to_json(),
         "samples": diagnosis.samples,
+        "unit": diagnosis.unit,
         "float_val": _number(diagnosis.float_score),
         "sane": diagnosis.sane,
         "sanity": score(diagnosis.sanity),
@@ -137,7 +138,8 @@ def _steps(diagnosis: Diagnosis) -> list[Advice]:
     """The advice without its commands."""
     if not diagnosis.sane:
         text = (
-            f"Inserting quantizers that do nothing already moves the logits by {diagnosis.sanity.divergence:.2g} nats "
+            f"Inserting quantizers that do nothing already moves the outputs by {diagnosis.sanity.divergence:.2g} "
+            f"{diagnosis.unit} "
             f"({_scored(diagnosis, diagnosis.sanity)}): before anything else, look for what the network does "
             "differently with quantized layers (a forward that asks for a layer's class, randomness in eval mode)."
         )
@@ -244,5 +246,5 @@ def _shorthand(config: PrecisionConfig) -> str | None:
     return text if same and uniform else None
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

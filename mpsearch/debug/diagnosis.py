@@ -19,7 +19,7 @@ TOLERANCE = 0.01
 """The share of the float score that may be lost: a part that loses more is a problem."""
 
 SANE = 1e-4
-"""Nats that folding and rounding in float32 may move the logits."""
+"""Divergence by which folding and rounding in float32 may move the outputs."""
 
 WORST = 3
 """Layers of a side that are looked at closely."""
@@ -30,8 +30,8 @@ class Score:
     """How a network does beside the float one, on the same samples."""
 
     value: float  # of the task's metric
-    divergence: float  # of its logits from the float model's, nats
-    changed: float  # share of samples with another first answer
+    divergence: float  # of its outputs from the float model's, in `Diagnosis.unit`
+    changed: float | None  # share of answers that are others; None where outputs are no classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,7 @@ class Diagnosis:
     metric: Metric  # what a score is
     samples: int  # of the validation split
     float_score: float
+    unit: str  # of divergences: nats, or a share of the output's variance
     sanity: Score  # quantizers inserted, everything at float precision
     parts: Mapping[Part, Score]
     layers: tuple[LayerFacts, ...]
@@ -105,8 +106,13 @@ class Diagnosis:
         """How much worse a score is than the float model's, in its unit."""
         return self.metric.gain(self.float_score, over=score.value)
 
-    def drop_error(self, score: Score) -> float:
-        """A bound on the standard error of `drop`, which only samples with another answer contribute to."""
+    def drop_error(self, score: Score) -> float | None:
+        """A bound on the standard error of `drop`, which only samples with another answer contribute to.
+
+        None where a score is not the share of right answers.
+        """
+        if score.changed is None or self.metric.name not in ("top1", "top5", "accuracy"):
+            return None
         return math.sqrt(score.changed / self.samples)
 
     def harmful(self, part: Part) -> bool:
@@ -114,7 +120,7 @@ class Diagnosis:
         return not self.drop(self.parts[part]) <= TOLERANCE * abs(self.float_score)
 
     def ranked(self, side: Side) -> list[tuple[LayerFacts, TensorFacts]]:
-        """The layers quantized on this side, the one that moves the logits most first."""
+        """The layers quantized on this side, the one that moves the outputs most first."""
         quantized = [(layer, facts) for layer in self.layers if (facts := layer.side(side)) is not None]
         return sorted(quantized, key=lambda pair: worst_first(pair[1].alone.divergence))
 

@@ -5,7 +5,7 @@
 `diagnose` measures, `advise` is the decision tree over what was measured. Scores are of the validation split only;
 ranges are of least squared error, on training data. BatchNorm is folded first, because a folded weight is what a scale
 has to cover. The score that one layer costs is often within the noise of the sample, so layers are ranked by how far
-they move the logits: the Jeffreys divergence from the float model's, in nats.
+they move the logits: the divergence of the outputs from the float model's.
 
 We differ from the paper in trying the remedies that take seconds (one scale per channel, equalization, bias
 correction, min-max ranges, more bits for the worst layers) instead of advising them by rule.
@@ -53,12 +53,13 @@ from mpsearch.quant.prepare import (
     set_precision,
     weight_rows,
 )
-from mpsearch.task.scoring import evaluate, logits_of, metric_of
+from mpsearch.task.scoring import comparison_of, evaluate, metric_of
 from mpsearch.task.task import Task
-from mpsearch.train import jeffreys
+from mpsearch.train import samples_of
 
 CALIBRATION_SAMPLES = 512
 BINS = 80
+MOST_NUMBERS = 2**22  # of the outputs of a batch that are compared: of more, every so many rows are
 HISTOGRAM_SAMPLES = 4096  # activations kept of each layer and batch
 
 
@@ -90,6 +91,7 @@ def diagnose(task: Task, config: PrecisionConfig | LayerPrecision, observer: Obs
         metric_of(task),
         scorer.samples,
         scorer.float_score,
+        scorer.compared.unit,
         sanity,
         {},
         (),
@@ -134,22 +136,33 @@ class _Scorer:
 
     def __init__(self, task: Task, float_model: nn.Module) -> None:
         self.task = task
-        self.float_score, self._logits = self._run(float_model)
-        self.samples = len(self._logits)
+        compared = comparison_of(task)
+        if compared is None:
+            raise TaskError(
+                f"{task.name}: debug ranks layers by how far they move the outputs, and outputs of kind detection are "
+                "not compared: see `mpsearch inspect STUDY --sensitivity --proxy sqnr`"
+            )
+        self.compared = compared
+        self.float_score, self._rows = self._run(float_model)
 
     def __call__(self, model: nn.Module) -> Score:
-        value, logits = self._run(model)
-        changed = logits.argmax(dim=1) != self._logits.argmax(dim=1)
-        return Score(value, float(jeffreys(logits, self._logits)), float(changed.float().mean()))
+        value, rows = self._run(model)
+        changed = None
+        if self.compared.classes:
+            changed = float((rows.argmax(dim=1) != self._rows.argmax(dim=1)).float().mean())
+        return Score(value, float(self.compared.divergence(rows, self._rows)), changed)
 
     def _run(self, model: nn.Module) -> tuple[float, Tensor]:
-        """The score on val, and the logits `(n, classes)` that it came from."""
+        """The score on val, and the rows of the outputs `(m, k)` that it came from."""
         batches: list[Tensor] = []
+        self.samples = 0
 
-        def keep(_model: nn.Module, _args: Any, output: Any) -> None:
-            batches.append(logits_of(self.task)(output).detach().float().cpu())
+        def keep(_model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            rows = self.compared.rows(output).detach().float().cpu()
+            batches.append(rows[:: max(1, rows.numel() // MOST_NUMBERS)])
+            self.samples += samples_of((args, kwargs)) or len(rows)
 
-        handle = model.register_forward_hook(keep)
+        handle = model.register_forward_hook(keep, with_kwargs=True)
         try:
             score = evaluate(self.task, model, "val")
         finally:

@@ -60,14 +60,14 @@ def summary(diagnosis: Diagnosis) -> list[str]:
     ]
     worst = [f"{side}s of {', '.join(names)}" for side in SIDES if (names := diagnosis.worst(side))]
     if worst:
-        lines.append(f"Quantized alone, the logits are moved most by the {', and the '.join(worst)}.")
+        lines.append(f"Quantized alone, the outputs are moved most by the {', and the '.join(worst)}.")
     return lines
 
 
 def stage_columns(diagnosis: Diagnosis) -> tuple[str, ...]:
     """The heads of `stage_rows`."""
     metric = diagnosis.metric
-    return ("quantized", "", metric.label, metric.lost, "divergence, nats", "answers changed, %")
+    return ("quantized", "", metric.label, metric.lost, f"divergence, {diagnosis.unit}", "answers changed, %")
 
 
 def stage_rows(diagnosis: Diagnosis) -> list[list[str]]:
@@ -78,14 +78,15 @@ def stage_rows(diagnosis: Diagnosis) -> list[list[str]]:
     words = {"weights": "weights alone", "activations": "activations alone", "all": "all"}
     stages += [(words[part], score, diagnosis.harmful(part)) for part, score in diagnosis.parts.items()]
     for words_, score, bad in stages:
+        error = diagnosis.drop_error(score)
         rows.append(
             [
                 words_,
                 "problem" if bad else "fine",
                 metric.number(score.value),
-                f"{metric.number(diagnosis.drop(score))} ± {metric.number(diagnosis.drop_error(score))}",
+                metric.number(diagnosis.drop(score)) + ("" if error is None else f" ± {metric.number(error)}"),
                 f"{score.divergence:.3g}",
-                f"{100 * score.changed:.1f}",
+                "" if score.changed is None else f"{100 * score.changed:.1f}",
             ]
         )
     return rows
@@ -95,7 +96,7 @@ def sweep_table(diagnosis: Diagnosis) -> pd.DataFrame:
     """A row per layer, in the network's order; NaN where the config leaves a tensor float.
 
     Columns: layer, kind, channel_ratio, and for weight_ and activation_: precision, sqnr_db, drop (by how much
-    the score is worse, as it is shown), divergence (nats).
+    the score is worse, as it is shown), divergence.
     """
 
     def facts(tensor: TensorFacts | None) -> tuple[str, float, float, float]:
@@ -126,8 +127,8 @@ def _advice(advice: Sequence[Advice]) -> str:
 
 def _stages(diagnosis: Diagnosis) -> str:
     about = (
-        f"A part is a problem if it loses more than {TOLERANCE:.0%} of the float score. Divergence: Jeffreys, of the "
-        "logits from the float model's. ±: a bound on the standard error."
+        f"A part is a problem if it loses more than {TOLERANCE:.0%} of the float score. Divergence: of "
+        f"the outputs from the float model's, {diagnosis.unit}. ±: a bound on the standard error."
     )
     return table(stage_columns(diagnosis), stage_rows(diagnosis), texts={0, 1}) + note(about)
 
@@ -135,7 +136,7 @@ def _stages(diagnosis: Diagnosis) -> str:
 def _layers(diagnosis: Diagnosis) -> str:
     layers, metric = sweep_table(diagnosis), diagnosis.metric
     caption = "Each layer quantized alone, everything else float. Farther to the right is worse."
-    drawn = figure(figures.sweep(layers, metric), "sweep", caption)
+    drawn = figure(figures.sweep(layers, metric, diagnosis.unit), "sweep", caption)
     columns = ["layer", "kind", "channel ratio"]
     for side in SIDES:
         columns += [side, "SQNR, dB", metric.lost, "divergence"]

@@ -209,7 +209,7 @@ def descent_table(log: Sequence[Mapping[str, Any]], slots: Sequence[Slot]) -> pd
 def prescreen_table(scores: Sequence[PrescreenRecord]) -> pd.DataFrame:
     """A row per untrained config that was scored, on the most batches, in the order of scoring.
 
-    Columns: source (who proposed it), relative_cost, divergence (nats). Scores that are no numbers are left out.
+    Columns: source (who proposed it), relative_cost, divergence. Scores that are no numbers are left out.
     """
     best: dict[PrecisionConfig, PrescreenRecord] = {}
     sources: dict[PrecisionConfig, str] = {}

@@ -36,7 +36,7 @@ from mpsearch.warmstart.propose import propose, variant
 from mpsearch.warmstart.table import SensitivityTable
 
 DIVERGENCE = "divergence"
-"""The user attribute of a trial that holds its divergence, nats."""
+"""The user attribute of a trial that holds its divergence."""
 
 GAPS = 2  # of the front, in which a config is looked for
 TEMPERATURE = 0.5  # of the draws

@@ -5,9 +5,12 @@ one network mostly fail on the same samples, so that their difference, sample by
 
     d_i = a_i - b_i,    difference = mean(d),    standard error = sd(d) / sqrt(n)
 
-a_i, b_i: 1 where the config is right on sample i, 0 where it is wrong, or the mean of that over several trainings. With
-one training each this is the interval that belongs to McNemar's test. It covers the choice of samples; what another
-training seed would change is seen in the spread over seeds alone.
+a_i, b_i: the value of sample i (for top-1 1 where the config is right, 0 where it is wrong; for a PSNR that of the
+sample), or the mean of that over several trainings. With one training each and values of 0 and 1 this is the interval
+that belongs to McNemar's test. Other values may have long tails: their interval is the percentile bootstrap's over
+samples, and where a score is no plain mean (a perplexity is e to the mean), it is the difference of two scores that is
+resampled. Both cover the choice of samples; what another training seed would change is seen in the spread over seeds
+alone.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 from mpsearch.metric import Metric
 from mpsearch.record import unpack
@@ -33,12 +37,16 @@ class Difference:
         return f"{metric.difference(self.mean)} ({metric.difference(self.low)} to {metric.difference(self.high)})"
 
 
-def paired(a: Sequence[str], b: Sequence[str], confidence: float = 0.95) -> Difference:
-    """The mean of a - b over the samples of a split.
+RESAMPLES = 1000
+
+
+def paired(a: Sequence[str], b: Sequence[str], metric: Metric, confidence: float = 0.95) -> Difference:
+    """The score of a minus that of b on the same samples of a split.
 
     Args:
-        a: packed correctness of one config, an entry for each training.
+        a: packed values of one config, an entry for each training.
         b: of the other, on the same samples.
+        metric: what score the values make.
         confidence: of the interval.
 
     Raises:
@@ -48,8 +56,29 @@ def paired(a: Sequence[str], b: Sequence[str], confidence: float = 0.95) -> Diff
 
     ours, theirs = (np.mean([unpack(text) for text in texts], axis=0) for texts in (a, b))
     if ours.shape != theirs.shape or not ours.size:
-        raise ValueError(f"correctness of {ours.size} and {theirs.size} samples: they must be the same samples")
+        raise ValueError(f"values of {ours.size} and {theirs.size} samples: they must be the same samples")
     difference = ours - theirs
-    mean = float(difference.mean())
-    reach = float(NormalDist().inv_cdf((1 + confidence) / 2) * difference.std() / np.sqrt(difference.size))
-    return Difference(mean, mean - reach, mean + reach)
+    mean = metric.score_of(float(ours.mean())) - metric.score_of(float(theirs.mean()))
+    if all(unpack(text).dtype == bool for text in (*a, *b)):
+        reach = float(NormalDist().inv_cdf((1 + confidence) / 2) * difference.std() / np.sqrt(difference.size))
+        return Difference(mean, mean - reach, mean + reach)
+    if difference.size < 2 or not difference.any():
+        return Difference(mean, mean, mean)
+    from scipy.stats import bootstrap  # here, because it takes a second to import, and correctness needs none
+
+    def scores(ours: Any, theirs: Any, axis: int = -1) -> Any:
+        ours, theirs = ours.mean(axis=axis), theirs.mean(axis=axis)
+        return np.exp(ours) - np.exp(theirs) if metric.exponential else ours - theirs
+
+    interval = bootstrap(
+        (ours, theirs),
+        scores,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, 2**22 // difference.size),
+        confidence_level=confidence,
+        method="percentile",
+        rng=0,
+    ).confidence_interval
+    return Difference(mean, float(interval.low), float(interval.high))

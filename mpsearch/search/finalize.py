@@ -69,7 +69,7 @@ def finalize(
             folder.append_final(record)
             done[trial.number, seed] = record
         keep_values(problem, folder, pareto_front(folder.records(), problem.metric), anew=True)
-    return planned_rows(plan, list(done.values()))
+    return planned_rows(plan, list(done.values()), problem.metric)
 
 
 def float_scores(problem: Problem, folder: RunFolder) -> Mapping[str, float]:
@@ -103,4 +103,4 @@ def _train(
     if workbench.metric.better(before, than=after):
         workbench.restore(state)
     test = workbench.score("test")
-    return FinalRecord(trial.number, seed, steps, workbench.metric.best_of(before, after), test.value, test.correct)
+    return FinalRecord(trial.number, seed, steps, workbench.metric.best_of(before, after), test.value, test.values)

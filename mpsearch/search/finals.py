@@ -29,7 +29,7 @@ class FinalRow:
     test_mean: float
     test_std: float | None
     seeds: int
-    correct: tuple[str, ...] = ()  # on test, packed, by seed
+    values: tuple[str, ...] = ()  # by sample of test, packed, by seed
     gain: Difference | None = None  # over the baseline, paired by test sample
 
 
@@ -81,14 +81,16 @@ def final_rows(
     records: Sequence[TrialRecord], finals: Sequence[FinalRecord], count: int, metric: Metric
 ) -> list[FinalRow]:
     """A row for each of `count` picked points and their baselines that has been trained, by rising cost."""
-    return planned_rows(plan_finals(records, count, metric), finals)
+    return planned_rows(plan_finals(records, count, metric), finals, metric)
 
 
-def planned_rows(plan: Mapping[TrialRecord, TrialRecord | None], finals: Sequence[FinalRecord]) -> list[FinalRow]:
+def planned_rows(
+    plan: Mapping[TrialRecord, TrialRecord | None], finals: Sequence[FinalRecord], metric: Metric
+) -> list[FinalRow]:
     """A row for each trial of a plan (trial -> its baseline) that has been trained, by rising cost."""
     rows = [_row(trial, baseline, [f for f in finals if f.number == trial.number]) for trial, baseline in plan.items()]
     known = {row.trial.number: row for row in rows if row is not None}
-    gained = [_gained(row, known.get(-1 if row.baseline is None else row.baseline)) for row in known.values()]
+    gained = [_gained(row, known.get(-1 if row.baseline is None else row.baseline), metric) for row in known.values()]
     return sorted(gained, key=lambda row: row.trial.cost or 0.0)
 
 
@@ -145,10 +147,10 @@ def proxies(rows: Sequence[FinalRow], metric: Metric) -> Proxies:
             tau |= {name: correlation} if math.isfinite(correlation) else {}
     misranked = []
     for above, below in itertools.permutations(rows, 2):
-        if above.trial.score is None or below.trial.score is None or not (above.correct and below.correct):
+        if above.trial.score is None or below.trial.score is None or not (above.values and below.values):
             continue
         if metric.better(above.trial.score, than=below.trial.score):
-            difference = paired(above.correct, below.correct)
+            difference = paired(above.values, below.values, metric)
             if metric.quality(difference.high) < 0 and metric.quality(difference.low) < 0:
                 misranked.append((above.trial, below.trial, difference))
     return Proxies(tau, tuple(sorted(misranked, key=lambda pair: metric.quality(pair[2].mean))), metric)
@@ -166,14 +168,14 @@ def _row(trial: TrialRecord, baseline: TrialRecord | None, finals: Sequence[Fina
         test_mean=statistics.fmean(test),
         test_std=statistics.stdev(test) if len(test) > 1 else None,
         seeds=len(finals),
-        correct=tuple(f.correct for f in finals if f.correct is not None),
+        values=tuple(f.values for f in finals if f.values is not None),
     )
 
 
-def _gained(row: FinalRow, baseline: FinalRow | None) -> FinalRow:
-    if baseline is None or not row.correct or not baseline.correct:
+def _gained(row: FinalRow, baseline: FinalRow | None, metric: Metric) -> FinalRow:
+    if baseline is None or not row.values or not baseline.values:
         return row
-    return replace(row, gain=paired(row.correct, baseline.correct))
+    return replace(row, gain=paired(row.values, baseline.values, metric))
 
 
 def _spread(metric: Metric, mean: float, std: float | None) -> str:

@@ -197,16 +197,16 @@ def gains_over_baselines(front: ParetoFront) -> dict[int, str]:
     """Front trial -> its score minus that of the uniform baseline nearest in cost, on the same samples, and the ratio
     of their costs.
 
-    Trials that are baselines themselves, and those of runs that kept no correctness, are left out.
+    Trials that are baselines themselves, and those without values by sample, are left out.
     """
     gains = {}
     for trial in front:
         _, cost = objectives(trial)
         baseline = front.nearest_uniform(cost)
-        if baseline is None or baseline is trial or baseline.correct is None or trial.correct is None:
+        if baseline is None or baseline is trial or baseline.values is None or trial.values is None:
             continue
         ratio = cost / objectives(baseline)[1]
-        difference = paired([trial.correct], [baseline.correct])
+        difference = paired([trial.values], [baseline.values], front.metric)
         gains[trial.number] = f"{difference.show(front.metric)} at {ratio:.2f}x of trial {baseline.number}"
     return gains
 

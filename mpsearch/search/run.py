@@ -215,7 +215,7 @@ def score_network(
             origin="import",
             curve=((0, score.value),),
             divergence=score.divergence,
-            correct=score.correct,
+            values=score.values,
             wall=WallTime(prepare_s=prepared - clock, evaluate_s=time.perf_counter() - prepared),
             started_s=started,
             peak_memory_bytes=peak_memory_bytes(),

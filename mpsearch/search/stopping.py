@@ -42,7 +42,7 @@ BASELINES = ("uniform", "ilp")  # always run to their end: what the others are c
 class Thresholds:
     """What a trial must pass to go on; None: nothing is asked."""
 
-    start: float | None = None  # the largest divergence at the start, nats
+    start: float | None = None  # the largest divergence at the start
     halfway: float | None = None  # the worst score halfway
 
 

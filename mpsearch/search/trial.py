@@ -23,15 +23,6 @@ from mpsearch.study import TrialSpec
 from mpsearch.task.task import Task
 from mpsearch.workbench import Score, Workbench
 
-SETTLED = 0.01
-"""Nats from the float network's answers below which brief training only does harm.
-
-A ResNet-20 at W8A8 and W7A7 starts at 0.002 and 0.006; 100 steps of distillation take W8A8 to 0.02.
-"""
-
-NEAR = 0.1
-"""Nats from the float network's answers below which BatchNorm's own statistics are better than estimates of them."""
-
 START_BN_BATCHES = 4
 """Batches that re-estimate BatchNorm at the start, for a score that only says whether to go on; training moves them."""
 
@@ -53,9 +44,10 @@ def run_trial(
 ) -> TrialRecord:
     """Fine-tune `config` briefly and score it on the validation split, and on a sample of it at the start and halfway.
 
-    At the start BatchNorm's statistics are estimated anew, unless the network is `NEAR` the float one. The better of
+    At the start BatchNorm's statistics are estimated anew, unless the network is `near` the float one. The better of
     start and end is what counts and what the workbench's model is left at: at many bits a brief fine-tune can do harm.
-    A config that answers as the float network does (`SETTLED`) is not trained at all.
+    A config that answers as the float network does (`settled`) is not trained at all. `Comparison` says what is near
+    and settled; where outputs are not compared, every trial trains from the statistics that there are.
 
     Args:
         task: what is compressed.
@@ -89,12 +81,14 @@ def run_trial(
         return score
 
     score = workbench.quick_score()
-    far = settings.steps > 0 and score.divergence is not None and score.divergence >= NEAR
+    compared = workbench.comparison
+    far = settings.steps > 0 and compared is not None and (score.divergence or 0.0) >= compared.near
     if far:
         workbench.reestimate(settings.seed, START_BN_BATCHES)
         score = workbench.quick_score()
     start_divergence = score.divergence
-    trains = settings.steps > 0 and not (start_divergence is not None and start_divergence < SETTLED)
+    settled = compared is not None and start_divergence is not None and start_divergence < compared.settled
+    trains = settings.steps > 0 and not settled
     score = scored(0, score if trains else workbench.score("val"))
     scoring_s = time.perf_counter() - prepared
     half = (settings.steps + 1) // 2
@@ -118,8 +112,9 @@ def run_trial(
     if trains:
         try:
             if thresholds.start is not None and start_divergence is not None and start_divergence > thresholds.start:
+                unit = compared.unit if compared else ""
                 raise Dominated(
-                    f"{start_divergence:.3f} nats from float at the start, the threshold is {thresholds.start:.3f}"
+                    f"{start_divergence:.3g} {unit} from float at the start, the threshold is {thresholds.start:.3g}"
                 )
             start = workbench.state()
             result = workbench.fit(settings.steps, settings.seed, on_step=watch)
@@ -145,7 +140,7 @@ def run_trial(
         start_divergence=start_divergence,
         curve=tuple(curve),
         divergence=score.divergence if state == "complete" else None,
-        correct=score.correct if state == "complete" else None,
+        values=score.values if state == "complete" else None,
         wall=WallTime(
             prepare_s=prepared - clock,
             train_s=trained - prepared - scoring_s,

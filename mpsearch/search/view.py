@@ -222,7 +222,7 @@ def _attributes(record: TrialRecord) -> dict[str, Any]:
         "seed": record.seed,
         "loss, start": record.start_loss,
         "loss, end": record.end_loss,
-        "divergence (nats)": record.divergence,
+        "divergence from float": record.divergence,
         "wall time (s)": round(record.wall.total_s, 3),
         "prepare (s)": round(record.wall.prepare_s, 3),
         "train (s)": round(record.wall.train_s, 3),

@@ -23,7 +23,7 @@ from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.checkpoint import load_checkpoint
 from mpsearch.task.images import Images, SampledImages, StoredImages
 from mpsearch.task.models import build_model
-from mpsearch.task.task import Answers, Batch, Split
+from mpsearch.task.task import Answers, Batch, Measured, Split
 from mpsearch.train import FitSettings, fit, threads
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,11 @@ class ClassificationTask:
         NaN where the model answers NaN.
         """
         return self.answers(model, split).accuracy
+
+    def measure(self, model: nn.Module, split: Split) -> Measured:
+        """The score, whether each image is right, and the logits."""
+        answers = self.answers(model, split)
+        return Measured(answers.accuracy, answers.correct, answers.logits)
 
     @torch.inference_mode()
     def answers(self, model: nn.Module, split: Split) -> Answers:

@@ -7,6 +7,7 @@ from mpsearch.study import TaskSpec
 from mpsearch.task.classification import ClassificationTask
 from mpsearch.task.data import load_data
 from mpsearch.task.factory import call_factory
+from mpsearch.task.own import REQUIRED, OwnTask
 from mpsearch.task.task import Task
 
 
@@ -24,11 +25,19 @@ def load_task(spec: TaskSpec, workers: int | None = None) -> Task:
 
 def _from_factory(name: str, spec: TaskSpec) -> Task:
     task = call_factory("task.factory", name, spec.args)
+    if hasattr(task, "batches"):
+        missing = [key for key in REQUIRED if not hasattr(task, key)]
+        if missing:
+            raise TaskError(
+                f"task.factory: {name} returned {type(task).__name__}, which has no {', '.join(missing)}: "
+                "mpsearch.task.own lists what a task of one's own has"
+            )
+        return OwnTask(task, (name, spec.args))
     methods = [key for key, value in vars(Task).items() if callable(value) and not key.startswith("_")]
     missing = [key for key in (*Task.__annotations__, *methods) if not hasattr(task, key)]
     if missing:
         raise TaskError(
-            f"task.factory: {name} returned {type(task).__name__}, which has no {', '.join(missing)}: a task has what "
-            "mpsearch.task.task.Task lists"
+            f"task.factory: {name} returned {type(task).__name__}, which has no {', '.join(missing)}: a task has "
+            "`batches(split)` and what else mpsearch.task.own lists, or all that mpsearch.task.task.Task does"
         )
     return task  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Calls into a task: its mode, its gradients and the form of its logits are seen to here, not by the task."""
+"""Calls into a task: its mode, its gradients and the form of its outputs are seen to here, not by the task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from mpsearch.errors import TaskError
 from mpsearch.graph.inputs import evaluating
 from mpsearch.metric import Metric, find_metric
-from mpsearch.task.task import Answering, Answers, Split, Task
+from mpsearch.task.comparing import KIND_OF_METRIC, Comparison, comparison
+from mpsearch.task.task import Compared, Measured, Measuring, Split, Task
 
 
 def metric_of(task: Task) -> Metric:
@@ -18,46 +19,61 @@ def metric_of(task: Task) -> Metric:
     return find_metric(task.metric, f"{task.name}: metric")
 
 
-def evaluate(task: Task, model: nn.Module, split: Split) -> float:
-    """The task's score of a model on a split, in eval mode and without gradients; each module's mode is put back.
+def kind_of(task: Any) -> str | None:
+    """What kind of outputs a task has: as it says, or as its metric does, unless its `logits` say it all."""
+    kind = getattr(task, "kind", None)
+    if kind is not None or hasattr(task, "logits"):
+        return kind
+    return KIND_OF_METRIC.get(metric_of(task).name)
+
+
+def comparison_of(task: Task) -> Comparison | None:
+    """How the outputs of a task's networks are compared; None where they are not.
+
+    Raises:
+        TaskError: the task says a kind that there is not.
+    """
+    if isinstance(task, Compared):
+        return task.comparison
+    return comparison(task.name, kind_of(task), getattr(task, "logits", None))
+
+
+def distillation(task: Task) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Tensor]] | None:
+    """How a task distils: what is kept of the float network's output, and (student, what was kept) -> loss.
+
+    The task's own `distill_loss`, else the divergence of its comparison; None where a task has neither, so that it is
+    trained with its own loss.
+    """
+    own = getattr(task, "distill_loss", None)
+    if own is not None:
+        return (lambda output: output), own
+    compared = comparison_of(task)
+    return None if compared is None else (compared.rows, compared.divergence)
+
+
+def measure(task: Task, model: nn.Module, split: Split) -> Measured:
+    """How a model does on a split, in eval mode and without gradients; each module's mode is put back.
 
     Raises:
         TaskError: no score of the task's metric can be such a number.
     """
     with evaluating(model):
-        score = float(task.evaluate(model, split))
+        if isinstance(task, Measuring):
+            measured = task.measure(model, split)
+        else:
+            measured = Measured(float(task.evaluate(model, split)))
     metric = metric_of(task)
-    if not metric.possible(score):
+    if not metric.possible(measured.score):
         low, high = metric.bounds
         share = " a share, not percent," if metric.unit == "%" else ""
         raise TaskError(
-            f"{task.name}: the score on {split} is {score:g}, and {metric.name} lies from {low:g} to {high:g}: return "
-            f"it as it is,{share} without a changed sign ({metric.direction} is the metric's direction), or give the "
-            "task a Metric of its own"
+            f"{task.name}: the score on {split} is {measured.score:g}, and {metric.name} lies from {low:g} to "
+            f"{high:g}: return it as it is,{share} without a changed sign ({metric.direction} is the metric's "
+            "direction), or give the task a Metric of its own"
         )
-    return score
+    return measured
 
 
-def answers_of(task: Answering, model: nn.Module, split: Split) -> Answers:
-    """The task's answers of a model to a split, in eval mode and without gradients; each mode is put back."""
-    with evaluating(model):
-        return task.answers(model, split)
-
-
-def logits_of(task: Task) -> Callable[[Any], Tensor]:
-    """The task's `logits`, which raise TaskError where they are not `(n, classes)`.
-
-    A softmax over the rows of an image or the steps of a sequence would train, and to the wrong end.
-    """
-
-    def logits(output: Any) -> Tensor:
-        value = task.logits(output)
-        if value.dim() != 2:
-            raise TaskError(
-                f"{task.name}: `logits` gave the shape {tuple(value.shape)}, expected (n, classes), whose classes "
-                "distillation compares: return (n * positions, classes) where each position is classified, or set "
-                "trial.distill to false to train with the task's own loss"
-            )
-        return value
-
-    return logits
+def evaluate(task: Task, model: nn.Module, split: Split) -> float:
+    """The task's score of a model on a split. Modes, gradients and errors as for `measure`."""
+    return measure(task, model, split).score

@@ -1,7 +1,7 @@
 """Task: what is being compressed. A float model, batches to train on, a way to score, a loss.
 
-The search knows nothing else about a problem, so detection, super-resolution or language tasks join by implementing
-this protocol and naming their factory in a study file: `task: {factory: "package.module:function", args: {...}}`.
+The search knows nothing else about a problem. Whoever brings a problem of their own writes less than this: an object
+with `float_model`, `batches`, `loss` and `score`, of which `mpsearch.task.own` makes a Task.
 """
 
 from __future__ import annotations
@@ -11,17 +11,27 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpsearch.metric import Metric
+from mpsearch.task.comparing import Comparison
 
 Split = Literal["train", "val", "test"]
 Batch = tuple[Any, Any]  # model input, target
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """How a model does on a split; tensors are in the split's order, on the CPU."""
+
+    score: float
+    values: Tensor | None = None  # (n,) bool or float32, by sample; the score is `Metric.score_of` their mean
+    rows: Tensor | None = None  # (m, k) float32: what the task's comparison compares; None where nothing is compared
+
+
+@dataclass(frozen=True, slots=True)
 class Answers:
-    """What a model says to each sample of a split, in the split's order; on the CPU."""
+    """What a classifier says to each sample of a split, in the split's order; on the CPU."""
 
     logits: torch.Tensor  # (n, classes) float32
     correct: torch.Tensor  # (n,) bool
@@ -33,11 +43,21 @@ class Answers:
 
 
 @runtime_checkable
-class Answering(Protocol):
+class Measuring(Protocol):
     """A task that can also say how each sample fared, so that two configs are compared on the same samples."""
 
-    def answers(self, model: nn.Module, split: Split) -> Answers:
-        """The answers of `model` to a split; their accuracy is what the task's `evaluate` returns."""
+    def measure(self, model: nn.Module, split: Split) -> Measured:
+        """How `model` (called in eval mode, without gradients) does on a split."""
+        ...
+
+
+@runtime_checkable
+class Compared(Protocol):
+    """A task that says how two networks' outputs are compared; of another one, `logits` are."""
+
+    @property
+    def comparison(self) -> Comparison:
+        """How outputs are compared."""
         ...
 
 
@@ -64,7 +84,8 @@ class Task(Protocol):
     """A trained network with its data and metric.
 
     `name` identifies model and data in records and exports; `metric` says what `evaluate` returns: the name of a common
-    metric (`mpsearch.metric.METRICS`), or a `Metric`.
+    metric (`mpsearch.metric.METRICS`), or a `Metric`. A task whose outputs are `(n, classes)`, or hold such a tensor,
+    may say so by a method `logits(output)`; others are `Compared`.
     """
 
     name: str
@@ -88,10 +109,6 @@ class Task(Protocol):
 
     def loss(self, output: Any, target: Any) -> torch.Tensor:
         """The scalar training loss of a batch, used where a study does not distil."""
-        ...
-
-    def logits(self, output: Any) -> torch.Tensor:
-        """The part of the output that distillation matches, `(n, classes)`."""
         ...
 
     def steps_per_epoch(self, batch_size: int) -> int:

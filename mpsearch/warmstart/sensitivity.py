@@ -7,6 +7,9 @@ Four proxies, each a table (layer, tensor, precision) -> value, 0 for float, les
     fit       Tr(F) * mean (Q(x) - x)^2,   Tr(F) = mean over samples of |d log p(y) / dx|^2, x the weight or the input
     sqnr      mean (Q(x) - x)^2 / mean x^2, the inverse of the signal-to-quantization-noise ratio
 
+Of a regression, which has no classes, kl and jeffreys are both the mean squared error from the float network's output
+over that output's variance; where a task's outputs are not compared at all (detection), they are sqnr.
+
 The divergences run the network once per entry, but only from the layer on (`replay.py`). FIT is that of arXiv
 2210.08502: the trace of the Fisher information times the power of the quantization noise; we measure that power on the
 tensor instead of assuming step^2 / 12, and draw y from the network itself (the Fisher information proper) unless labels
@@ -34,11 +37,14 @@ from mpsearch.precision import FLOAT, Precision
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, weight_rows
 from mpsearch.space.choices import TENSORS, TensorName
 from mpsearch.space.space import SearchSpace
+from mpsearch.task.comparing import Comparison, comparison, relative_error
 from mpsearch.train import call
 from mpsearch.warmstart.replay import CannotReplay, Pass, Replay, Whole
 from mpsearch.warmstart.table import Key, SensitivityTable, check_proxy
 
 Logits = Callable[[Any], Tensor]
+LOGITS = comparison("the network", None)
+"""How outputs that are logits `(n, classes)` are compared."""
 
 
 class Divergences(NamedTuple):
@@ -54,22 +60,32 @@ def measure(
     layers: Sequence[LayerInfo],
     space: SearchSpace,
     x: Any,
-    logits: Logits = lambda output: output,
+    compared: Comparison | None = LOGITS,
     ranges: RangeSetter | None = None,
 ) -> SensitivityTable:
     """The table of any proxy, with the defaults of its own function.
 
+    Args:
+        proxy: its name.
+        model, layers, space, x, ranges: as for `divergences`.
+        compared: how outputs are compared; None: they are not, and sqnr takes the place of another proxy, which the
+            table's notes say.
+
     Raises:
-        MpsearchError: no such proxy.
-        TaskError: the logits are not `(n, classes)`.
+        MpsearchError: no such proxy, or not of such outputs.
+        TaskError: the output cannot be compared.
     """
     check_proxy(proxy)
-    if proxy == "sqnr":
-        return sqnr(model, layers, space, x, ranges=ranges)
+    if proxy == "sqnr" or compared is None:
+        table = sqnr(model, layers, space, x, ranges=ranges)
+        notes = () if proxy == "sqnr" else (f"sqnr instead of {proxy}: the outputs of this task are not compared",)
+        return SensitivityTable("sqnr", dict(table), table.samples, table.seconds, (*table.notes, *notes))
     if proxy == "fit":
-        return fit(model, layers, space, x, logits=logits, ranges=ranges)
-    table = divergences(model, layers, space, x, logits=logits, ranges=ranges)
-    return table.kl if proxy == "kl" else table.jeffreys
+        if not compared.classes:
+            raise TaskError("fit is of networks that tell classes apart, and this one gives numbers: take kl or sqnr")
+        return fit(model, layers, space, x, logits=compared.rows, ranges=ranges)
+    both = divergences(model, layers, space, x, logits=compared.rows, classes=compared.classes, ranges=ranges)
+    return both.kl if proxy == "kl" else both.jeffreys
 
 
 @torch.no_grad()
@@ -80,6 +96,7 @@ def divergences(
     x: Any,
     *,
     logits: Logits = lambda output: output,
+    classes: bool = True,
     ranges: RangeSetter | None = None,
     batch_size: int = 64,
     reuse: bool = True,
@@ -92,7 +109,8 @@ def divergences(
         layers: its layers.
         space: the precisions to measure.
         x: model input, on the model's device: any nesting of tensors; a tuple is several arguments.
-        logits: model output -> `(n, classes)`.
+        logits: model output -> `(n, classes)`, or `(n, numbers)`.
+        classes: whether a row is logits; else both divergences are the mean squared error over the variance.
         ranges: what sets ranges; default: one on `x`.
         batch_size: samples at a time; what the layers read of one batch is kept in memory.
         reuse: compute the part of the network before a layer once; False: every time, to compare with.
@@ -109,11 +127,11 @@ def divergences(
     if reuse:
         try:
             replay = Replay(probe.model, probe.layers.values())
-            totals = _divergence_totals(replay, probe, x, samples, batch_size, logits, on_progress)
+            totals = _divergence_totals(replay, probe, x, samples, batch_size, logits, classes, on_progress)
         except CannotReplay as reason:
             notes.append(f"every forward pass started at the input, because {reason}")
     if totals is None:
-        totals = _divergence_totals(Whole(probe.model), probe, x, samples, batch_size, logits, on_progress)
+        totals = _divergence_totals(Whole(probe.model), probe, x, samples, batch_size, logits, classes, on_progress)
     seconds = time.perf_counter() - began
     means = {key: (total / samples).tolist() for key, total in totals.items()}
     kl, jeffreys = (
@@ -239,19 +257,24 @@ def _divergence_totals(
     samples: int,
     batch_size: int,
     logits: Logits,
+    classes: bool,
     on_progress: Callable[[int, int], None],
 ) -> dict[Key, Tensor]:
     """Sums over the samples, `(2,)` each: KL and Jeffreys."""
     totals = {key: torch.zeros(2, dtype=torch.float64) for key in probe}
     for start in range(0, samples, batch_size):
         batch = _rows(x, start, start + batch_size, samples)
-        log_p = _log_probabilities(logits(run.record(batch)))
+        prepared = _log_probabilities if classes else Tensor.double
+        log_p = prepared(logits(run.record(batch)))
         for name, tensor, precision in probe:
             with probe.quantized(name, tensor, precision):
-                log_q = _log_probabilities(logits(run.after(probe.layers[name])))
-            forward = (log_p.exp() * (log_p - log_q)).sum()
-            backward = (log_q.exp() * (log_q - log_p)).sum()
-            totals[name, tensor, precision] += torch.stack([forward, forward + backward]).cpu()
+                log_q = prepared(logits(run.after(probe.layers[name])))
+            if classes:
+                forward = (log_p.exp() * (log_p - log_q)).sum()
+                backward = (log_q.exp() * (log_q - log_p)).sum()
+                totals[name, tensor, precision] += torch.stack([forward, forward + backward]).cpu()
+            else:
+                totals[name, tensor, precision] += (len(log_p) * relative_error(log_q, log_p)).double().cpu()
         on_progress(min(start + batch_size, samples), samples)
     return totals
 

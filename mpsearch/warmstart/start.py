@@ -25,7 +25,7 @@ from mpsearch.record import Origin
 from mpsearch.space.order import ends_first
 from mpsearch.space.space import SearchSpace
 from mpsearch.study import StudySpec
-from mpsearch.task.scoring import logits_of
+from mpsearch.task.scoring import comparison_of
 from mpsearch.task.task import Task
 from mpsearch.warmstart.allocate import Allocation, equivalent_bits, ilp_ladder, round_bits
 from mpsearch.warmstart.descent import Descent, Snapshot, descend
@@ -212,7 +212,7 @@ def sensitivity_table(proxy: str, task: Task, graph: ModelGraph, space: SearchSp
     if path.exists():
         return SensitivityTable.load(path)
     x = task.calibration_input(SENSITIVITY_SAMPLES)
-    table = measure(proxy, channels_last(task.float_model()), graph.layers, space, x, logits_of(task))
+    table = measure(proxy, channels_last(task.float_model()), graph.layers, space, x, comparison_of(task))
     folder.mkdir(parents=True, exist_ok=True)
     table.save(path)
     logger.info("sensitivity (%s): %d entries in %.0f s", proxy, len(table), table.seconds)

@@ -1,6 +1,6 @@
 """The start score: how far a config's answers are from the float network's before any training.
 
-    D = mean over batches of J(q(x), f(x)),   J the Jeffreys divergence between logits, in nats
+    D = mean over batches of J(q(x), f(x)),   J the divergence of the task's comparison (of logits: Jeffreys, in nats)
 
 Ranges are set and nothing is trained. In both networks BatchNorm normalizes by the batch's own statistics, as if they
 were estimated anew, so that quantization is all that tells them apart. (With the float network's own statistics the
@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpsearch.errors import TaskError
 from mpsearch.graph.inputs import call, map_tensors, tensors
 from mpsearch.precision import Offer, Precision, PrecisionConfig
 from mpsearch.private.torch import BatchNormNd
 from mpsearch.quant.modules import QuantEmbedding, QuantLayer
 from mpsearch.quant.prepare import RangeSetter, check_names, insert_quantizers, quant_layers, weight_rows
-from mpsearch.task.scoring import logits_of
-from mpsearch.train import autocast, jeffreys, to_device
+from mpsearch.task.comparing import Comparison
+from mpsearch.train import autocast, to_device
 from mpsearch.workbench import Workbench, channels_last
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class StartScorer:
         room_bytes: for the weights that are kept, and for the batches; what is beyond is made again.
 
     Raises:
-        TaskError: the task's outputs are no logits `(n, classes)`, which alone can be compared.
+        TaskError: the task's outputs cannot be compared.
     """
 
     def __init__(
@@ -72,11 +73,11 @@ class StartScorer:
         self._ranges = workbench.ranges
         self._room_bytes = room_bytes
         self._batches = _Batches(workbench, most_batches, room_bytes)
-        self._logits = logits_of(workbench.task)
+        self._compared = compared_of(workbench)
         self.bf16 = workbench.bf16
 
     def __call__(self, config: PrecisionConfig, batches: int = BATCHES, begun: tuple[int, float] = (0, 0.0)) -> float:
-        """The start score of a config on the first `batches`, nats; infinite or NaN where the network breaks.
+        """The start score of a config on the first `batches`; infinite or NaN where the network breaks.
 
         Where its score on fewer is known, `begun` is (batches, score): only the others are run.
 
@@ -124,18 +125,25 @@ class StartScorer:
         total = 0.0
         for x, expected in self._batches.first(batches, skip):
             with autocast(x, bf16):
-                output = self._logits(call(self._model, x))
-            total += float(jeffreys(output, expected))
+                output = call(self._model, x)
+            total += float(self._compared.divergence(self._compared.rows(output), expected))
             if not math.isfinite(total):
                 break
         return total / max(1, batches - skip)
+
+
+def compared_of(workbench: Workbench) -> Comparison:
+    """How the outputs of a task are compared. Raises TaskError where they are not."""
+    if workbench.comparison is None:
+        raise TaskError(f"{workbench.task.name}: outputs of kind detection are not compared with the float network's")
+    return workbench.comparison
 
 
 def agrees(pairs: Sequence[tuple[float, float]]) -> bool:
     """Whether scores in another arithmetic are as good: each close to the first one, and in the same order.
 
     Args:
-        pairs: (score, score in the other arithmetic), nats.
+        pairs: (score, score in the other arithmetic).
     """
     close = all(abs(a - b) <= AGREES_NATS + AGREES_SHARE * abs(a) for a, b in pairs)  # NaN is close to nothing
     by_one, by_other = (sorted(range(len(pairs)), key=lambda i: pairs[i][side]) for side in (0, 1))
@@ -176,12 +184,12 @@ class _Batches:
     def __init__(self, workbench: Workbench, most: int, room_bytes: int) -> None:
         self._workbench, self._most, self._room = workbench, most, room_bytes
         self._model = _by_batch(channels_last(workbench.task.float_model()).to(workbench.device))
-        self._logits = logits_of(workbench.task)
+        self._compared = compared_of(workbench)
         self._kept: list[tuple[Any, Tensor]] = []
-        next(self.first(1))  # before anything is scored: logits that cannot be compared are refused
+        next(self.first(1))  # before anything is scored: outputs that cannot be compared are refused
 
     def first(self, count: int, skip: int = 0) -> Iterator[tuple[Any, Tensor]]:
-        """Input and logits `(n, classes)` of the first `count` batches, but for the very first `skip`."""
+        """Input and the rows of the output `(m, k)` of the first `count` batches, but for the very first `skip`."""
         yield from self._kept[skip:count]
         yield from islice(self._others(count), max(0, skip - len(self._kept)), None)
 
@@ -195,12 +203,12 @@ class _Batches:
         for x, _ in islice(batches, len(self._kept), count):
             x = map_tensors(_dense, x)
             with torch.inference_mode():
-                logits = self._logits(call(self._model, x)).float()
-            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors((x, logits)))
+                rows = self._compared.rows(call(self._model, x)).float()
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors((x, rows)))
             if size <= self._room:
-                self._kept.append((x, logits))
+                self._kept.append((x, rows))
             self._room = self._room - size if size <= self._room else 0  # those that are kept are the first ones
-            yield x, logits
+            yield x, rows
 
 
 def _by_batch(model: nn.Module) -> nn.Module:

@@ -192,7 +192,7 @@ def facts(weights: float, activations: float, everything: float) -> Diagnosis:
         TensorFacts(config["fc"].activation, 20.0, scores[1]),
     )
     parts = dict(zip(("weights", "activations", "all"), scores, strict=True))
-    return Diagnosis(config, TOP1, 1000, 0.9, Score(0.9, 0.0, 0.0), parts, (layer,), (), (), (), 1.0)
+    return Diagnosis(config, TOP1, 1000, 0.9, "nats", Score(0.9, 0.0, 0.0), parts, (layer,), (), (), (), 1.0)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ FOUND = Diagnosis(
     metric=TOP1,
     samples=400,
     float_score=0.9,
+    unit="nats",
     sanity=Score(0.9, 1e-12, 0.0),
     parts={
         "weights": Score(0.6, 1.5, 0.36),
@@ -86,7 +87,7 @@ def test_the_page_is_offline_and_escaped(tmp_path: Path) -> None:
 def test_a_failed_sanity_check_leaves_the_rest_out(tmp_path: Path) -> None:
     failed = replace(FOUND, sanity=Score(0.1, 5.0, 0.9), parts={}, layers=(), histograms=(), attempts=())
     text = page(tmp_path, failed)
-    assert "Inserting quantizers that do nothing already moves the logits by 5 nats" in text
+    assert "Inserting quantizers that do nothing already moves the outputs by 5 nats" in text
     assert 'plotly-graph-div"' not in text
 
 
@@ -96,7 +97,7 @@ def test_a_page_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_sweep_shows_both_tensors_of_each_layer_in_order() -> None:
-    weights, inputs = figures.sweep(sweep_table(FOUND), TOP1).data
+    weights, inputs = figures.sweep(sweep_table(FOUND), TOP1, "nats").data
     assert list(weights.x) == [1.25, 0.125]
     assert list(inputs.x)[1] == 0.5
     assert inputs.x[0] != inputs.x[0]  # NaN: left float
@@ -108,7 +109,7 @@ def test_of_many_layers_the_sweep_shows_those_that_matter() -> None:
         divergence = nan if number == 99 else float(number)
         return LayerFacts(f"l{number}", "linear", 1.0, TensorFacts(W4, 20.0, Score(0.9, divergence, 0.0)), None)
 
-    weights, _ = figures.sweep(sweep_table(replace(FOUND, layers=tuple(map(layer, range(100))))), TOP1).data
+    weights, _ = figures.sweep(sweep_table(replace(FOUND, layers=tuple(map(layer, range(100))))), TOP1, "nats").data
     assert [name for name, _ in weights.customdata] == [f"l{number}" for number in range(60, 100)]
 
 

@@ -172,7 +172,7 @@ def test_looking_at_two_thousand_trials_takes_little_memory(tmp_path: Path, comm
             trial(number, 1 / (1 + number % 97), 0.9 - 0.5 / (1 + number % 89)),
             config=PrecisionConfig((name, widths[(number * 7 + i) % len(widths)]) for i, name in enumerate(names)),
             origin="uniform" if number % 200 == 0 else "sampler",
-            correct=correct,
+            values=correct,
         )
         for number in range(2000)
     ]

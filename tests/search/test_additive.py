@@ -10,11 +10,12 @@ from drive import make_space, relative_cost, truth
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.facts import LayerInfo
+from mpsearch.metric import TOP1
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import TrialRecord
 from mpsearch.search.additive import Knowledge
 from mpsearch.search.controller import SearchController
-from mpsearch.search.front import pareto_front
+from mpsearch.search.front import ScoreRange, pareto_front
 from mpsearch.space.build import build_space
 from mpsearch.space.space import SearchSpace
 from mpsearch.space.spec import parse_space
@@ -61,11 +62,11 @@ class Landscape:
 
     def search(self, sampler: str, trials: int, knowledge: Knowledge, seed: int = 0) -> list[TrialRecord]:
         spec = SearchSpec(sampler=sampler, trials=trials, seed=seed)  # type: ignore[arg-type]
-        search = SearchController(self.space, self.cost, spec, knowledge=knowledge)
+        search = SearchController(self.space, self.cost, spec, TOP1, knowledge=knowledge)
         records = []
         while (proposal := search.ask()) is not None:
             divergence = self.divergence(proposal.config)
-            record = TrialRecord(proposal.config, "complete", accuracy=math.exp(-divergence), divergence=divergence)
+            record = TrialRecord(proposal.config, "complete", score=math.exp(-divergence), divergence=divergence)
             records.append(search.tell(proposal, record))
         return records
 
@@ -95,11 +96,11 @@ def test_without_start_scores_it_learns_from_trials_alone() -> None:
 def test_a_cost_that_no_program_can_keep_and_scores_without_divergence_are_searched_too() -> None:
     def hypervolume(sampler: str) -> float:
         space = make_space(12)
-        search = SearchController(space, relative_cost, SearchSpec(sampler=sampler, trials=40))  # type: ignore[arg-type]
+        search = SearchController(space, relative_cost, SearchSpec(sampler=sampler, trials=40), TOP1)  # type: ignore[arg-type]
         records = []
         while (proposal := search.ask()) is not None:
             records.append(search.tell(proposal, TrialRecord(proposal.config, "complete", truth(proposal.config))))
-        return pareto_front(records).hypervolume(relative_cost(space.rung(1)))
+        return pareto_front(records, TOP1).hypervolume(relative_cost(space.rung(1)), ScoreRange(0.0, 1.0))
 
     assert hypervolume("additive") > hypervolume("random")
 
@@ -107,7 +108,7 @@ def test_a_cost_that_no_program_can_keep_and_scores_without_divergence_are_searc
 def test_no_proposal_is_above_the_budget() -> None:
     known = Landscape()
     spec = SearchSpec(sampler="additive", trials=30)
-    search = SearchController(known.space, known.cost, spec, budget=0.3)
+    search = SearchController(known.space, known.cost, spec, TOP1, budget=0.3)
     while (proposal := search.ask()) is not None:
         assert proposal.cost <= 0.3
         divergence = known.divergence(proposal.config)

@@ -386,7 +386,7 @@ def answer_of(search: SearchController, proposal: Proposal) -> TrialRecord:
 def told(search: SearchController, accuracy: float, divergence: float | None, **more) -> float:
     """What the sampler is told of a trial with these scores: the larger of its objectives' first."""
     proposal = search.ask()
-    record = TrialRecord(proposal.config, "complete", accuracy=accuracy, divergence=divergence)
+    record = TrialRecord(proposal.config, "complete", score=accuracy, divergence=divergence)
     search.tell(proposal, replace(record, **more))
     return search._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))[-1].values[0]
 

@@ -32,7 +32,7 @@ def trial(number: int, cost: float, accuracy: float, origin: Origin = "sampler")
 
 def final(number: int, seed: int, share: float) -> FinalRecord:
     correct = share > HARD
-    return FinalRecord(number, seed, 100, val=share, test=float(correct.mean()), correct=pack(correct))
+    return FinalRecord(number, seed, 100, val=share, test=float(correct.mean()), values=pack(correct))
 
 
 TRIALS = [
@@ -55,7 +55,7 @@ def test_gain_over_the_control_is_paired_and_shown_with_its_interval() -> None:
     texts = {text["trial"]: text for text in final_table(list(rows.values()), TOP1)}
     assert texts["8"]["test minus baseline, points"] == gain.show(TOP1)
     assert texts["1"]["test minus baseline, points"] == ""
-    old = [replace(f, correct=None) for f in finals]  # of a run made before correctness was kept
+    old = [replace(f, values=None) for f in finals]  # of a run made before correctness was kept
     texts = {text["trial"]: text for text in final_table(final_rows(TRIALS, old, 6, TOP1), TOP1)}
     assert texts["8"]["test minus baseline, points"] == f"{100 * gain.mean:+.2f}"
 

@@ -225,11 +225,11 @@ def test_gain_over_the_control_is_on_the_same_samples_and_says_at_which_cost():
     random = np.random.default_rng(0)
     hard = random.random(4000)
     answers = {share: pack(share > hard) for share in (0.80, 0.84)}
-    baseline = replace(trial(0, 0.5, 0.80), origin="uniform", correct=answers[0.80])
-    mixed = replace(trial(1, 0.4, 0.84), correct=answers[0.84])
-    expected = paired([answers[0.84]], [answers[0.80]])
+    baseline = replace(trial(0, 0.5, 0.80), origin="uniform", values=answers[0.80])
+    mixed = replace(trial(1, 0.4, 0.84), values=answers[0.84])
+    expected = paired([answers[0.84]], [answers[0.80]], TOP1)
     assert expected.low > 0
     assert gains_over_baselines(pareto_front([baseline, mixed], TOP1)) == {
         1: f"{expected.show(TOP1)} at 0.80x of trial 0"
     }
-    assert gains_over_baselines(pareto_front([baseline, replace(mixed, correct=None)], TOP1)) == {}
+    assert gains_over_baselines(pareto_front([baseline, replace(mixed, values=None)], TOP1)) == {}

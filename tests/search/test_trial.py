@@ -16,12 +16,13 @@ from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise
 from mpsearch.record import unpack
 from mpsearch.search.stopping import Thresholds
-from mpsearch.search.trial import NEAR, SETTLED, peak_memory_bytes, run_trial
+from mpsearch.search.trial import peak_memory_bytes, run_trial
 from mpsearch.space.build import build_space
 from mpsearch.space.spec import load_space
 from mpsearch.study import TrialSpec, load_study
+from mpsearch.task.comparing import NEAR, SETTLED
 from mpsearch.task.load import load_task
-from mpsearch.task.task import Answering, Task
+from mpsearch.task.task import Measuring, Task
 from mpsearch.train import FitResult
 from mpsearch.workbench import Score, Workbench
 
@@ -121,9 +122,9 @@ def test_a_trial_never_sees_the_test_split(workbench: Workbench) -> None:
             seen.append(split)
             return self._task.evaluate(model, split)
 
-        def answers(self, model: nn.Module, split: Any) -> Any:
+        def measure(self, model: nn.Module, split: Any) -> Any:
             seen.append(split)
-            return cast(Answering, self._task).answers(model, split)
+            return cast(Measuring, self._task).measure(model, split)
 
     watched = Watched(workbench.task)
     run_trial(watched, uniform(workbench, "w8a8"), SETTINGS.model_copy(update={"steps": 2}))  # type: ignore[arg-type]
@@ -195,8 +196,8 @@ def test_a_trial_is_scored_before_halfway_and_at_its_end(task: Task, workbench: 
     steps, accuracies = zip(*record.curve, strict=True)
     assert steps == (0, 10, 20)
     assert record.score == max(accuracies[0], accuracies[-1])
-    assert record.correct is not None
-    assert unpack(record.correct).mean() == pytest.approx(record.score)
+    assert record.values is not None
+    assert unpack(record.values).mean() == pytest.approx(record.score)
     assert record.divergence is not None
     assert 0 < record.divergence < 10
 
@@ -216,7 +217,7 @@ def test_a_fine_tune_that_does_harm_is_taken_back(task: Task, workbench: Workben
     assert record.curve[-1][1] < record.curve[0][1] - 0.1
     # w4a4 starts far from float, so its start has BatchNorm statistics of its own and not the float network's
     assert record.score == record.curve[0][1] == workbench.score("val").value > untrained.score
-    assert record.correct == workbench.score("val").correct
+    assert record.values == workbench.score("val").values
 
 
 def test_a_config_that_answers_as_the_float_network_does_is_not_trained(task: Task, workbench: Workbench) -> None:
@@ -288,7 +289,7 @@ def bench_after(workbench: Workbench, config: PrecisionConfig) -> float | None:
 def test_before_and_halfway_a_sample_is_scored_and_at_the_end_everything(task: Task, workbench: Workbench) -> None:
     sampled = copy.copy(workbench)
     sampled._quick_task = task.sampled(20)  # type: ignore[attr-defined]
-    sampled._float_answers = {}
+    sampled._float_rows = {}
     record = run_trial(task, uniform(workbench, "w2a2"), SETTINGS, workbench=sampled)
     before, halfway, end = (accuracy for _, accuracy in record.curve)
     assert {before, halfway} <= {i / 20 for i in range(21)}

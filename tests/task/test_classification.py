@@ -286,9 +286,7 @@ def test_a_task_of_ones_own_comes_from_its_function():
 
 
 def test_a_task_that_lacks_methods_is_told_which():
-    with pytest.raises(
-        TaskError, match="_Half, which has no train_batches, calibration_input, loss, logits, steps_per_epoch"
-    ):
+    with pytest.raises(TaskError, match="_Half, which has no train_batches, calibration_input, loss, steps_per_epoch"):
         load_task(TaskSpec(factory=f"{__name__}:half"))
 
 

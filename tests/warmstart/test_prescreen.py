@@ -12,6 +12,7 @@ import torch
 
 import mpsearch
 from mpsearch.errors import TaskError
+from mpsearch.metric import TOP1
 from mpsearch.observer import Observer
 from mpsearch.problem import Problem, open_problem
 from mpsearch.record import RunFolder
@@ -66,7 +67,7 @@ def sensitivities(problem: Problem, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def folder(problem: Problem, sensitivities: Path, tmp_path: Path) -> Iterator[RunFolder]:
     shutil.copytree(sensitivities, tmp_path / "run" / "warmstart")
-    with RunFolder.create(tmp_path / "run", problem.spec.to_yaml()).driving() as folder:
+    with RunFolder.create(tmp_path / "run", problem.spec.to_yaml(), metric=problem.metric).driving() as folder:
         yield folder
 
 
@@ -126,7 +127,7 @@ def test_a_torn_line_is_cut_off_and_scored_again(problem: Problem, folder: RunFo
     with folder.prescreen_jsonl.open("a") as file:
         file.write('{"cost": 0.2, "conf')
     assert folder.prescreened() == [record]
-    with RunFolder.create(folder.path.with_name("other"), "name: x\n").driving() as other:
+    with RunFolder.create(folder.path.with_name("other"), "name: x\n", metric=TOP1).driving() as other:
         other.prescreen_jsonl.write_bytes(folder.prescreen_jsonl.read_bytes())
     with RunFolder.open(other.path).driving() as again:
         assert again.prescreen_jsonl.read_bytes().endswith(b"\n")

@@ -127,7 +127,7 @@ def test_the_additive_model_ranks_trials_by_the_others_and_finals_are_means_over
 
     configs = list(dict.fromkeys(space.sample(random) for _ in range(60)))
     records = [
-        TrialRecord(c, "complete", accuracy=1 - harm(c), cost=0.5, divergence=0.3 * harm(c), number=i)
+        TrialRecord(c, "complete", score=1 - harm(c), cost=0.5, divergence=0.3 * harm(c), number=i)
         for i, c in enumerate(configs[:16])
     ]
     foreseen = foreseen_divergence(records, [(c, harm(c)) for c in configs], space)

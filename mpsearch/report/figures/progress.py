@@ -87,10 +87,10 @@ def prescreen(scores: pd.DataFrame) -> go.Figure:
             name=name,
             mode="markers",
             marker={"color": colour, "size": 5, "opacity": 0.7},
-            hovertemplate="%{customdata}: %{y:.3g} nats, cost %{x:.4g}<extra></extra>",
+            hovertemplate="%{customdata}: %{y:.3g} from float, cost %{x:.4g}<extra></extra>",
         )
     figure.update_xaxes(title="relative cost", type="log")
-    figure.update_yaxes(title="start score, nats from float", type="log")
+    figure.update_yaxes(title="start score, divergence from float", type="log")
     return figure
 
 

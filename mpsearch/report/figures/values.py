@@ -1,4 +1,4 @@
-"""Figures of values: ranges that were learned, weights before and after, how far a layer alone moves the logits."""
+"""Figures of values: ranges that were learned, weights before and after, how far a layer alone moves the outputs."""
 
 from __future__ import annotations
 
@@ -69,14 +69,15 @@ def ranges(values: pd.DataFrame, side: Literal["weight", "activation"]) -> go.Fi
     return figure
 
 
-def sweep(layers: pd.DataFrame, metric: Metric) -> go.Figure:
-    """How far each layer moves the logits when its weight, or its input, is quantized alone.
+def sweep(layers: pd.DataFrame, metric: Metric, unit: str) -> go.Figure:
+    """How far each layer moves the outputs when its weight, or its input, is quantized alone.
 
     Of more than `MAX_ROWS` layers those that move them least are left out.
 
     Args:
         layers: as from `debug_page.sweep_table`.
         metric: what a score is.
+        unit: of divergences.
     """
     most = layers[["weight_divergence", "activation_divergence"]].max(axis=1)
     shown = layers[most.rank(method="first", ascending=False, na_option="top") <= MAX_ROWS]
@@ -89,10 +90,10 @@ def sweep(layers: pd.DataFrame, metric: Metric) -> go.Figure:
             name={"weight": "its weight", "activation": "its input"}[side],
             mode="markers",
             marker={"color": colour, "symbol": symbol, "size": 10},
-            hovertemplate="%{customdata[0]}<br>divergence %{x:.3g} nats<br>"
+            hovertemplate=f"%{{customdata[0]}}<br>divergence %{{x:.3g}} {unit}<br>"
             f"{metric.name} worse by %{{customdata[1]:{metric.format}}} {metric.difference_unit}",
         )
-    figure.update_xaxes(type="log", title="divergence, nats, log scale", exponentformat="power", dtick=1)
+    figure.update_xaxes(type="log", title=f"divergence, {unit}, log scale", exponentformat="power", dtick=1)
     figure.update_yaxes(
         autorange="reversed",
         tickvals=list(range(len(shown))),

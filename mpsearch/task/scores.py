@@ -1,0 +1,202 @@
+"""What makes a score of outputs and targets, batch by batch: a task's own `score`, or a common metric's.
+
+Values by sample are what two configs are compared by. Metrics that are no mean over samples are accumulated: MeanIoU
+here, others by torchmetrics, which is imported where one is asked for (the extra `metrics`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpsearch.errors import TaskError
+from mpsearch.metric import Metric
+from mpsearch.task.comparing import output_tensor
+
+PerSample = Callable[[Any, Any], Any]  # (output, target) -> (n,) values, or their mean as one number
+
+
+class Scorer(Protocol):
+    """Takes in batches, then gives the score."""
+
+    def add(self, output: Any, target: Any, count: int) -> None:
+        """Take in a batch of `count` samples."""
+        ...
+
+    def result(self) -> tuple[float, Tensor | None]:
+        """The score, and the values by sample where there are any: `(n,)` bool or float32 on the CPU."""
+        ...
+
+
+class Mean:
+    """The mean of values by sample, or of batches, weighed by their samples, where only their means are given."""
+
+    def __init__(self, name: str, metric: Metric, values: PerSample) -> None:
+        self._name, self._metric, self._function = name, metric, values
+        self._values: list[Tensor] = []
+        self._sums: list[tuple[float, int]] = []
+
+    def add(self, output: Any, target: Any, count: int) -> None:
+        """As `Scorer.add`."""
+        values = torch.as_tensor(self._function(output, target)).detach()
+        if values.dim() == 0:
+            self._sums.append((float(values), count))
+        elif values.shape == (count,):
+            self._values.append(values.cpu() if values.dtype == torch.bool else values.float().cpu())
+        else:
+            raise TaskError(
+                f"{self._name}: `score` gave the shape {tuple(values.shape)} for a batch of {count} samples: return "
+                f"one number for each sample ({count},), their mean, or have an object with `update` and `compute`"
+            )
+
+    def result(self) -> tuple[float, Tensor | None]:
+        """As `Scorer.result`."""
+        if self._sums or not self._values:
+            total = sum(mean * count for mean, count in self._sums) + sum(float(v.sum()) for v in self._values)
+            samples = sum(count for _, count in self._sums) + sum(len(v) for v in self._values)
+            return self._metric.score_of(total / max(1, samples)), None
+        values = torch.cat(self._values)
+        return self._metric.score_of(float(values.double().mean())), values
+
+
+class Accumulated:
+    """An object with `update(output, target)`, `compute()` and perhaps `reset()`, as those of torchmetrics."""
+
+    def __init__(self, metric: Metric, accumulator: Any, prepare: Callable[[Any], Any] = lambda output: output) -> None:
+        if hasattr(accumulator, "reset"):
+            accumulator.reset()
+        self._metric, self._accumulator, self._prepare = metric, accumulator, prepare
+
+    def add(self, output: Any, target: Any, count: int) -> None:
+        """As `Scorer.add`."""
+        first = output if isinstance(output, Tensor) else target if isinstance(target, Tensor) else None
+        if first is not None and hasattr(self._accumulator, "to"):
+            self._accumulator = self._accumulator.to(first.device)
+        self._accumulator.update(self._prepare(output), target)
+
+    def result(self) -> tuple[float, Tensor | None]:
+        """As `Scorer.result`; of a mapping of several, the one that has the metric's name."""
+        value = self._accumulator.compute()
+        if isinstance(value, Mapping):
+            value = value[{"map50": "map_50"}.get(self._metric.name, self._metric.name)]
+        return float(value), None
+
+
+class MeanIoU:
+    """The mean over classes of intersection over union; targets that are no class (255, say) are ignored."""
+
+    def __init__(self) -> None:
+        self._counts: Tensor | None = None  # (classes, classes): target, answer
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Take in logits `(n, classes, ...)` and labels `(n, ...)`."""
+        classes = output.shape[1]
+        told, labels = output.argmax(dim=1).flatten(), target.flatten().long()
+        valid = (labels >= 0) & (labels < classes)
+        counts = torch.bincount(classes * labels[valid] + told[valid], minlength=classes**2).reshape(classes, classes)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def compute(self) -> float:
+        """The mean over the classes that occur in targets or answers."""
+        assert self._counts is not None
+        counts = self._counts.double()
+        union = counts.sum(0) + counts.sum(1) - counts.diagonal()
+        return float((counts.diagonal()[union > 0] / union[union > 0]).mean())
+
+
+def _right(most: int) -> PerSample:
+    def values(output: Any, target: Any) -> Tensor:
+        logits = output_tensor(output)
+        right: Tensor = (logits.topk(most, dim=1).indices == target.unsqueeze(1)).any(dim=1)
+        return right if right.dim() == 1 else right.float().flatten(1).mean(dim=1)
+
+    return values
+
+
+def _of_errors(function: Callable[[Tensor], Tensor]) -> PerSample:
+    return lambda output, target: function((output_tensor(output) - target).float().flatten(1))
+
+
+def _nats(output: Any, target: Any) -> Tensor:
+    """Mean cross-entropy of each sample `(n,)`; logits `(n, steps, vocabulary)` or `(n, classes)`; -100 is ignored."""
+    logits = output_tensor(output).float()
+    losses = F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=-100, reduction="none")
+    counted = (target != -100).flatten(1) if target.dim() > 1 else (target != -100).unsqueeze(1)
+    means: Tensor = losses.reshape(counted.shape).sum(dim=1) / counted.sum(dim=1).clamp_min(1)
+    return means
+
+
+def _scaled(function: PerSample, factor: float) -> PerSample:
+    return lambda output, target: factor * function(output, target)
+
+
+PER_SAMPLE: Mapping[str, PerSample] = {
+    "top1": _right(1),
+    "accuracy": _right(1),
+    "top5": _right(5),
+    "psnr": _of_errors(lambda error: -10 * error.square().mean(dim=1).clamp_min(1e-12).log10()),  # of values in [0, 1]
+    "mse": _of_errors(lambda error: error.square().mean(dim=1)),
+    "mae": _of_errors(lambda error: error.abs().mean(dim=1)),
+    "cross_entropy": _nats,
+    "perplexity": _nats,
+    "bpc": _scaled(_nats, 1 / math.log(2)),
+    "bits_per_byte": _scaled(_nats, 1 / math.log(2)),
+}
+"""Common metric -> the values of a batch. A step of a sequence is a character for bpc, a byte for bits_per_byte."""
+
+FROM_TORCHMETRICS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "ssim": ("image.StructuralSimilarityIndexMeasure", {"data_range": 1.0}),
+    "r2": ("regression.R2Score", {}),
+    "map": ("detection.MeanAveragePrecision", {}),
+    "map50": ("detection.MeanAveragePrecision", {}),
+}
+"""Common metric -> the class of torchmetrics that accumulates it, and its arguments."""
+
+
+def scorer(name: str, metric: Metric, own: Any) -> Scorer:
+    """What scores a split of a task.
+
+    Args:
+        name: of the task.
+        metric: of the task.
+        own: the task's `score`: a function of (output, target), or an object with `update` and `compute`; None: that
+            of the common metric.
+
+    Raises:
+        TaskError: the metric is none that can be scored without a `score`, or torchmetrics is missing.
+    """
+    if own is not None:
+        return (
+            Accumulated(metric, own) if hasattr(own, "update") and hasattr(own, "compute") else Mean(name, metric, own)
+        )
+    if metric.name in PER_SAMPLE:
+        return Mean(name, metric, PER_SAMPLE[metric.name])
+    if metric.name == "miou":
+        return Accumulated(metric, MeanIoU(), output_tensor)
+    if metric.name in FROM_TORCHMETRICS:
+        return Accumulated(metric, torchmetric(metric.name), output_tensor)
+    raise TaskError(
+        f"{name}: nothing is known of how {metric.name} is scored: give the task `score(outputs, targets)`, one number "
+        "for each sample, or an object with `update` and `compute` as those of torchmetrics; without one are scored: "
+        f"{', '.join(sorted({*PER_SAMPLE, 'miou', *FROM_TORCHMETRICS}))}"
+    )
+
+
+def torchmetric(name: str) -> Any:
+    """A metric of torchmetrics. Raises TaskError where that is not installed."""
+    import importlib
+
+    path, arguments = FROM_TORCHMETRICS[name]
+    module, _, kind = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(f"torchmetrics.{module}"), kind)(**arguments)
+    except ImportError as error:
+        raise TaskError(
+            f"the metric {name} is computed by torchmetrics ({error}): pip install 'mpsearch[metrics]', or give the "
+            "task a `score` of its own"
+        ) from None
