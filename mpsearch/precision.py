@@ -104,6 +104,15 @@ class Precision:
 FLOAT = Precision("float", FLOAT_BITS, "tensor")
 
 
+def per_tensor(precision: Precision) -> Precision:
+    """The same with one scale for all: what the second factor of a product of two activations has.
+
+    >>> str(per_tensor(Precision.parse("uniform:4", "channel")))
+    'uniform:4/tensor'
+    """
+    return Precision(precision.quantizer, precision.bits, "tensor")
+
+
 def group_count(features: int, size: int) -> int:
     """Into how many groups of `size` input features a channel is cut; the last may be shorter.
 

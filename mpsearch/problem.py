@@ -95,8 +95,10 @@ def open_problem(spec: StudySpec) -> Problem:
     task = load_task(spec.task)
     model = task.float_model()
     float_digest = digest(model)
-    graph = inspect_network(model, task.calibration_input(spec.trial.calibration_samples))
-    space = build_space(load_space(spec.space), graph.layers)
+    space_spec = load_space(spec.space)
+    calibration = task.calibration_input(spec.trial.calibration_samples)
+    graph = inspect_network(model, calibration, products=space_spec.products)
+    space = build_space(space_spec, graph.layers)
     cost = RelativeCost(graph.layers, spec.cost.model, spec.cost.reference)
     choices: dict[str, dict[str, Sequence[Any]]] = {name: {} for name in space.layers}
     for slot in space.slots:

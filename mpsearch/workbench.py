@@ -17,6 +17,7 @@ from mpsearch.compiler import compiler_missing
 from mpsearch.errors import TaskError
 from mpsearch.graph.facts import LayerInfo, ModelGraph
 from mpsearch.graph.inputs import call, evaluating, first_samples
+from mpsearch.graph.products import named_products
 from mpsearch.precision import Offer, PrecisionConfig
 from mpsearch.quant.fused import fuse
 from mpsearch.quant.prepare import RangeSetter, insert_quantizers, inspect_network, set_precision
@@ -79,7 +80,9 @@ class Workbench:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         float_model = channels_last(float_model or task.float_model())
         calibration = task.calibration_input(settings.calibration_samples)
-        self.graph: ModelGraph = graph or inspect_network(float_model, calibration)
+        self.graph: ModelGraph = graph or inspect_network(
+            float_model, calibration, products=named_products(offers) or False
+        )
         self.layers: tuple[LayerInfo, ...] = self.graph.layers
         if self._distillation is not None:
             with evaluating(float_model):  # before any trial: outputs that cannot be compared are refused

@@ -112,25 +112,32 @@ def exponent_product_pj(weight: Terms, activation: Terms) -> float:
     return total
 
 
-def mac_pj(precision: LayerPrecision, fan_in: int, signed_input: bool, least_accumulator_bits: int = 0) -> float:
+def mac_pj(
+    precision: LayerPrecision,
+    fan_in: int,
+    signed_input: bool,
+    least_accumulator_bits: int = 0,
+    signed_weight: bool = True,
+) -> float:
     """Energy of one MAC at any precision, pJ.
 
     A float side makes the whole MAC one in fp32: the other side is expanded first.
 
     Args:
-        precision: of weight (always signed) and activation.
+        precision: of weight and activation; of a product of two activations the second takes the weight's place.
         fan_in: products summed into one output.
         signed_input: whether the activation has a sign; unsigned power-of-two codes have twice the exponents.
         least_accumulator_bits: the accumulator is this wide, or wider if the sum needs more.
+        signed_weight: whether the weight has a sign; only a product's second factor may have none.
     """
     weight, activation = precision.weight, precision.activation
     if weight.is_float or activation.is_float:
         return FP32_MULTIPLY_PJ + FP32_ADD_PJ
-    weight_terms, activation_terms = _terms(weight, signed=True), _terms(activation, signed_input)
+    weight_terms, activation_terms = _terms(weight, signed_weight), _terms(activation, signed_input)
     if weight_terms and activation_terms:
         product_pj = exponent_product_pj(weight_terms, activation_terms)
     elif weight_terms:
-        product_pj = shift_product_pj(activation.bits, weight_terms, signed=True)
+        product_pj = shift_product_pj(activation.bits, weight_terms, signed_weight)
     elif activation_terms:
         product_pj = shift_product_pj(weight.bits, activation_terms, signed_input)
     else:
@@ -143,12 +150,12 @@ def mac_pj(precision: LayerPrecision, fan_in: int, signed_input: bool, least_acc
 
 def shift_energy_pj(layer: LayerInfo, precision: LayerPrecision) -> float:
     """Energy of one layer's MACs for one sample, pJ, with accumulators as wide as each layer needs."""
-    return layer.macs * mac_pj(precision, layer.fan_in, layer.signed_input)
+    return layer.macs * mac_pj(precision, layer.fan_in, layer.signed_input, 0, layer.signed_second)
 
 
 def shift_energy_acc32_pj(layer: LayerInfo, precision: LayerPrecision) -> float:
     """The same with a 32-bit accumulator, which no precision makes narrower; wider only where the sum needs it."""
-    return layer.macs * mac_pj(precision, layer.fan_in, layer.signed_input, FIXED_ACCUMULATOR_BITS)
+    return layer.macs * mac_pj(precision, layer.fan_in, layer.signed_input, FIXED_ACCUMULATOR_BITS, layer.signed_second)
 
 
 def span(terms: Terms) -> int:

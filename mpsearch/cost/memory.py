@@ -30,20 +30,27 @@ DRAM_PJ_PER_BYTE = 1300 / 8
 
 def weight_bytes(layer: LayerInfo, precision: LayerPrecision) -> float:
     """Bytes of one layer's weight: its codes, rounded up to whole bytes, and its scales. Float has no scale."""
+    if layer.multiplies_activations:
+        return 0.0
     return _packed(layer.weights, precision.weight) + SCALE_BYTES * _scales(layer, precision.weight)
 
 
 def bias_bytes(layer: LayerInfo, _precision: LayerPrecision) -> float:
     """Bytes of one layer's bias: its own, or the one that folding its BatchNorm leaves."""
+    if layer.multiplies_activations:
+        return 0.0
     has_bias = layer.params > layer.weights or layer.batch_norm is not None
     return float(BIAS_BYTES * _out_channels(layer) * has_bias)
 
 
 def activation_bytes(layer: LayerInfo, precision: LayerPrecision) -> float:
-    """Bytes of the tensors that one layer reads, one per call, each rounded up to whole bytes; none if it looks up."""
+    """Bytes of the activations that one layer reads, each rounded up to whole bytes; none if it looks up.
+
+    One per call, two of a product of activations.
+    """
     if layer.looks_up:
         return 0.0
-    return layer.calls * _packed(prod(layer.input_shape), precision.activation)
+    return layer.calls * (_packed(prod(layer.input_shape), precision.activation) + _second(layer, precision))
 
 
 def live_activation_bytes(layer: LayerInfo, precision: LayerPrecision) -> float:
@@ -55,7 +62,8 @@ def live_activation_bytes(layer: LayerInfo, precision: LayerPrecision) -> float:
     """
     if layer.looks_up:
         return 0.0
-    return sum(_packed(prod(shape), precision.activation) for shape in (layer.input_shape, layer.output_shape))
+    ends = sum(_packed(prod(shape), precision.activation) for shape in (layer.input_shape, layer.output_shape))
+    return ends + _second(layer, precision)
 
 
 def weight_traffic_pj(layer: LayerInfo, precision: LayerPrecision) -> float:
@@ -71,6 +79,11 @@ def bias_traffic_pj(layer: LayerInfo, precision: LayerPrecision) -> float:
 def activation_traffic_pj(layer: LayerInfo, precision: LayerPrecision) -> float:
     """Energy of writing the input to SRAM once, pJ; reading it once costs the same."""
     return SRAM_PJ_PER_BYTE * activation_bytes(layer, precision)
+
+
+def _second(layer: LayerInfo, precision: LayerPrecision) -> float:
+    """Bytes of the second factor of a product of activations."""
+    return _packed(prod(layer.second_shape), precision.weight) if layer.multiplies_activations else 0.0
 
 
 def _scales(layer: LayerInfo, weight: Precision) -> int:

@@ -25,7 +25,7 @@ from mpsearch.cost.memory import (
 )
 from mpsearch.errors import CostError, nearest
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
+from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig, per_tensor
 
 Choices = Mapping[str, tuple[Sequence[Precision], Sequence[Precision]]]
 """Layer name -> the precisions allowed for its weight and for its activation."""
@@ -228,7 +228,9 @@ class _LayerPrices(dict[LayerPrecision, tuple[float, ...]]):
         self._layer, self._parts = layer, parts
 
     def __missing__(self, precision: LayerPrecision) -> tuple[float, ...]:
-        values = self[precision] = tuple(part.of(self._layer, precision) for part in self._parts)
+        one_scale = self._layer.multiplies_activations
+        priced = LayerPrecision(per_tensor(precision.weight), precision.activation) if one_scale else precision
+        values = self[precision] = tuple(part.of(self._layer, priced) for part in self._parts)
         return values
 
 

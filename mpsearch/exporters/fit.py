@@ -97,6 +97,12 @@ def fit(
             alternative.
     """
     kinds = {name: info.kind for name, info in network.info.items()}
+    products = [name for name, info in network.info.items() if info.multiplies_activations]
+    if products and "product" not in holds.kinds:
+        raise ExportError(
+            f"{target} has no place for quantized products of two activations, and this network has {len(products)}, "
+            f"'{products[0]}' first: export to native or packed, or use a config without products"
+        )
     reasons = holds.cannot(network)
     conversions = tuple(
         replace(conversion, reason=reasons.get(name, ""))

@@ -7,6 +7,7 @@ machine. Reading needs torch and safetensors alone, and nothing is ever unpickle
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from mpsearch.errors import ExportError, PrecisionError, nearest
 from mpsearch.exporters.manifest import NATIVE_MANIFEST, NATIVE_SCHEMA, OpenExport, first_lines, open_export
 from mpsearch.exporters.plain import plain_layer, with_layers
 from mpsearch.files import filling, sha256, write_json
-from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.kinds import kind_of
+from mpsearch.graph.products import Product, opened
 from mpsearch.precision import PrecisionConfig
 from mpsearch.ptq.fold import restructure
 from mpsearch.quant.modules import without_quantizers
@@ -62,7 +63,13 @@ def network_parts(network: QuantizedNetwork) -> dict[str, Any]:
     inputs = {
         name: {"shape": list(info.input_shape), "signed": info.signed_input} for name, info in network.info.items()
     }
-    return {"inputs": inputs} | ({} if network.structure is None else {"structure": dict(network.structure)})
+    seconds = {
+        name: {"shape": list(info.second_shape), "signed": info.signed_second}
+        for name, info in network.info.items()
+        if info.multiplies_activations
+    }
+    parts = {"inputs": inputs} | ({"second_inputs": seconds} if seconds else {})
+    return parts | ({} if network.structure is None else {"structure": dict(network.structure)})
 
 
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -89,7 +96,7 @@ def restored(model: nn.Module, export: OpenExport) -> tuple[nn.Module, Precision
     """
     config = _checked_config(export)
     model = _restructured(model, export)
-    model = open_attention(model, config)
+    model = opened(model, config)
     modules = dict(model.named_modules())
     infos = [_info(name, modules, export) for name in config]
     return insert_quantizers(model, infos, config.offers), config
@@ -119,11 +126,20 @@ def _info(name: str, modules: Mapping[str, nn.Module], export: OpenExport) -> La
         raise ExportError(f"{folder} names a layer '{name}' that the model does not have: {nearest(name, modules)}")
     if kind_of(module) is None:
         raise ExportError(f"layer '{name}' of the model is a {type(module).__name__}, which has no quantized form")
-    try:
-        facts = export.document["inputs"][name]
-        shape, signed = tuple(int(size) for size in facts["shape"]), bool(facts["signed"])
-    except (KeyError, TypeError, ValueError):
-        raise ExportError(f"{folder}: 'inputs' must give shape and signed for layer '{name}'") from None
+    shape, signed = _input_facts(name, "inputs", export)
+    if isinstance(module, Product):
+        second, second_signed = _input_facts(name, "second_inputs", export)
+        info = LayerInfo(name, "product", (0,), shape, (), 0, 0, 0, signed_input=signed)
+        return replace(info, second_shape=second, signed_second=second_signed)
     weight = module.weight
     assert isinstance(weight, Tensor)
     return LayerInfo(name, "", tuple(weight.shape), shape, (), 0, 0, 0, signed_input=signed)
+
+
+def _input_facts(name: str, key: str, export: OpenExport) -> tuple[tuple[int, ...], bool]:
+    """Shape and sign of what a layer reads."""
+    try:
+        facts = export.document[key][name]
+        return tuple(int(size) for size in facts["shape"]), bool(facts["signed"])
+    except (KeyError, TypeError, ValueError):
+        raise ExportError(f"{export.folder}: '{key}' must give shape and signed for layer '{name}'") from None

@@ -44,6 +44,7 @@ from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.nearest import magnitudes
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
+from mpsearch.quant.quantizer import Quantizer
 from mpsearch.quant.uniform import code_range, grid_shift
 from mpsearch.state_dict import load_tensors, save_tensors
 
@@ -154,6 +155,11 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     with export.fitting():
         table = export.document["packed"]
         for name, layer in quant_layers(quantized).items():
+            if not layer.has_weight:
+                layer.set_precision(config[name])
+                _read_range(layer.input_quantizer, table[name]["range"], tensors)
+                _read_range(layer.weight_quantizer, table[name]["second_range"], tensors)
+                continue
             layer.weight_quantizer.set_precision(FLOAT)  # what is read is on the grid already
             layer.input_quantizer.set_precision(config[name].activation)
             _read(layer, config[name].weight, table[name], tensors)
@@ -184,6 +190,9 @@ class _Writer:
 
     def layer(self, layer: QuantLayer, norm: nn.BatchNorm2d | None) -> dict[str, Any]:
         """Take one layer in; returns its entry of the manifest."""
+        if not layer.has_weight:
+            ranges = {"range": layer.input_quantizer, "second_range": layer.weight_quantizer}
+            return {"bias": None} | {key: self._range(quantizer) for key, quantizer in ranges.items()}
         precision = layer.precision
         weight = cast(Tensor, layer.weight).detach()
         bias = None if layer.bias is None else cast(Tensor, layer.bias).detach()
@@ -211,14 +220,16 @@ class _Writer:
                 entry["exponents"] = [list(term) for term in terms_of(precision.weight)]
         entry["codes"] = self._add_codes(codes.cpu())
         entry["bias"] = None if bias is None else self._add("biases", bias)
-        quantizer = layer.input_quantizer
+        entry["range"] = self._range(layer.input_quantizer)
+        return entry
+
+    def _range(self, quantizer: Quantizer) -> list[int]:
         numbers = [quantizer.step.detach().reshape(1)]
         if quantizer.beta is not None:
             numbers.append(quantizer.beta.detach().reshape(1))
         if quantizer.top is not None:
             numbers.append(quantizer.top.reshape(1))
-        entry["range"] = self._add("ranges", torch.cat(numbers))
-        return entry
+        return self._add("ranges", torch.cat(numbers))
 
     def tensors(self) -> dict[str, Tensor]:
         """What goes into the file."""
@@ -259,11 +270,15 @@ def _read(layer: QuantLayer, weight: Precision, entry: Mapping[str, Any], tensor
     layer.weight = nn.Parameter(value)  # its own, also where layers shared one: their scales may differ
     if entry["bias"] is not None:
         layer.bias = nn.Parameter(_slice(tensors["biases"], entry["bias"]).clone())
-    step, *others = _slice(tensors["ranges"], entry["range"])
+    _read_range(layer.input_quantizer, entry["range"], tensors)
+
+
+def _read_range(quantizer: Quantizer, where: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+    step, *others = _slice(tensors["ranges"], where)
     if len(others) == 2:
-        layer.input_quantizer.set_offset_grid(step, others[0], int(others[1]))
+        quantizer.set_offset_grid(step, others[0], int(others[1]))
     else:
-        layer.input_quantizer.set_range(step, *others)
+        quantizer.set_range(step, *others)
 
 
 def _slice(numbers: Tensor, where: Sequence[int]) -> Tensor:

@@ -32,6 +32,8 @@ def with_layers(model: nn.Module, make: Callable[[str, QuantLayer], nn.Module]) 
 def plain_layer(layer: QuantLayer) -> nn.Module:
     """The torch layer that a quantized layer stands for, with the weight as it was used."""
     twin = without_quantizers(layer)
+    if not layer.has_weight:
+        return twin
     twin.weight = nn.Parameter(layer.quantized_weight().detach().clone())
     return twin
 

@@ -19,7 +19,8 @@ from mpsearch.graph.facts import KIND_NAMES
 from mpsearch.precision import BITS
 from mpsearch.quant.network import QuantizedNetwork
 
-ALL_KINDS = frozenset(KIND_NAMES)
+EVERY_KIND = frozenset(KIND_NAMES)
+ALL_KINDS = EVERY_KIND - {"product"}
 WITH_INPUTS = ALL_KINDS - {"embedding"}
 UNIFORM = {"uniform": BITS["uniform"]}
 TWO_UP = {"uniform": range(2, 9)}  # their 1-bit grid is {-s, 0}, ours -s/2 and s/2
@@ -35,8 +36,8 @@ class Target:
 
 
 TARGETS: dict[str, Target] = {
-    "native": Target(native.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS, offset_grids=True, groups=True)),
-    "packed": Target(packed.save, Holds(ALL_TYPES, ALL_TYPES, ALL_KINDS, offset_grids=True, groups=True)),
+    "native": Target(native.save, Holds(ALL_TYPES, ALL_TYPES, EVERY_KIND, offset_grids=True, groups=True)),
+    "packed": Target(packed.save, Holds(ALL_TYPES, ALL_TYPES, EVERY_KIND, offset_grids=True, groups=True)),
     # Shift and APoT weights are constants on their grid. The lower end of an offset grid is added as a real number.
     "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS, offset_grids=True)),
     "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS, offset_grids=True, groups=True)),

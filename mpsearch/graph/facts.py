@@ -15,13 +15,18 @@ KIND_NAMES = (
     "conv_transpose3d",
     "linear",
     "embedding",
+    "product",
 )
-"""The kinds of layers that can be quantized; `layers.KINDS` says which module classes they are."""
+"""The kinds of layers that can be quantized; `kinds.KINDS` says which module classes they are.
+
+A `product` multiplies two activations (`products.py`), and is a layer only where a search space or a config asks for
+it: by default its multiply-accumulates are among those outside any layer, which no cost model counts.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """One layer with a weight that takes part in multiply-accumulates, as seen in one forward pass.
+    """One layer that multiplies by a weight, or two activations, as seen in one forward pass.
 
     Shapes are of one sample: no batch dimension. A layer with a `reason` cannot be quantized; it stays float, is
     priced as float, and is named wherever layers are listed.
@@ -30,7 +35,7 @@ class LayerInfo:
     name: str
     kind: str  # one of KIND_NAMES, or the module's class
     weight_shape: tuple[int, ...]  # (out, in/groups, *kernel); transposed: (in, out/groups, *kernel); linear: (out, in)
-    # however the module holds it; embedding: (entries, features)
+    # however the module holds it; embedding: (entries, features); product: (0,)
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     macs: int  # multiply-accumulates per sample, all calls of the layer together
@@ -43,6 +48,8 @@ class LayerInfo:
     weight_group: str = ""  # the first layer with the same weight parameter: these share one weight precision
     calls: int = 1  # how often one forward pass runs the layer
     reason: str | None = None  # why it cannot be quantized; None: it can
+    second_shape: tuple[int, ...] = ()  # product: of the second factor, which `LayerPrecision.weight` is for
+    signed_second: bool = True  # product: whether the second factor takes negative values
 
     @property
     def weights(self) -> int:
@@ -68,6 +75,11 @@ class LayerInfo:
     def looks_up(self) -> bool:
         """Whether the layer only looks rows of its weight up: there is no activation to quantize, and no product."""
         return self.kind == "embedding"
+
+    @property
+    def multiplies_activations(self) -> bool:
+        """Whether the layer has no weight and multiplies two activations: `input_shape` is of the first."""
+        return self.kind == "product"
 
 
 @dataclass(frozen=True, slots=True)

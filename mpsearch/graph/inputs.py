@@ -66,6 +66,12 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return next(tensors((args, kwargs)))
 
 
+def factors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The two tensors that a product was called with, by position or by name."""
+    first, second, *_ = tensors((args, kwargs))
+    return first, second
+
+
 def first_samples(x: Any, count: int) -> Any:
     """The first samples of a batch, where all its tensors are as long; else all of it."""
     lengths = {len(tensor) if tensor.dim() else 0 for tensor in tensors(x)}

@@ -12,6 +12,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from mpsearch.graph.products import Product
+
 KINDS: Mapping[type[nn.Module], str] = {
     nn.Conv1d: "conv1d",
     nn.Conv2d: "conv2d",
@@ -47,6 +49,7 @@ RESERVED = frozenset(
         "quantized_weight",
         "add_quantizers",
         "channel_axis",
+        "has_weight",
     }
 )
 """What a quantized layer has beside what the layer has: a class with one of these names of its own has no twin."""
@@ -99,7 +102,9 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 def channel_axis(kind: str, dims: int) -> int:
     """The axis of channels (features) in the input or the output of a layer that has so many dimensions."""
-    return dims - 1 if kind in ("linear", "embedding") else dims - 1 - int(kind[-2])  # conv2d: two places at the end
+    return (
+        dims - 1 if kind in ("linear", "embedding", "product") else dims - 1 - int(kind[-2])
+    )  # conv2d: two places at the end
 
 
 def foldable_norm(module: nn.Module) -> bool:
@@ -122,7 +127,7 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def _kind_of_class(kind: type) -> str | None:
-    return KINDS.get(kind) or FOREIGN_KINDS.get(_path(kind))
+    return "product" if kind is Product else KINDS.get(kind) or FOREIGN_KINDS.get(_path(kind))
 
 
 def _path(kind: type) -> tuple[str, str]:

@@ -7,7 +7,7 @@ depends on data is welcome, and whatever cannot be quantized is named with its r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from mpsearch.errors import MpsearchError, TaskError
+from mpsearch.graph.agreement import holds, largest_subset, outputs
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo, ModelGraph
 from mpsearch.graph.groups import connected
@@ -33,10 +34,16 @@ from mpsearch.graph.kinds import (
     weight_of,
 )
 from mpsearch.graph.observe import Observation, Usage, observe, place_of, tensor_key
+from mpsearch.graph.products import Product, find_products, open_products
 from mpsearch.private.torch import COMPILED, BatchNormNd, ConvNd
 
 
-def inspect_model(model: nn.Module, example_input: Any, batch_size: int | None = None) -> ModelGraph:
+def inspect_model(
+    model: nn.Module,
+    example_input: Any,
+    batch_size: int | None = None,
+    products: bool | Collection[str] = False,
+) -> ModelGraph:
     """Run `model` once on a real batch, in eval mode and without gradients, and state the facts of its layers.
 
     The multiply-accumulates are those of `torch.utils.flop_counter`, halved, with attention and recurrent layers in
@@ -49,6 +56,8 @@ def inspect_model(model: nn.Module, example_input: Any, batch_size: int | None =
         example_input: one batch of model input, any nesting of tensors; a tuple is unpacked into arguments. Real
             samples, because whether a layer's input takes negative values is read off them.
         batch_size: samples in the batch; default: the length of a list, else the leading dimension of the first tensor.
+        products: make layers of the products of two activations too: of all, or of those that are named. Those with
+            which the model would answer otherwise are left out, with a note.
 
     Raises:
         TaskError: the model is wrapped, scripted or not initialised, has weights that are not finite, fails on the
@@ -58,6 +67,7 @@ def inspect_model(model: nn.Module, example_input: Any, batch_size: int | None =
     model = open_attention(model)
     samples = _batch_size(example_input) if batch_size is None else batch_size
     try:
+        model, left = (model, []) if products is False else _with_products(model, example_input, products)
         seen = observe(model, example_input)
     except MpsearchError:
         raise
@@ -68,7 +78,7 @@ def inspect_model(model: nn.Module, example_input: Any, batch_size: int | None =
         ) from error
     followers, notes = _followers(model, seen)
     layers = _with_groups(_layers(model, seen, samples, followers), model, seen)
-    notes = [*notes, *_dead(layers, seen, samples)]
+    notes = [*notes, *left, *_dead(layers, seen, samples)]
     graph = ModelGraph(layers, {name: _share(macs, samples) for name, macs in seen.other_macs.items()}, tuple(notes))
     if not graph.quantizable:
         named = "".join(f"\n  {layer.name or type(model).__name__}: {layer.reason}" for layer in graph.unhandled[:10])
@@ -77,6 +87,18 @@ def inspect_model(model: nn.Module, example_input: Any, batch_size: int | None =
             f"{', '.join(kind.__name__ for kind in KINDS)} that a forward pass calls." + named
         )
     return graph
+
+
+def _with_products(
+    model: nn.Module, example_input: Any, products: bool | Collection[str]
+) -> tuple[nn.Module, list[str]]:
+    """The model with its products opened, so far as it answers as before; and in words, which are not."""
+    names = find_products(model, example_input, lambda module: kind_of(module) is not None)
+    names = [name for name in names if products is True or (products is not False and name in products)]
+    reference = outputs(model, example_input) if names else []
+    opened = largest_subset(names, lambda some: holds(open_products(model, some), example_input, reference))
+    why = "is no layer: with it as one, the network does not answer as before"
+    return open_products(model, opened), [f"{name} {why}" for name in names if name not in opened]
 
 
 def _check(model: nn.Module) -> None:
@@ -138,7 +160,7 @@ def _layer(
         output_shape=_sample_shape(usage.output_shape, samples),
         macs=_share(usage.macs, samples),
         params=sum(parameter.numel() for parameter in module.parameters(recurse=kind is not None)),
-        fan_in=_fan_in(module, weight_shape),
+        fan_in=_fan_in(module, weight_shape, usage),
         groups=module.groups if isinstance(module, ConvNd) else 1,
         signed_input=usage.signed_input,
         batch_norm=batch_norm,
@@ -146,6 +168,8 @@ def _layer(
         weight_group=name,
         calls=max(usage.calls, 1),
         reason=reason_to_stay_float(name, module, usage, all_frozen),
+        second_shape=_sample_shape(usage.second_shape, samples),
+        signed_second=usage.signed_second or not isinstance(module, Product),
     )
 
 
@@ -167,6 +191,9 @@ def reason_to_stay_float(name: str, module: nn.Module, usage: Usage, all_frozen:
         return "the model does not run it on the example input"
     if not name:
         return "it is the whole model: wrap it in nn.Sequential"
+    if isinstance(module, Product):
+        odd = None if usage.input_dtype is None or usage.input_dtype.is_floating_point else usage.input_dtype
+        return None if odd is None else f"it computes in {odd}, expected floating point"
     if "weight" not in module._parameters:
         return "its weight is computed anew at each call: remove its parametrization, weight norm or pruning mask first"
     if own_forward(module, base) and not adds_to_lookup(module):
@@ -251,7 +278,9 @@ def _with_groups(layers: list[LayerInfo], model: nn.Module, seen: Observation) -
     modules = dict(model.named_modules())
     free = [layer for layer in layers if layer.reason is None]
     by_input = connected([seen.usages[layer.name].inputs for layer in free])
-    by_weight = connected([[tensor_key(weight_of(modules[layer.name]))] for layer in free])
+    by_weight = connected(
+        [[] if layer.multiplies_activations else [tensor_key(weight_of(modules[layer.name]))] for layer in free]
+    )
     grouped = {
         layer.name: replace(layer, input_group=free[fed].name, weight_group=free[tied].name)
         for layer, fed, tied in zip(free, by_input, by_weight, strict=True)
@@ -261,6 +290,8 @@ def _with_groups(layers: list[LayerInfo], model: nn.Module, seen: Observation) -
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     """The shape of a module's weight; where it has several matrices, their elements together: `(elements,)`."""
+    if isinstance(module, Product):
+        return (0,)
     if kind_of(module) is not None:
         shape = tuple(weight_of(module).shape)
         return shape[::-1] if is_transposed_linear(module) else shape
@@ -268,7 +299,9 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(matrices[0].shape) if len(matrices) == 1 else (sum(matrix.numel() for matrix in matrices),)
 
 
-def _fan_in(module: nn.Module, weight_shape: Sequence[int]) -> int:
+def _fan_in(module: nn.Module, weight_shape: Sequence[int], usage: Usage) -> int:
+    if isinstance(module, Product):
+        return max(1, usage.macs // max(1, usage.calls * math.prod(usage.output_shape)))
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         # A stride spreads the kernel over several outputs: one output meets the taps of one residue class only.
         taps = [

@@ -24,8 +24,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpsearch.graph.inputs import call, evaluating, layer_input, tensors
+from mpsearch.graph.inputs import call, evaluating, factors, layer_input, tensors
 from mpsearch.graph.kinds import channel_axis, kind_of
+from mpsearch.graph.products import Product
 from mpsearch.private.torch import BatchNormNd
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class Usage:
     output_shape: tuple[int, ...] = ()
     input_dtype: torch.dtype | None = None
     signed_input: bool = False
+    second_shape: tuple[int, ...] = ()  # of a product's second factor
+    signed_second: bool = False
     dead_input: bool = False  # every call's input is zero everywhere
     dead_channels: int = 0  # of the model's own input, where the layer reads it: zero everywhere
     inputs: set[TensorKey] = field(default_factory=set)
@@ -205,6 +208,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._running.append(name)
             if (layer or norm) and any(True for _ in tensors((args, kwargs))):
                 self._enter(name, module, layer_input(args, kwargs), layer)
+                if isinstance(module, Product):
+                    second = factors(args, kwargs)[1]
+                    usage = self.seen.usage(name)
+                    usage.second_shape = tuple(second.shape)
+                    usage.signed_second |= bool(second.numel() and (second < 0).any())
 
         def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             self._running.pop()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -35,3 +37,16 @@ def carry_versions(state: Any, like: Any) -> None:
 def padding_for_pad(layer: nn.Conv1d | nn.Conv2d) -> list[int]:
     """A convolution's padding as `F.pad` takes it, `same` included."""
     return layer._reversed_padding_repeated_twice
+
+
+def running_module(frame_of: list[FrameType] | None = None) -> nn.Module | None:
+    """The innermost module whose call the caller is inside of; the frame of that call is added to `frame_of`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    if frame_of is not None:
+        frame_of.append(frame)
+    module: nn.Module = frame.f_locals["self"]
+    return module

@@ -35,7 +35,14 @@ from mpsearch.precision import Precision, PrecisionConfig
 from mpsearch.qat.trained import Trained
 from mpsearch.quant.gdnsq import GdnsqQuantizer, RoundGradient, StepGradient, WeightGrid
 from mpsearch.quant.modules import QuantLayer
-from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, sample_inputs, weight_rows
+from mpsearch.quant.prepare import (
+    RangeSetter,
+    insert_quantizers,
+    quant_layers,
+    sample_inputs,
+    weight_rows,
+    without_products,
+)
 from mpsearch.quant.ranges import activation_range, weight_step
 from mpsearch.quant.uniform import take_grid
 from mpsearch.task.task import Task
@@ -310,6 +317,7 @@ def learnable(
     Gradual: 2^10 levels over the whole range of weight and activation. Otherwise the target's bits over the range of
     least squared error.
     """
+    without_products(layers, "gdnsq")
     quantized = insert_quantizers(model, layers)
     for name, layer in quant_layers(quantized).items():
         precision = config[name]

@@ -96,7 +96,7 @@ def _soft_weights(model: nn.Module, gradient: ShiftGradient) -> list[tuple[Shift
         for quantizer in (*layer.weight_quantizer.modules(), *layer.input_quantizer.modules()):
             if isinstance(quantizer, ShiftQuantizer):
                 quantizer.gradient = gradient
-        if isinstance(layer.weight_quantizer, ShiftQuantizer) and gradient == "sigmoid":
+        if layer.has_weight and isinstance(layer.weight_quantizer, ShiftQuantizer) and gradient == "sigmoid":
             quantizers.append((layer.weight_quantizer, cast(Tensor, layer.weight)))
     return quantizers
 

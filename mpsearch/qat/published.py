@@ -37,7 +37,7 @@ from mpsearch.qat.gdnsq import (
 )
 from mpsearch.qat.trained import Trained
 from mpsearch.quant.gdnsq import GdnsqQuantizer, RoundGradient, StepGradient
-from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows
+from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows, without_products
 from mpsearch.task.task import Task
 from mpsearch.train import steps as training_steps
 from mpsearch.train import timed
@@ -100,6 +100,7 @@ def published(
 
 def calibrated(model: nn.Module, config: PrecisionConfig, workbench: Workbench, recipe: Recipe) -> nn.Module:
     """A copy of a float model with quantizers of 2^bits codes from the smallest to the largest value of each tensor."""
+    without_products(workbench.layers, "gdnsq as published")
     quantized = insert_quantizers(model, workbench.layers)
     levels = torch.tensor(2.0**recipe.bits)
     for name, layer in quant_layers(quantized).items():

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpsearch.precision import FLOAT, LayerPrecision, Offer
+from mpsearch.graph.products import Function, Product
+from mpsearch.precision import FLOAT, LayerPrecision, Offer, per_tensor
 from mpsearch.quant.quantizer import Quantizer
 from mpsearch.quant.switch import make_quantizer
 
@@ -28,6 +29,7 @@ class QuantLayer(nn.Module):
     weight_quantizer: Quantizer
     input_quantizer: Quantizer
     channel_axis = 0  # of the weight's output channels
+    has_weight = True  # else `weight_quantizer` is of a second input
 
     def add_quantizers(self, *, signed_input: bool, input_elements: int, offer: Offer) -> None:
         """Give the layer its quantizers, at float precision.
@@ -169,6 +171,45 @@ class QuantEmbedding(QuantLayer, nn.Embedding):
         super().set_precision(LayerPrecision(precision.weight, FLOAT))
 
 
+class QuantProduct(QuantLayer, Product):
+    """A product of two activations, both quantized per tensor: the second by `weight_quantizer`, which is one of
+    activations."""
+
+    weight = None
+    bias = None
+    has_weight = False
+
+    def add_quantizers(
+        self,
+        *,
+        signed_input: bool,
+        input_elements: int,
+        offer: Offer,
+        signed_second: bool = True,
+        second_elements: int = 1,
+    ) -> None:
+        """Give the product its quantizers, at float precision; `second`: the same of its second factor."""
+        self.input_quantizer, self.weight_quantizer = (
+            make_quantizer(names, 1, 0, signed=False, offset=signed, elements=elements)
+            for names, signed, elements in (
+                (offer.activation, signed_input, input_elements),
+                (offer.weight, signed_second, second_elements),
+            )
+        )
+
+    def set_precision(self, precision: LayerPrecision) -> None:
+        """Take on a precision; the second factor has one scale, whatever a weight would have."""
+        super().set_precision(LayerPrecision(per_tensor(precision.weight), precision.activation))
+
+    def quantized_weight(self) -> Tensor:
+        """There is none."""
+        raise TypeError("a product of two activations has no weight")
+
+    def forward(self, first: Tensor, second: Tensor, function: Function = torch.matmul) -> Tensor:
+        """q_a(x) q_b(y)."""
+        return function(self.input_quantizer(first), self.weight_quantizer(second))
+
+
 QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
@@ -183,10 +224,27 @@ QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {
 
 
 @torch.no_grad()
-def quantized(layer: nn.Module, *, signed_input: bool, input_elements: int, offer: Offer = UNIFORM) -> QuantLayer:
-    """A quantized layer, at float precision, that shares the parameters of `layer`."""
+def quantized(
+    layer: nn.Module,
+    *,
+    signed_input: bool,
+    input_elements: int,
+    offer: Offer = UNIFORM,
+    signed_second: bool = True,
+    second_elements: int = 1,
+) -> QuantLayer:
+    """A quantized layer, at float precision, that shares the parameters of `layer`; `second`: of a product."""
     twin = _empty(_quant_class(type(layer)), layer)
-    twin.add_quantizers(signed_input=signed_input, input_elements=input_elements, offer=offer)
+    if isinstance(twin, QuantProduct):
+        twin.add_quantizers(
+            signed_input=signed_input,
+            input_elements=input_elements,
+            offer=offer,
+            signed_second=signed_second,
+            second_elements=second_elements,
+        )
+    else:
+        twin.add_quantizers(signed_input=signed_input, input_elements=input_elements, offer=offer)
     return twin.train(layer.training)  # the quantizers too: a soft one must not score
 
 
@@ -202,10 +260,9 @@ def plain_class(layer: QuantLayer) -> type[nn.Module]:
     return _PLAIN.get(type(layer)) or cast(Any, type(layer))._plain_class
 
 
-_PLAIN = {quant: plain for plain, quant in QUANT_LAYERS.items()}
+_MADE: dict[type[nn.Module], type[QuantLayer]] = {**QUANT_LAYERS, Product: QuantProduct}
 
-
-_MADE = dict(QUANT_LAYERS)
+_PLAIN = {quant: plain for plain, quant in _MADE.items()}
 
 
 def _quant_class(kind: type[nn.Module]) -> type[QuantLayer]:

@@ -12,7 +12,8 @@ Structure and precision are separate steps, because a search does the first once
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 
 from mpsearch.errors import PrecisionError, TaskError, nearest
 from mpsearch.graph.agreement import Original, largest_subset, result_points
-from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo, ModelGraph
-from mpsearch.graph.inputs import call, evaluating, layer_input
+from mpsearch.graph.inputs import call, evaluating, factors, layer_input
 from mpsearch.graph.layers import inspect_model
-from mpsearch.precision import Offer, Precision, PrecisionConfig
+from mpsearch.graph.products import Product, named_products, opened
+from mpsearch.precision import Offer, Precision, PrecisionConfig, per_tensor
 from mpsearch.private.torch import without_compiled_prefix
 from mpsearch.quant.modules import UNIFORM, QuantLayer, quantized
 from mpsearch.quant.ranges import activation_range, weight_step
@@ -40,38 +41,42 @@ def insert_quantizers(
 ) -> nn.Module:
     """A copy of `model` whose quantizable layers are quantized layers at float precision: it computes the same.
 
-    Layers with a `reason` are left as they are. A module used under two names stays one module. See `open_attention`.
+    Layers with a `reason` are left as they are. A module used under two names stays one module. See `opened`.
 
     Args:
         model: the float model.
         layers: its layers.
         offers: layer name -> the quantizer types that it can switch between; only uniform where none are given.
     """
-    model = copy.deepcopy(open_attention(model, [layer.name for layer in layers if layer.reason is None]))
+    model = copy.deepcopy(opened(model, [layer.name for layer in layers if layer.reason is None]))
     modules = dict(model.named_modules())
     for layer in layers:
         if layer.reason is not None:
             continue
-        elements = 1
-        for size in layer.input_shape:
-            elements *= size
         twin = quantized(
             modules[layer.name],
             signed_input=layer.signed_input and not layer.looks_up,
-            input_elements=elements,
+            input_elements=math.prod(layer.input_shape),
             offer=offers.get(layer.name, UNIFORM),
+            signed_second=layer.signed_second,
+            second_elements=math.prod(layer.second_shape),
         )
         for parent, name in places(model, modules[layer.name]):
             setattr(parent, name, twin)
     return model
 
 
-def inspect_network(model: nn.Module, calibration_input: Any, batch_size: int | None = None) -> ModelGraph:
+def inspect_network(
+    model: nn.Module,
+    calibration_input: Any,
+    batch_size: int | None = None,
+    products: bool | Collection[str] = False,
+) -> ModelGraph:
     """`inspect_model`, and a check of what follows from it: with quantizers at float precision it computes the same.
 
     A layer for which this does not hold stays float, with that as its reason. Arguments and errors as there.
     """
-    graph = inspect_model(model, calibration_input, batch_size)
+    graph = inspect_model(model, calibration_input, batch_size, products)
     original = Original(model, calibration_input, result_points(graph.layers))
 
     def same(some: Sequence[LayerInfo]) -> bool:
@@ -107,13 +112,33 @@ class RangeSetter:
 
     def __init__(self, model: nn.Module, layers: Sequence[LayerInfo], calibration_input: Any) -> None:
         self._signed = {layer.name: layer.signed_input for layer in layers if layer.reason is None}
-        self._inputs = sample_inputs(model, list(self._signed), calibration_input)
+        self._inputs, self._seconds = sample_factors(model, list(self._signed), calibration_input)
+        self._signed_second = {layer.name: layer.signed_second for layer in layers}
+        self._second: dict[tuple[str, Precision], tuple[Tensor, Tensor]] = {}
         self._activation: dict[tuple[str, Precision], tuple[Tensor, Tensor]] = {}
         self._weight: dict[tuple[str, Precision], tuple[Tensor, Tensor]] = {}
 
     def samples(self, name: str) -> Tensor:
         """Values `(n,)` that a layer's input takes on the calibration input."""
         return self._inputs[name]
+
+    def seconds(self, name: str) -> Tensor:
+        """Values `(n,)` that the second factor of a product takes on the calibration input."""
+        return self._seconds[name]
+
+    def second(self, name: str, precision: Precision) -> tuple[Tensor, Tensor]:
+        """Step and offset of the second factor of a product, both of shape (); it has one scale in any case."""
+        key = (name, per_tensor(precision))
+        if key not in self._second:
+            signed = self._signed_second[name]
+            self._second[key] = activation_range(self._seconds[name], key[1], signed=signed)
+        return self._second[key]
+
+    def for_weight(self, name: str, precision: Precision, layer: QuantLayer) -> tuple[Tensor, ...]:
+        """The range of `layer.weight_quantizer`: the step of a weight, or step and offset of a second factor."""
+        if not layer.has_weight:
+            return self.second(name, precision)
+        return (self.weight(name, precision, weight_rows(layer)),)
 
     def activation(self, name: str, precision: Precision) -> tuple[Tensor, Tensor]:
         """Step and offset of a layer's input, both of shape ()."""
@@ -150,8 +175,7 @@ def set_precision(model: nn.Module, config: PrecisionConfig, ranges: RangeSetter
         except PrecisionError as error:
             raise PrecisionError(f"layer '{name}': {error}") from None
         if not precision.weight.is_float:
-            rows = weight_rows(layer)
-            layer.weight_quantizer.set_range(ranges.weight(name, precision.weight, rows))
+            layer.weight_quantizer.set_range(*ranges.for_weight(name, precision.weight, layer))
         if not layer.precision.activation.is_float:
             layer.input_quantizer.set_range(*ranges.activation(name, precision.activation))
 
@@ -171,6 +195,11 @@ def check_names(config: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
         )
 
 
+def layers_for(model: nn.Module, config: Mapping[str, Any], calibration_input: Any) -> tuple[LayerInfo, ...]:
+    """The layers of a model, with those products of two activations that a config names."""
+    return inspect_network(model, calibration_input, products=named_products(config) or False).layers
+
+
 def prepare(
     model: nn.Module, config: PrecisionConfig, calibration_input: Any, layers: Sequence[LayerInfo] | None = None
 ) -> nn.Module:
@@ -187,7 +216,7 @@ def prepare(
         TaskError: the model cannot be inspected.
     """
     if layers is None:
-        layers = inspect_network(model, calibration_input).layers
+        layers = layers_for(model, config, calibration_input)
     prepared = insert_quantizers(model, layers, config.offers)
     set_precision(prepared, config, RangeSetter(model, layers, calibration_input))
     return prepared
@@ -214,6 +243,16 @@ def prepare_for_training(
     return prepared.train()
 
 
+def without_products(layers: Iterable[LayerInfo], what: str) -> None:
+    """Refuse layers that have no weight. Raises PrecisionError that names the first."""
+    names = [layer.name for layer in layers if layer.multiplies_activations and layer.reason is None]
+    if names:
+        raise PrecisionError(
+            f"{what} does not train products of two activations, and '{names[0]}' is one: use the method of the "
+            "trials, or a config without products"
+        )
+
+
 def weight_rows(layer: QuantLayer) -> Tensor:
     """The weight as `(channels, n)`, a row for each output channel."""
     weight = cast(Tensor, layer.weight).detach().float()
@@ -222,19 +261,23 @@ def weight_rows(layer: QuantLayer) -> Tensor:
 
 def sample_inputs(model: nn.Module, names: Sequence[str], calibration_input: Any) -> dict[str, Tensor]:
     """Up to ACTIVATION_SAMPLES values of each named layer's input, taken at even strides from one forward pass."""
-    samples: dict[str, list[Tensor]] = {name: [] for name in names}
-    model = open_attention(model, names)
+    return sample_factors(model, names, calibration_input)[0]
+
+
+def sample_factors(
+    model: nn.Module, names: Sequence[str], calibration_input: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """`sample_inputs`, and the same of the second factor of each product among the layers."""
+    model = opened(model, names)
     modules = dict(model.named_modules())
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    seconds: dict[str, list[Tensor]] = {name: [] for name in names if isinstance(modules[name], Product)}
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            flat = layer_input(args, kwargs).detach().float().flatten()
-            if not flat.numel():
-                return
-            ends = torch.stack([flat.min(), flat.max()])  # the extremes are always among the samples
-            # An odd stride walks through all channels and positions, whatever the shape.
-            stride = max(1, flat.numel() // ACTIVATION_SAMPLES) | 1
-            samples[name].append(torch.cat([flat[::stride], ends]))
+            inputs[name].extend(_some(layer_input(args, kwargs)))
+            if name in seconds:
+                seconds[name].extend(_some(factors(args, kwargs)[1]))
 
         return hook
 
@@ -245,7 +288,22 @@ def sample_inputs(model: nn.Module, names: Sequence[str], calibration_input: Any
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(values) if values else torch.zeros(1) for name, values in samples.items()}
+
+    def joined(samples: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat(values) if values else torch.zeros(1) for name, values in samples.items()}
+
+    return joined(inputs), joined(seconds)
+
+
+def _some(x: Tensor) -> list[Tensor]:
+    """Some of the values of a tensor; none of one that is empty."""
+    flat = x.detach().float().flatten()
+    if not flat.numel():
+        return []
+    ends = torch.stack([flat.min(), flat.max()])  # the extremes are always among the samples
+    # An odd stride walks through all channels and positions, whatever the shape.
+    stride = max(1, flat.numel() // ACTIVATION_SAMPLES) | 1
+    return [torch.cat([flat[::stride], ends])]
 
 
 def places(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:

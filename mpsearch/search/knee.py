@@ -82,9 +82,10 @@ def ranges(layers: dict[str, QuantLayer]) -> tuple[TensorRange, ...]:
     """
     rows = []
     for name, layer in layers.items():
-        weight = cast(Tensor, layer.weight)
+        weight = cast(Tensor, layer.weight) if layer.has_weight else torch.zeros(())
+        seen = (float(weight.min()), float(weight.max())) if layer.has_weight else (None, None)
         sides: list[tuple[TensorName, Quantizer, Tensor, float | None, float | None]] = [
-            ("weight", layer.weight_quantizer, weight, float(weight.min()), float(weight.max())),
+            ("weight", layer.weight_quantizer, weight, *seen),
             ("activation", layer.input_quantizer, torch.zeros(()), None, None),
         ]
         for tensor, quantizer, form, seen_low, seen_high in sides:
@@ -94,7 +95,7 @@ def ranges(layers: dict[str, QuantLayer]) -> tuple[TensorRange, ...]:
                     TensorRange(
                         layer=name,
                         tensor=tensor,
-                        weights=weight.numel(),
+                        weights=weight.numel() if layer.has_weight else 0,
                         low=low,
                         high=high,
                         seen_low=seen_low,
@@ -107,7 +108,7 @@ def ranges(layers: dict[str, QuantLayer]) -> tuple[TensorRange, ...]:
 @torch.no_grad()
 def histograms(layers: dict[str, QuantLayer], most: int = HISTOGRAMS) -> tuple[WeightHistogram, ...]:
     """Weights before and after quantization, of the `most` layers with the most weights, in the network's order."""
-    sizes = {name: cast(Tensor, layer.weight).numel() for name, layer in layers.items()}
+    sizes = {name: cast(Tensor, layer.weight).numel() for name, layer in layers.items() if layer.has_weight}
     largest = set(sorted(sizes, key=lambda name: -sizes[name])[:most])
     rows = []
     for name in filter(largest.__contains__, layers):

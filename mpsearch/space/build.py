@@ -17,7 +17,7 @@ from mpsearch.precision import FLOAT, Precision
 from mpsearch.quant.levels import apot_terms
 from mpsearch.space.choices import TENSORS, TensorName, listing, near, precision_order
 from mpsearch.space.space import SearchSpace, Slot
-from mpsearch.space.spec import SpaceSpec
+from mpsearch.space.spec import EndSpec, FixedSpec, RuleSpec, SpaceSpec
 
 
 def build_space(spec: SpaceSpec, layers: Iterable[LayerInfo]) -> SearchSpace:
@@ -63,8 +63,8 @@ def _choices(spec: SpaceSpec, layers: Sequence[LayerInfo]) -> _ChoicesOf:
     choices: _ChoicesOf = {}
     for rule in spec.rules:
         for layer in filter(rule.applies, layers):
-            choices |= {(layer.name, tensor): options for tensor, options in rule.choices()}
-    multiplying = [layer for layer in layers if not layer.looks_up] or layers
+            choices |= _of(layer, rule)
+    multiplying = [layer for layer in layers if not layer.looks_up and not layer.multiplies_activations] or layers
     ends = [("first", spec.first, multiplying[0]), ("last", spec.last, multiplying[-1])]
     for key, end, layer in ends:
         if end is None:
@@ -74,11 +74,11 @@ def _choices(spec: SpaceSpec, layers: Sequence[LayerInfo]) -> _ChoicesOf:
                 f"a rule names '{layer.name}', the {key} layer, for which `{key}` holds (8 bits unless it is given): "
                 f"say what it may take under `{key}`, or write `{key}: search` to let the rule hold"
             )
-        choices |= {(layer.name, tensor): options for tensor, options in end.choices()}
+        choices |= _of(layer, end)
     for pattern, fixed in spec.fixed.items():
         for layer in layers:
             if fnmatchcase(layer.name, pattern):
-                choices |= {(layer.name, tensor): options for tensor, options in fixed.choices()}
+                choices |= _of(layer, fixed)
     for layer in layers:
         if layer.looks_up:  # no activation; and a weight that a layer multiplies by is as that layer wants it
             choices[layer.name, "activation"] = (FLOAT,)
@@ -93,6 +93,14 @@ def _choices(spec: SpaceSpec, layers: Sequence[LayerInfo]) -> _ChoicesOf:
                 f'{listing(missing)}; add a rule that matches them, or `match: "*"` as the first one'
             )
     return choices
+
+
+def _of(layer: LayerInfo, section: RuleSpec | FixedSpec | EndSpec) -> _ChoicesOf:
+    """The choices that a part of a space has for the tensors of a layer; both factors of a product are activations."""
+    choices = dict(section.choices())
+    if layer.multiplies_activations:
+        choices = {tensor: choices["activation"] for tensor in TENSORS if "activation" in choices}
+    return {(layer.name, tensor): options for tensor, options in choices.items()}
 
 
 def _slots(tensor: TensorName, spec: SpaceSpec, layers: Sequence[LayerInfo], choices: _ChoicesOf) -> Iterator[Slot]:
@@ -119,7 +127,7 @@ def _slots(tensor: TensorName, spec: SpaceSpec, layers: Sequence[LayerInfo], cho
                 f"these layers must share one {tensor} precision in space '{spec.name}' (they are tied, or have {why}) "
                 f"and have none in common: {offers}; give them a common choice"
             )
-        signed = {tensor == "weight" or by_name[name].signed_input for name in names}
+        signed = {by_name[name].signed_second if tensor == "weight" else by_name[name].signed_input for name in names}
         doubled = {c for c in common if all(_as_shift(c, s) in common for s in signed)}
         yield Slot(tensor, tuple(names), tuple(sorted(common - doubled, key=precision_order)))
 

@@ -121,6 +121,11 @@ class SpaceSpec(_Section):
     first: End = Field(EndSpec(), description="the first layer; `search`: a layer like any other (None here)")
     last: End = Field(EndSpec(), description="the last layer; `search`: a layer like any other (None here)")
     fixed: dict[str, FixedSpec] = Field({}, description="pattern -> precision; overrides everything else")
+    products: bool = Field(
+        False,
+        description="whether products of two activations, as in attention, are layers too; both factors take the "
+        "`activation` choices of their rules",
+    )
     tied: tuple[tuple[str, ...], ...] = Field((), description="lists of patterns whose layers share their choices")
 
 

@@ -345,16 +345,27 @@ def with_bit_quantizers(model: nn.Module, workbench: Workbench, space: SearchSpa
     for name, layer in quant_layers(quantized).items():
         slots = {slot.tensor: slot for slot in space.slots if name in slot.layers}
         weight, activation = uniform_choices(slots["weight"]), uniform_choices(slots["activation"])
-        rows = weight_rows(layer)
-        shape = layer.weight_quantizer.step.shape
-        granularity = "channel" if weight[0].group is not None else weight[0].granularity  # bits are those of a channel
-        steps = [
-            torch.log2(workbench.ranges.weight(name, Precision("uniform", b, granularity), rows)).reshape(shape)
-            for b in slot_bits(slots["weight"])
-        ]
-        layer.weight_quantizer = BitQuantizer(  # type: ignore[assignment]
-            torch.stack(steps), None, weight[0].bits, signed=True, axis=layer.channel_axis
-        )
+        if layer.has_weight:
+            rows = weight_rows(layer)
+            shape = layer.weight_quantizer.step.shape
+            granularity = "channel" if weight[0].group is not None else weight[0].granularity  # bits of a channel
+            steps = [
+                torch.log2(workbench.ranges.weight(name, Precision("uniform", b, granularity), rows)).reshape(shape)
+                for b in slot_bits(slots["weight"])
+            ]
+            layer.weight_quantizer = BitQuantizer(  # type: ignore[assignment]
+                torch.stack(steps), None, weight[0].bits, signed=True, axis=layer.channel_axis
+            )
+        else:
+            if weight[0].is_float:
+                raise SpaceError(f"'{name}/weight' is float alone, which the descent cannot learn: offer some bits")
+            seconds = [
+                workbench.ranges.second(name, Precision("uniform", b, "tensor")) for b in slot_bits(slots["weight"])
+            ]
+            lower = torch.stack([beta for _, beta in seconds]) if layer.weight_quantizer.beta is not None else None
+            layer.weight_quantizer = BitQuantizer(  # type: ignore[assignment]
+                torch.stack([torch.log2(step) for step, _ in seconds]), lower, weight[0].bits, signed=False
+            )
         if activation[0].is_float and not isinstance(layer, QuantEmbedding):
             raise SpaceError(f"'{name}/activation' is float alone, which the descent cannot learn: offer some bits")
         ranges = [

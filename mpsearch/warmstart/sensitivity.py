@@ -34,7 +34,7 @@ from mpsearch.errors import TaskError
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.inputs import layer_input, tensors
 from mpsearch.precision import FLOAT, Precision
-from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers, weight_rows
+from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers
 from mpsearch.space.choices import TENSORS, TensorName
 from mpsearch.space.space import SearchSpace
 from mpsearch.task.comparing import Comparison, comparison, relative_error
@@ -225,7 +225,7 @@ class _Probe:
         quantizer.set_precision(precision)
         try:
             if tensor == "weight":
-                quantizer.set_range(self.ranges.weight(name, precision, weight_rows(layer)))
+                quantizer.set_range(*self.ranges.for_weight(name, precision, layer))
             else:
                 quantizer.set_range(*self.ranges.activation(name, precision))
             yield
@@ -237,7 +237,7 @@ class _Probe:
         """mean (Q(x) - x)^2."""
         layer, x = self.layers[name], self._values(name, tensor)
         with self.quantized(name, tensor, precision):
-            q = layer.quantized_weight() if tensor == "weight" else layer.input_quantizer(x)
+            q = (layer.weight_quantizer if tensor == "weight" else layer.input_quantizer)(x)
         return float((q.double() - x.double()).square().mean())
 
     @torch.no_grad()
@@ -247,7 +247,9 @@ class _Probe:
 
     def _values(self, name: str, tensor: TensorName) -> Tensor:
         layer = self.layers[name]
-        return cast(Tensor, layer.weight) if tensor == "weight" else self.ranges.samples(name)
+        if tensor == "activation":
+            return self.ranges.samples(name)
+        return cast(Tensor, layer.weight) if layer.has_weight else self.ranges.seconds(name)
 
 
 def _divergence_totals(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
 from mpsearch.graph.inputs import call, map_tensors, tensors
-from mpsearch.precision import Offer, Precision, PrecisionConfig
+from mpsearch.precision import Offer, Precision, PrecisionConfig, per_tensor
 from mpsearch.private.torch import BatchNormNd
 from mpsearch.quant.modules import QuantEmbedding, QuantLayer
 from mpsearch.quant.prepare import RangeSetter, check_names, insert_quantizers, quant_layers, weight_rows
@@ -68,7 +68,9 @@ class StartScorer:
     ) -> None:
         model = insert_quantizers(channels_last(workbench.task.float_model()), workbench.layers, offers)
         self._layers = quant_layers(model)
-        self._weights = {name: _Weights(name, layer, workbench.ranges) for name, layer in self._layers.items()}
+        self._weights = {
+            name: _Weights(name, layer, workbench.ranges) for name, layer in self._layers.items() if layer.has_weight
+        }
         self._model = _by_batch(workbench.compile_quantizers(model.to(workbench.device)))
         self._ranges = workbench.ranges
         self._room_bytes = room_bytes
@@ -113,7 +115,12 @@ class StartScorer:
         """Take on the precisions of a config, where they are not those of the last one."""
         check_names(config, self._layers)
         for name, layer in self._layers.items():
-            self._weights[name].put(config[name].weight)
+            if layer.has_weight:
+                self._weights[name].put(config[name].weight)
+            elif layer.weight_quantizer.precision != (second := per_tensor(config[name].weight)):
+                layer.weight_quantizer.set_precision(second)
+                if not second.is_float:
+                    layer.weight_quantizer.set_range(*self._ranges.second(name, second))
             quantizer, precision = layer.input_quantizer, config[name].activation
             if quantizer.precision != precision and not isinstance(layer, QuantEmbedding):
                 quantizer.set_precision(precision)
