@@ -288,10 +288,13 @@ def _fisher_traces(
     random = torch.Generator().manual_seed(seed)
     model, layers = probe.model, probe.layers
     model.requires_grad_(False)
-    weights = {name: cast(nn.Parameter, layer.weight).requires_grad_() for name, layer in layers.items()}
+    weights = {
+        name: cast(nn.Parameter, layer.weight).requires_grad_() for name, layer in layers.items() if layer.has_weight
+    }
     # A weight that several layers hold has one gradient: each of them gets its share.
     holders = {name: sum(other is weight for other in weights.values()) for name, weight in weights.items()}
     read: dict[str, list[Tensor]] = {name: [] for name in layers}
+    seconds: dict[str, list[Tensor]] = {name: [] for name, layer in layers.items() if not layer.has_weight}
 
     def reads(name: str) -> Callable[..., tuple[Any, Any] | None]:
         def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
@@ -301,6 +304,10 @@ def _fisher_traces(
                 return None
             copy = x.clone() if x.requires_grad else x.clone().requires_grad_()
             read[name].append(copy)
+            if name in seconds:  # called with both factors by position
+                second = args[1].clone() if args[1].requires_grad else args[1].clone().requires_grad_()
+                seconds[name].append(second)
+                return (copy, second, *args[2:]), kwargs
             if args:
                 return (copy, *args[1:]), kwargs
             return args, {key: copy if value is x else value for key, value in kwargs.items()}
@@ -311,7 +318,7 @@ def _fisher_traces(
     totals = {(name, tensor): 0.0 for name in layers for tensor in TENSORS}
     try:
         for start in range(0, samples, batch_size):
-            for inputs in read.values():
+            for inputs in (*read.values(), *seconds.values()):
                 inputs.clear()
             with torch.enable_grad():
                 log_p = _log_probabilities(logits(call(model, _rows(x, start, start + batch_size, samples))))
@@ -323,6 +330,7 @@ def _fisher_traces(
             score = -F.nll_loss(log_p * signs.to(log_p)[:, None], y.to(log_p.device), reduction="sum")
             sources = [((name, "weight"), weight) for name, weight in weights.items()]
             sources += [((name, "activation"), copy) for name, inputs in read.items() for copy in inputs]
+            sources += [((name, "weight"), copy) for name, inputs in seconds.items() for copy in inputs]
             gradients = torch.autograd.grad(score, [source for _, source in sources], allow_unused=True)
             for (key, _), gradient in zip(sources, gradients, strict=True):
                 totals[cast(Any, key)] += 0.0 if gradient is None else float(gradient.double().square().sum())
@@ -330,7 +338,7 @@ def _fisher_traces(
         for handle in handles:
             handle.remove()
     return {
-        (name, tensor): total / samples / (holders[name] if tensor == "weight" else 1)
+        (name, tensor): total / samples / (holders.get(name, 1) if tensor == "weight" else 1)
         for (name, tensor), total in totals.items()
     }
 
