@@ -20,7 +20,7 @@ from mpsearch.study import load_study
 from mpsearch.task.classification import ClassificationTask
 from mpsearch.task.load import load_task
 
-SHARED = {"__init__", "families", "__main__", "options", "printing", "rows", "stopwatch"}
+SHARED = {"__init__", "families", "mhaq_tasks", "__main__", "options", "printing", "rows", "stopwatch"}
 QUICK = ["trial.compile=false", "trial.steps=2", "trial.bn_batches=1", "engine.address=none"]
 SETS = [part for override in QUICK for part in ("--set", override)]
 
