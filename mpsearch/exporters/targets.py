@@ -20,8 +20,8 @@ from mpsearch.precision import BITS
 from mpsearch.quant.network import QuantizedNetwork
 
 EVERY_KIND = frozenset(KIND_NAMES)
-ALL_KINDS = EVERY_KIND - {"product"}
-WITH_INPUTS = ALL_KINDS - {"embedding"}
+WITH_WEIGHTS = EVERY_KIND - {"product"}
+WITH_INPUTS = WITH_WEIGHTS - {"embedding"}
 UNIFORM = {"uniform": BITS["uniform"]}
 TWO_UP = {"uniform": range(2, 9)}  # their 1-bit grid is {-s, 0}, ours -s/2 and s/2
 ALL_TYPES = {name: widths for name, widths in BITS.items() if name != "float"}
@@ -39,8 +39,8 @@ TARGETS: dict[str, Target] = {
     "native": Target(native.save, Holds(ALL_TYPES, ALL_TYPES, EVERY_KIND, offset_grids=True, groups=True)),
     "packed": Target(packed.save, Holds(ALL_TYPES, ALL_TYPES, EVERY_KIND, offset_grids=True, groups=True)),
     # Shift and APoT weights are constants on their grid. The lower end of an offset grid is added as a real number.
-    "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS, offset_grids=True)),
-    "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, ALL_KINDS, offset_grids=True, groups=True)),
+    "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, WITH_WEIGHTS, offset_grids=True)),
+    "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, WITH_WEIGHTS, offset_grids=True, groups=True)),
     # Bits alone: MHAQ learns its own scales and lower ends.
     "mhaq": Target(mhaq.save, Holds(UNIFORM, UNIFORM, frozenset({"conv2d"}), mhaq.cannot, offset_grids=True)),
     "brevitas": Target(brevitas.save, Holds(UNIFORM, UNIFORM, WITH_INPUTS)),
