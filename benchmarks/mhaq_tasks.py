@@ -14,6 +14,7 @@ import copy
 import hashlib
 import importlib.util
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -142,16 +143,16 @@ def crops(split: Split, count: int, side: int, seed: int) -> Tensor:
     return torch.stack(squares).float()
 
 
-class Photographs:
+class Photographs(ABC):
     """What the tasks below share: a network, and how often each split of the photographs is cut."""
 
     def __init__(self, name: str, model: nn.Module, samples: int) -> None:
         self.name, self.samples = f"{name} on photographs", samples
         self._model = model
 
+    @abstractmethod
     def batch(self, split: Split, count: int, seed: int) -> Batch:
         """Model input and target of `count` crops."""
-        raise NotImplementedError
 
     def float_model(self) -> nn.Module:
         return copy.deepcopy(self._model).eval()

@@ -20,18 +20,14 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from mpsearch.cost.model import RelativeCost
-from mpsearch.errors import CostError
-from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
-from mpsearch.search.front import BETTER
-from mpsearch.search.surrogate import Children
+from mpsearch.search.surrogate import Children, JointSampler, front_of
 from mpsearch.space.space import SearchSpace
 from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design, Effects, Scores
-from mpsearch.warmstart.allocate import Program
+from mpsearch.warmstart.allocate import program_of
 from mpsearch.warmstart.propose import propose, variant
 from mpsearch.warmstart.table import SensitivityTable
 
@@ -55,7 +51,7 @@ class Knowledge:
 NOTHING = Knowledge()
 
 
-class AdditiveSampler(BaseSampler):
+class AdditiveSampler(JointSampler):
     """Proposes the best config of a posterior draw within a budget that lies in a gap of the front.
 
     Args:
@@ -73,25 +69,16 @@ class AdditiveSampler(BaseSampler):
         self._random = np.random.default_rng([seed, 4])
         self._children = Children(space, seed)
         self._design = Design(space, knowledge.table)
-        self._program: Program | None = None
-        if isinstance(cost, RelativeCost):
-            try:
-                self._program = Program(space, cost)
-            except CostError:
-                self._program = None
+        self._program = program_of(space, cost) if isinstance(cost, RelativeCost) else None
         self._model: AdditiveModel | None = None
         self._chosen_of = 0  # scores that link and noise were chosen by
-
-    def infer_relative_search_space(self, *_: object) -> dict[str, BaseDistribution]:
-        """Nothing: the controller knows the space, and so do we."""
-        return {}
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the proposal; none before the first trial has ended."""
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        front = _front(trials)
+        front = front_of(trials)
         if not front:
             return {}
         if not self._learn(trials):
@@ -104,12 +91,6 @@ class AdditiveSampler(BaseSampler):
         if config is not None and config in known:
             config = variant(self._space, self._cost, config, known, self._cost(config), self._random, effects)
         return {} if config is None else dict(self._space.params_of(config))
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Never called."""
-        raise NotImplementedError("all parameters are drawn together")
 
     def _learn(self, trials: Sequence[FrozenTrial]) -> bool:
         """Condition the model on all that is known; False where that is too little."""
@@ -157,12 +138,6 @@ class AdditiveSampler(BaseSampler):
         chance = self._random.exponential(size=len(gaps))
         ranked = sorted(range(len(gaps)), key=lambda i: -gaps[i][0] * chance[i])
         return [gaps[i][1] for i in ranked[:GAPS]]
-
-
-def _front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The non-dominated trials by rising cost."""
-    on_front = non_dominated([trial.values for trial in trials], BETTER)
-    return sorted((trials[i] for i in on_front), key=lambda trial: float(trial.values[1]))
 
 
 def attributes(divergence: float | None) -> Mapping[str, float]:

@@ -113,7 +113,21 @@ def expected_improvement(mean: Floats, deviation: Floats, cost: Floats, front: F
     return np.asarray((width * gain).sum(axis=1))
 
 
-class SurrogateSampler(BaseSampler):
+class JointSampler(BaseSampler):
+    """A sampler that draws all parameters of a trial together, in `sample_relative`."""
+
+    def infer_relative_search_space(self, *_: object) -> dict[str, BaseDistribution]:
+        """Nothing: the controller knows the space, and so do we."""
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Never called."""
+        raise NotImplementedError("all parameters are drawn together")
+
+
+class SurrogateSampler(JointSampler):
     """Proposes, of `CANDIDATES` children of the front, the one with the largest expected hypervolume improvement.
 
     Args:
@@ -133,16 +147,12 @@ class SurrogateSampler(BaseSampler):
         self._model: Any = None
         self._learned = 0  # trials that the model has learned from
 
-    def infer_relative_search_space(self, *_: object) -> dict[str, BaseDistribution]:
-        """Nothing: the controller knows the space, and so do we."""
-        return {}
-
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The parameters of the most promising child; none before the first trial has ended."""
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        best = _front(trials)
+        best = front_of(trials)
         if not best:
             return {}
         random = self._children.random
@@ -162,12 +172,6 @@ class SurrogateSampler(BaseSampler):
         improvement = expected_improvement(mean, deviation, cost, np.array([t.values for t in best]))
         return candidates[int(np.argmax(improvement))]
 
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Never called."""
-        raise NotImplementedError("all parameters are drawn together")
-
     def _learn(self, trials: Sequence[FrozenTrial]) -> None:
         """Fit the model, unless it knows nearly all of the trials."""
         if self._model is None or len(trials) > 1.05 * self._learned:
@@ -179,7 +183,7 @@ class SurrogateSampler(BaseSampler):
         return np.stack([self._features(p) for p in params])
 
 
-def _front(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+def front_of(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The non-dominated trials by rising cost."""
     on_front = non_dominated([trial.values for trial in trials], BETTER)
     return sorted((trials[i] for i in on_front), key=lambda trial: trial.values[1])

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import sys
@@ -38,6 +39,8 @@ from mpsearch.precision import FLOAT_BITS, LayerPrecision, Precision, PrecisionC
 from mpsearch.space.choices import TensorName
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.warmstart.table import SensitivityTable
+
+logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
 Tensors = Mapping[tuple[str, TensorName], float]
@@ -397,6 +400,15 @@ class Program:
                 f"this cost model is not made of its layers' costs: they give {total:g}, the model {price:g}; no "
                 "integer program can keep its budget, so use another one, or let the search's samplers propose"
             )
+
+
+def program_of(space: SearchSpace, cost: RelativeCost) -> Program | None:
+    """The program of a space and cost model; None, and the log says why, where no program can keep such a budget."""
+    try:
+        return Program(space, cost)
+    except CostError as reason:
+        logger.info("proposals are drawn at random: %s", reason)
+        return None
 
 
 @contextlib.contextmanager

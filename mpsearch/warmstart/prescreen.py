@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from mpsearch.cost.model import RelativeCost
-from mpsearch.errors import CostError, TaskError
+from mpsearch.errors import TaskError
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem
@@ -33,7 +33,7 @@ from mpsearch.space.order import ends_first
 from mpsearch.space.space import SearchSpace
 from mpsearch.study import StudySpec
 from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design
-from mpsearch.warmstart.allocate import Program, ilp_ladder
+from mpsearch.warmstart.allocate import ilp_ladder, program_of
 from mpsearch.warmstart.propose import propose, variant
 from mpsearch.warmstart.start import InitialConfig, global_combinations, sensitivity_table
 from mpsearch.warmstart.start_score import BATCHES, StartScorer
@@ -169,7 +169,7 @@ def _proposals(
     seeds = [("ladder", config) for config in space.ladder()]
     seeds += [(str(origin), config) for origin, config in initial_configs]
     seeds += [("combination", config) for config in global_combinations(space, cost, table, count // 10)]
-    program = _program(space, cost)
+    program = program_of(space, cost)
     if program is not None:
         between = [math.sqrt(a * b) for a, b in pairwise(budgets)]
         seeds += [("ilp", a.config) for a in ilp_ladder(space, cost, table, [*budgets, *between])]
@@ -204,14 +204,6 @@ def _proposals(
             stalled = 0 if new else stalled + 1
             if new and config is not None:
                 yield "model", config
-
-
-def _program(space: SearchSpace, cost: RelativeCost) -> Program | None:
-    try:
-        return Program(space, cost)
-    except CostError as reason:
-        logger.info("proposals are drawn at random: %s", reason)
-        return None
 
 
 def _picked(
