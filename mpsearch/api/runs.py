@@ -217,7 +217,8 @@ def run(
 
     >>> import mpsearch
     >>> tiny = ["trial.steps=4", "warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0"]
-    >>> result = mpsearch.run("digits", out="runs/tiny", trials=4, set=[*tiny, "engine.address=none"])
+    >>> tiny += ["final.pick=1", "final.epochs=0.1", "final.seeds=1", "engine.address=none"]
+    >>> result = mpsearch.run("digits", out="runs/tiny", trials=4, set=tiny)
     >>> sum(result.counts.values()), result.report.name
     (4, 'report.html')
     """
@@ -389,10 +390,7 @@ def finalize(run: str | Path, observer: Observer = SILENT) -> Finals:
         MpsearchError: there is no run, it has no complete trial, or it cannot be written.
 
     >>> import mpsearch
-    >>> tiny = ["final.pick=1", "final.epochs=0.1", "final.seeds=1", "trial.steps=2", "warm_start.method=none"]
-    >>> tiny += ["search.prescreen=0", "engine.address=none"]
-    >>> _ = mpsearch.run("digits", out="runs/brief", trials=2, set=tiny)
-    >>> finals = mpsearch.finalize("runs/brief")
+    >>> finals = mpsearch.finalize("runs/tiny")
     >>> finals.table.seeds.to_list()[:1]
     [1]
     """
