@@ -89,6 +89,7 @@ class Status:
         pareto: the front so far; empty before the first complete trial.
         hypervolume: as in `Front`.
         prescreened: untrained configs that were scored.
+        trouble: what goes wrong beside the search now, in words: a storage that cannot be reached; None: nothing.
     """
 
     study: str
@@ -99,6 +100,7 @@ class Status:
     pareto: ParetoFront
     hypervolume: float | None
     prescreened: int = 0
+    trouble: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `mpsearch status --json` prints."""
@@ -111,6 +113,7 @@ class Status:
             "stopped": self.counts["stopped"],
             "running": len(self.running),
             "prescreened": self.prescreened,
+            "trouble": self.trouble,
             "metric": self.pareto.metric.to_json(),
             "best": best and {"number": best.number, "score": best.score, "cost": best.cost},
             "hypervolume": self.hypervolume,
@@ -233,19 +236,23 @@ def run(
     if time_limit is not None:
         changes["time_limit_s"] = _seconds(time_limit)
     if changes:
-        document = spec.model_dump(mode="json")
+        document = spec.document()
         spec = parse_study(document | {"search": document["search"] | changes})  # checks the changes
     path = Path(out) if out is not None else Path("runs") / spec.name
     run_study(spec, path, observer)
     return _result(RunFolder.open(path))
 
 
-def resume(run: str | Path, trials: int | None = None, observer: Observer = SILENT) -> RunResult:
+def resume(
+    run: str | Path, trials: int | None = None, set: Sequence[str] = (), observer: Observer = SILENT
+) -> RunResult:
     """Go on with a run that was killed, interrupted or finished; no finished trial is lost or repeated.
 
     Args:
         run: a run folder.
         trials: number of trials in all, finished ones included (default: the study's search.trials).
+        set: values for keys of the run's study that say where files are, how much is searched and where
+            (`task.data.root=/new/place`); the run keeps them.
         observer: as for `run`.
 
     Raises:
@@ -259,7 +266,7 @@ def resume(run: str | Path, trials: int | None = None, observer: Observer = SILE
     from mpsearch.record import RunFolder
     from mpsearch.search.run import resume_study
 
-    resume_study(run, trials, observer)
+    resume_study(run, trials, observer, set)
     return _result(RunFolder.open(run))
 
 
@@ -292,6 +299,7 @@ def status(run: str | Path) -> Status:
         pareto=pareto_front(records, folder.metric),
         hypervolume=_hypervolume(folder),
         prescreened=len({record.config for record in folder.prescreened()}),
+        trouble=folder.trouble,
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +15,7 @@ import typer
 
 from mpsearch import __version__
 from mpsearch.cli.printing import replace_unprintable
-from mpsearch.errors import MpsearchError, VerificationError
+from mpsearch.errors import GaveUpError, MpsearchError, VerificationError
 
 app = typer.Typer(
     name="mpsearch",
@@ -65,14 +67,16 @@ def main() -> None:
     """The `mpsearch` command."""
     replace_unprintable()
     _print_progress()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         app(standalone_mode=True)
     except MpsearchError as error:
         print(f"mpsearch: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, VerificationError) else 2)
-    except KeyboardInterrupt:
-        print("mpsearch: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(1 if isinstance(error, VerificationError | GaveUpError) else 2)
+    except KeyboardInterrupt as ended:
+        print(f"mpsearch: {said_of(ended)}", file=sys.stderr)
+        sys.exit(exit_code(ended))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -80,6 +84,24 @@ def main() -> None:
         traceback.print_exc()
         print("mpsearch: this is our fault, not yours: please report it with the lines above", file=sys.stderr)
         sys.exit(1)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what Ctrl-C does, with an exit code of its own."""
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Terminated
+
+
+def said_of(ended: KeyboardInterrupt) -> str:
+    """What happened, in a word."""
+    return "terminated" if isinstance(ended, Terminated) else "interrupted"
+
+
+def exit_code(ended: KeyboardInterrupt) -> int:
+    """128 and the number of the signal, as shells have it."""
+    return 128 + (signal.SIGTERM if isinstance(ended, Terminated) else signal.SIGINT)
 
 
 def _print_progress() -> None:
