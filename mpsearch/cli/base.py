@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -67,10 +69,9 @@ def main() -> None:
     """The `mpsearch` command."""
     replace_unprintable()
     _print_progress()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(standalone_mode=True)
+        with _sigterm_raised():
+            app(standalone_mode=True)
     except MpsearchError as error:
         print(f"mpsearch: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, VerificationError | GaveUpError) else 2)
@@ -90,8 +91,21 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: what Ctrl-C does, with an exit code of its own."""
 
 
-def _terminate(signum: int, frame: object) -> None:
-    raise Terminated
+@contextlib.contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """For the time of the block SIGTERM raises `Terminated`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(signum: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def said_of(ended: KeyboardInterrupt) -> str:
