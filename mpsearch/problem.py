@@ -24,6 +24,7 @@ from mpsearch.task.load import load_task
 from mpsearch.task.scoring import comparison_of, evaluate, metric_of
 from mpsearch.task.task import Split, Task, Warns
 from mpsearch.train import batch_norm_gap, samples_of
+from mpsearch.trust import require_trust
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
         spec: its study, where that has been read (and changed) already.
 
     Raises:
-        RunError: the float network or the metric is not the one that the run began with.
+        RunError: study, space, float network or metric are not those that the run began with, or the study names code
+            and the run is not trusted (`mpsearch.trust`).
         MpsearchError: as `open_problem`.
     """
     spec = spec or read_spec(folder)
@@ -151,6 +153,7 @@ def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
             f"{folder.study_yaml} is not the study that the run began with, and trials of both would not be "
             f"comparable:\n{changes}\nWrite the old values again, {new}"
         )
+    require_trust(folder, spec)
     problem = open_problem(spec)
     was, now = folder.metric, problem.metric
     if (was.name, was.direction) != (now.name, now.direction):

@@ -276,3 +276,59 @@ def test_a_storage_that_comes_back_gets_what_it_missed(
         view.add(records[4])
         assert [trial.user_attrs["number"] for trial in view.study.trials] == [0, 1, 2, 3, 4]
     assert len([r for r in caplog.records if "is not updated" in r.getMessage()]) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- trust
+
+MINE = """
+from mpsearch.task.networks import DigitsCNN
+
+def make(checkpoint=None):
+    open("imported", "a").close()
+    return DigitsCNN(num_classes=10, in_channels=1)
+"""
+
+
+@pytest.fixture
+def received(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a run that was made by another user, and the module that its study names."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "mine_of_another.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(home))
+    monkeypatch.setenv("MPSEARCH_CACHE", str(tmp_path / "their cache"))
+    overrides = (*COLD, "task.checkpoint=null", "task.float_epochs=1", "task.model=mine_of_another:make")
+    sets = [part for override in overrides for part in ("--set", override)]
+    done = mpsearch("run", "digits", "--out", "run", *sets, cwd=home)
+    assert done.returncode == 0, done.stderr
+    assert mpsearch("resume", "run", cwd=home).returncode == 0  # who made it is not asked
+    monkeypatch.setenv("MPSEARCH_CACHE", str(tmp_path / "my cache"))
+    (home / "imported").unlink()
+    return home
+
+
+def test_a_run_that_was_made_elsewhere_has_nothing_imported_until_it_is_trusted(received: Path) -> None:
+    """D10: in a pipe, where nobody can be asked."""
+    for command in (["resume", "run"], ["finalize", "run"], ["export", "run", "-o", "out"], ["rank", "run"]):
+        refused(mpsearch(*command, cwd=received), "was not made here", "mine_of_another:make", "--trust")
+    for command in (["status", "run"], ["front", "run"], ["report", "run"]):
+        assert mpsearch(*command, cwd=received).returncode == 0
+    assert not (received / "imported").exists()
+    done = mpsearch("resume", "run", "--trust", cwd=received)
+    assert done.returncode == 0, done.stderr
+    assert (received / "imported").exists()
+    assert mpsearch("resume", "run", cwd=received).returncode == 0  # it was noted
+    study = received / "run" / "study.yaml"
+    study.write_text(study.read_text().replace("model_args: {}", "model_args: {checkpoint: other}"))
+    refused(mpsearch("resume", "run", cwd=received), "task was changed since", "--trust")
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:run", "builtins:eval", "importlib.util:find_spec"])
+@pytest.mark.parametrize("key", ["task.model", "task.data.kind", "task.factory"])
+def test_the_standard_library_makes_no_models(tmp_path: Path, key: str, name: str) -> None:
+    sets = ["--set", f"{key}={name}"]
+    if key == "task.factory":
+        (tmp_path / "s.yaml").write_text(f"name: s\nspace: digits\ntask: {{factory: '{name}'}}\n")
+        sets = []
+    done = mpsearch("check", "s.yaml" if key == "task.factory" else "digits", *sets, cwd=tmp_path)
+    refused(done, "standard library", name)

@@ -270,6 +270,45 @@ def resume(
     return _result(RunFolder.open(run))
 
 
+def untrusted(run: str | Path) -> tuple[str, ...]:
+    """What code opening a run would import that was not made or trusted here: `module:function`s of its study.
+
+    Args:
+        run: a run folder.
+
+    Raises:
+        MpsearchError: there is no run.
+    """
+    from mpsearch.record import RunFolder
+    from mpsearch.study import read_spec
+    from mpsearch.trust import untrusted as unknown
+
+    folder = RunFolder.open(run)
+    return unknown(folder, read_spec(folder))
+
+
+def trust(run: str | Path) -> None:
+    """Let a run that was made elsewhere have imported and run what its study names; read that code first.
+
+    It is noted in this user's cache, for this run and all that its task says now.
+
+    Args:
+        run: a run folder.
+
+    Raises:
+        MpsearchError: there is no run, or the note cannot be written.
+
+    >>> import mpsearch
+    >>> mpsearch.trust("runs/tiny")
+    """
+    from mpsearch.record import RunFolder
+    from mpsearch.study import read_spec
+    from mpsearch.trust import trust as note
+
+    folder = RunFolder.open(run)
+    note(folder, read_spec(folder))
+
+
 def status(run: str | Path) -> Status:
     """Say how far a run is; works while it runs.
 

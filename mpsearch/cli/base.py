@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from mpsearch import __version__
+from mpsearch import __version__, api
 from mpsearch.cli.printing import replace_unprintable
 from mpsearch.errors import GaveUpError, MpsearchError, VerificationError
 
@@ -47,7 +47,25 @@ Set = Annotated[
         help="Value for one key of the study file, as search.trials=20; may be repeated (default: the file's values).",
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Import and run what the study of a run names that was made elsewhere; read that code first."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
+
+
+def ask_for_trust(run: Path, trust: bool) -> None:
+    """Trust a run that was made elsewhere, where `--trust` was given or who sits at the terminal says so."""
+    names = api.runs.untrusted(run)
+    if not names:
+        return
+    if not trust and sys.stdin.isatty():
+        print(f"mpsearch: {run} was not made here, and its study has imported and run: {', '.join(names)}")
+        trust = typer.confirm("Do you trust that code?", default=False)
+    if trust:
+        api.runs.trust(run)
 
 
 def _print_version(asked: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mpsearch import api
-from mpsearch.cli.base import Json, Run, Set, Study, app, exit_code, said_of
+from mpsearch.cli.base import Json, Run, Set, Study, Trust, app, ask_for_trust, exit_code, said_of
 from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines
 from mpsearch.cli.progress import FinalProgress, RunProgress
 from mpsearch.errors import RunError
@@ -57,9 +57,11 @@ def resume(
             "task.data.root=/new/place; may be repeated, and is kept (default: the run's values).",
         ),
     ] = None,
+    trust: Trust = False,
     json_: Json = False,
 ) -> None:
     """Go on with a run that was killed, interrupted or finished; no finished trial is lost or repeated."""
+    ask_for_trust(run, trust)
     _follow(lambda progress: api.runs.resume(run, trials, set_ or (), progress), json_)
 
 
@@ -120,9 +122,11 @@ def rank(
         Literal["trial", "final"],
         typer.Option("--against", help="What is to be foretold: the score after a trial, or on test after finalize."),
     ] = "trial",
+    trust: Trust = False,
     json_: Json = False,
 ) -> None:
     """Say how well each proxy ranks the trials that were fine-tuned: Kendall's tau, by stratum of cost."""
+    ask_for_trust(run, trust)
     taus = api.runs.rank(run, proxies, strata, against)
     if json_:
         print_json({"rows": taus.astype(object).where(taus.notna(), None).to_dict("records")})
@@ -142,8 +146,9 @@ def rank(
 
 
 @app.command()
-def finalize(run: Run, json_: Json = False) -> None:
+def finalize(run: Run, trust: Trust = False, json_: Json = False) -> None:
     """Train the picked front longer over several seeds, beside its uniform baseline, and score the test split."""
+    ask_for_trust(run, trust)
     finals = api.runs.finalize(run, FinalProgress())
     if json_:
         print_json(finals.to_json())

@@ -35,6 +35,7 @@ from mpsearch.state_dict import save_weights, state
 from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.scoring import evaluate
 from mpsearch.train import threads
+from mpsearch.trust import trust
 from mpsearch.warmstart.additive import start_scores
 from mpsearch.warmstart.prescreen import prescreen, prescreens
 from mpsearch.warmstart.start import start_weights, warm_start
@@ -60,6 +61,7 @@ def run_study(spec: StudySpec, out: str | Path | None = None, observer: Observer
     problem = replace(problem, notes=tuple(problem.warnings()))
     space_yaml = shipped("search_spaces", spec.space, SpaceError).read_text(encoding="utf-8")
     folder = RunFolder.create(out or Path("runs") / spec.name, spec.to_yaml(), space_yaml, metric=problem.metric)
+    trust(folder, spec)
     return _search(problem, folder, observer)
 
 
@@ -85,6 +87,7 @@ def resume_study(
             check_moved(problem, folder)
         with folder.driving():
             write_text(folder.study_yaml, spec.to_yaml(), sync=True)
+        trust(folder, spec)
     if trials is not None:
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": trials})})
     return _search(replace(problem, spec=spec), folder, observer)
