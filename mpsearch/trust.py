@@ -63,9 +63,9 @@ def require_trust(folder: RunFolder, spec: StudySpec) -> None:
     """Raises RunError: the run was made elsewhere, and its task names code."""
     if names := untrusted(folder, spec):
         raise RunError(
-            f"{folder.path} was not made here, or its task was changed since, and its study has {', '.join(names)} imported and run: read that code, "
-            "and give --trust if you trust it (in Python: mpsearch.trust(run)); status, front, report and dashboard "
-            "need none of it"
+            f"{folder.path} was not made here, or its task was changed since, and its study has {', '.join(names)} "
+            "imported and run: read that code, and give --trust if you trust it (in Python: mpsearch.trust(run)); "
+            "status, front, report and dashboard need none of it"
         )
 
 
