@@ -251,9 +251,9 @@ def _train(
             if converged is None and excess <= 0:
                 converged = step
                 if method.weight_grid == "symmetric":
-                    hold(layers, targets)
                     if method.gradual:
                         set_ranges(model, config, task.calibration_input(workbench.settings.calibration_samples))
+                    hold(layers, targets)
                 logger.info("all layers are at their targets after %d of %d steps", step, steps)
             log.append(logged(step, value, layers, excess, penalty.t, factor))
         if on_step is not None:
@@ -354,9 +354,8 @@ def deployed(
 ) -> nn.Module:
     """The same network with the uniform quantizers that its GDNSQ quantizers have become, at the bits of `config`.
 
-    A tensor keeps its range, Q. On the symmetric grid that is exact where the learned bits are the config's and the
-    lower end of a signed activation is a whole number of steps; on the paper's grid, which becomes an offset grid,
-    wherever the true bits are no more than the config's.
+    A tensor keeps its range, Q. On the symmetric grid that is exact where bit-widths are held at the config's; on the
+    paper's grid, which becomes an offset grid, wherever the true bits are no more than the config's.
     """
     twin = insert_quantizers(float_model, layers)
     trained = quant_layers(model)
@@ -373,7 +372,8 @@ def deployed(
             if isinstance(learned, GdnsqQuantizer) and on_offset_grid:
                 take_grid(quantizer, *learned.offset_grid(x))
             elif isinstance(learned, GdnsqQuantizer):
-                quantizer.set_range(torch.exp2(learned.log_range() - quantizer.precision.bits), learned.beta)
+                step = torch.exp2(learned.log_range() - quantizer.precision.bits)
+                quantizer.set_range(step, learned.lower_end())
     return twin.train(model.training)
 
 
