@@ -38,6 +38,9 @@ SHARES: Mapping[Split, tuple[float, float]] = {"train": (0.0, 0.6), "val": (0.6,
 RFDN_FOLDER, RFDN_CHECKPOINT = "src/models/sr/rfdn", "data/models/RFDN_AIM.pth"
 YOLO_FOLDER = "src/models/od"
 
+SATURATED = 2.0**-23
+"""Probabilities nearer to 0 or 1 count as this near: float32 holds no others below 1, and random weights reach 1."""
+
 RELATIVE_ERROR = Metric("relative_error", "minimize", "%", ".2f", (0.0, float("inf")))
 """Distance from the float network's outputs over their own spread, root mean square: 0 where both are equal, 1 (100 %)
 where the outputs say nothing that the float network's mean over the images does not say."""
@@ -243,7 +246,7 @@ class Agreement(Photographs):
         """Boxes `(n, 4, anchors)` in pixels, and logits of classes `(n, classes, anchors)`; float64."""
         x, _ = self.batch(split, self.samples, seed=0)
         output = model(x.to(next(model.parameters()).device)).cpu().double()
-        return output[:, :4], output[:, 4:].logit()
+        return output[:, :4], output[:, 4:].logit(eps=SATURATED)
 
     def loss(self, output: Any, target: Any) -> Tensor:
         raise TaskError(f"{self.name} has no labels: leave trial.distill true")
@@ -251,5 +254,5 @@ class Agreement(Photographs):
     def logits(self, output: Any) -> Tensor:
         """Logits of classes, `(n * anchors, classes)`; in train mode the network gives a raw map for each stride."""
         if isinstance(output, Tensor):  # 4 numbers of the box, then probabilities
-            return output[:, 4:].transpose(1, 2).flatten(0, 1).logit()
+            return output[:, 4:].transpose(1, 2).flatten(0, 1).logit(eps=SATURATED)
         return torch.cat([level[:, 64:].flatten(2).transpose(1, 2) for level in output], dim=1).flatten(0, 1)

@@ -138,6 +138,15 @@ def test_the_score_of_upscaling_is_the_mean_psnr_of_patches_by_hand(checkout: Pa
     assert 10 < task.bicubic("val") < 60
 
 
+def test_probabilities_of_one_compare_too(checkout: Path) -> None:
+    task = yolo11n(str(checkout), side=32, samples=8, classes=5)
+    model = task.float_model()
+    with torch.no_grad():
+        model.get_submodule("head.out").bias[64:66] += 100  # type: ignore[index, operator]
+        assert task.evaluate(model, "val") > 1
+        assert task.logits(model(task.batch("val", 2, 0)[0])).isfinite().all()
+
+
 def test_wrong_checkouts_are_refused_in_words(checkout: Path) -> None:
     with pytest.raises(TaskError, match="root is missing"):
         rfdn()
