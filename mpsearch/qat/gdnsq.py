@@ -56,7 +56,7 @@ EPSILON = 1e-3
 START_BITS = 10
 CHECK_EVERY = 20  # steps between two looks at the true bits
 
-Optimizer = Literal["radam", "sgd"]
+Optimizer = Literal["adam", "radam", "sgd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +85,12 @@ class GdnsqMethod:
                 raise PrecisionError(f"unknown {name} '{value}': {nearest(value, get_args(kinds))}")
 
 
-BINARY = GdnsqMethod(lr=0.05, range_lr=2e-3)
+BINARY = GdnsqMethod(optimizer="adam", lr=0.03, range_lr=2e-3)
 """Rates for networks whose tensors have 1 bit for the most part, where a range that hardly moves holds it back.
 
-digits_cnn at w1a1, 40 epochs, one seed, both before clamped weights learned: 70.75 % on val, 67.41 % with the default.
+A weight of 1 bit counts by its sign alone, so that it has to be moved as far as it is wide, whatever its layer's scale:
+steps of one size for all layers do that in fewer of them. digits_cnn at w1a1, 45 epochs, seed 0, top-1 on val (359
+images) and training loss: Adam 0.003 68.5 %, 4.9; 0.01 77.2 %, 3.4; 0.03 84.1 %, 2.9; SGD 0.05 81.3 %, 3.2.
 """
 
 
@@ -210,11 +212,7 @@ def _train(
         torch.optim.Adam(group or [torch.zeros(1, requires_grad=True)], lr=method.range_lr, betas=(0.5, 0.99))
         for group in (log_steps, ends)
     )
-    of_weights: torch.optim.Optimizer = (
-        torch.optim.RAdam(weights, lr=method.lr)
-        if method.optimizer == "radam"
-        else torch.optim.SGD(weights, lr=method.lr, momentum=0.9, nesterov=True)
-    )
+    of_weights = weight_optimizer(weights, method)
     speed = (START_BITS - 1) / max(1.0, method.descent * steps) if method.gradual else 0.0
     log: list[dict[str, float]] = []
     converged: int | None = None
@@ -262,6 +260,14 @@ def _train(
     if converged is None:
         notes = (f"true bits were still {log[-1]['excess']:.2f} above the target when the steps ended: train longer",)
     return log, notes
+
+
+def weight_optimizer(weights: Sequence[nn.Parameter], method: GdnsqMethod) -> torch.optim.Optimizer:
+    """What trains the weights, biases and norms."""
+    if method.optimizer == "sgd":
+        return torch.optim.SGD(weights, lr=method.lr, momentum=0.9, nesterov=True)
+    kind = torch.optim.Adam if method.optimizer == "adam" else torch.optim.RAdam
+    return kind(weights, lr=method.lr)
 
 
 @torch.no_grad()
