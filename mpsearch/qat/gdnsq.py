@@ -91,6 +91,9 @@ BINARY = GdnsqMethod(optimizer="adam", lr=0.03, range_lr=2e-3)
 A weight of 1 bit counts by its sign alone, so that it has to be moved as far as it is wide, whatever its layer's scale:
 steps of one size for all layers do that in fewer of them. digits_cnn at w1a1, 45 epochs, seed 0, top-1 on val (359
 images) and training loss: Adam 0.003 68.5 %, 4.9; 0.01 77.2 %, 3.4; 0.03 84.1 %, 2.9; SGD 0.05 81.3 %, 3.2.
+
+`mpsearch train digits --method gdnsq --target w1a1 --epochs 90`, seed 0: 86.9 % on val, 81.6 % on test (float 98.6 %,
+99.2 %), with all layers at 1 bit, the pixels and the classifier too.
 """
 
 
