@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mpsearch.errors import GaveUpError, SpaceError
+from mpsearch.errors import GaveUpError, SpaceError, TaskError
 from mpsearch.files import write_text
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
@@ -96,6 +96,11 @@ def resume_study(
 def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFront:
     spec = problem.spec
     problem = with_float_scores(problem, "val")
+    if not math.isfinite(score := problem.float_scores["val"]):
+        raise TaskError(
+            f"the float network's {problem.metric.name} on val is {score}, so that no trial can be compared with it: "
+            "look for values that are not finite in its outputs, in val and in the metric"
+        )
     with folder.driving():
         records = folder.records()
         write_facts(folder, problem)
