@@ -10,6 +10,7 @@ import typer
 
 from mpsearch import api
 from mpsearch.cli.base import Run, Trust, app, ask_for_trust
+from mpsearch.errors import RunError
 from mpsearch.observer import Observer
 
 
@@ -46,10 +47,26 @@ def dashboard(
             help="Secret that visitors must give (default: none, only this machine can visit).",
         ),
     ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option("--token-file", help="File whose first line is that secret (default: none is read)."),
+    ] = None,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = True,
 ) -> None:
     """Show a run in the Optuna dashboard, also while it runs: figures, notes, every trial's config and charts."""
+    if token_file is not None:
+        token = _first_line(token_file)
     api.results.dashboard(run, host, port, token, open_)
+
+
+def _first_line(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise RunError(f"--token-file: cannot read '{path}': {getattr(error, 'strerror', None) or error}") from None
+    if not lines or not lines[0].strip():
+        raise RunError(f"--token-file: '{path}' has no first line: write the secret there")
+    return lines[0].strip()
 
 
 @app.command()

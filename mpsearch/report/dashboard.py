@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 from optuna.storages import BaseStorage
@@ -90,7 +91,7 @@ def serving(target: str, host: str = "127.0.0.1", port: int = 8080, token: str |
         thread.start()
         stack.callback(listening.shutdown)
         name = f"[{host}]" if ":" in host else host
-        query = f"?token={token}" if token else ""
+        query = f"?token={quote(token, safe='')}" if token else ""
         yield Served(f"http://{name}:{listening.server_port}/dashboard{query}", thread.join)
 
 

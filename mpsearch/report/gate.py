@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from http.cookies import SimpleCookie
 from socketserver import ThreadingMixIn
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, urlencode, urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 _COOKIE = "mpsearch_token"
@@ -25,6 +25,9 @@ class Gate:
     Without a token: only requests that name this machine as their host, so that no page on the web can make a browser
     talk to the application under a name of its own; others get 403.
 
+    With and without one: no page of another origin may read an answer (headers that would allow it are taken off), and
+    what would change something (any method but GET, HEAD and OPTIONS) is refused with 403 where such a page sends it.
+
     Args:
         application: what is behind the gate.
         token: what a visitor has to give; None: the server listens to this machine alone.
@@ -36,6 +39,9 @@ class Gate:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer a request, or hand it on."""
+        if environ.get("REQUEST_METHOD") not in ("GET", "HEAD", "OPTIONS") and not _same_origin(environ):
+            return _answer(start_response, "403 Forbidden", "a page of another origin may change nothing here")
+        start_response = _without_cors(start_response)
         if self._token is None:
             if _host(environ) in ("127.0.0.1", "localhost", "::1"):
                 return self._application(environ, start_response)
@@ -79,6 +85,21 @@ def _host(environ: dict[str, Any]) -> str:
     """The host that a request names, without its port."""
     named = str(environ.get("HTTP_HOST", ""))
     return named[1:].partition("]")[0] if named.startswith("[") else named.partition(":")[0]
+
+
+def _same_origin(environ: dict[str, Any]) -> bool:
+    """Whether a request comes from our own page, or from no page: browsers say which origin theirs has."""
+    origin = environ.get("HTTP_ORIGIN")
+    return origin is None or urlsplit(origin).netloc == environ.get("HTTP_HOST")
+
+
+def _without_cors(start_response: Callable[..., Any]) -> Callable[..., Any]:
+    """optuna-dashboard lets pages of any origin read its artifacts."""
+
+    def start(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+        return start_response(status, [h for h in headers if not h[0].lower().startswith("access-control-")], *more)
+
+    return start
 
 
 def _cookie(environ: dict[str, Any]) -> str:

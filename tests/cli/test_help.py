@@ -18,7 +18,7 @@ from mpsearch.cli import app
 
 GROUP: Any = typer.main.get_command(app)
 FUNCTIONS = {name: {"export": "export_run", "import": "import_config"}.get(name, name) for name in GROUP.commands}
-PRINTING = {"json", "csv", "help"}  # how a command prints is no argument of its function
+OF_THE_SHELL = {"json", "csv", "help", "trust", "token_file"}  # printing, and questions that Python does not ask
 EVENTS = {"observer"}  # and a command's observer is its progress bar
 
 
@@ -68,7 +68,7 @@ def test_python_function_has_the_arguments_and_defaults_of_its_command(name: str
     command = {
         option: "required" if parameter.required else plain(parameter.default)
         for option, parameter in parameters(GROUP.commands[name]).items()
-        if option not in PRINTING
+        if option not in OF_THE_SHELL
     }
     function = {
         parameter.name: "required" if parameter.default is parameter.empty else plain(parameter.default)

@@ -89,6 +89,30 @@ def test_gate_without_a_token_is_for_this_machine_alone() -> None:
     assert through(gate, host="rebound.example.org:8080")[0].startswith("403")
 
 
+@pytest.mark.parametrize("token", [None, "secret"])
+def test_pages_of_other_origins_read_nothing_and_change_nothing(token: str | None) -> None:
+    """D12."""
+
+    def open_to_all(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Access-Control-Allow-Origin", "*"), ("Content-Type", "text/plain")])
+        return [b"inside"]
+
+    gate = Gate(open_to_all, token)
+    given = {"HTTP_AUTHORIZATION": "Bearer secret"}
+    status, headers, _ = through(gate, HTTP_ORIGIN="http://evil.example", **given)
+    assert (status, headers) == ("200 OK", {"Content-Type": "text/plain"})
+    for method in ("DELETE", "POST", "PUT"):
+        origins = {
+            "http://evil.example": "403",
+            "null": "403",
+            "http://127.0.0.1:8080": "200",
+            "http://127.0.0.1:1": "403",
+        }
+        for origin, code in origins.items():
+            assert through(gate, REQUEST_METHOD=method, HTTP_ORIGIN=origin, **given)[0].startswith(code), origin
+        assert through(gate, REQUEST_METHOD=method, **given)[0].startswith("200")  # curl, say
+
+
 def test_only_this_machine_is_loopback() -> None:
     assert [host for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "10.0.0.7", "box") if is_loopback(host)] == [
         "127.0.0.1",
