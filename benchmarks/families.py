@@ -255,13 +255,14 @@ def torchvision_dense() -> Mapping[str, Make]:
 
     def make(name: str, kind: str) -> Built:
         torch.manual_seed(0)
-        options = {"weights_backbone": None} if kind in ("segmentation", "detection") else {}
+        options: dict[str, Any] = {"weights_backbone": None} if kind in ("segmentation", "detection") else {}
+        if name.startswith("mvit"):
+            options = {"spatial_size": (64, 64), "temporal_size": 8}
         model = prepared(torchvision.models.get_model(name, weights=None, **options))
         if kind == "detection":
             return model, ([*_images(128, 2)],)
         if kind == "video":
-            size, frames = (224, 16) if name.startswith(("mvit", "swin")) else (64, 8)
-            return model, torch.randn(2, 3, frames, size, size)
+            return model, torch.randn(2, 3, 8, 64, 64)
         return model, _images(64, 2)
 
     return {
