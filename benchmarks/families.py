@@ -255,9 +255,11 @@ def torchvision_dense() -> Mapping[str, Make]:
 
     def make(name: str, kind: str) -> Built:
         torch.manual_seed(0)
-        options: dict[str, Any] = {"weights_backbone": None} if kind in ("segmentation", "detection") else {}
+        options: dict[str, Any] = {} if kind == "video" else {"weights_backbone": None}
+        if kind == "detection" and not name.startswith("ssd"):  # which else resizes every image to 800 pixels
+            options |= {"min_size": 128, "max_size": 128}
         if name.startswith("mvit"):
-            options = {"spatial_size": (64, 64), "temporal_size": 8}
+            options |= {"spatial_size": (64, 64), "temporal_size": 8}
         model = prepared(torchvision.models.get_model(name, weights=None, **options))
         if kind == "detection":
             return model, ([*_images(128, 2)],)
