@@ -417,7 +417,7 @@ def transformers() -> Mapping[str, Make]:
     return {name: partial(make, name) for name in TRANSFORMERS}
 
 
-FAMILIES: Mapping[str, Callable[[], Mapping[str, Make]]] = {
+FAMILIES: dict[str, Callable[[], Mapping[str, Make]]] = {
     "torchvision": torchvision,
     "torchvision-dense": torchvision_dense,
     "timm": timm,

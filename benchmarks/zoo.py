@@ -71,7 +71,7 @@ COLUMNS = 256
 
 def zoo(
     family: Annotated[str, typer.Option(help=f"whose networks: {', '.join(FAMILIES)}")] = "torchvision",
-    only: Annotated[Sequence[str], several(str, "beginnings of names; all networks if none is given")] = (),
+    only: Annotated[Sequence[str], several(str, "names, or beginnings of them; all networks if none is given")] = (),
     stages: Annotated[Sequence[str], several(str, "stages after inspect to run")] = STAGES[1:],
     minutes: Annotated[float, typer.Option(help="minutes after which no network is started")] = math.inf,
     limit_s: Annotated[float, typer.Option(help="seconds that a network may take")] = math.inf,
@@ -83,7 +83,9 @@ def zoo(
     if family not in FAMILIES:
         raise MpsearchError(f"there is no family '{family}': choose from {', '.join(FAMILIES)}")
     networks = {} if only_print else FAMILIES[family]()
-    cases = [{"family": family, "network": name} for name in networks if not only or name.startswith(tuple(only))]
+    beginnings = tuple(name for name in only if name not in networks)
+    named = [name for name in networks if not only or name in only or name.startswith(beginnings)]
+    cases = [{"family": family, "network": name} for name in named]
     rows = Rows(results, key=("family", "network", "commit"))
     if rest:
         earlier = _latest([row for row in rows.read() if row["family"] == family])
@@ -146,9 +148,9 @@ def check_within(
             why = f"crash: its process ended with {process.exitcode}"
             break
         if time.perf_counter() - began > limit_s:
-            why = f"not measured: too large: over {limit_s:.0f} s"
+            why = f"not measured: too large: over {limit_s:g} s"
         elif not math.isinf(limit_gb) and process.is_alive() and _memory_gb(process.pid) > limit_gb:
-            why = f"not measured: too large: over {limit_gb:.0f} GB"
+            why = f"not measured: too large: over {limit_gb:g} GB"
         if why:
             process.kill()
             break
