@@ -258,6 +258,8 @@ def torchvision_dense() -> Mapping[str, Make]:
         options: dict[str, Any] = {} if kind == "video" else {"weights_backbone": None}
         if kind == "detection" and not name.startswith("ssd"):  # which else resizes every image to 800 pixels
             options |= {"min_size": 128, "max_size": 128}
+        if "rcnn" in name:  # whose heads else see 1,000 proposals an image
+            options |= {"rpn_pre_nms_top_n_test": 64, "rpn_post_nms_top_n_test": 32, "box_detections_per_img": 8}
         if name.startswith("mvit"):
             options |= {"spatial_size": (64, 64), "temporal_size": 8}
         model = prepared(torchvision.models.get_model(name, weights=None, **options))
