@@ -92,7 +92,7 @@ def zoo(
         cases = [case for case in cases if not set(stages) <= earlier.get(case["network"], {}).keys()]
     began = time.perf_counter()
     if not math.isinf(min(limit_s, limit_gb)):
-        check(lambda: (nn.Linear(2, 2).eval(), torch.ones(2, 2)), stages)  # imports what the stages need
+        check(lambda: (nn.Sequential(nn.Linear(2, 2)).eval(), torch.ones(2, 2)), stages)  # imports what the stages need
     for case in rows.missing(cases):
         if time.perf_counter() - began > 60 * minutes:
             break
