@@ -260,13 +260,12 @@ def torchvision_dense() -> Mapping[str, Make]:
             options |= {"min_size": 128, "max_size": 128}
         if "rcnn" in name:  # whose heads else see 1,000 proposals an image
             options |= {"rpn_pre_nms_top_n_test": 64, "rpn_post_nms_top_n_test": 32, "box_detections_per_img": 8}
-        if name.startswith("mvit"):
-            options |= {"spatial_size": (64, 64), "temporal_size": 8}
         model = prepared(torchvision.models.get_model(name, weights=None, **options))
         if kind == "detection":
             return model, ([*_images(128, 2)],)
         if kind == "video":
-            return model, torch.randn(2, 3, 8, 64, 64)
+            whole = name.startswith(("mvit", "s3d"))  # which take no smaller clip
+            return model, torch.randn(1, 3, 16, 224, 224) if whole else torch.randn(2, 3, 8, 64, 64)
         return model, _images(64, 2)
 
     return {
