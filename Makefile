@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 UV = $(PYTHON) -m uv
 
+# Bytecode is kept whatever the shell says: each worker, and each command in a process of its own, would compile it anew.
+export PYTHONDONTWRITEBYTECODE =
+
 # Workers take tests from each other, so that none is left with the long ones: tests must not need an order.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal --max-worker-restart 0
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 import mpsearch
+from benchmarks.mhaq_tasks import Upscaling
 from benchmarks.options import PrintOnly, Set, Threads, several
 from benchmarks.printing import print_table, say
 from mpsearch.api.runs import Front
 from mpsearch.errors import MpsearchError, nearest
 from mpsearch.observer import Observer
 from mpsearch.record import TrialRecord
+from mpsearch.task.load import load_task
 
 STUDIES = Path(__file__).parent / "studies"
 NETWORKS = ("rfdn", "yolo11n")
@@ -49,11 +51,16 @@ def mhaq_nets(
 
 def search(name: str, folder: Path, overrides: list[str], seconds: float) -> None:
     """Begin a search, or go on with it where its folder has been begun; its study is then that of the folder."""
+    study = STUDIES / f"mhaq-{name}.yaml"
+    task: Any = load_task(mpsearch.load_study(study, overrides).task)
+    if isinstance(task, Upscaling):
+        with torch.inference_mode():
+            score = task.evaluate(task.float_model(), "val")
+        say(f"{name}: float {score:.2f} dB on val, a bicubic filter {task.bicubic('val'):.2f} dB")
     if (folder / "run.json").exists():
         say(f"{name}: going on with {folder}")
         mpsearch.resume(folder, observer=Progress(name))
     else:
-        study = STUDIES / f"mhaq-{name}.yaml"
         mpsearch.run(study, folder, time_limit=seconds, set=overrides, observer=Progress(name))
 
 

@@ -38,6 +38,9 @@ SHARES: Mapping[Split, tuple[float, float]] = {"train": (0.0, 0.6), "val": (0.6,
 RFDN_FOLDER, RFDN_CHECKPOINT = "src/models/sr/rfdn", "data/models/RFDN_AIM.pth"
 YOLO_FOLDER = "src/models/od"
 
+SATURATED = 2.0**-23
+"""Probabilities nearer to 0 or 1 count as this near: float32 holds no others below 1, and random weights reach 1."""
+
 RELATIVE_ERROR = Metric("relative_error", "minimize", "%", ".2f", (0.0, float("inf")))
 """Distance from the float network's outputs over their own spread, root mean square: 0 where both are equal, 1 (100 %)
 where the outputs say nothing that the float network's mean over the images does not say."""
@@ -170,7 +173,11 @@ class Photographs(ABC):
 
 
 class Upscaling(Photographs):
-    """Super-resolution: patches made smaller by a bicubic filter are made large again; colors from 0 to 255."""
+    """Super-resolution: patches made smaller by a bicubic filter are made large again; colors from 0 to 255.
+
+    The score is the mean of the patches' PSNR, over all pixels and the three colors. Patches differ widely: what is out
+    of focus reaches 50 dB whoever makes it large, a roof 18. So compare scores with `bicubic`, not with other papers'.
+    """
 
     metric = "psnr"
 
@@ -185,12 +192,14 @@ class Upscaling(Photographs):
         return small.clamp(0, WHITE).round(), large
 
     def evaluate(self, model: nn.Module, split: Split) -> float:
-        """The mean of the patches' PSNR, dB."""
+        """The mean of the patches' PSNR, dB, of answers in the 8 bits of an image."""
         x, large = self.batch(split, self.samples, seed=0)
-        device = next(model.parameters()).device
-        answers = model(x.to(device)).cpu().clamp(0, WHITE)
-        error = ((answers - large) / WHITE).square().mean(dim=(1, 2, 3))
-        return float(-10 * error.clamp(min=1e-10).log10().mean())
+        return psnr(model(x.to(next(model.parameters()).device)).cpu(), large)
+
+    def bicubic(self, split: Split) -> float:
+        """What a bicubic filter scores: the least that a network is for, dB."""
+        x, large = self.batch(split, self.samples, seed=0)
+        return psnr(F.interpolate(x, size=large.shape[2:], mode="bicubic"), large)
 
     def loss(self, output: Any, target: Any) -> Tensor:
         """L1, of colors from 0 to 1."""
@@ -199,6 +208,12 @@ class Upscaling(Photographs):
     def logits(self, output: Any) -> Tensor:
         """Nothing is classified: what this gives is refused where a study would distil."""
         return output  # type: ignore[no-any-return]
+
+
+def psnr(answers: Tensor, images: Tensor) -> float:
+    """The mean over images `(n, c, h, w)` of 8 bits of each one's peak signal-to-noise ratio, dB; 100 if equal."""
+    error = ((answers.clamp(0, WHITE).round() - images) / WHITE).square().mean(dim=(1, 2, 3))
+    return float(-10 * error.clamp(min=1e-10).log10().mean())
 
 
 class Agreement(Photographs):
@@ -231,7 +246,7 @@ class Agreement(Photographs):
         """Boxes `(n, 4, anchors)` in pixels, and logits of classes `(n, classes, anchors)`; float64."""
         x, _ = self.batch(split, self.samples, seed=0)
         output = model(x.to(next(model.parameters()).device)).cpu().double()
-        return output[:, :4], output[:, 4:].logit()
+        return output[:, :4], output[:, 4:].logit(eps=SATURATED)
 
     def loss(self, output: Any, target: Any) -> Tensor:
         raise TaskError(f"{self.name} has no labels: leave trial.distill true")
@@ -239,5 +254,5 @@ class Agreement(Photographs):
     def logits(self, output: Any) -> Tensor:
         """Logits of classes, `(n * anchors, classes)`; in train mode the network gives a raw map for each stride."""
         if isinstance(output, Tensor):  # 4 numbers of the box, then probabilities
-            return output[:, 4:].transpose(1, 2).flatten(0, 1).logit()
+            return output[:, 4:].transpose(1, 2).flatten(0, 1).logit(eps=SATURATED)
         return torch.cat([level[:, 64:].flatten(2).transpose(1, 2) for level in output], dim=1).flatten(0, 1)

@@ -33,6 +33,8 @@ from mpsearch.task.models import build_model
 from mpsearch.train import FitSettings, Teacher, bf16_is_fast, fit, jeffreys
 from mpsearch.workbench import channels_last
 
+CPU = torch.device("cpu")
+
 
 def train_step(
     model: Model = "cifar_resnet20",
@@ -55,16 +57,25 @@ def train_step(
         show(row)
 
 
-def measure(model: str, shape: Sequence[int], batch: int, steps: int, rounds: int, bits: str, eager: bool) -> Row:
+def measure(
+    model: str,
+    shape: Sequence[int],
+    batch: int,
+    steps: int,
+    rounds: int,
+    bits: str,
+    eager: bool,
+    device: torch.device = CPU,
+) -> Row:
     """Seconds of a step in each round, by kind of step."""
     torch.manual_seed(0)
     spec = TaskSpec(model=model, data=DataSpec(kind="digits"))
-    network = channels_last(build_model(spec, num_classes=10))
-    x = torch.randn(batch, *shape)
-    y = torch.randint(0, 10, (batch,))
+    network = channels_last(build_model(spec, num_classes=10)).to(device)
+    x = torch.randn(batch, *shape).to(device)
+    y = torch.randint(0, 10, (batch,)).to(device)
     layers = inspect_model(network.eval(), x[:8]).layers
     config = PrecisionConfig.uniform([layer.name for layer in layers], LayerPrecision.shorthand(bits))
-    quantized = prepare(network, config, x, layers)
+    quantized = prepare(network, config, x, layers).to(device)
     bf16 = bf16_is_fast()
 
     eager = eager or bool(compiler_missing())
@@ -97,10 +108,18 @@ def measure(model: str, shape: Sequence[int], batch: int, steps: int, rounds: in
         fit(trained, batches(), loss, FitSettings(2, lr=1e-4, bf16=bf16))
     for _ in range(rounds):
         for name, (trained, loss) in cases.items():
+            finish(device)
             began = time.perf_counter()
             fit(trained, batches(), loss, settings)
+            finish(device)
             seconds[name].append((time.perf_counter() - began) / steps)
     return {"bf16": bf16, "compiled": not eager, "step_s": seconds}
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what a GPU still has to do: calls only queue it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def show(row: Row) -> None:

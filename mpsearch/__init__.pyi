@@ -1,6 +1,6 @@
 from .api.networks import debug, ptq, train
 from .api.results import dashboard, export_run, import_config, report
-from .api.runs import finalize, front, rank, resume, run, status
+from .api.runs import finalize, front, rank, resume, run, status, trust
 from .api.studies import check, inspect
 from .cost.model import cost_of
 from .errors import MpsearchError
@@ -53,4 +53,5 @@ __all__ = [
     "run_study",
     "status",
     "train",
+    "trust",
 ]

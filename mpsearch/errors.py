@@ -38,6 +38,10 @@ class RunError(MpsearchError):
     """A run folder cannot be used: taken by another driver, unwritable, foreign, or without what was asked of it."""
 
 
+class GaveUpError(RunError):
+    """A search ended because its trials failed, one after another: the CLI exits with 1."""
+
+
 class WriteError(MpsearchError):
     """A file cannot be written: no room, or no permission. What was there before is still there."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -23,7 +23,7 @@ from mpsearch.precision import Precision
 from mpsearch.record import RunFolder
 from mpsearch.space.choices import GRANULARITY, TENSORS, TensorName
 from mpsearch.space.space import SearchSpace, Slot
-from mpsearch.study import StudySpec, read_spec
+from mpsearch.study import StudySpec, comparable, read_spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class ProblemFacts:
     float_digest: str  # of the float network's weights: 16 hex digits
     float_scores: Mapping[str, float] = field(default_factory=dict)  # by split, where they have been measured
     notes: tuple[str, ...] = ()  # what looked wrong about the task when the run started
+    began: Mapping[str, Any] = field(default_factory=dict)  # `comparable` of the study that the run began with
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -87,6 +88,7 @@ class ProblemFacts:
             float_digest=self.float_digest,
             float_scores=dict(self.float_scores),
             notes=self.notes,
+            study=dict(self.began) or comparable(self.spec),
         )
         return document.model_dump_json(by_alias=True, indent=1) + "\n"
 
@@ -121,6 +123,7 @@ class ProblemFacts:
             float_digest=document.float_digest,
             float_scores=document.float_scores,
             notes=document.notes,
+            began=document.study,
         )
 
 
@@ -180,6 +183,7 @@ class _Document(_Section):
     float_digest: str
     float_scores: dict[str, float]
     notes: tuple[str, ...]
+    study: dict[str, Any] = Field(default_factory=dict)  # older runs do not say
 
 
 def scientific(count: int) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +19,12 @@ from mpsearch.record import RunFolder
 from mpsearch.space.build import build_space
 from mpsearch.space.spec import load_space
 from mpsearch.state_dict import digest
-from mpsearch.study import StudySpec, read_spec
+from mpsearch.study import StudySpec, comparable, read_spec
 from mpsearch.task.load import load_task
 from mpsearch.task.scoring import comparison_of, evaluate, metric_of
 from mpsearch.task.task import Split, Task, Warns
 from mpsearch.train import batch_norm_gap, samples_of
+from mpsearch.trust import require_trust
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,10 @@ class Problem(ProblemFacts):
         return warnings
 
 
+MOVED_TOLERANCE = 0.01
+"""Relative difference of the float network's score between two processors that is no sign of other data."""
+
+
 def open_problem(spec: StudySpec) -> Problem:
     """Load the task, inspect its network, build the space and the cost model; nothing is written.
 
@@ -132,35 +138,76 @@ def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
         spec: its study, where that has been read (and changed) already.
 
     Raises:
-        RunError: the float network or the metric is not the one that the run began with.
+        RunError: study, space, float network or metric are not those that the run began with, or the study names code
+            and the run is not trusted (`mpsearch.trust`).
         MpsearchError: as `open_problem`.
     """
-    problem = open_problem(spec or read_spec(folder))
+    spec = spec or read_spec(folder)
+    new = f"or start a new run with `mpsearch run {folder.study_yaml} --out NEW_FOLDER`"
+    try:
+        facts = read_facts(folder)
+    except RunError:  # what can be made again is made again
+        facts = None
+    if facts is not None and (changes := _changes(facts.began, comparable(spec))):
+        raise RunError(
+            f"{folder.study_yaml} is not the study that the run began with, and trials of both would not be "
+            f"comparable:\n{changes}\nWrite the old values again, {new}"
+        )
+    require_trust(folder, spec)
+    problem = open_problem(spec)
     was, now = folder.metric, problem.metric
     if (was.name, was.direction) != (now.name, now.direction):
         raise RunError(
             f"the trials of {folder.path} are scored by {was.name} ({was.direction}), its task now by {now.name} "
-            f"({now.direction}): they could not be compared. Give the task its metric again, or start a new run with "
-            f"`mpsearch run {folder.study_yaml} --out NEW_FOLDER`"
+            f"({now.direction}): they could not be compared. Give the task its metric again, {new}"
         )
     folder.metric = now
-    try:
-        facts = read_facts(folder)
-    except RunError:  # what can be made again is made again
+    if facts is None:
         problem = replace(problem, notes=tuple(problem.warnings()))
         try:
             write_facts(folder, problem)
         except WriteError as error:  # of a folder that may only be read, a trial can be exported all the same
             logger.warning("%s", error)
         return problem
+    if facts.space.slots != problem.space.slots:
+        slots = [slot.name for slot in (*facts.space.slots, *problem.space.slots)]
+        changed = sorted({slot.name for slot in {*facts.space.slots} ^ {*problem.space.slots}}, key=slots.index)
+        raise RunError(
+            f"{folder.space_yaml} does not give the search space that the run began with: the choices of "
+            f"{', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''} differ. Restore the file, {new}"
+        )
     if facts.float_digest != problem.float_digest:
         raise RunError(
             f"the float network of {folder.path} is another one than when the run began (its weights' digest was "
             f"{facts.float_digest} and is {problem.float_digest}): trials of both would not be comparable. Give "
-            f"{problem.spec.task.checkpoint or 'the network'} its old weights again, or start a new run with "
-            f"`mpsearch run {folder.study_yaml} --out NEW_FOLDER`"
+            f"{problem.spec.task.checkpoint or 'the network'} its old weights again, {new}"
         )
-    return replace(problem, float_scores=facts.float_scores, notes=facts.notes)
+    return replace(problem, float_scores=facts.float_scores, notes=facts.notes, began=facts.began)
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """A line for each key of a study whose value is another one; keys that only one version has do not count."""
+    return "\n".join(
+        f"  {key} was {before[key]!r} and is {now[key]!r}" for key in before if key in now and before[key] != now[key]
+    )
+
+
+def check_moved(problem: Problem, folder: RunFolder) -> None:
+    """See that a run whose files are looked for elsewhere still has its data: the float network scores as it did.
+
+    Raises:
+        RunError: it does not.
+    """
+    was = problem.float_scores.get("val")
+    if was is None:
+        return
+    now = evaluate(problem.task, problem.task.float_model(), "val")
+    if not math.isclose(now, was, rel_tol=MOVED_TOLERANCE):
+        show = problem.metric.show
+        raise RunError(
+            f"the float network of {folder.path} scored {show(was)} on val when the run began and scores {show(now)} "
+            "with the data that it is given now: give it the same data"
+        )
 
 
 def with_float_scores(problem: Problem, *splits: Split) -> Problem:

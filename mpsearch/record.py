@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 import filelock
 import psutil
 
-from mpsearch.errors import PrecisionError, RunError, TaskError
+from mpsearch.errors import PrecisionError, RunError, TaskError, WriteError
 from mpsearch.files import remove_parts, replacing, write_json, write_text
 from mpsearch.metric import METRICS, Metric
 from mpsearch.precision import LayerPrecision, PrecisionConfig
@@ -224,6 +224,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.id = uuid.uuid4().hex[:8]  # of the run, whatever its folder is called
+        self._trouble: str | None = None
         self.study_yaml = path / "study.yaml"
         self.space_yaml = path / "space.yaml"
         self.trials_jsonl = path / "trials.jsonl"
@@ -403,12 +404,27 @@ class RunFolder:
     def running(self) -> Sequence[RunningTrial]:
         """The trials under way; none where no driver lives. Set by the driver."""
         state = self._state()
-        return [RunningTrial(**trial) for trial in state.get("running", ())] if _alive(state.get("driver")) else []
+        try:
+            return [RunningTrial(**trial) for trial in state.get("running", ())] if _alive(state.get("driver")) else []
+        except TypeError:  # of another version, or damaged: the driver writes it anew with the next trial
+            return []
 
     @running.setter
     def running(self, trials: Sequence[RunningTrial]) -> None:
-        state = {"driver": _this_process(), "running": [asdict(trial) for trial in trials]}
+        state = {"driver": _this_process(), "running": [asdict(trial) for trial in trials], "trouble": self._trouble}
         write_text(self._state_json, json.dumps(state))
+
+    @property
+    def trouble(self) -> str | None:
+        """What goes wrong beside the search now, in words; None: nothing, or no driver lives. Set by the driver."""
+        state = self._state()
+        return cast("str | None", state.get("trouble")) if _alive(state.get("driver")) else None
+
+    @trouble.setter
+    def trouble(self, words: str | None) -> None:
+        self._trouble = words
+        with contextlib.suppress(WriteError):  # of no weight beside a disk that is full
+            self.running = self.running
 
     def write_front(self, front: Mapping[str, Any]) -> None:
         """Write `front.json`, whole or not at all. Raises WriteError where it cannot."""
@@ -439,9 +455,10 @@ class RunFolder:
 
     def _state(self) -> dict[str, Any]:
         try:
-            return cast(dict[str, Any], json.loads(self._state_json.read_text(encoding="utf-8")))
+            state = json.loads(self._state_json.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
+        return state if isinstance(state, dict) else {}
 
 
 def _append_line(path: Path, line: str) -> None:
@@ -502,14 +519,14 @@ def _this_process() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname(), "started_s": psutil.Process().create_time()}
 
 
-def _alive(driver: Mapping[str, Any] | None) -> bool:
-    if not driver:
+def _alive(driver: Any) -> bool:
+    if not isinstance(driver, dict) or not {"pid", "host", "started_s"} <= driver.keys():
         return False
     if driver["host"] != socket.gethostname():
         return True  # nothing can be known from here
     try:
         return bool(psutil.Process(driver["pid"]).create_time() == driver["started_s"])
-    except psutil.Error:
+    except (psutil.Error, TypeError, ValueError):
         return False
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from mpsearch.documents import YamlError, clip, explain, parse_yaml, read_yaml, to_yaml
 from mpsearch.errors import PrecisionError, RunError, StudyError
@@ -259,6 +259,9 @@ class StudySpec(_Section):
     )
     engine: EngineSpec = EngineSpec()
 
+    _variables: Mapping[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
+    """Where a value was read from the environment, and its text with `${NAME}`."""
+
     @field_validator("storage")
     @classmethod
     def _storage(cls, value: str) -> str:
@@ -266,9 +269,60 @@ class StudySpec(_Section):
             return value
         raise ValueError("write sqlite, journal, none, or a SQLAlchemy URL as postgresql://USER@HOST/DB")
 
+    def document(self) -> dict[str, Any]:
+        """Every key with the value that holds; what came from the environment is `${NAME}` again: it may be secret."""
+        document = self.model_dump(mode="json")
+        for path, text in self._variables.items():
+            *parents, last = path
+            section: Any = document
+            for parent in parents:
+                section = section[parent]
+            if section[last] == _expand(text, "", strict=False):  # else it was changed since
+                section[last] = text
+        return document
+
     def to_yaml(self) -> str:
-        """The resolved study: every key with the value that holds."""
-        return to_yaml(self.model_dump(mode="json"))
+        """The text of a study file from which an equal study is read; see `document`."""
+        return to_yaml(self.document())
+
+    def absolute(self) -> StudySpec:
+        """This study with every path of a file or folder absolute: workers run in folders of their own."""
+        task, storage = self.task, self.storage
+        data = task.data and task.data.model_copy(update={"root": _absolute(task.data.root)})
+        task = task.model_copy(update={"checkpoint": _absolute(task.checkpoint), "data": data})
+        if storage.startswith("sqlite:///") and not storage.startswith("sqlite:////"):
+            storage = f"sqlite:///{Path(storage.removeprefix('sqlite:///')).absolute()}"
+        return self.model_copy(update={"task": task, "space": _absolute(self.space), "storage": storage})
+
+
+MAY_CHANGE = (
+    *("search", "final", "engine", "storage", "space", "trial.compile"),
+    *("task.checkpoint", "task.data.root", "task.data.download"),
+)
+"""Keys that say how much is searched, where, and where files are; they do not change what a trial means."""
+
+
+def comparable(spec: StudySpec) -> dict[str, Any]:
+    """What a study says of its trials, by key: two studies that differ in it have trials that cannot be compared."""
+
+    def flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+        if key in MAY_CHANGE:
+            return
+        if isinstance(value, dict) and value:
+            for name, below in value.items():
+                yield from flat(below, f"{key}.{name}" if key else name)
+        else:
+            yield key, value
+
+    return dict(flat(spec.document(), ""))
+
+
+def _absolute(name: str | None) -> str | None:
+    """The absolute path of what is there, or could only be a path; a shipped name stays."""
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() or len(path.parts) > 1 else name
 
 
 def load_study(study: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
@@ -286,15 +340,57 @@ def load_study(study: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
         raise StudyError(f"{path} must hold keys and values, got {type(document).__name__}: see `studies/digits.yaml`")
     for override in overrides:
         _set(document, override)
-    return parse_study(_expand(document, "study"), source=str(path))
+    _refuse_password(document)
+    return parse_study(document, source=str(path))
 
 
-def parse_study(document: Mapping[str, Any], source: str = "study") -> StudySpec:
-    """Check a study that is already in memory. Raises StudyError as `load_study` does."""
+def _refuse_password(document: Mapping[str, Any]) -> None:
+    if _holds_password(document.get("storage")):
+        raise StudyError(
+            "storage holds a password, which would be written into the run folder: put it into an environment variable "
+            "and write its name, as in --set 'storage=postgresql://USER:${DB_PASSWORD}@HOST/DB' (in single quotes, so "
+            "that the shell leaves it alone)"
+        )
+
+
+def parse_study(document: Mapping[str, Any], source: str = "study", strict: bool = True) -> StudySpec:
+    """Check a study that is already in memory; `${NAME}` is read from the environment.
+
+    Where not `strict`, a variable that is not set stays as it is: to look at a run needs no secrets.
+
+    Raises:
+        StudyError: as `load_study`.
+    """
     try:
-        return StudySpec.model_validate(document)
+        spec = StudySpec.model_validate(_expand(document, "study", strict))
     except ValidationError as error:
         raise StudyError(f"{source} cannot be used:\n" + explain(error, StudySpec, "study")) from None
+    spec._variables = dict(_variables(document))
+    return spec
+
+
+def expand(text: str, key: str) -> str:
+    """`text` with the values of the environment variables in it. Raises StudyError: one is not set."""
+    return str(_expand(text, key))
+
+
+def _variables(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Where a document has `${NAME}`: the path of keys and positions, and the text."""
+    if isinstance(value, str):
+        if _VARIABLE.search(value):
+            yield path, value
+    elif isinstance(value, dict | list):
+        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _variables(below, (*path, key))
+
+
+def _holds_password(storage: Any) -> bool:
+    """Whether a URL has a password in clear, before its host or among its arguments."""
+    if not isinstance(storage, str) or "://" not in storage:
+        return False
+    rest = _VARIABLE.sub("", storage).partition("://")[2]  # what variables hold is not in clear
+    user, at, _ = rest.rpartition("@")
+    return bool(at and user.partition(":")[2]) or bool(re.search(r"[?&](password|passwd|pwd|sslpassword)=[^&]", rest))
 
 
 def _set(document: dict[str, Any], override: str) -> None:
@@ -318,11 +414,11 @@ def _set(document: dict[str, Any], override: str) -> None:
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
-def _expand(value: Any, where: str) -> Any:
+def _expand(value: Any, where: str, strict: bool = True) -> Any:
     if isinstance(value, dict):
-        return {key: _expand(below, f"{where}.{key}") for key, below in value.items()}
+        return {key: _expand(below, f"{where}.{key}", strict) for key, below in value.items()}
     if isinstance(value, list):
-        return [_expand(below, where) for below in value]
+        return [_expand(below, where, strict) for below in value]
     if not isinstance(value, str):
         return value
 
@@ -332,6 +428,8 @@ def _expand(value: Any, where: str) -> Any:
             return os.environ[variable]
         if default is not None:
             return str(default)
+        if not strict:
+            return match[0]
         key = where.removeprefix("study.")
         raise StudyError(
             f"{key} is read from the environment variable {variable}, which is not set: "
@@ -346,12 +444,22 @@ def study_names() -> list[str]:
     return shipped_names("studies")
 
 
-def read_spec(folder: RunFolder) -> StudySpec:
-    """The resolved study of a run, with its own copy of the search space.
+def read_spec(folder: RunFolder, overrides: Sequence[str] = ()) -> StudySpec:
+    """The resolved study of a run, with `key.path=value` set over it and the run's own copy of the search space.
 
     Raises:
         RunError: it cannot be read.
-        StudyError: it is no study.
+        StudyError: it is no study, or an override does not belong.
     """
-    spec = parse_study(read_yaml(folder.study_yaml, RunError), source=str(folder.study_yaml))
-    return spec.model_copy(update={"space": str(folder.space_yaml)}) if folder.space_yaml.exists() else spec
+    document = read_yaml(folder.study_yaml, RunError)
+    if not isinstance(document, dict):
+        raise RunError(
+            f"{folder.study_yaml} holds no study: restore it from a copy, or from the study that the run was begun with"
+        )
+    for override in overrides:
+        _set(document, override)
+    if overrides:
+        _refuse_password(document)
+    spec = parse_study(document, source=str(folder.study_yaml), strict=False)
+    space = folder.space_yaml.absolute()
+    return spec.model_copy(update={"space": str(space)}) if space.exists() else spec

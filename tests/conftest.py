@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent))  # `commands`
 # Workers that share two cores must not spin-wait for each other; set before torch starts its threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-TIERS = ("compile", "ray", "browser", "slow")
+TIERS = ("compile", "ray", "browser", "gpu", "slow")
 """Markers of what takes long or needs a tool; a test that has none of them is in the tier `unit`."""
 
 
@@ -59,6 +59,16 @@ def _compiler(request: pytest.FixtureRequest) -> None:
             pytest.skip(reason)
         part_caches()
         trust_vector_units()
+
+
+@pytest.fixture(autouse=True)
+def _card(request: pytest.FixtureRequest) -> None:
+    """Tests marked `gpu` are skipped where there is no card."""
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA card")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick import QUICK
 
 import mpsearch
 from mpsearch.errors import StudyError
@@ -24,9 +25,8 @@ ON_RUNS = (  # in an order in which each finds what the ones before it made
     *("export_run", "import_config", "report", "dashboard"),
 )
 COMMANDS = (*ON_STUDIES, *ON_RUNS)
-TINY = ["engine.address=none", "trial.steps=2", "trial.bn_batches=1", "warm_start.method=none"]
-TINY += ["search.prescreen=0"]
-COLD = [*TINY, "warm_start.ilp=false", "warm_start.combinations=0", "storage=none"]
+TINY = [*QUICK, "warm_start.method=none"]
+COLD = [*TINY, "warm_start.ilp=false", "warm_start.combinations=0"]
 
 
 def python(script: str, cwd: Path | None = None) -> str:

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 QUICK = """
 name: quick
-task: {model: digits_cnn, checkpoint: digits_cnn, data: {kind: digits, val_fraction: 0.2, test_fraction: 0.2}}
+task: {model: digits_cnn, checkpoint: digits_cnn, data: {kind: digits, val_fraction: 0.05, test_fraction: 0.9}}
 space: digits
 search: {trials: 9, seed: 1, stop_dominated: false}
 trial: {steps: 2, batch_size: 16, bn_batches: 1, calibration_samples: 32, precision: fp32}
@@ -220,9 +220,9 @@ def test_ptq_works_without_data(home: Path) -> None:
 
 
 def test_debug_finds_what_two_bits_break_and_writes_a_page(home: Path) -> None:
-    done = mpsearch("debug", "quick.yaml", "w2a32/tensor", "--samples", "100", "--out", "why.html", cwd=home)
+    done = mpsearch("debug", "quick.yaml", "w2a32/tensor", "--samples", "50", "--out", "why.html", cwd=home)
     assert done.returncode == 0, done.stderr
-    for words in ("on 100 samples of the validation split", "weights alone", "mpsearch ptq quick.yaml --bits w2a32"):
+    for words in ("on 50 samples of the validation split", "weights alone", "mpsearch ptq quick.yaml --bits w2a32"):
         assert words in done.stdout, words
     assert "What to try" in (home / "why.html").read_text()
 

@@ -197,3 +197,12 @@ def test_a_run_of_the_first_schema_is_read(study: Study, tmp_path: Path) -> None
     assert mpsearch("status", old, cwd=tmp_path).returncode == 0
     assert mpsearch("front", old, cwd=tmp_path).returncode == 0
     assert mpsearch("report", old, cwd=tmp_path).returncode == 0
+
+
+def test_a_float_network_without_a_finite_score_ends_the_run_in_words(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(STUDY.format(factory="overflowing"))
+    (tmp_path / "free.yaml").write_text(FREE)
+    done = mpsearch("run", "study.yaml", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "the float network's bits on val is -inf" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -89,6 +89,7 @@ class Status:
         pareto: the front so far; empty before the first complete trial.
         hypervolume: as in `Front`.
         prescreened: untrained configs that were scored.
+        trouble: what goes wrong beside the search now, in words: a storage that cannot be reached; None: nothing.
     """
 
     study: str
@@ -99,6 +100,7 @@ class Status:
     pareto: ParetoFront
     hypervolume: float | None
     prescreened: int = 0
+    trouble: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `mpsearch status --json` prints."""
@@ -111,6 +113,7 @@ class Status:
             "stopped": self.counts["stopped"],
             "running": len(self.running),
             "prescreened": self.prescreened,
+            "trouble": self.trouble,
             "metric": self.pareto.metric.to_json(),
             "best": best and {"number": best.number, "score": best.score, "cost": best.cost},
             "hypervolume": self.hypervolume,
@@ -217,7 +220,8 @@ def run(
 
     >>> import mpsearch
     >>> tiny = ["trial.steps=4", "warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0"]
-    >>> result = mpsearch.run("digits", out="runs/tiny", trials=4, set=[*tiny, "engine.address=none"])
+    >>> tiny += ["final.pick=1", "final.epochs=0.1", "final.seeds=1", "engine.address=none"]
+    >>> result = mpsearch.run("digits", out="runs/tiny", trials=4, set=tiny)
     >>> sum(result.counts.values()), result.report.name
     (4, 'report.html')
     """
@@ -232,19 +236,23 @@ def run(
     if time_limit is not None:
         changes["time_limit_s"] = _seconds(time_limit)
     if changes:
-        document = spec.model_dump(mode="json")
+        document = spec.document()
         spec = parse_study(document | {"search": document["search"] | changes})  # checks the changes
     path = Path(out) if out is not None else Path("runs") / spec.name
     run_study(spec, path, observer)
     return _result(RunFolder.open(path))
 
 
-def resume(run: str | Path, trials: int | None = None, observer: Observer = SILENT) -> RunResult:
+def resume(
+    run: str | Path, trials: int | None = None, set: Sequence[str] = (), observer: Observer = SILENT
+) -> RunResult:
     """Go on with a run that was killed, interrupted or finished; no finished trial is lost or repeated.
 
     Args:
         run: a run folder.
         trials: number of trials in all, finished ones included (default: the study's search.trials).
+        set: values for keys of the run's study that say where files are, how much is searched and where
+            (`task.data.root=/new/place`); the run keeps them.
         observer: as for `run`.
 
     Raises:
@@ -258,8 +266,47 @@ def resume(run: str | Path, trials: int | None = None, observer: Observer = SILE
     from mpsearch.record import RunFolder
     from mpsearch.search.run import resume_study
 
-    resume_study(run, trials, observer)
+    resume_study(run, trials, observer, set)
     return _result(RunFolder.open(run))
+
+
+def untrusted(run: str | Path) -> tuple[str, ...]:
+    """What code opening a run would import that was not made or trusted here: `module:function`s of its study.
+
+    Args:
+        run: a run folder.
+
+    Raises:
+        MpsearchError: there is no run.
+    """
+    from mpsearch.record import RunFolder
+    from mpsearch.study import read_spec
+    from mpsearch.trust import untrusted as unknown
+
+    folder = RunFolder.open(run)
+    return unknown(folder, read_spec(folder))
+
+
+def trust(run: str | Path) -> None:
+    """Let a run that was made elsewhere have imported and run what its study names; read that code first.
+
+    It is noted in this user's cache, for this run and all that its task says now.
+
+    Args:
+        run: a run folder.
+
+    Raises:
+        MpsearchError: there is no run, or the note cannot be written.
+
+    >>> import mpsearch
+    >>> mpsearch.trust("runs/tiny")
+    """
+    from mpsearch.record import RunFolder
+    from mpsearch.study import read_spec
+    from mpsearch.trust import trust as note
+
+    folder = RunFolder.open(run)
+    note(folder, read_spec(folder))
 
 
 def status(run: str | Path) -> Status:
@@ -291,6 +338,7 @@ def status(run: str | Path) -> Status:
         pareto=pareto_front(records, folder.metric),
         hypervolume=_hypervolume(folder),
         prescreened=len({record.config for record in folder.prescreened()}),
+        trouble=folder.trouble,
     )
 
 
@@ -389,10 +437,7 @@ def finalize(run: str | Path, observer: Observer = SILENT) -> Finals:
         MpsearchError: there is no run, it has no complete trial, or it cannot be written.
 
     >>> import mpsearch
-    >>> tiny = ["final.pick=1", "final.epochs=0.1", "final.seeds=1", "trial.steps=2", "warm_start.method=none"]
-    >>> tiny += ["search.prescreen=0", "engine.address=none"]
-    >>> _ = mpsearch.run("digits", out="runs/brief", trials=2, set=tiny)
-    >>> finals = mpsearch.finalize("runs/brief")
+    >>> finals = mpsearch.finalize("runs/tiny")
     >>> finals.table.seeds.to_list()[:1]
     [1]
     """

@@ -60,7 +60,7 @@ class Check:
     def to_json(self) -> dict[str, Any]:
         """What `mpsearch check --json` prints."""
         return {
-            "study": self.study.model_dump(mode="json"),
+            "study": self.study.document(),
             "layers": self.layers,
             "free": self.free,
             "configs": self.configs,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mpsearch import __version__
+from mpsearch import __version__, api
 from mpsearch.cli.printing import replace_unprintable
-from mpsearch.errors import MpsearchError, VerificationError
+from mpsearch.errors import GaveUpError, MpsearchError, VerificationError
 
 app = typer.Typer(
     name="mpsearch",
@@ -43,7 +47,25 @@ Set = Annotated[
         help="Value for one key of the study file, as search.trials=20; may be repeated (default: the file's values).",
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Import and run what the study of a run names that was made elsewhere; read that code first."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
+
+
+def ask_for_trust(run: Path, trust: bool) -> None:
+    """Trust a run that was made elsewhere, where `--trust` was given or who sits at the terminal says so."""
+    names = api.runs.untrusted(run)
+    if not names:
+        return
+    if not trust and sys.stdin.isatty():
+        print(f"mpsearch: {run} was not made here, and its study has imported and run: {', '.join(names)}")
+        trust = typer.confirm("Do you trust that code?", default=False)
+    if trust:
+        api.runs.trust(run)
 
 
 def _print_version(asked: bool) -> None:
@@ -66,13 +88,14 @@ def main() -> None:
     replace_unprintable()
     _print_progress()
     try:
-        app(standalone_mode=True)
+        with _sigterm_raised():
+            app(standalone_mode=True)
     except MpsearchError as error:
         print(f"mpsearch: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, VerificationError) else 2)
-    except KeyboardInterrupt:
-        print("mpsearch: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(1 if isinstance(error, VerificationError | GaveUpError) else 2)
+    except KeyboardInterrupt as ended:
+        print(f"mpsearch: {said_of(ended)}", file=sys.stderr)
+        sys.exit(exit_code(ended))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -80,6 +103,37 @@ def main() -> None:
         traceback.print_exc()
         print("mpsearch: this is our fault, not yours: please report it with the lines above", file=sys.stderr)
         sys.exit(1)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what Ctrl-C does, with an exit code of its own."""
+
+
+@contextlib.contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """For the time of the block SIGTERM raises `Terminated`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(signum: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def said_of(ended: KeyboardInterrupt) -> str:
+    """What happened, in a word."""
+    return "terminated" if isinstance(ended, Terminated) else "interrupted"
+
+
+def exit_code(ended: KeyboardInterrupt) -> int:
+    """128 and the number of the signal, as shells have it."""
+    return 128 + (signal.SIGTERM if isinstance(ended, Terminated) else signal.SIGINT)
 
 
 def _print_progress() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mpsearch import api
-from mpsearch.cli.base import Run, app
+from mpsearch.cli.base import Run, Trust, app, ask_for_trust
 from mpsearch.observer import Observer
 
 
@@ -73,8 +73,10 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Run it in its own runtime and compare its answers.")
     ] = True,
+    trust: Trust = False,
 ) -> None:
     """Export a config with its weights and scales."""
+    ask_for_trust(run, trust)
     exported = api.results.export_run(run, out, pick, to, allow_lossy, verify)
     scores = ", ".join(f"{split} {exported.metric.show(score)}" for split, score in exported.scores.items())
     print(f"trial {exported.trial.number}, cost {exported.trial.cost:.4f}: {scores}; written to {exported.path}")
@@ -103,8 +105,10 @@ def import_(
         Path | None, typer.Option("-o", "--out", help="File to write the config to as JSON (default: none is written).")
     ] = None,
     score: Annotated[bool, typer.Option("--score/--no-score", help="Score it as a trial of the run.")] = True,
+    trust: Trust = False,
 ) -> None:
     """Read a config or a trained network that was made elsewhere, and score it as a trial; it may join the front."""
+    ask_for_trust(run, trust)
     imported = api.results.import_config(run, source, config, out, score)
     print(f"{len(imported.config)} layers, cost {imported.cost:.4f} of {imported.reference}")
     if names := imported.left_float:

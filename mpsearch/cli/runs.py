@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mpsearch import api
-from mpsearch.cli.base import Json, Run, Set, Study, app
+from mpsearch.cli.base import Json, Run, Set, Study, Trust, app, ask_for_trust, exit_code, said_of
 from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines
 from mpsearch.cli.progress import FinalProgress, RunProgress
 from mpsearch.errors import RunError
@@ -48,10 +48,21 @@ def resume(
         int | None,
         typer.Option("--trials", min=1, help="Number of trials in all, finished ones included (default: the study's)."),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Value for one key of the run's study that says where files are or how much is searched, as "
+            "task.data.root=/new/place; may be repeated, and is kept (default: the run's values).",
+        ),
+    ] = None,
+    trust: Trust = False,
     json_: Json = False,
 ) -> None:
     """Go on with a run that was killed, interrupted or finished; no finished trial is lost or repeated."""
-    _follow(lambda progress: api.runs.resume(run, trials, progress), json_)
+    ask_for_trust(run, trust)
+    _follow(lambda progress: api.runs.resume(run, trials, set_ or (), progress), json_)
 
 
 @app.command()
@@ -67,6 +78,8 @@ def status(run: Run, json_: Json = False) -> None:
         f"{status.counts['failed']} failed, {status.counts['stopped']} stopped, {len(status.running)} running"
         + (f", {status.prescreened} untrained configs scored" if status.prescreened else "")
     )
+    if status.trouble:
+        console.print(f"  {status.trouble}", style="yellow", soft_wrap=True, markup=False)
     for trial in status.running:
         runs_s = max(0.0, time.time() - trial.started_s)
         console.print(f"  trial {trial.number} ({trial.origin}), cost {trial.cost:.3f}, for {duration(runs_s)}")
@@ -109,9 +122,11 @@ def rank(
         Literal["trial", "final"],
         typer.Option("--against", help="What is to be foretold: the score after a trial, or on test after finalize."),
     ] = "trial",
+    trust: Trust = False,
     json_: Json = False,
 ) -> None:
     """Say how well each proxy ranks the trials that were fine-tuned: Kendall's tau, by stratum of cost."""
+    ask_for_trust(run, trust)
     taus = api.runs.rank(run, proxies, strata, against)
     if json_:
         print_json({"rows": taus.astype(object).where(taus.notna(), None).to_dict("records")})
@@ -131,8 +146,9 @@ def rank(
 
 
 @app.command()
-def finalize(run: Run, json_: Json = False) -> None:
+def finalize(run: Run, trust: Trust = False, json_: Json = False) -> None:
     """Train the picked front longer over several seeds, beside its uniform baseline, and score the test split."""
+    ask_for_trust(run, trust)
     finals = api.runs.finalize(run, FinalProgress())
     if json_:
         print_json(finals.to_json())
@@ -154,16 +170,16 @@ def _follow(search: Callable[[RunProgress], api.runs.RunResult], json_: bool) ->
     progress = RunProgress()
     try:
         result = search(progress)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as ended:
         progress.stop()
         if progress.folder is None:
             raise
         print(
-            f"mpsearch: interrupted; {len(progress.folder.records())} finished trials are safe, go on with: "
+            f"mpsearch: {said_of(ended)}; {len(progress.folder.records())} finished trials are safe, go on with: "
             f"mpsearch resume {progress.folder.path}",
             file=sys.stderr,
         )
-        sys.exit(130)
+        sys.exit(exit_code(ended))
     finally:
         progress.stop()
     if json_:

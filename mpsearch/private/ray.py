@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,19 @@ def files_in(folder: Path) -> dict[str, Any]:
 def mute_workers(ray: Any) -> None:
     """Do not print what the workers of a cluster print, their deaths too: we report those."""
     ray._private.worker._worker_logs_enabled = False
+
+
+@contextlib.contextmanager
+def handler_of_sigterm_kept() -> Iterator[None]:
+    """`ray.init` replaces the process's handler by one that ends it with a C++ dump; this puts the old one back."""
+    if threading.current_thread() is not threading.main_thread():  # Ray leaves it alone there, and Python forbids it
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 @contextlib.contextmanager

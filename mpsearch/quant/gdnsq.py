@@ -11,7 +11,9 @@
 s = 2^log_s, Q = 2^log_q. "min" is the paper's grid for weights. "symmetric" is ours, l = s o - Q/2 with the grid shift
 o = 0 from 2 bits up and 1/2 at 1 bit (a straight line between): at a whole number of bits it is exactly the uniform
 quantizer of `quant/uniform.py`, so that what was trained is what is priced, searched and exported. Unsigned
-activations keep b0 = 0.
+activations keep b0 = 0. Once the bit-width is held (`hold`), b0 is a fixed whole number of steps, as the zero point of
+a uniform quantizer is: rounded afterwards it would move the one threshold that 1 bit has, and one that learns comes to
+rest where rounding goes either way.
 
 Backward. dn/dv is 0 (straight-through), or what EWGS (arXiv 2104.00903) or its adaptive form put there; the noise
 itself makes the gradient of the step, dy/ds:
@@ -160,6 +162,7 @@ class GdnsqQuantizer(Elementwise):
     log_q: nn.Parameter | None
     beta: nn.Parameter | None
     held: Tensor  # the bit-width that is held, whatever log_q; NaN: none is
+    zero: Tensor  # the lower end of an activation in steps while a bit-width is held, a whole number
 
     def __init__(
         self,
@@ -182,12 +185,18 @@ class GdnsqQuantizer(Elementwise):
         )
         self.register_parameter("beta", None if beta is None else nn.Parameter(beta.detach().clone()))
         self.register_buffer("held", torch.tensor(math.nan), persistent=False)
+        self.register_buffer("zero", torch.tensor(0.0), persistent=False)
         self.binary = False  # a weight that is held at 1 bit: what is clamped goes on learning
 
     @torch.no_grad()
     def hold(self, bits: float) -> None:
-        """From now on the bit-width is `bits`, whatever was learned; the step stays learnable. Not for grid "min"."""
+        """From now on the bit-width is `bits`, whatever was learned; the step stays learnable. Not for grid "min".
+
+        An activation's lower end is then the nearest whole number of steps, and as many whatever the step becomes.
+        """
         if self.log_q is not None:
+            if (lower := self.lower_end()) is not None:
+                self.zero.copy_(torch.round(lower / torch.exp2(self.log_s)))
             self.held.fill_(bits)
             self.binary = self.weight_grid is not None and bits <= 1
             self.log_q.copy_(self.log_s + bits)
@@ -211,6 +220,12 @@ class GdnsqQuantizer(Elementwise):
         assert self.log_q is not None
         return torch.where(self.held.isnan(), self.log_q, self.log_s + self.held)
 
+    def lower_end(self) -> Tensor | None:
+        """b0 of an activation that takes negative values now: as learned, or a whole number of steps; else None."""
+        return (
+            None if self.beta is None else torch.where(self.held.isnan(), self.beta, torch.exp2(self.log_s) * self.zero)
+        )
+
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """s, z and the clamping bounds that hold now."""
         s = torch.exp2(self.log_s)
@@ -221,7 +236,8 @@ class GdnsqQuantizer(Elementwise):
         if self.weight_grid == "symmetric":
             z = s * grid_shift(self.bits())
             return s, z, z - q / 2, z + q / 2 - s
-        low = torch.zeros_like(s) if self.beta is None else self.beta
+        lower = self.lower_end()
+        low = torch.zeros_like(s) if lower is None else lower
         return s, low, low, low + q - s
 
     def forward(self, x: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ def insert_quantizers(
     """
     model = copy.deepcopy(opened(model, [layer.name for layer in layers if layer.reason is None]))
     modules = dict(model.named_modules())
+    home = next((parameter.device for parameter in model.parameters()), None)  # of products, which have no weight
     for layer in layers:
         if layer.reason is not None:
             continue
@@ -61,6 +62,9 @@ def insert_quantizers(
             signed_second=layer.signed_second,
             second_elements=math.prod(layer.second_shape),
         )
+        device = cast(Tensor, twin.weight).device if twin.has_weight else home
+        twin.weight_quantizer.to(device)
+        twin.input_quantizer.to(device)
         for parent, name in places(model, modules[layer.name]):
             setattr(parent, name, twin)
     return model
@@ -154,7 +158,8 @@ class RangeSetter:
     def weight(self, name: str, precision: Precision, rows: Tensor) -> Tensor:
         """Step of a layer's weight `rows` (channels, n): searched anew only if the weight is not the one seen last."""
         key = (name, precision)
-        if key not in self._weight or not torch.equal(self._weight[key][0], rows):
+        seen = self._weight[key][0] if key in self._weight else None
+        if seen is None or seen.device != rows.device or not torch.equal(seen, rows):
             self._weight[key] = (rows.detach().clone(), weight_step(rows, precision))
         return self._weight[key][1]
 

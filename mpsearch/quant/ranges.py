@@ -64,7 +64,7 @@ def weight_step(rows: Tensor, precision: Precision) -> Tensor:
         step = 2 * rows.abs().mean(dim=1)
     else:
         largest = rows.abs().amax(dim=1) / -low
-        step = _search(rows, largest, torch.tensor(shift), low, high)
+        step = _search(rows, largest, rows.new_tensor(shift), low, high)
     return step.clamp_min(MIN_STEP).expand(channels).clone()
 
 
@@ -97,7 +97,7 @@ def activation_range(samples: Tensor, precision: Precision, *, signed: bool) -> 
         return _level_step(x if signed else x.clamp_min(0), precision, signed)[0], x.new_zeros(())
     _, high = code_range(precision.bits, signed=False)
     if not signed:
-        step = _search(x, x.amax(dim=1).clamp_min(0) / high, torch.zeros(()), 0, high)
+        step = _search(x, x.amax(dim=1).clamp_min(0) / high, x.new_zeros(()), 0, high)
         return step[0].clamp_min(MIN_STEP), x.new_zeros(())
     least, most = x.amin().clamp_max(0), x.amax().clamp_min(0)
     shares = torch.linspace(1 / ENDS, 1, ENDS)
@@ -126,9 +126,9 @@ def _level_step(rows: Tensor, precision: Precision, signed: bool) -> Tensor:
         return step * nearest_level(x / step, levels, thresholds)
 
     top = rows.abs().amax(dim=1) * 2 / levels[-1]
-    octaves = torch.arange(COARSE) * (-OCTAVES / COARSE)
+    octaves = torch.arange(COARSE, device=rows.device) * (-OCTAVES / COARSE)
     centre = _best(rows, top * torch.exp2(octaves)[:, None], quantize)
-    return _best(rows, torch.cat([centre[None], centre * torch.exp2(_around_zero() * OCTAVES / COARSE)]), quantize)
+    return _best(rows, torch.cat([centre[None], centre * torch.exp2(_around_zero(rows) * OCTAVES / COARSE)]), quantize)
 
 
 def _around(pair: tuple[float, float], width: float) -> list[tuple[float, float]]:
@@ -140,15 +140,17 @@ def _search(rows: Tensor, largest: Tensor, shift: Tensor, low: int, high: int) -
     """The step of least squared error for each row, between 0 and `largest`, all `(rows,)`."""
 
     def quantize(x: Tensor, step: Tensor) -> Tensor:
-        return fake_quantize(x, step, shift, torch.tensor(low), torch.tensor(high))
+        return fake_quantize(x, step, shift, *ends)
 
-    centre = _best(rows, largest * (torch.arange(COARSE, 0, -1) / COARSE)[:, None], quantize)
-    return _best(rows, torch.cat([centre[None], centre + largest * (_around_zero() / COARSE)]), quantize)
+    ends = rows.new_tensor(low), rows.new_tensor(high)
+    shares = torch.arange(COARSE, 0, -1, device=rows.device) / COARSE
+    centre = _best(rows, largest * shares[:, None], quantize)
+    return _best(rows, torch.cat([centre[None], centre + largest * (_around_zero(rows) / COARSE)]), quantize)
 
 
-def _around_zero() -> Tensor:
-    """Where the fine candidates lie, `(FINE, 1)`, in units of the distance between coarse ones."""
-    return torch.linspace(-1, 1, FINE + 2)[1:-1, None]
+def _around_zero(rows: Tensor) -> Tensor:
+    """Where the fine candidates for `rows` lie, `(FINE, 1)`, in units of the distance between coarse ones."""
+    return torch.linspace(-1, 1, FINE + 2)[1:-1, None].to(rows.device)
 
 
 def _best(rows: Tensor, steps: Tensor, quantize: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -166,7 +168,7 @@ def _errors(x: Tensor, steps: Tensor, shifts: Tensor, low: int, high: int) -> Te
     """The squared error of `x` `(1, n)` under each candidate `(k,)`."""
     few = max(1, AT_ONCE // x.shape[1])
     chunks = [slice(start, start + few) for start in range(0, len(steps), few)]
-    ends = torch.tensor(low), torch.tensor(high)
+    ends = x.new_tensor(low), x.new_tensor(high)
     return torch.cat(
         [(fake_quantize(x, steps[c, None], shifts[c, None], *ends) - x).square_().sum(dim=1) for c in chunks]
     )

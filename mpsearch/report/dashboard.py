@@ -31,7 +31,7 @@ from mpsearch.report.data import RunData, read_run
 from mpsearch.report.gallery import shown, words
 from mpsearch.report.gate import Gate, server
 from mpsearch.report.write import sizes
-from mpsearch.search.view import OptunaView, open_storage, open_view
+from mpsearch.search.view import OptunaView, masked, open_storage, open_view
 
 logger = logging.getLogger(__name__)
 
@@ -315,10 +315,12 @@ def _existing(url: str) -> BaseStorage:
     """The storage at a URL, which holds studies already. Raises RunError if it does not."""
     path = url.partition(":///")[2].partition("?")[0]
     if url.startswith("sqlite") and not Path(path).is_file():  # SQLite would make an empty one
-        raise RunError(f"{url} names no file: give the path of a database, as in sqlite:///runs/digits/study.db")
+        raise RunError(
+            f"{masked(url)} names no file: give the path of a database, as in sqlite:///runs/digits/study.db"
+        )
     storage = open_storage(url)
     if not storage.get_all_studies():
-        raise RunError(f"{url} holds no study: start one with `mpsearch run STUDY --set storage={url}`")
+        raise RunError(f"{masked(url)} holds no study: start one with `mpsearch run STUDY --set storage=URL`")
     return storage
 
 

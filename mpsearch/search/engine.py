@@ -26,7 +26,7 @@ from typing import Any
 
 from mpsearch.errors import MpsearchError, RunError, WriteError
 from mpsearch.observer import SILENT, Observer
-from mpsearch.private.ray import TUNE_HERE, files_in, mute_workers, session_of_client
+from mpsearch.private.ray import TUNE_HERE, files_in, handler_of_sigterm_kept, mute_workers, session_of_client
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.view import OptunaView
@@ -147,6 +147,7 @@ def _run_here(book: _Book, make_runner: Callable[[], Runner]) -> None:
 
 _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a factory's arguments mean what they mean here
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: Tune would swallow it
@@ -166,7 +167,7 @@ def _run_on_ray(
         gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / concurrency)
         threads = max(1, math.floor(cpus))
         # Unpickled by the worker when it can import what this process can, a factory from the working directory, say.
-        maker, search_path = ray.cloudpickle.dumps(make_runner), sys.path
+        maker, search_path, here = ray.cloudpickle.dumps(make_runner), sys.path, os.getcwd()
         failure: list[Exception] = []  # what ends the run: Tune would log and swallow it
         asked: dict[str, Proposal] = {}  # by Tune's trial id
 
@@ -230,6 +231,8 @@ def _run_on_ray(
                     import torch
 
                     torch.set_num_threads(threads)
+                    with contextlib.suppress(OSError):  # a node of a cluster may not have it
+                        os.chdir(here)
                     sys.path += [path for path in search_path if path not in sys.path]
                     self.runner = pickle.loads(maker)()
                 except Exception as error:
@@ -304,7 +307,8 @@ def _ray(address: str, folder: RunFolder) -> Iterator[Any]:
     try:
         try:
             _knock(address)
-            ray.init(**options)
+            with handler_of_sigterm_kept():
+                ray.init(**options)
         except Exception as error:  # Ray has many
             doing = "start Ray" if address == "local" else f"reach a Ray cluster at '{address}'"
             raise RunError(

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mpsearch.errors import RunError, SpaceError
+from mpsearch.errors import GaveUpError, SpaceError, TaskError
+from mpsearch.files import write_text
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
-from mpsearch.problem import Problem, open_problem, reopen, with_float_scores, write_facts
+from mpsearch.problem import Problem, check_moved, open_problem, reopen, with_float_scores, write_facts
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path
 from mpsearch.search.additive import Knowledge
 from mpsearch.search.controller import Proposal, SearchController
@@ -34,6 +35,7 @@ from mpsearch.state_dict import save_weights, state
 from mpsearch.study import StudySpec, read_spec
 from mpsearch.task.scoring import evaluate
 from mpsearch.train import threads
+from mpsearch.trust import trust
 from mpsearch.warmstart.additive import start_scores
 from mpsearch.warmstart.prescreen import prescreen, prescreens
 from mpsearch.warmstart.start import start_weights, warm_start
@@ -54,39 +56,64 @@ def run_study(spec: StudySpec, out: str | Path | None = None, observer: Observer
     Raises:
         MpsearchError: the study cannot be used, or the search had to be given up.
     """
+    spec = spec.absolute()
     problem = open_problem(spec)
     problem = replace(problem, notes=tuple(problem.warnings()))
     space_yaml = shipped("search_spaces", spec.space, SpaceError).read_text(encoding="utf-8")
     folder = RunFolder.create(out or Path("runs") / spec.name, spec.to_yaml(), space_yaml, metric=problem.metric)
+    trust(folder, spec)
     return _search(problem, folder, observer)
 
 
-def resume_study(run: str | Path, trials: int | None = None, observer: Observer = SILENT) -> ParetoFront:
+def resume_study(
+    run: str | Path, trials: int | None = None, observer: Observer = SILENT, overrides: Sequence[str] = ()
+) -> ParetoFront:
     """Go on with a run, whatever ended it.
 
     Args:
         run: its folder.
         trials: the number of trials in all, earlier ones included; default: the study's.
         observer: as for `run_study`.
+        overrides: `key.path=value`: where files are, how much is searched and where; kept in the run's study.
 
     Raises:
-        MpsearchError: as `run_study`.
+        MpsearchError: as `run_study`, or trials of the changed study could not be compared with those that there are.
     """
     folder = RunFolder.open(run)
-    spec = read_spec(folder)
+    spec = read_spec(folder, overrides).absolute()
+    problem = reopen(folder, spec)
+    if overrides:
+        if any(override.lstrip().startswith("task") for override in overrides):
+            check_moved(problem, folder)
+        with folder.driving():
+            write_text(folder.study_yaml, spec.to_yaml(), sync=True)
+        trust(folder, spec)
     if trials is not None:
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": trials})})
-    return _search(reopen(folder, spec), folder, observer)
+    return _search(replace(problem, spec=spec), folder, observer)
 
 
 def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFront:
     spec = problem.spec
     problem = with_float_scores(problem, "val")
+    if not math.isfinite(score := problem.float_scores["val"]):
+        raise TaskError(
+            f"the float network's {problem.metric.name} on val is {score}, so that no trial can be compared with it: "
+            "look for values that are not finite in its outputs, in val and in the metric"
+        )
     with folder.driving():
         records = folder.records()
         write_facts(folder, problem)
         view = open_view(
-            spec.storage, folder, spec.name, problem.space, problem.metric, spec.cost.budget, records, problem.cost
+            spec.storage,
+            folder,
+            spec.name,
+            problem.space,
+            problem.metric,
+            spec.cost.budget,
+            records,
+            problem.cost,
+            on_trouble=functools.partial(setattr, folder, "trouble"),
         )
         folder.checkpoints.mkdir(exist_ok=True)
         observer.on_ready(problem, folder)
@@ -117,7 +144,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             if folder.records():
                 folder.write_parquet()
     if controller.broken:
-        raise RunError(f"the search was given up: {controller.stop_reason}")
+        raise GaveUpError(f"the search was given up: {controller.stop_reason}")
     return pareto_front(folder.records(), problem.metric)
 
 

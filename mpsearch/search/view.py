@@ -1,8 +1,8 @@
 """OptunaView: the trials of a run as an Optuna study, for the Optuna dashboard and Optuna's own tools.
 
 A view and not the truth, which is the run folder's `trials.jsonl`: every trial is written once, when it has ended, so
-no trial is ever RUNNING here, whatever is killed. What is missing is added when the view is opened. A view that fails
-in the middle of a run (a database that goes away) is given up with a warning, and the run goes on.
+no trial is ever RUNNING here, whatever is killed. What is missing is added when the view is opened. A database that
+goes away in the middle of a run is tried again now and then, and the run goes on.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import logging
 import math
 import re
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -28,8 +29,12 @@ from mpsearch.metric import Metric
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.controller import budget_constraint
 from mpsearch.space.space import SearchSpace
+from mpsearch.study import expand
 
-logger = logging.getLogger(__name__)
+progress = logging.getLogger("mpsearch.progress")
+
+RETRY_S = 10.0
+"""Seconds after which a storage that failed is tried again."""
 
 SHOWN_LAYERS = 5  # in the cost breakdown of a trial; the others are summed
 
@@ -64,6 +69,7 @@ class OptunaView:
         budget: float | None,
         records: Iterable[TrialRecord],
         cost: RelativeCost | None = None,
+        on_trouble: Callable[[str | None], None] = lambda words: None,
     ) -> None:
         self._space = space
         self._cost = cost
@@ -77,7 +83,9 @@ class OptunaView:
                 unit = "share" if metric.unit == "%" else metric.unit
                 score = f"{metric.name} on val" + (f" ({unit})" if unit else "")
                 self.study.set_metric_names([score, "cost (log2 of the reference's)"])
-        self._lost = False
+        self._behind: list[TrialRecord] = []  # ended, and not shown because the storage failed
+        self._retry_at = 0.0
+        self._on_trouble = on_trouble
         self._waiting: dict[int, TrialRecord] = {}  # by number: ended, but not one before them
         self._next = 0
         self.catch_up(records)
@@ -102,20 +110,38 @@ class OptunaView:
         """Show every trial that waits."""
         for number in sorted(self._waiting):
             self._show(self._waiting.pop(number))
+        if self._behind:
+            self._reconnect()
 
     def _show(self, record: TrialRecord) -> None:
         self._next = max(self._next, record.number + 1)
-        if self._lost:
+        if self._behind:
+            self._behind.append(record)
+            if time.monotonic() >= self._retry_at:
+                self._reconnect()
             return
         try:
             self.study.add_trial(self._trial(record))
         except Exception as error:  # of whatever database: a run does not end because nobody can watch it
-            self._lost = True
-            logger.warning(
-                "the Optuna study is no longer updated (%s: %s); the run goes on, the next resume catches up",
-                type(error).__name__,
-                _first_line(error),
-            )
+            self._behind.append(record)
+            self._retry_at = time.monotonic() + RETRY_S
+            said = f"{type(error).__name__}: {masked(_first_line(error))}"
+            words = f"the Optuna study is not updated ({said}); the run goes on, and it is tried again"
+            progress.warning(words)
+            self._on_trouble(words)
+
+    def _reconnect(self) -> None:
+        """Show what could not be shown; where that fails again, later."""
+        after = self._next
+        try:
+            self.catch_up(self._behind)
+        except Exception:  # as above; it has been said
+            self._retry_at = time.monotonic() + RETRY_S
+            return
+        self._next = max(self._next, after)
+        self._behind = []
+        progress.info("the Optuna study is up to date again")
+        self._on_trouble(None)
 
     def _trial(self, record: TrialRecord) -> FrozenTrial:
         within = self._space.contains(record.config)
@@ -158,6 +184,7 @@ def open_view(
     budget: float | None = None,
     records: Iterable[TrialRecord] = (),
     cost: RelativeCost | None = None,
+    on_trouble: Callable[[str | None], None] = lambda words: None,
 ) -> OptunaView | None:
     """The view that a study file asks for, with all of `records` in it.
 
@@ -170,16 +197,18 @@ def open_view(
         budget: the largest relative cost that is acceptable.
         records: the trials that have ended.
         cost: prices the layers of each trial.
+        on_trouble: told in words when the view cannot be written, and None when it can again.
 
     Raises:
         RunError: the storage cannot be opened.
     """
     if storage == "none":
         return None
+    storage = expand(storage, "storage")  # what secrets a run has are not in its folder
     if storage not in ("sqlite", "journal"):
         name = f"{name}-{folder.id}"
     with _explained(storage):
-        return OptunaView(open_storage(storage, folder), name, space, metric, budget, records, cost)
+        return OptunaView(open_storage(storage, folder), name, space, metric, budget, records, cost, on_trouble)
 
 
 def open_storage(storage: str, folder: RunFolder | None = None) -> BaseStorage:
@@ -196,6 +225,12 @@ def open_storage(storage: str, folder: RunFolder | None = None) -> BaseStorage:
         return _sqlite(storage) if storage.startswith("sqlite") else RDBStorage(storage)
 
 
+def masked(text: str) -> str:
+    """A storage, or a message that quotes one, without who logs in there and how."""
+    text = re.sub(r"://\S*@", "://***@", text)  # as far as the last @: passwords hold slashes, colons and @
+    return re.sub(r"([?&]\w*(?:password|passwd|pwd)\w*=)[^&\s'\"]*", r"\1***", text, flags=re.IGNORECASE)
+
+
 @contextlib.contextmanager
 def _explained(storage: str) -> Iterator[None]:
     try:
@@ -203,10 +238,10 @@ def _explained(storage: str) -> Iterator[None]:
     except RunError:
         raise
     except Exception as error:  # every database has its own errors
-        shown = re.sub(r"://[^@/]*@", "://***@", storage)  # no passwords on screens
+        said = f"{type(error).__name__}: {masked(_first_line(error))}"
         raise RunError(
-            f"cannot open the storage '{shown}' ({type(error).__name__}: {_first_line(error)}): check that it is there "
-            "and may be written, or use `--set storage=sqlite` or `--set storage=none`"
+            f"cannot open the storage '{masked(storage)}' ({said}): check that it is there and may be written, or use "
+            "`--set storage=sqlite` or `--set storage=none`"
         ) from None
 
 

@@ -22,6 +22,11 @@ def call_factory(what: str, name: str, args: Mapping[str, Any]) -> Any:
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise TaskError(f"{what}: cannot read '{name}': write module:function, as in my_package.models:build")
+    if (package := module_name.partition(".")[0]) in sys.stdlib_module_names:
+        raise TaskError(
+            f"{what}: '{name}' is of Python's standard library, whose functions make nothing that a study needs: write "
+            f"a function of your own or of an installed package ({package} is never imported for a study)"
+        )
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
     try:

@@ -67,11 +67,12 @@ class StartScorer:
         room_bytes: int = 2**28,
     ) -> None:
         model = insert_quantizers(channels_last(workbench.task.float_model()), workbench.layers, offers)
+        model.to(workbench.device)  # before `_Weights`, which takes the weights' quantizers out of the model
         self._layers = quant_layers(model)
         self._weights = {
             name: _Weights(name, layer, workbench.ranges) for name, layer in self._layers.items() if layer.has_weight
         }
-        self._model = _by_batch(workbench.compile_quantizers(model.to(workbench.device)))
+        self._model = _by_batch(workbench.compile_quantizers(model))
         self._ranges = workbench.ranges
         self._room_bytes = room_bytes
         self._batches = _Batches(workbench, most_batches, room_bytes)

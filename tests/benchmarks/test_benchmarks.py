@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick import QUICK
 
 import benchmarks
 import mpsearch
@@ -21,7 +22,6 @@ from mpsearch.task.classification import ClassificationTask
 from mpsearch.task.load import load_task
 
 SHARED = {"__init__", "families", "mhaq_tasks", "__main__", "options", "printing", "rows", "stopwatch"}
-QUICK = ["trial.compile=false", "trial.steps=2", "trial.bn_batches=1", "engine.address=none"]
 SETS = [part for override in QUICK for part in ("--set", override)]
 
 Bench = Callable[..., list[dict[str, Any]]]
@@ -54,9 +54,8 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run of the digits study, with a descent and without stopping."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    quick = ["search.trials=6", "search.stop_dominated=false", "search.concurrency=1"]
+    quick = ["storage=sqlite", "search.trials=6", "search.stop_dominated=false", "search.concurrency=1"]
     warm = ["warm_start.steps=20", "warm_start.budgets=[0.4]", "warm_start.ilp=false", "warm_start.combinations=0"]
-    warm += ["search.prescreen=0"]
     run_study(load_study("digits", [*QUICK, *quick, *warm]), folder)
     return folder
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -112,6 +114,37 @@ def test_relative_error_is_none_of_the_float_network_and_one_of_its_mean(checkou
     with torch.no_grad():
         assert task.evaluate(task.float_model(), "val") == 0
         assert task.evaluate(Mean(), "val") == pytest.approx(1, rel=1e-3)
+
+
+def test_the_score_of_upscaling_is_the_mean_psnr_of_patches_by_hand(checkout: Path) -> None:
+    task = rfdn(str(checkout), side=16, samples=3)
+    _, images = task.batch("val", 3, seed=0)
+
+    class Answers(torch.nn.Conv2d):
+        def __init__(self, answers: torch.Tensor) -> None:
+            super().__init__(3, 3, 1)
+            self.answers = answers
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.answers
+
+    errors = torch.tensor([1.0, 2.0, 10.0])
+    middling = images.clamp(16, 239)
+    off = middling + errors.view(3, 1, 1, 1) + 0.2  # which 8 bits do not hold
+    squares = np.square(middling.numpy() + errors.view(3, 1, 1, 1).numpy() - images.numpy(), dtype=np.float64)
+    by_hand = [10 * math.log10(255**2 / image.mean()) for image in squares]
+    assert task.evaluate(Answers(off), "val") == pytest.approx(sum(by_hand) / 3, rel=1e-5)
+    assert task.evaluate(Answers(images), "val") == pytest.approx(100)
+    assert 10 < task.bicubic("val") < 60
+
+
+def test_probabilities_of_one_compare_too(checkout: Path) -> None:
+    task = yolo11n(str(checkout), side=32, samples=8, classes=5)
+    model = task.float_model()
+    with torch.no_grad():
+        model.get_submodule("head.out").bias[64:66] += 100  # type: ignore[index, operator]
+        assert task.evaluate(model, "val") > 1
+        assert task.logits(model(task.batch("val", 2, 0)[0])).isfinite().all()
 
 
 def test_wrong_checkouts_are_refused_in_words(checkout: Path) -> None:

@@ -24,7 +24,7 @@ from mpsearch.quant.shift import SlopeSchedule
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     torch.set_num_threads(1)
-    return open_problem(mpsearch.load_study("digits", ["trial.steps=40"]))
+    return open_problem(mpsearch.load_study("digits", ["trial.steps=40", "trial.batch_size=32"]))
 
 
 def everywhere(problem: Problem, weight: str, activation: str) -> PrecisionConfig:

@@ -242,6 +242,19 @@ def test_a_held_bit_width_stays_while_the_step_learns() -> None:
     assert learned.log_s.grad.abs().min() > 0
 
 
+def test_an_activation_that_is_held_begins_at_a_fixed_whole_number_of_steps() -> None:
+    learned = GdnsqQuantizer(torch.tensor(2.0), torch.tensor(2.0), beta=torch.tensor(-0.8))
+    x = torch.tensor([-3.0, 0.4, 0.8, 1.2, 3.0])
+    torch.testing.assert_close(learned(x), torch.tensor([-0.8, 1.2, 1.2, 1.2, 1.2]))
+    learned.hold(1)
+    torch.testing.assert_close(learned(x), torch.tensor([0.0, 0.0, 0.0, 2.0, 2.0]))
+    with torch.no_grad():
+        assert learned.beta is not None
+        learned.beta -= 5
+        learned.log_s += 1
+    torch.testing.assert_close(learned(x), torch.tensor([0.0, 0.0, 0.0, 0.0, 4.0]))
+
+
 def test_a_weight_held_at_one_bit_goes_on_learning_where_it_is_clamped() -> None:
     for bits, clamped_learns in ((1, True), (2, False)):
         learned, _ = weight(4)

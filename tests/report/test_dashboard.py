@@ -33,7 +33,11 @@ from mpsearch.study import parse_study, read_spec
 
 STUDY = {
     "name": "quick",
-    "task": {"model": "digits_cnn", "checkpoint": "digits_cnn", "data": {"kind": "digits"}},
+    "task": {
+        "model": "digits_cnn",
+        "checkpoint": "digits_cnn",
+        "data": {"kind": "digits", "val_fraction": 0.05, "test_fraction": 0.9},
+    },
     "space": "digits",
     "search": {"trials": 10, "seed": 1},
     "trial": {"steps": 2, "batch_size": 16, "bn_batches": 1, "calibration_samples": 32, "precision": "fp32"},

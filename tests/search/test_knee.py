@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from quick import QUICK
 from safetensors.torch import save_file
 
 import mpsearch
@@ -27,16 +28,13 @@ from mpsearch.search.run import resume_study, run_study, score_config
 from mpsearch.search.values import read_values
 from mpsearch.state_dict import digest
 
-QUICK = (
+SHORT = (
+    *QUICK,
     "task.float_epochs=2",
-    "engine.address=none",
     "warm_start.method=none",
     "warm_start.ilp=false",
     "warm_start.combinations=0",
     "search.trials=9",
-    "trial.steps=2",
-    "trial.batch_size=16",
-    "trial.bn_batches=1",
     "final.epochs=0.1",
     "final.seeds=1",
 )
@@ -45,7 +43,7 @@ QUICK = (
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("knee") / "run"
-    run_study(mpsearch.load_study("digits", QUICK), path)
+    run_study(mpsearch.load_study("digits", SHORT), path)
     return path
 
 
@@ -159,7 +157,7 @@ def test_resume_writes_what_an_older_run_lacks_and_runs_nothing(folder: RunFolde
 
 def test_facts_of_a_run_are_those_of_its_problem(folder: RunFolder) -> None:
     facts = read_facts(folder)
-    problem = with_float_scores(open_problem(mpsearch.load_study("digits", QUICK)), "val")
+    problem = with_float_scores(open_problem(mpsearch.load_study("digits", SHORT)), "val")
     for name in ("task_name", "metric", "graph", "cheapest", "dearest", "float_digest", "layers"):
         assert getattr(facts, name) == getattr(problem, name)
     assert facts.space.slots == problem.space.slots
@@ -170,7 +168,7 @@ def test_facts_of_a_run_are_those_of_its_problem(folder: RunFolder) -> None:
 
 def test_a_run_is_not_gone_on_with_under_another_network(tmp_path: Path) -> None:
     checkpoint = tmp_path / "net.safetensors"
-    spec = mpsearch.load_study("digits", QUICK)
+    spec = mpsearch.load_study("digits", SHORT)
     weights = open_problem(spec).task.float_model().state_dict()
     save_file(weights, checkpoint)
     spec = spec.model_copy(update={"task": spec.task.model_copy(update={"checkpoint": str(checkpoint)})})
@@ -187,7 +185,7 @@ def test_a_run_is_not_gone_on_with_under_another_network(tmp_path: Path) -> None
 def test_a_folder_that_may_only_be_read_is_reopened_without_its_facts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder.create(tmp_path / "run", mpsearch.load_study("digits", QUICK).to_yaml(), metric=TOP1)
+    folder = RunFolder.create(tmp_path / "run", mpsearch.load_study("digits", SHORT).to_yaml(), metric=TOP1)
 
     def refused(path: Path, text: str, sync: bool) -> None:
         raise WriteError(f"cannot write {path}")

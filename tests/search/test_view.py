@@ -1,6 +1,5 @@
 """The Optuna study that shows a run: all of its trials, each once, none RUNNING."""
 
-import logging
 import math
 from dataclasses import replace
 
@@ -112,21 +111,6 @@ def test_corrupt_database_is_refused(folder):
     folder.study_db.write_text("no database at all, and long enough to be looked at" * 30)
     with pytest.raises(RunError, match=r"cannot open the storage 'sqlite'.*not a database"):
         open_view("sqlite", folder, "a", SPACE, TOP1)
-
-
-def test_view_that_fails_in_the_middle_is_given_up_with_one_warning(folder, caplog, monkeypatch):
-    view = open_view("sqlite", folder, "a", SPACE, TOP1, None, RECORDS[:1])
-
-    def fail(trial):
-        raise ConnectionError("gone\nfar away")
-
-    monkeypatch.setattr(view.study, "add_trial", fail)
-    with caplog.at_level(logging.WARNING):
-        view.add(RECORDS[1])
-        view.add(RECORDS[2])
-    assert [r.getMessage().partition(";")[0] for r in caplog.records if r.name.startswith("mpsearch")] == [
-        "the Optuna study is no longer updated (ConnectionError: gone)"
-    ]
 
 
 def test_optuna_numbers_trials_as_we_do_whatever_the_order_in_which_they_end(folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick import QUICK
 
 import mpsearch
 from mpsearch.cost.model import RelativeCost
@@ -24,14 +25,14 @@ from mpsearch.warmstart.start import StartWeights, rounded, warm_start
 from mpsearch.workbench import Workbench
 
 BUDGETS = (0.5, 0.25)
-STEPS = 80
+STEPS = 60
 WITHOUT_CONTROLS = ("warm_start.ilp=false", "warm_start.combinations=0")
 
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     torch.set_num_threads(1)
-    overrides = [f"warm_start.steps={STEPS}", "trial.steps=4", *WITHOUT_CONTROLS]
+    overrides = [*QUICK, f"warm_start.steps={STEPS}", *WITHOUT_CONTROLS]
     return open_problem(mpsearch.load_study("digits", [*overrides, f"warm_start.budgets={list(BUDGETS)}"]))
 
 
@@ -199,7 +200,7 @@ def test_a_warm_start_is_paid_for_once(problem: Problem, tmp_path: Path, monkeyp
 
 
 def test_the_cheap_end_of_several_types_is_tried_after_the_snapshots(tmp_path: Path) -> None:
-    overrides = ["warm_start.steps=4", "warm_start.budgets=[0.4]", *WITHOUT_CONTROLS]
+    overrides = [*QUICK, "warm_start.steps=4", "warm_start.budgets=[0.4]", *WITHOUT_CONTROLS]
     problem = open_problem(mpsearch.load_study("digits", ["space=digits_mixed", *overrides]))
     folder = tmp_path / "warmstart"
     initial_configs = warm_start(problem.spec, problem.task, problem.graph, problem.space, problem.cost, folder)
@@ -212,10 +213,9 @@ def test_the_cheap_end_of_several_types_is_tried_after_the_snapshots(tmp_path: P
 def test_a_study_tries_what_was_learned_and_resumes_without_a_second_descent(
     problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = ["engine.address=none", "trial.steps=2", "search.trials=10", "search.prescreen=0"]
+    overrides = [*QUICK, "search.trials=10"]
     warm = [
         *WITHOUT_CONTROLS,
-        "search.prescreen=0",
         "warm_start.steps=20",
         "warm_start.budgets=[0.5]",
         "warm_start.neighbours=2",

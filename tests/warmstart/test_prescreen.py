@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick import QUICK
 
 import mpsearch
 from mpsearch.errors import TaskError
@@ -23,7 +24,7 @@ from mpsearch.warmstart.prescreen import AGAIN, KEPT, prescreen, prescreens
 from mpsearch.warmstart.start import sensitivity_table
 from mpsearch.warmstart.start_score import BATCHES
 
-SETTINGS = ("warm_start.method=none", "warm_start.budgets=[0.4,0.2]", "trial.compile=false", "engine.address=none")
+SETTINGS = (*QUICK, "warm_start.method=none", "warm_start.budgets=[0.4,0.2]")
 COUNT = 60
 
 
@@ -165,7 +166,7 @@ def test_a_run_tries_what_was_prescreened_counts_it_and_shows_it(
                 stages.append((stage, done, total))
 
     run = tmp_path / "run"
-    small = ["search.prescreen=16", "search.trials=4", "trial.steps=2", "warm_start.ilp=false"]
+    small = ["search.prescreen=16", "search.trials=4", "warm_start.ilp=false"]
     spec = mpsearch.load_study("digits", [*SETTINGS, *small])
     mpsearch.run_study(spec, run, Stages())
     assert stages[0] == ("prescreen", 0, 16)

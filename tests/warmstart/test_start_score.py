@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quick import FEW_IMAGES
 from torch import nn
 
 import mpsearch
@@ -18,7 +19,7 @@ from mpsearch.workbench import Workbench, channels_last
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     torch.set_num_threads(1)
-    settings = ["space=digits_mixed", "trial.compile=false", "trial.precision=fp32", "trial.batch_size=64"]
+    settings = [*FEW_IMAGES, "space=digits_mixed", "trial.compile=false", "trial.precision=fp32", "trial.batch_size=64"]
     return open_problem(mpsearch.load_study("digits", settings))
 
 

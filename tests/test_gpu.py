@@ -1,0 +1,278 @@
+"""Every stage on a CUDA card gives what it gives on the CPU; skipped where there is no card."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu import FORWARD_GOAL, GRADIENT_GOAL, HALFWAY, difference
+from mpsearch.debug.measure import diagnose
+from mpsearch.exporters.export import export
+from mpsearch.graph.layers import inspect_model
+from mpsearch.metric import find_metric
+from mpsearch.precision import BITS, LayerPrecision, Precision, PrecisionConfig
+from mpsearch.problem import Problem, open_problem
+from mpsearch.ptq.pipeline import PtqMethod, ptq
+from mpsearch.qat.gdnsq import gdnsq
+from mpsearch.qat.pipeline import qat
+from mpsearch.quant.fused import fuse
+from mpsearch.quant.network import QuantizedNetwork
+from mpsearch.quant.prepare import prepare, quant_layers
+from mpsearch.quant.ranges import activation_range, weight_step
+from mpsearch.quant.shift import ShiftQuantizer
+from mpsearch.quant.switch import make_quantizer
+from mpsearch.record import RunFolder
+from mpsearch.search.finalize import finalize
+from mpsearch.search.run import run_study
+from mpsearch.search.trial import run_trial
+from mpsearch.study import load_study
+from mpsearch.task.scoring import comparison_of
+from mpsearch.train import autocast
+from mpsearch.warmstart.descent import descend
+from mpsearch.warmstart.sensitivity import measure
+from mpsearch.warmstart.start_score import StartScorer
+from mpsearch.workbench import Workbench
+
+pytestmark = pytest.mark.gpu
+
+CUDA = torch.device("cuda")
+QUICK = ["trial.steps=6", "trial.bn_batches=2", "trial.compile=false", "trial.precision=fp32", "engine.address=none"]
+PRECISIONS = [
+    Precision(quantizer, bits, granularity)  # type: ignore[arg-type]
+    for quantizer in ("uniform", "shift", "apot")
+    for bits in BITS[quantizer]
+    for granularity in ("channel", "tensor")
+    if quantizer == "uniform" or bits > 1
+]
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    """The digits study, with quick trials."""
+    return open_problem(load_study("digits", QUICK))
+
+
+@pytest.fixture
+def mixed(problem: Problem) -> PrecisionConfig:
+    """A config with every quantizer type."""
+    kinds = ["uniform:4", "shift:3", "apot:4"]
+    layers = [layer.name for layer in problem.graph.quantizable]
+    return PrecisionConfig((name, LayerPrecision.parse(kinds[i % 3], "uniform:5")) for i, name in enumerate(layers))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_quantizer_answers_as_on_the_cpu(precision: Precision, compiled: bool) -> None:
+    worst = difference(precision, precision.granularity == "channel", CUDA, compiled)
+    assert worst.forward <= FORWARD_GOAL
+    assert worst.gradient <= GRADIENT_GOAL
+    assert worst.moved <= HALFWAY
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_ranges_are_found_as_on_the_cpu(precision: Precision) -> None:
+    rows = torch.randn(8, 90, generator=torch.Generator().manual_seed(0))
+    assert weight_step(rows.cuda(), precision).device.type == "cuda"
+    torch.testing.assert_close(weight_step(rows.cuda(), precision).cpu(), weight_step(rows, precision))
+    if precision.granularity == "tensor":
+        for signed in (False, True):
+            there = activation_range(rows.cuda(), precision, signed=signed)
+            for one, other in zip(there, activation_range(rows, precision, signed=signed), strict=True):
+                torch.testing.assert_close(one.cpu(), other)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("gradient", ["sigmoid", "dsq", "ste"])
+def test_soft_shift_quantizer_trains_as_on_the_cpu(gradient: str, compiled: bool) -> None:
+    x = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    results = []
+    for device in ("cpu", "cuda"):
+        quantizer = make_quantizer(["shift"], 8, 4, signed=True, offset=False, elements=36).to(device)
+        assert isinstance(quantizer, ShiftQuantizer)
+        quantizer.gradient = gradient  # type: ignore[assignment]
+        quantizer.set_precision(Precision("shift", 4, "channel"))
+        quantizer.set_range(torch.full((8,), 1.7, device=device))
+        if compiled and device == "cuda":
+            fuse(quantizer)
+        there = x.to(device).requires_grad_()
+        y = quantizer.train()(there)
+        y.square().sum().backward()
+        assert there.grad is not None
+        assert quantizer.step.grad is not None
+        results.append((y.detach().cpu(), there.grad.cpu(), quantizer.step.grad.cpu()))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_quantizer_keeps_the_type_and_layout_of_images(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    results = []
+    for device in ("cpu", "cuda"):
+        quantizer = make_quantizer(["uniform"], 1, 0, signed=False, offset=True, elements=288).to(device)
+        quantizer.set_precision(Precision("uniform", 4, "tensor"))
+        quantizer.set_range(torch.tensor(0.3), torch.tensor(-2.0))
+        if device == "cuda":
+            fuse(quantizer)
+        y = quantizer(x.to(device)).detach()
+        assert y.dtype == dtype
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        results.append(y.cpu())
+    assert float((results[0] != results[1]).double().mean()) < HALFWAY
+
+
+def test_network_that_lies_on_the_card_is_quantized_there(problem: Problem, mixed: PrecisionConfig) -> None:
+    x = problem.task.calibration_input(64)
+    here = prepare(problem.task.float_model(), mixed, x).eval()
+    there = prepare(problem.task.float_model().cuda(), mixed, x.cuda()).eval()
+    assert {tensor.device.type for tensor in (*there.parameters(), *there.buffers())} == {"cuda"}
+    with torch.no_grad():
+        torch.testing.assert_close(there(x.cuda()).cpu(), here(x), rtol=1e-2, atol=1e-2)
+    assert inspect_model(problem.task.float_model().cuda(), x.cuda()).layers == problem.graph.layers
+
+
+def test_trial_scores_as_on_the_cpu(problem: Problem, mixed: PrecisionConfig) -> None:
+    records = []
+    for device in ("cpu", "cuda"):
+        workbench = Workbench(problem.task, problem.spec.trial, torch.device(device), mixed.offers, graph=problem.graph)
+        record = run_trial(problem.task, mixed, problem.spec.trial, workbench=workbench)
+        assert next(workbench.model.parameters()).device.type == device
+        records.append(record)
+    here, there = records
+    assert there.start_divergence == pytest.approx(here.start_divergence, rel=0.05)
+    assert there.score == pytest.approx(here.score, abs=0.03)
+
+
+def test_trial_with_compiled_quantizers_and_bfloat16_runs(problem: Problem, mixed: PrecisionConfig) -> None:
+    settings = problem.spec.trial.model_copy(update={"compile": True, "precision": "bf16"})
+    workbench = Workbench(problem.task, settings, CUDA, mixed.offers, graph=problem.graph)
+    eager = Workbench(problem.task, problem.spec.trial, CUDA, mixed.offers, graph=problem.graph)
+    compiled_record = run_trial(problem.task, mixed, settings, workbench=workbench)
+    record = run_trial(problem.task, mixed, problem.spec.trial, workbench=eager)
+    assert compiled_record.score == pytest.approx(record.score, abs=0.03)
+
+
+@pytest.mark.parametrize("proxy", ["kl", "fit", "sqnr"])
+def test_sensitivities_are_those_of_the_cpu(problem: Problem, proxy: str) -> None:
+    x = problem.task.calibration_input(32)
+    comparison = comparison_of(problem.task)
+    model, layers, space = problem.task.float_model(), problem.graph.layers, problem.space
+    here = measure(proxy, copy.deepcopy(model), layers, space, x, comparison)
+    there = measure(proxy, model.cuda(), layers, space, x.cuda(), comparison)
+    pairs = [(here.of(*key), there.of(*key)) for key in here.entries]
+    close = [abs(a - b) <= 0.1 * abs(a) + 1e-5 for a, b in pairs]
+    assert sum(close) >= 0.9 * len(close)
+
+
+def test_start_scores_are_those_of_the_cpu(problem: Problem, mixed: PrecisionConfig) -> None:
+    scores = []
+    for device in ("cpu", "cuda"):
+        workbench = Workbench(
+            problem.task, problem.spec.trial, torch.device(device), problem.space.offers, graph=problem.graph
+        )
+        scorer = StartScorer(workbench, problem.space.offers)
+        scorer.choose_arithmetic(problem.space.ladder()[:2])
+        scorer.bf16 = False
+        scores.append([scorer(config) for config in problem.space.ladder()])
+    assert scores[1] == pytest.approx(scores[0], rel=0.05, abs=1e-3)
+
+
+def test_descent_ends_on_its_budgets(problem: Problem) -> None:
+    workbench = Workbench(problem.task, problem.spec.trial, CUDA, graph=problem.graph)
+    descent = descend(workbench, problem.space, problem.cost, [0.4, 0.3], 12)
+    assert [snapshot.budget for snapshot in descent.snapshots] == [0.4, 0.3]
+    assert {value.device.type for snapshot in descent.snapshots for value in snapshot.weights.values()} == {"cpu"}
+
+
+METHODS = {
+    "nearest": PtqMethod(rounding="nearest", equalize=False, bias_correction="none"),
+    "adaround": PtqMethod(rounding="adaround", adaround_steps=20, logits_range="cross_entropy"),
+    "empirical": PtqMethod(rounding="nearest", bias_correction="empirical", activation_range="min_max"),
+    "analytic": PtqMethod(rounding="nearest", bias_correction="analytic"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ptq_on_the_card_answers_as_on_the_cpu(problem: Problem, name: str) -> None:
+    x, method = problem.task.calibration_input(64), METHODS[name]
+    w4a8 = LayerPrecision.shorthand("w4a8")
+    there = ptq(problem.task.float_model().cuda(), w4a8, x.cuda(), method).model
+    here = ptq(problem.task.float_model(), w4a8, x, method).model
+    with torch.no_grad():
+        same = there(x.cuda()).argmax(1).cpu() == here(x).argmax(1)
+    assert float(same.float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("method", ["qat", "gdnsq"])
+def test_training_of_one_config_runs(problem: Problem, method: str) -> None:
+    names = [layer.name for layer in problem.graph.quantizable]
+    config, settings = PrecisionConfig.uniform(names, LayerPrecision.shorthand("w4a4")), problem.spec.trial
+    if method == "qat":
+        trained = qat(problem.task, config, settings)
+    else:
+        trained = gdnsq(problem.task, config, Workbench(problem.task, settings, graph=problem.graph), 6)
+    assert next(trained.model.parameters()).device.type == "cuda"
+    assert problem.task.evaluate(trained.model, "val") > 0.5
+
+
+def test_study_is_run_finalized_and_exported(tmp_path: Path) -> None:
+    sets = [*QUICK, "search.trials=5", "search.prescreen=20", "warm_start.steps=12", "warm_start.budgets=[0.4]"]
+    spec = load_study("digits", [*sets, "final.pick=1", "final.epochs=0.2", "final.seeds=1"])
+    front = run_study(spec, tmp_path / "run")
+    folder = RunFolder.open(tmp_path / "run")
+    assert [record.reason for record in folder.records() if record.state == "failed"] == []
+    assert front.trials
+    problem = open_problem(spec)
+    assert finalize(problem, folder)
+
+
+@pytest.mark.parametrize("target", ["native", "packed"])
+def test_network_on_the_card_is_exported(problem: Problem, mixed: PrecisionConfig, target: str, tmp_path: Path) -> None:
+    x = problem.task.calibration_input(64)
+    model = prepare(problem.task.float_model().cuda(), mixed, x.cuda()).eval()
+    network = QuantizedNetwork(
+        model,
+        problem.graph.layers,
+        "digits_cnn",
+        problem.task.name,
+        find_metric("top1", "digits"),
+        example_input=x[:2],
+        samples=x,
+        float_model=problem.task.float_model(),
+    )
+    exported = export(network, target, tmp_path / target)
+    assert exported.path.exists()
+
+
+def test_diagnosis_of_a_config_is_made(problem: Problem) -> None:
+    diagnosis = diagnose(problem.task, LayerPrecision.shorthand("w3a3"))
+    assert diagnosis.sane
+    assert len(diagnosis.layers) == len(problem.graph.quantizable)
+
+
+def test_mixed_precision_step_is_finite_channels_last(problem: Problem) -> None:
+    names = [layer.name for layer in problem.graph.quantizable]
+    config = PrecisionConfig.uniform(names, LayerPrecision.shorthand("w4a4"))
+    x = problem.task.calibration_input(32)
+    model: nn.Module = prepare(problem.task.float_model(), config, x).cuda().train()
+    batch: Tensor = x.cuda().contiguous(memory_format=torch.channels_last)
+    with autocast(batch, True):
+        output = model(batch)
+    output.float().square().mean().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    assert all(layer.weight_quantizer.step.grad is not None for layer in quant_layers(model).values())
+
+
+def test_groups_of_input_features_are_quantized_as_on_the_cpu() -> None:
+    layer = nn.Linear(32, 8)
+    config = PrecisionConfig([("0", LayerPrecision.shorthand("w4a8/group8"))])
+    x = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(layer)
+    here, there = prepare(model, config, x), prepare(copy.deepcopy(model).cuda(), config, x.cuda())
+    fuse(there)
+    torch.testing.assert_close(there(x.cuda()).cpu(), here(x), rtol=1e-3, atol=1e-3)
