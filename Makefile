@@ -25,7 +25,7 @@ test-all: $(VENV)/.targets  ## the slow tests too, and those with the export tar
 	$(PYTEST) -m "slow or not slow"
 
 fuzz: $(VENV)/.targets  ## 1,000 random networks through every stage, and 200 through each runtime of another library
-	MPSEARCH_FUZZ_EXAMPLES=1000 $(PYTEST) tests/fuzz -m "slow or not slow"
+	MPSEARCH_FUZZ_EXAMPLES=1000 $(PYTEST) tests/fuzz -m "slow or not slow" -o faulthandler_timeout=7200
 
 lint: setup
 	$(BIN)/ruff check .

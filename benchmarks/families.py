@@ -255,13 +255,17 @@ def torchvision_dense() -> Mapping[str, Make]:
 
     def make(name: str, kind: str) -> Built:
         torch.manual_seed(0)
-        options = {"weights_backbone": None} if kind in ("segmentation", "detection") else {}
+        options: dict[str, Any] = {} if kind == "video" else {"weights_backbone": None}
+        if kind == "detection" and not name.startswith("ssd"):  # which else resizes every image to 800 pixels
+            options |= {"min_size": 128, "max_size": 128}
+        if "rcnn" in name:  # whose heads else see 1,000 proposals an image
+            options |= {"rpn_pre_nms_top_n_test": 64, "rpn_post_nms_top_n_test": 32, "box_detections_per_img": 8}
         model = prepared(torchvision.models.get_model(name, weights=None, **options))
         if kind == "detection":
             return model, ([*_images(128, 2)],)
         if kind == "video":
-            size, frames = (224, 16) if name.startswith(("mvit", "swin")) else (64, 8)
-            return model, torch.randn(2, 3, frames, size, size)
+            whole = name.startswith(("mvit", "s3d"))  # which take no smaller clip
+            return model, torch.randn(1, 3, 16, 224, 224) if whole else torch.randn(2, 3, 8, 64, 64)
         return model, _images(64, 2)
 
     return {
@@ -414,7 +418,7 @@ def transformers() -> Mapping[str, Make]:
     return {name: partial(make, name) for name in TRANSFORMERS}
 
 
-FAMILIES: Mapping[str, Callable[[], Mapping[str, Make]]] = {
+FAMILIES: dict[str, Callable[[], Mapping[str, Make]]] = {
     "torchvision": torchvision,
     "torchvision-dense": torchvision_dense,
     "timm": timm,

@@ -24,6 +24,7 @@ from mpsearch.private.torch import (
     ConvNd,
     ConvTransposeNd,
     carry_versions,
+    one_onnx_registry,
     padding_for_pad,
     tree_leaves,
     tree_map,
@@ -160,3 +161,17 @@ def test_torch_walks_nested_inputs_and_outputs():
     assert [type(leaf) for leaf in tree_leaves(nested)] == [torch.Tensor, torch.Tensor, type(None), int], broken
     assert tree_map(type, nested) == ({"a": torch.Tensor}, [torch.Tensor, type(None), int]), broken
     assert tree_map_only(torch.Tensor, torch.sum, nested) == ({"a": 0}, [2, None, 3]), broken
+
+
+def test_torch_makes_its_table_of_onnx_operators_once_for_all_exports():
+    pytest.importorskip("onnxscript", reason="needs mpsearch[targets]; `make test-all` installs it")
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    before = vars(ONNXRegistry)["from_torchlib"]
+    with one_onnx_registry():
+        first = ONNXRegistry().from_torchlib(opset_version=21)
+    with one_onnx_registry():
+        assert ONNXRegistry().from_torchlib(opset_version=21) is first
+        other = ONNXRegistry().from_torchlib(opset_version=25)
+    assert (first.opset_version, other.opset_version) == (21, 25)
+    assert vars(ONNXRegistry)["from_torchlib"] is before

@@ -28,7 +28,7 @@ from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps, weight_codes
 from mpsearch.exporters.packed import pack_bits, terms_of, unsigned_codes
 from mpsearch.graph.inputs import arguments, tensors
-from mpsearch.private.torch import tree_leaves, tree_map, tree_map_only
+from mpsearch.private.torch import one_onnx_registry, tree_leaves, tree_map, tree_map_only
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import places, quant_layers
@@ -166,7 +166,7 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, shapes: tuple[Any, ...] | None
 ) -> ModelProto:
     # The fused kernel gives other strides than its decomposition in the graph, in which a view of it may not exist.
-    with _quiet(), sdpa_kernel(SDPBackend.MATH):
+    with _quiet(), sdpa_kernel(SDPBackend.MATH), one_onnx_registry():
         program = torch.onnx.export(
             model, args, kwargs=kwargs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -50,3 +53,32 @@ def running_module(frame_of: list[FrameType] | None = None) -> nn.Module | None:
         frame_of.append(frame)
     module: nn.Module = frame.f_locals["self"]
     return module
+
+
+@contextlib.contextmanager
+def one_onnx_registry() -> Iterator[None]:
+    """Exports to ONNX share torch's table of operators, which it else makes anew for each: a second of CPU time.
+
+    Where a torch has no such table, they are as slow as they are.
+    """
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:
+        yield
+        return
+    make = vars(ONNXRegistry).get("from_torchlib")
+    if not isinstance(make, classmethod):
+        yield
+        return
+    ONNXRegistry.from_torchlib = staticmethod(functools.partial(_registry, make.__func__))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = make  # type: ignore[method-assign, assignment]
+
+
+@functools.cache
+def _registry(make: Any, **settings: Any) -> Any:
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    return make(ONNXRegistry, **settings)

@@ -169,3 +169,21 @@ def test_weights_of_any_type_and_float_inputs_answer_the_same(kind: str, tmp_pat
     x = torch.randn(16, *shape)
     given = itertools.chain.from_iterable([p] * 4 for p in precisions)
     assert_same_answers(*with_input(quantized(model.eval(), x, given), x), tmp_path / "out")
+
+
+GROUPS = [f"{weight}/group{size}" for weight in ("uniform:2", "uniform:8", "apot:4") for size in (4, 5, 99)]
+"""Sizes that divide the 16 or 144 features of a weight, that leave a rest, and that are longer than some."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_in_groups_answer_the_same_in_a_default_session(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make, shape = KINDS[kind]
+    precisions = [(w, a) for w in GROUPS for a in ("uniform:8", "float")]
+    model = Branches([nn.Sequential(make(True), nn.ReLU(), make(False)) for _ in precisions])
+    x = torch.randn(16, *shape)
+    given = itertools.chain.from_iterable([p] * 2 for p in precisions)
+    network, ours = quantized(model.eval(), x, given)
+    layers = quant_layers(network.model).values()
+    assert max(layer.weight_quantizer.step.numel() for layer in layers) > 2 * C, "no layer has several groups a channel"
+    assert_same_answers(network, x, ours, tmp_path / "out")

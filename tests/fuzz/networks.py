@@ -99,6 +99,28 @@ class Attention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, c))
 
 
+MIXING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "matmul": torch.matmul,
+    "operator": lambda a, b: a @ b,
+    "bmm": torch.bmm,
+    "einsum": lambda a, b: torch.einsum("bij,bjk->bik", a, b),
+    "baddbmm": lambda a, b: torch.baddbmm(torch.ones(1), a, b, beta=0.5, alpha=2),
+}
+"""The ways to write a product of two activations."""
+
+
+class Mixing(nn.Module):
+    """Attention of a tensor to itself without a weight: two products of activations, of which one factor is shared."""
+
+    def __init__(self, written: str) -> None:
+        super().__init__()
+        self.written = written
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = MIXING[self.written]
+        return product((product(x, x.transpose(1, 2)) / x.shape[-1]).softmax(-1), x)
+
+
 class Queries(nn.Module):
     """Learned queries: the input of a layer is a parameter, expanded over the batch."""
 
@@ -231,6 +253,8 @@ def module_of(op: Op, shapes: list[tuple[int, ...]]) -> nn.Module | None:
             return Attention(shape[-1], 2)
         case "multi_head":
             return MultiHead(shape[-1], 2)
+        case "mixing":
+            return Mixing(op["written"])
         case "queries":
             return Queries(shape[-1])
         case "tied":
@@ -319,6 +343,8 @@ def _apply(op: Op, read: list[Tensor]) -> Tensor:
             return read[0] * torch.sigmoid(read[1])
         case "cat":
             return torch.cat(read, dim=op["axis"] + 1)
+        case "gram":  # in the forward of the whole network
+            return (read[0] @ read[0].transpose(1, 2)).tanh() @ read[0]
         case "relu_f":
             return F.relu(read[0])
         case "clamp":
@@ -381,7 +407,7 @@ KINDS: dict[Domain, list[str]] = {
     "image": ["conv2d", "batch_norm2d", "max_pool", "avg_pool", "transposed2d", "group_norm", "gate", *_ANYWHERE],
     "audio": ["conv1d", "batch_norm1d", "max_pool", "avg_pool", "transposed1d", "group_norm", *_ANYWHERE],
     "sequence": [
-        *("linear", "layer_norm", "attention", "multi_head", "queries", "tied", "keyword", "scaled"),
+        *("linear", "layer_norm", "attention", "multi_head", "mixing", "gram", "queries", "tied", "keyword", "scaled"),
         *("token_norm", "feature_norm"),
         *_ANYWHERE,
     ],
@@ -443,6 +469,8 @@ def _op(draw: st.DrawFn, domain: Domain, shapes: list[tuple[int, ...]], ops: lis
         case "attention" | "multi_head":
             if shape[-1] % 2 == 0:
                 return Op(kind, (at,))
+        case "mixing":
+            return Op(kind, (at,), _settings(written=draw(st.sampled_from(list(MIXING)))))
         case "queries":
             if shape[0] <= 9:
                 return Op(kind, (at,))

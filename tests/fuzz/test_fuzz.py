@@ -27,7 +27,7 @@ import mpsearch
 from mpsearch.errors import ExportError
 from mpsearch.exporters import packed
 from mpsearch.graph.facts import ModelGraph
-from mpsearch.precision import BITS, FLOAT, LayerPrecision, Precision, PrecisionConfig
+from mpsearch.precision import BITS, FLOAT, LayerPrecision, Precision, PrecisionConfig, per_tensor
 from mpsearch.ptq.equalize import equalize
 from mpsearch.ptq.fold import fold_batch_norms
 from mpsearch.quant.prepare import inspect_network
@@ -43,6 +43,9 @@ AGREE = 0.75
 and a network of few bits carries such a flip to its outputs. A wrong export is wrong on nearly all of them."""
 
 CHOICES = [Precision(name, bits, "channel") for name in ("uniform", "shift", "apot") for bits in BITS[name]]
+GRANULARITIES = ["tensor", "group2", "group3", "group4", "group5", "group8", "group100"]
+"""What else than a channel shares a scale. Rows of the weights have 3 to 108 features: groups that divide a row, that
+leave a rest, and that are longer than it."""
 CONFIGS = st.randoms(use_true_random=False)
 
 
@@ -63,20 +66,32 @@ def run(model: nn.Module, batch: Any) -> Tensor:
 
 
 def random_config(
-    graph: ModelGraph, rng: random.Random, types: tuple[str, ...] = ("uniform", "shift", "apot")
+    graph: ModelGraph,
+    rng: random.Random,
+    types: tuple[str, ...] = ("uniform", "shift", "apot"),
+    groups: bool = True,
 ) -> PrecisionConfig:
     """A precision for each layer, the same for those that share a weight or an input; some tensors float."""
     choices = [choice for choice in CHOICES if choice.quantizer in types]
+    granularities = GRANULARITIES if groups else ["tensor"]
     weight: dict[str, Precision] = {}
     activation: dict[str, Precision] = {}
     config = {}
     for layer in graph.quantizable:
         w = weight.setdefault(layer.weight_group, FLOAT if rng.random() < 0.1 else rng.choice(choices))
-        if rng.random() < 0.2 and not w.is_float and layer.weight_group == layer.name:
-            w = weight[layer.weight_group] = Precision(w.quantizer, w.bits, "tensor")
+        if rng.random() < 0.3 and not w.is_float and layer.weight_group == layer.name:
+            w = weight[layer.weight_group] = Precision(w.quantizer, w.bits, rng.choice(granularities))
+        if layer.multiplies_activations:
+            w = per_tensor(w)
         a = activation.setdefault(layer.input_group, FLOAT if rng.random() < 0.1 else rng.choice(choices))
-        config[layer.name] = LayerPrecision(w, a if a.is_float else Precision(a.quantizer, a.bits, "tensor"))
+        config[layer.name] = LayerPrecision(w, per_tensor(a))
     return PrecisionConfig(config)
+
+
+def cannot_hold(target: str, graph: ModelGraph, config: PrecisionConfig) -> bool:
+    """Whether a config has what no file of a target has a place for: such a one has to be refused."""
+    products = any(layer.multiplies_activations for layer in graph.quantizable)
+    return products or (target != "onnx" and any(precision.weight.group for precision in config.values()))
 
 
 def fuzz(test: Callable[..., None]) -> Callable[..., None]:
@@ -100,7 +115,7 @@ def test_random_networks_are_inspected_prepared_trained_folded_and_exported(
     note(f"build({program!r})")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     outputs = run(model, batch)
-    graph = inspect_network(model, batch)
+    graph = inspect_network(model, batch, products=rng.random() < 0.5)
 
     # Facts: every multiply-accumulate is counted once.
     with (
@@ -183,8 +198,8 @@ def test_random_networks_answer_the_same_in_the_runtime_of_their_format(
         pytest.skip("needs mpsearch[targets]; `make test-all` installs it")
     model, batch, x = build(program)
     note(f"build({program!r})")
-    graph = inspect_network(model, batch)
-    config = random_config(graph, rng, ("uniform",))
+    graph = inspect_network(model, batch, products=rng.random() < 0.1)
+    config = random_config(graph, rng, ("uniform",), groups=target == "onnx" or rng.random() < 0.1)
     note(f"PrecisionConfig({ {name: str(precision) for name, precision in config.items()} })")
     prepared = mpsearch.prepare(model, config, batch, graph.layers).eval()
     quantized = run(prepared, batch)
@@ -200,6 +215,7 @@ def test_random_networks_answer_the_same_in_the_runtime_of_their_format(
         if refusal is not None:
             assert any(layer.name in refusal for layer in graph.quantizable), "a refusal must name its layer"
             return
+        assert not cannot_hold(target, graph, config), "it is refused, and no other values are exported"
         if target == "brevitas":
             from mpsearch.exporters import brevitas
 
