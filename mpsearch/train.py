@@ -104,7 +104,8 @@ class Teacher:
 class ForwardPass:
     """A model's forward pass in mixed precision; on a card, where it may be, captured at the first batch.
 
-    What is captured answers batches of the first one's shape and type, others are answered as without it. A model that
+    What is captured answers batches of the first one's shape and type, others are answered as without it. Its output
+    and gradients hold until the next batch: gradients are not to be added up over several. A model that
     cannot be captured (it decides by values, or its input or output is not one tensor) is run as it is.
 
     Args:
@@ -177,7 +178,8 @@ class _Captured:
         if trained:
             self.gradient = torch.zeros_like(self.output)
             with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
-                self.gradients = torch.autograd.grad(output, trained, self.gradient, allow_unused=True)
+                gradients = torch.autograd.grad(output, trained, self.gradient, allow_unused=True)
+                self.gradients = _apart([self.gradient, *gradients])[1:]
 
     def takes(self, x: Any) -> bool:
         """Whether this is a batch as the first one was."""
@@ -192,6 +194,18 @@ class _Captured:
         self.forward.replay()
         answer: Tensor = self.output.clone()
         return answer
+
+
+def _apart(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The tensors, copied where an earlier one has the same memory: clipping changes each in place."""
+    seen: set[int] = set()
+    apart: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is not None:
+            tensor = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+            seen.add(tensor.untyped_storage().data_ptr())
+        apart.append(tensor)
+    return tuple(apart)
 
 
 class _Replay(torch.autograd.Function):
