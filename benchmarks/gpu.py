@@ -5,11 +5,12 @@ still run. Its row is on the disk when it ends, and what has passed is not measu
 
 - `tests`: those marked `gpu`.
 - `quantizers`: every type and width on the card against the CPU, forward and gradient, eager and compiled.
-- `data`: whether batches lie on the card already, and what one costs.
-- `prescreen`: untrained configs scored a second.
-- `digits-2`, `resnet20-2`: a whole study, two trials on the card at a time, each with half of it.
-- `digits-4`, `resnet20-4`: four at a time, without a warm start.
 - `step-128`, `step-1024`: the training step of a ResNet-20, float, quantized, and with a teacher (`train_step`).
+- `data`: whether batches are made on the card, and what one costs.
+- `prescreen`: untrained configs scored a second.
+- `digits-2`, `resnet20-2`: a whole study, two trials on the card at a time, each with half of it; the ResNet-20's warm
+  start is a short one.
+- `digits-4`, `resnet20-4`: four at a time, without a warm start.
 
 The ResNet-20 needs images and a checkpoint (`studies/resnet20-cifar10-jpeg.yaml`); without them it is not run. With
 `--device cpu` the same is measured on the CPU, for trying out the benchmark itself.
@@ -27,6 +28,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -62,6 +64,18 @@ FORWARD_GOAL, GRADIENT_GOAL = 1e-5, 1e-4
 """Largest difference between card and CPU, as a share of the largest value: sums are in another order there. Elements
 that round to the neighbouring level may be HALFWAY of all."""
 HALFWAY = 1e-3
+STEPS = 100
+"""Of a round: those of a trial of the ResNet-20's study."""
+QUICK_WARM_START = (
+    "warm_start.steps=60",
+    "warm_start.budgets=[0.384,0.25,0.2]",
+    "warm_start.ilp=false",
+    "warm_start.combinations=0",
+    "search.prescreen=50",
+)
+"""Of the ResNet-20's study: trials, too, are to have time."""
+SHARES = {"digits": 2 / 3, "resnet20-cifar10-jpeg": 1.0}
+"""Of `--seconds`, that a study gets; one with a warm start of a ResNet-20 gets half of them more."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,15 @@ def gpu(
     rows = Rows(results, key=("section", *base, *MEASURED))
     cases = [{"section": name, **base} for name in wanted]
     began = time.monotonic()
-    for case in rows.missing(cases, done=lambda row: bool(row["passed"])):
+    missing = list(rows.missing(cases, done=lambda row: bool(row["passed"])))
+    together = [] if inside else [case for case in missing if case["section"] in TOGETHER]
+    with ThreadPoolExecutor(max(1, len(together))) as pool:
+        at_once = pool.map(lambda case: in_a_process(case["section"], setting, min(limit, total)), together)
+        for case, row in zip(together, at_once, strict=True):
+            rows.append(case | row)
+    for case in missing:
+        if case in together:
+            continue
         name = case["section"]
         say(name)
         if inside:
@@ -213,7 +235,8 @@ def tests(setting: Setting) -> Iterator[Check]:
         yield Check("tests marked gpu", "no tests in this installation")
         return
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["-n", "4", "tests"] if find_spec("xdist") else ["tests"]
+    command += ["--show-capture=no"]
+    command += ["-n", str(min(6, os.cpu_count() or 1)), "tests"] if find_spec("xdist") else ["tests"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-15000:], file=sys.stderr)
     lines = done.stdout.strip().splitlines() or ["no output"]
@@ -284,7 +307,7 @@ def difference(precision: Precision, weight: bool, device: torch.device, compile
         quantizer.eval()  # hard levels: a soft quantizer of training has sums that differ by more
         if fused:
             fuse(quantizer)
-        there = x.to(place).requires_grad_()
+        there = x.detach().to(place).requires_grad_()  # a leaf on every device
         y = quantizer(there)
         y.backward(direction.to(place))
         of_range = [parameter.grad.cpu() for parameter in quantizer.parameters() if parameter.grad is not None]
@@ -361,7 +384,12 @@ def study(name: str, concurrency: int) -> Callable[[Setting], Iterator[Check]]:
     """A section that runs a study; with four trials at a time without a warm start."""
 
     def section(setting: Setting) -> Iterator[Check]:
-        own = [f"search.concurrency={concurrency}", f"search.time_limit_s={setting.seconds}", "search.trials=1000"]
+        seconds = setting.seconds * SHARES[name]
+        if name != "digits" and concurrency == 2:
+            own, seconds = list(QUICK_WARM_START), 1.5 * seconds
+        else:
+            own = []
+        own += [f"search.concurrency={concurrency}", f"search.time_limit_s={seconds}", "search.trials=1000"]
         if concurrency > 2:
             own += ["warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0", "search.prescreen=0"]
         own += setting.resnet20 if name != "digits" else ()
@@ -460,7 +488,7 @@ def step(batch: int) -> Callable[[Setting], Iterator[Check]]:
             "cifar_resnet20",
             (3, 32, 32),
             8 if small else batch,
-            1 if small else 20,
+            1 if small else STEPS,
             1 if small else 5,
             "w4a4",
             small,
@@ -484,15 +512,18 @@ def step(batch: int) -> Callable[[Setting], Iterator[Check]]:
     return section
 
 
+TOGETHER = ("tests", "quantizers")
+"""Sections that run at the same time: they measure no time."""
+
 SECTIONS: dict[str, Callable[[Setting], Iterator[Check]]] = {
+    "tests": tests,
     "quantizers": quantizers,
+    "step-128": step(128),
+    "step-1024": step(1024),
     "data": data,
     "prescreen": prescreen,
     "resnet20-2": study("resnet20-cifar10-jpeg", 2),
-    "digits-4": study("digits", 4),
-    "step-128": step(128),
-    "step-1024": step(1024),
-    "digits-2": study("digits", 2),
     "resnet20-4": study("resnet20-cifar10-jpeg", 4),
-    "tests": tests,
+    "digits-2": study("digits", 2),
+    "digits-4": study("digits", 4),
 }

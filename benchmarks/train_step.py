@@ -2,9 +2,10 @@
 
 Prints one table: images/s of the float step, of the quantized step and of the quantized step with the teacher's
 forward pass, all bfloat16 and channels last, with the same loop (`mpsearch.train.fit`) in the same run. The float step
-is compiled as a whole, the quantized one as trials are: its quantizers alone. Rounds of the three alternate, so that a
-machine whose speed drifts slows all of them alike. In a search the teacher is computed for the first trial of a worker
-only; here it is computed at every step.
+is compiled as a whole, the quantized one as trials are: its quantizers alone. On a card a round of enough steps
+captures either of them as CUDA graphs, and its time has that in it, as a trial's has. Rounds of the three alternate,
+so that a machine whose speed drifts slows all of them alike. In a search the teacher is computed for the first trial of
+a worker only; here it is computed at every step.
 """
 
 from __future__ import annotations
@@ -83,13 +84,12 @@ def measure(
     if not eager:
         baseline = cast(nn.Module, torch.compile(baseline, dynamic=False))
     quantized = quantized if eager else fuse(quantized)
-    teachers = copy.deepcopy(network)
+    teacher = Teacher(copy.deepcopy(network), lambda logits: logits, bf16=bf16, limit_bytes=0)
 
     def cross_entropy(step: int, x: Tensor, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output.float(), target)
 
     def distilled(step: int, x: Tensor, output: Tensor, target: Tensor) -> Tensor:
-        teacher = Teacher(teachers, lambda logits: logits, bf16=bf16, limit_bytes=0)
         return jeffreys(output, teacher(0, step, x))
 
     cases: dict[str, tuple[nn.Module, Callable[[int, Tensor, Tensor, Tensor], Tensor]]] = {

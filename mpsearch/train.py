@@ -1,6 +1,11 @@
 """Plain loops that know nothing of search: `steps` is the loop of every training, `fit` the training of a trial.
 
 `reestimate_batch_norm` refreshes running statistics.
+
+On a card a small network waits for the CPU, which starts its kernels one by one: a step of a ResNet-20 with quantizers
+has hundreds of them. So a long training captures the forward and the backward pass as CUDA graphs, which start
+all of their kernels at once. What is captured reads and writes the same memory at every step: bits, ranges and slopes
+are data in buffers, and may change from step to step.
 """
 
 from __future__ import annotations
@@ -28,6 +33,11 @@ logger = logging.getLogger(__name__)
 
 CLIP_NORM = 5.0
 """Gradient norm above which a step is shortened: one bad batch must not end a training."""
+
+CAPTURE_STEPS = 30
+"""Steps of a training from which its passes are captured on a card, which takes about as long as six of them."""
+WARM_UP = 3
+"""Passes before the capture: they compile, and choose algorithms."""
 
 Loss = Callable[[int, Any, Any, Any], Tensor]
 """(step, input, output, target) -> scalar loss of one batch."""
@@ -73,23 +83,146 @@ class Teacher:
     def __init__(self, model: nn.Module, keep: Callable[[Any], Any], *, bf16: bool, limit_bytes: int = 2**27):
         self._model = model.eval()
         self._keep = keep
-        self._bf16 = bf16
         self._room = limit_bytes
         self._kept: dict[tuple[int, int], Any] = {}
+        self._pass = ForwardPass(self._model, bf16=bf16, capture=True)
 
     @torch.no_grad()
     def __call__(self, seed: int, step: int, x: Any) -> Any:
         """What is kept of the output for batch `step` of the batches with this seed; numbers are float32."""
         if (seed, step) in self._kept:
             return self._kept[seed, step]
-        with autocast(x, self._bf16):
-            kept = self._keep(call(self._model, x))
+        kept = self._keep(self._pass(x))
         kept = map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, kept)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors(kept))
         if size <= self._room:
             self._room -= size
             self._kept[seed, step] = kept
         return kept
+
+
+class ForwardPass:
+    """A model's forward pass in mixed precision; on a card, where it may be, captured at the first batch.
+
+    What is captured answers batches of the first one's shape and type, others are answered as without it. Its output
+    and gradients hold until the next batch: gradients are not to be added up over several. A model that
+    cannot be captured (it decides by values, or its input or output is not one tensor) is run as it is.
+
+    Args:
+        model: on its device and in its mode, both of which stay.
+        bf16: whether it runs in bfloat16 where that is safe.
+        capture: whether it may be captured: between batches nothing but the contents of its parameters and buffers
+            changes.
+    """
+
+    def __init__(self, model: nn.Module, *, bf16: bool, capture: bool = False) -> None:
+        self._model, self._bf16, self._capture = model, bf16, capture
+        self._captured: _Captured | None = None
+
+    def __call__(self, x: Any) -> Any:
+        """The output for a batch; gradients flow from it where they are enabled."""
+        if self._capture:
+            self._capture = False
+            self._captured = self._try_capture(x)
+        return self._run(x) if self._captured is None or not self._captured.takes(x) else self._captured(x)
+
+    def _run(self, x: Any) -> Any:
+        with autocast(x, self._bf16):
+            return call(self._model, x)
+
+    def _try_capture(self, x: Any) -> _Captured | None:
+        if not (isinstance(x, Tensor) and x.is_cuda and not x.requires_grad):
+            return None
+        trained = [p for p in self._model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]  # the warm-up moves BatchNorm's
+        try:
+            return _Captured(self._run, x, trained)
+        except (RuntimeError, TypeError) as error:
+            logger.warning("%s is not captured as a CUDA graph: %s", type(self._model).__name__, error)
+            return None
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+class _Captured:
+    """A forward pass, and its backward pass where parameters are trained, as CUDA graphs.
+
+    Args:
+        run: tensor -> tensor, on the card.
+        x: a batch.
+        trained: the parameters that get gradients; empty: none are computed.
+
+    Raises:
+        RuntimeError, TypeError: it cannot be captured.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Any], x: Tensor, trained: Sequence[nn.Parameter]) -> None:
+        self.x, self.trained = x.clone(), trained
+        beside = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+        beside.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UP):
+                output = run(self.x)
+                if not isinstance(output, Tensor):
+                    raise TypeError(f"its output is a {type(output).__name__}, not one tensor")
+                if trained:
+                    torch.autograd.grad(output, trained, torch.zeros_like(output), allow_unused=True)
+                del output
+        torch.cuda.current_stream(x.device).wait_stream(beside)
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):  # other threads may look at the memory
+            output = run(self.x)
+        self.output, self.gradients = output.detach(), tuple[Tensor | None, ...]()
+        if trained:
+            self.gradient = torch.zeros_like(self.output)
+            with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
+                gradients = torch.autograd.grad(output, trained, self.gradient, allow_unused=True)
+                self.gradients = _apart([self.gradient, *gradients])[1:]
+
+    def takes(self, x: Any) -> bool:
+        """Whether this is a batch as the first one was."""
+        return isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == (self.x.shape, self.x.dtype, self.x.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output; without gradients a copy, as the next batch overwrites it."""
+        if self.trained and torch.is_grad_enabled():
+            output: Tensor = _Replay.apply(self, x, *self.trained)  # type: ignore[no-untyped-call]
+            return output
+        self.x.copy_(x)
+        self.forward.replay()
+        answer: Tensor = self.output.clone()
+        return answer
+
+
+def _apart(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The tensors, copied where an earlier one has the same memory: clipping changes each in place."""
+    seen: set[int] = set()
+    apart: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is not None:
+            tensor = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+            seen.add(tensor.untyped_storage().data_ptr())
+        apart.append(tensor)
+    return tuple(apart)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, captured: _Captured, x: Tensor, *_trained: Tensor) -> Tensor:
+        ctx.captured = captured
+        captured.x.copy_(x)
+        captured.forward.replay()
+        output: Tensor = captured.output.detach()
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        captured = ctx.captured
+        captured.gradient.copy_(grads[0])
+        captured.backward.replay()
+        return None, None, *(g if g is None else g.detach() for g in captured.gradients)
 
 
 def fit(
@@ -115,7 +248,9 @@ def fit(
         set_slope(soft, settings.slope.at(step / max(1, settings.steps - 1)))
 
     losses: list[float] = []
-    for step, value in steps(model, batches, loss, [optimizer], settings.steps, schedule, bf16=settings.bf16):
+    for step, value in steps(
+        model, batches, loss, [optimizer], settings.steps, schedule, bf16=settings.bf16, capture=True
+    ):
         losses.append(value)
         if on_step is not None:
             on_step(step, value)
@@ -134,6 +269,7 @@ def steps(
     clipped: Iterable[nn.Parameter] | None = None,
     penalty: Callable[[int, Tensor], Tensor] | None = None,
     bf16: bool = False,
+    capture: bool = False,
 ) -> Iterator[tuple[int, float]]:
     """Train `model` in place, one step an iteration: the loop of every training on batches.
 
@@ -149,6 +285,7 @@ def steps(
         clipped: parameters whose gradient's norm is held at CLIP_NORM; default: those of the optimizers.
         penalty: (step, loss) -> what is added to the loss for the gradient; the loss that is yielded is without it.
         bf16: whether the forward pass runs in bfloat16 where that is safe.
+        capture: whether it may be captured on a card, see `ForwardPass`; it is from CAPTURE_STEPS steps on.
 
     Yields:
         the step, from 0, and its loss before the update.
@@ -161,10 +298,10 @@ def steps(
     limited = [p for group in groups for p in group["params"]] if clipped is None else list(clipped)
     done = 0
     model.train()
+    forward = ForwardPass(model, bf16=bf16, capture=capture and count >= CAPTURE_STEPS)
     for step, (x, y) in zip(range(count), to_device(batches, next(model.parameters()).device), strict=False):
         schedule(step)
-        with autocast(x, bf16):
-            output = call(model, x)
+        output = forward(x)
         value = loss(step, x, output, y)
         number = value.item()
         if not math.isfinite(number):

@@ -26,7 +26,7 @@ from mpsearch.record import pack
 from mpsearch.state_dict import load_tensors
 from mpsearch.study import TrialSpec
 from mpsearch.task.scoring import comparison_of, distillation, measure, metric_of
-from mpsearch.task.task import Batch, Measured, Sampling, Split, Task
+from mpsearch.task.task import Batch, Measured, Movable, Sampling, Split, Task
 from mpsearch.train import (
     FitResult,
     FitSettings,
@@ -72,13 +72,14 @@ class Workbench:
         float_model: nn.Module | None = None,
         graph: ModelGraph | None = None,
     ) -> None:
-        self.task = task
         self.metric = metric_of(task)
         self.comparison = comparison_of(task)
         self._distillation = distillation(task) if settings.distill else None
         self.settings = settings
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         float_model = channels_last(float_model or task.float_model())
+        task = task.on_device(self.device) if isinstance(task, Movable) else task
+        self.task = task
         calibration = task.calibration_input(settings.calibration_samples)
         self.graph: ModelGraph = graph or inspect_network(
             float_model, calibration, products=named_products(offers) or False

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mpsearch.errors import ExportError, VerificationError
 from mpsearch.exporters import verify as verification
@@ -20,6 +21,7 @@ from mpsearch.exporters.manifest import MANIFEST, NATIVE_MANIFEST, SCHEMA
 from mpsearch.exporters.targets import find_target
 from mpsearch.exporters.verify import Unverified, Verified
 from mpsearch.files import filling, write_error, write_json
+from mpsearch.graph.inputs import map_tensors
 from mpsearch.private.torch import COMPILED
 from mpsearch.quant.network import QuantizedNetwork
 
@@ -58,7 +60,7 @@ def export(
     """
     target = find_target(to)
     model = copy.deepcopy(getattr(network.model, COMPILED, network.model)).eval()  # a soft quantizer is not exported
-    network = replace(network, model=model)
+    network = _on_cpu(replace(network, model=model))
     fitted, conversions = fit(network, to, target.holds, allow_lossy)
     path = Path(path)
     before = set(path.iterdir()) if path.is_dir() else set()
@@ -79,6 +81,24 @@ def export(
     manifest = path / (NATIVE_MANIFEST if to == "native" else MANIFEST)
     write_json(manifest, json.loads(manifest.read_text(encoding="utf-8")) | {"verified": verified.to_json()})
     return Exported(path, conversions, verified)
+
+
+def _on_cpu(network: QuantizedNetwork) -> QuantizedNetwork:
+    """The network where files are written from and runtimes answer; `network.model` is moved, the rest is copied."""
+
+    def moved(x: Any) -> Any:
+        return None if x is None else map_tensors(lambda tensor: tensor.detach().cpu(), x)
+
+    float_model = network.float_model
+    if float_model is not None and any(p.device.type != "cpu" for p in float_model.parameters()):
+        float_model = copy.deepcopy(float_model).cpu()
+    return replace(
+        network,
+        model=network.model.cpu(),
+        example_input=moved(network.example_input),
+        samples=moved(network.samples),
+        float_model=float_model,
+    )
 
 
 def _verified(network: QuantizedNetwork, to: str, path: Path, before: Iterable[Path]) -> Verified | Unverified:

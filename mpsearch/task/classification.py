@@ -93,6 +93,15 @@ class ClassificationTask:
         task.images = SampledImages(self.images, "val", samples)
         return task
 
+    def on_device(self, device: torch.device) -> ClassificationTask:
+        """This task with batches that are made on a device, where the images are in memory and it has room for them."""
+        images = self.images.on_device(device) if isinstance(self.images, StoredImages) else self.images
+        if images is self.images:
+            return self
+        task = copy.copy(self)
+        task.images = images
+        return task
+
     def train_batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
         """`steps` augmented batches: `(n, c, h, w)` float32 and labels `(n,)`; the same `seed`, the same batches."""
         return self.images.train_batches(batch_size, steps, seed)

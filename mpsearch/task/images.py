@@ -1,12 +1,14 @@
 """Labelled images: batches to train on, to score on, to set ranges with.
 
 `Images` is the contract. `StoredImages` holds a set as one uint8 tensor and augments whole batches at once, so that
-data never bounds a trial (over 100,000 images of 32x32 per second on one core); `StreamedImages` decodes from disk for
-sets that do not fit.
+data never bounds a trial (over 100,000 images of 32x32 per second on one core); on a card it lies there, if it has
+room, and batches are made there. `StreamedImages` decodes from disk for sets that do not fit.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from mpsearch.errors import TaskError
 from mpsearch.task.task import Split
+
+CARD_BYTES = 2 * 2**30
+"""Larger sets stay in main memory, and so do those of more than CARD_SHARE of a card's free memory."""
+CARD_SHARE = 0.25
 
 Splits = Mapping[Split, Tensor]  # positions of a split's images, int64
 
@@ -62,8 +68,17 @@ class Normalization:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """`(n, c, h, w)` of any number type -> float32."""
-        mean, std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return pixels.to(torch.float32, copy=True).mul_(1 / (self.white * std)).sub_(mean / std)
+        factor, offset = _affine(self, pixels.device)
+        return pixels.to(torch.float32, copy=True).mul_(factor).sub_(offset)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _affine(normalize: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What pixels are multiplied by, and what is then subtracted, `(1, c, 1, 1)` each: computed on the CPU."""
+    values = (normalize.mean, normalize.std)
+    mean, std = (torch.tensor(numbers, dtype=torch.float32).view(1, -1, 1, 1) for numbers in values)
+    return (1 / (normalize.white * std)).to(device), (mean / std).to(device)
 
 
 def shuffled_batches(positions: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -81,13 +96,15 @@ def random_crop_flip(pixels: Tensor, padding: int, flip: bool, generator: torch.
 
     As torchvision's RandomCrop(size, padding), which nearly all checkpoints for small images were trained with. It
     matters: BatchNorm's statistics are those of images with black margins. One gather for the whole batch:
-    `(n, c, h, w)` -> the same shape and type.
+    `(n, c, h, w)` -> the same shape and type, on the same device. `generator` is the CPU's: the same seed shifts the
+    same images everywhere.
     """
     n, c, h, w = pixels.shape
-    shift = torch.randint(-padding, padding + 1, (2, n, 1), generator=generator)
-    rows, columns = torch.arange(h) + shift[0], torch.arange(w) + shift[1]
+    device = pixels.device
+    shift = torch.randint(-padding, padding + 1, (2, n, 1), generator=generator).to(device)
+    rows, columns = torch.arange(h, device=device) + shift[0], torch.arange(w, device=device) + shift[1]
     if flip:
-        flipped = torch.rand(n, 1, generator=generator) < 0.5
+        flipped = (torch.rand(n, 1, generator=generator) < 0.5).to(device)
         columns = torch.where(flipped, columns.flip(1), columns)
     inside = ((rows >= 0) & (rows < h))[:, :, None] & ((columns >= 0) & (columns < w))[:, None, :]
     source = rows.clamp(0, h - 1)[:, :, None] * w + columns.clamp(0, w - 1)[:, None, :]
@@ -119,6 +136,27 @@ class StoredImages:
         channels, height, width = pixels.shape[1:]
         self._resize = (image_size, image_size) if image_size and (height, width) != (image_size, image_size) else None
         self.input_shape = (channels, *(self._resize or (height, width)))
+        self._there = pixels, labels  # where batches are made
+        self._copies: dict[torch.device, StoredImages] = {}
+
+    def on_device(self, device: torch.device) -> StoredImages:
+        """This set with batches that are made on a device, where it has room for the pixels; one copy a device.
+
+        The same images in the same order, shifted and flipped in the same way. Calibration input stays on the CPU.
+        """
+        if device.type != "cuda":
+            return self
+        if device not in self._copies:
+            size = self._pixels.numel() * self._pixels.element_size()
+            free, _ = torch.cuda.mem_get_info(device)
+            self._copies[device] = self if size > min(CARD_BYTES, CARD_SHARE * free) else self._moved(device)
+        return self._copies[device]
+
+    @torch.inference_mode(False)
+    def _moved(self, device: torch.device) -> StoredImages:
+        twin = copy.copy(self)
+        twin._there = self._pixels.to(device), self._labels.to(device)
+        return twin
 
     def size(self, split: Split) -> int:
         """How many images a split has."""
@@ -128,11 +166,13 @@ class StoredImages:
         """See `Images`."""
         generator = torch.Generator().manual_seed(seed)
         padding = max(1, min(self._pixels.shape[2:]) // 8)
+        pixels, labels = self._there
         for indices in shuffled_batches(self._splits["train"], batch_size, steps, generator):
-            pixels = self._pixels[indices]
+            indices = indices.to(pixels.device)
+            batch = pixels[indices]
             if self._augment:
-                pixels = random_crop_flip(pixels, padding, self._flip, generator)
-            yield self._to_input(pixels), self._labels[indices]
+                batch = random_crop_flip(batch, padding, self._flip, generator)
+            yield self._to_input(batch), labels[indices]
 
     def calibration_input(self, samples: int, seed: int) -> Tensor:
         """See `Images`."""
@@ -143,7 +183,7 @@ class StoredImages:
     def batches(self, split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Images`."""
         for indices in torch.split(self._splits[split], batch_size):
-            yield self._to_input(self._pixels[indices]), self._labels[indices]
+            yield self._to_input(self._there[0][indices.to(self._there[0].device)]), self._labels[indices]
 
     def overlaps(self) -> Mapping[tuple[Split, Split], int]:
         """How many images of the second split are in the first too, pixel for pixel; pairs without any are left out."""

@@ -71,6 +71,15 @@ class Sampling(Protocol):
 
 
 @runtime_checkable
+class Movable(Protocol):
+    """A task whose data can lie on the device where it is used."""
+
+    def on_device(self, device: torch.device) -> Task:
+        """This task with batches on a device if it has room for them; calibration input is on the CPU all the same."""
+        ...
+
+
+@runtime_checkable
 class Warns(Protocol):
     """A task that can say what about its data looks wrong."""
 

@@ -291,10 +291,10 @@ def descend(
 
     batches = workbench.train_batches(steps, seed)
     for step, value in training_steps(
-        model, batches, workbench.loss(seed), [optimizer], steps, schedule, bf16=workbench.bf16
+        model, batches, workbench.loss(seed), [optimizer], steps, schedule, bf16=workbench.bf16, capture=True
     ):
         budget = budget_at((step + 1) / steps, top, targets[0], targets[-1])
-        fresh = torch.tensor([-sum(map(_gradient, group)) for group in by_slot], dtype=torch.float64)
+        fresh = _slopes(by_slot)
         slopes = MEMORY * slopes + (1 - MEMORY) * fresh
         mean_loss = MEMORY * mean_loss + (1 - MEMORY) * value
         unbiased = 1 - MEMORY ** (step + 1)
@@ -406,8 +406,11 @@ def _pull(marginals: Tensor, free: Tensor) -> Tensor:
     return torch.log2(ratio.clamp(1 / LARGEST_RATIO, LARGEST_RATIO))
 
 
-def _gradient(quantizer: BitQuantizer) -> float:
-    return 0.0 if quantizer.bits.grad is None else float(quantizer.bits.grad)
+def _slopes(by_slot: Sequence[Sequence[BitQuantizer]]) -> Tensor:
+    """-dL/db of each slot, the sum over its quantizers, `(slots,)` float64 on the CPU: read from a card all at once."""
+    gradients = [torch.zeros_like(q.bits) if q.bits.grad is None else q.bits.grad for group in by_slot for q in group]
+    numbers = iter(torch.stack(gradients).tolist())
+    return torch.tensor([-sum(next(numbers) for _ in group) for group in by_slot], dtype=torch.float64)
 
 
 def _quantizers_of(model: nn.Module, space: SearchSpace) -> list[list[BitQuantizer]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.facts import ModelGraph
+from mpsearch.graph.inputs import map_tensors
 from mpsearch.observer import SILENT, Observer
 from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
@@ -211,8 +212,10 @@ def sensitivity_table(proxy: str, task: Task, graph: ModelGraph, space: SearchSp
     path = folder / ("sensitivity.json" if proxy == "kl" else f"sensitivity-{proxy}.json")
     if path.exists():
         return SensitivityTable.load(path)
-    x = task.calibration_input(SENSITIVITY_SAMPLES)
-    table = measure(proxy, channels_last(task.float_model()), graph.layers, space, x, comparison_of(task))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x = map_tensors(lambda tensor: tensor.to(device), task.calibration_input(SENSITIVITY_SAMPLES))
+    model = channels_last(task.float_model()).to(device)
+    table = measure(proxy, model, graph.layers, space, x, comparison_of(task))
     folder.mkdir(parents=True, exist_ok=True)
     table.save(path)
     logger.info("sensitivity (%s): %d entries in %.0f s", proxy, len(table), table.seconds)

@@ -99,6 +99,8 @@ def test_command_list_imports_no_benchmark() -> None:
         (["tran_step"], "tran_step"),
         (["methods", "--rows", "qat-w9"], "unknown row qat-w9"),
         (["train_step", "--shape", "1,x"], "--shape"),
+        (["gpu", "--device", "tpu"], "expected cuda or cpu"),
+        (["gpu", "--device", "cpu", "--sections", "step-7"], "there is no section 'step-7'"),
         (["stopping", "nowhere"], "nowhere holds no run"),
     ],
 )
@@ -136,6 +138,19 @@ def test_export_agreement_native_answers_as_we_do(bench: Bench) -> None:
     rows = bench("export_agreement", "--networks", "digits", "--only", "native")
     assert {row["config"] for row in rows} == {"mixed", "types"}
     assert all(row["same_answer"] == row["images"] for row in rows)
+
+
+def test_gpu_is_tried_out_on_the_cpu(bench: Bench) -> None:
+    rows = bench("gpu", "--device", "cpu", "--sections", "data,step-128", "--inside")
+    assert [(row["section"], row["passed"]) for row in rows] == [("data", True), ("step-128", True)]
+    made, batch = rows[0]["checks"]
+    assert (made["figure"], made["goal"], made["passed"]) == ("cpu", "cpu", True)
+    assert float(batch["figure"]) > 0
+    assert [check["what"] for check in rows[1]["checks"]][1:] == [
+        "step, float",
+        "step, quantized w4a4",
+        "step, quantized w4a4 + teacher",
+    ]
 
 
 def test_methods_makes_a_row_a_method(bench: Bench) -> None:

@@ -271,3 +271,21 @@ def test_images_without_a_known_white_or_background_are_refused_by_name(
     image.save(tmp_path / name, **keys)
     with pytest.raises(TaskError, match=rf"{name}' is an image of {message}"):
         open_rgb(tmp_path / name)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_set_moved_to_a_device_gives_the_same_batches(flip: bool) -> None:
+    """Where there is no card, a copy in the same memory: what is moved is what batches are made of."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pixels = torch.randint(0, 256, (40, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = stored(pixels, flip=flip, normalize=Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)))
+    there = images._moved(device)
+    assert there._there[0].device.type == device.type
+    for (x, labels), (y, others) in zip(images.train_batches(8, 7, 3), there.train_batches(8, 7, 3), strict=True):
+        assert torch.equal(labels, others.cpu())
+        torch.testing.assert_close(x, y.cpu())
+    for (x, labels), (y, others) in zip(images.batches("val", 5), there.batches("val", 5), strict=True):
+        assert torch.equal(labels, others.cpu())
+        torch.testing.assert_close(x, y.cpu())
+    assert there.calibration_input(4, 0).device.type == "cpu"
+    assert images.on_device(torch.device("cpu")) is images
