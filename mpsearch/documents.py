@@ -167,7 +167,7 @@ def explain(error: ValidationError, model: type[BaseModel], whole: str) -> str:
         model: what it was validated against.
         whole: what the document is called, where it is wrong as a whole.
     """
-    return "\n".join(f"  {_key(item['loc']) or whole}: {_reason(item, model)}" for item in error.errors())
+    return "\n".join(f"  {_key(model, item['loc']) or whole}: {_reason(item, model)}" for item in error.errors())
 
 
 def _reason(item: Any, model: type[BaseModel]) -> str:
@@ -186,18 +186,30 @@ def _reason(item: Any, model: type[BaseModel]) -> str:
             return f"{item['msg'][:1].lower()}{item['msg'][1:]} (got {clip(item['input'])})"
 
 
-def _key(location: Sequence[int | str]) -> str:
+def _key(model: type[BaseModel], location: Sequence[int | str]) -> str:
     """The place in the document; pydantic also names the member of a union that it tried."""
-    return ".".join(str(part) for part in location if part not in ("bool", "literal['auto']"))
+    return ".".join(str(part) for part in _walk(model, location)[0] if part not in ("bool", "literal['auto']"))
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     """The keys that there are at a place of a document."""
+    return sorted({name for candidate in _models(_walk(model, location)[1]) for name in candidate.model_fields})
+
+
+def _walk(model: type[BaseModel], location: Sequence[int | str]) -> tuple[list[int | str], Any]:
+    """A place in a document without the classes of unions that pydantic names in it, and what is annotated there."""
     annotation: Any = model
-    for part in location:  # an index, or a key of a mapping, stays within the annotation
-        fields = [candidate.model_fields[part] for candidate in _models(annotation) if part in candidate.model_fields]
+    place: list[int | str] = []
+    for part in location:
+        candidates = list(_models(annotation))
+        if chosen := [candidate for candidate in candidates if candidate.__name__ == part]:
+            annotation = chosen[0]
+            continue
+        place.append(part)
+        # An index, or a key of a mapping, stays within the annotation.
+        fields = [candidate.model_fields[part] for candidate in candidates if part in candidate.model_fields]
         annotation = fields[0].annotation if fields else annotation
-    return sorted({name for candidate in _models(annotation) for name in candidate.model_fields})
+    return place, annotation
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

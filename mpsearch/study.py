@@ -10,9 +10,19 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mpsearch.documents import YamlError, clip, explain, parse_yaml, read_yaml, to_yaml
 from mpsearch.errors import PrecisionError, RunError, StudyError
@@ -31,16 +41,19 @@ CostModelName = Literal[
 ]
 
 
+MetricName = Literal["top1", "top5", "accuracy", "miou", "map", "map50", "perplexity", "bits_per_byte", "cross_entropy"]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class DataSpec(_Section):
-    """Where samples come from: a `kind` and what that kind needs."""
+class _Data(_Section):
+    """What every kind of data has: `kind`, and how splits that are not there are made."""
 
-    kind: str = Field(description="digits, imagefolder, a torchvision data set in lower case, or module:factory")
-    root: str | None = Field(default=None, description="folder with the data; not needed for digits")
-    download: bool = Field(default=False, description="let torchvision fetch the data set into `root`")
+    METRICS: ClassVar[tuple[str, ...]] = ()
+    """What networks are scored by on such data; the first is the default."""
+
     val_fraction: float = Field(
         default=0.1, gt=0, lt=1, description="share of train used for val where the data has no val"
     )
@@ -51,6 +64,34 @@ class DataSpec(_Section):
         description="share of val, or of train if there is no val, used for test where the data has no test",
     )
     split_seed: int = Field(default=0, description="seed of those splits")
+
+    @field_validator("mean", "std", mode="before", check_fields=False)
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("std", check_fields=False)
+    @classmethod
+    def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and min(value, default=0) <= 0:
+            raise ValueError("standard deviations are above 0")
+        return value
+
+    @model_validator(mode="after")
+    def _splits(self) -> Self:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("`val_fraction` and `test_fraction` leave nothing to train on: their sum must be below 1")
+        return self
+
+
+class DataSpec(_Data):
+    """Images with a class each: a `kind` and what that kind needs."""
+
+    METRICS = ("top1", "top5")
+
+    kind: str = Field(description="digits, imagefolder, a torchvision data set in lower case, or module:factory")
+    root: str | None = Field(default=None, description="folder with the data; not needed for digits")
+    download: bool = Field(default=False, description="let torchvision fetch the data set into `root`")
     image_size: int | None = Field(
         default=None, gt=0, description="side that images are resized to; default: as they are"
     )
@@ -63,22 +104,8 @@ class DataSpec(_Section):
     )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a module:factory")
 
-    @field_validator("mean", "std", mode="before")
-    @classmethod
-    def _tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    @field_validator("std")
-    @classmethod
-    def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if value is not None and min(value, default=0) <= 0:
-            raise ValueError("standard deviations are above 0")
-        return value
-
     @model_validator(mode="after")
     def _possible(self) -> DataSpec:
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError("`val_fraction` and `test_fraction` leave nothing to train on: their sum must be below 1")
         if self.download and (self.kind in ("digits", "imagefolder", "imagenet") or ":" in self.kind):
             raise ValueError(f"`download` is for torchvision's small data sets: {self.kind} cannot be downloaded")
         if self.root is not None and (self.kind == "digits" or ":" in self.kind):
@@ -88,18 +115,139 @@ class DataSpec(_Section):
         return self
 
 
+class MasksSpec(_Data):
+    """Images with a class for each pixel, in a folder of masks beside the folder of images."""
+
+    METRICS = ("miou", "accuracy")
+
+    kind: Literal["masks", "digit_masks"] = Field(
+        description="masks: folders; digit_masks: digits on textured ground, made here"
+    )
+    root: str | None = Field(
+        default=None, description="folder with images/ and masks/, whole or in each split's folder"
+    )
+    images: str = Field(default="images", description="name of the folders with images")
+    masks: str = Field(
+        default="masks", description="name of the folders with masks, whose files are named as the images"
+    )
+    mask_values: tuple[int, ...] | None = Field(
+        default=None, description="value of each class in the masks, as [0, 255]; default: the class's number"
+    )
+    image_size: int | None = Field(
+        default=None, gt=0, description="side that images are resized to; default: as they are"
+    )
+    augment: bool = Field(default=True, description="random flip of training images, left to right")
+    mean: tuple[float, ...] | None = Field(default=None, description="per channel, of pixel/255; default: ImageNet's")
+    std: tuple[float, ...] | None = Field(default=None, description="per channel, of pixel/255; default: ImageNet's")
+
+    @field_validator("mask_values", mode="before")
+    @classmethod
+    def _values(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _folder(self) -> Self:
+        if (self.kind == "masks") != (self.root is not None):
+            raise ValueError("give `root`" if self.kind == "masks" else "digit_masks reads no folder: leave `root` out")
+        if self.mask_values is not None and len(set(self.mask_values)) != len(self.mask_values):
+            raise ValueError("`mask_values` has a value twice: each class has one of its own")
+        return self
+
+
+class BoxesSpec(_Data):
+    """Images with labelled boxes."""
+
+    METRICS = ("map", "map50")
+
+    kind: Literal["coco", "voc"] = Field(description="how boxes are written: COCO's JSON, or Pascal VOC's XML")
+    root: str = Field(description="folder with images and annotations")
+    image_size: int | None = Field(
+        default=None, gt=0, description="side that images are resized to, boxes with them; default: as they are"
+    )
+    augment: bool = Field(default=True, description="random flip of training images, left to right")
+
+
+class TextSpec(_Data):
+    """Text: a language model's blocks of tokens, or, with `label`, sequences with a class each."""
+
+    METRICS = ("perplexity", "bits_per_byte", "cross_entropy")
+    LABELLED: ClassVar[tuple[str, ...]] = ("top1", "top5")
+
+    kind: Literal["text", "jsonl", "csv", "arrow", "hf_dataset", "pydoc"] = Field(
+        description="files of plain text, tables, a data set of `datasets`, or pydoc: the topics of Python's help()"
+    )
+    root: str | None = Field(default=None, description="a file, or a folder with files named as the splits")
+    tokenizer: str = Field(default="bytes", description="bytes, or the folder of a Hugging Face tokenizer")
+    length: int = Field(default=128, gt=1, description="tokens of a sample: shorter ones are padded, longer ones cut")
+    text: str = Field(default="text", description="column with the text")
+    label: str | None = Field(default=None, description="column with the class; leave it out for a language model")
+    config: str | None = Field(default=None, description="hf_dataset: which configuration of a data set on the hub")
+
+    @model_validator(mode="after")
+    def _source(self) -> Self:
+        if (self.kind == "pydoc") != (self.root is None):
+            raise ValueError("pydoc reads no file: leave `root` out" if self.kind == "pydoc" else "give `root`")
+        if self.label is not None and self.kind in ("text", "pydoc"):
+            raise ValueError(f"{self.kind} has no columns: leave `label` out, or write kind: csv, jsonl or arrow")
+        if self.config is not None and self.kind != "hf_dataset":
+            raise ValueError("`config` is for kind: hf_dataset")
+        return self
+
+
+class AudioSpec(_Data):
+    """Sounds with a class each: a folder of files for each class."""
+
+    METRICS = ("top1", "top5")
+
+    kind: Literal["audio"]
+    root: str = Field(description="folder with train/<class>/*.wav, or <class>/*.wav")
+    rate: int | None = Field(
+        default=None, gt=0, description="samples a second that sounds are resampled to; default: as is"
+    )
+    seconds: float | None = Field(
+        default=None, gt=0, description="length of a sample, cut or padded; default: the first's"
+    )
+
+
+AnyData = Annotated[
+    Annotated[DataSpec, Tag("DataSpec")]
+    | Annotated[MasksSpec, Tag("MasksSpec")]
+    | Annotated[BoxesSpec, Tag("BoxesSpec")]
+    | Annotated[TextSpec, Tag("TextSpec")]
+    | Annotated[AudioSpec, Tag("AudioSpec")],
+    Discriminator(lambda data: _spec_of(data)),
+]
+"""Data of any kind, told apart by `kind`; what no other kind is called is a set of images."""
+
+SPEC_OF_KIND: Mapping[str, str] = {
+    kind: spec.__name__
+    for spec in (MasksSpec, BoxesSpec, TextSpec, AudioSpec)
+    for kind in get_args(spec.model_fields["kind"].annotation)
+}
+"""Kind of data -> the name of the class that checks it."""
+
+
+def _spec_of(data: Any) -> str:
+    if isinstance(data, _Data):
+        return type(data).__name__
+    kind = data.get("kind") if isinstance(data, Mapping) else None
+    return SPEC_OF_KIND.get(kind, "DataSpec") if isinstance(kind, str) else "DataSpec"
+
+
 class TaskSpec(_Section):
     """What is compressed: a model with its data and metric, or a `factory` that brings its own Task."""
 
     model: str | None = Field(
-        default=None, description="cifar_resnet20/32/44/56, digits_cnn, a torchvision name, module:factory"
+        default=None,
+        description="cifar_resnet20/32/44/56, digits_cnn, unet, wave_cnn, a torchvision classifier's name, timm:NAME, "
+        "torchvision:NAME, hf:CLASS or hf:FOLDER, module:factory",
     )
     checkpoint: str | None = Field(
         default=None, description="file with a state dict, or a shipped name; null: train the float model"
     )
-    data: DataSpec | None = None
-    metric: Literal["top1", "top5"] | None = Field(
-        default=None, description="default: top1; the task of a `factory` says its own"
+    data: AnyData | None = None
+    metric: MetricName | None = Field(
+        default=None, description="default: the usual one of the data's kind; the task of a `factory` says its own"
     )
     num_classes: int | None = Field(default=None, gt=1, description="default: as many as the data has")
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the model's constructor")
@@ -123,7 +271,14 @@ class TaskSpec(_Section):
             old = {"metric"} if self.metric == "top1" else set()  # as run folders of earlier versions write it
             if extra := sorted(set(filled) - {"factory", "args"} - old):
                 raise ValueError(f"`factory` brings its own model, data and metric: leave {', '.join(extra)} out")
+        if self.data is not None and self.metric is not None and self.metric not in (names := metrics_of(self.data)):
+            raise ValueError(f"`metric` is {self.metric}, and data of kind {self.data.kind} has {', '.join(names)}")
         return self
+
+
+def metrics_of(data: _Data) -> tuple[str, ...]:
+    """What networks are scored by on this data; the first is the default."""
+    return data.LABELLED if isinstance(data, TextSpec) and data.label is not None else data.METRICS
 
 
 class CostSpec(_Section):

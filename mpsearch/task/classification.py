@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -22,21 +22,19 @@ from mpsearch.study import TaskSpec
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.checkpoint import load_checkpoint
 from mpsearch.task.images import Images, SampledImages, StoredImages
-from mpsearch.task.models import build_model
+from mpsearch.task.libraries import Needs
+from mpsearch.task.models import build_network
 from mpsearch.task.task import Answers, Batch, Measured, Split
+from mpsearch.task.training import FLOAT_BATCH, has_batch_norm, progress, saying, train_adamw
 from mpsearch.train import FitSettings, fit, threads
 
 logger = logging.getLogger(__name__)
-progress = logging.getLogger("mpsearch.progress")
-"""What a person waits for, before there is a run to show it: the command line prints it."""
 
 EVAL_BATCH = 250
 EVAL_PIXELS = EVAL_BATCH * 64 * 64  # larger images come in smaller batches, so that memory stays bounded
 
 # How a float model is trained where no checkpoint is given.
 FLOAT_RECIPE = 2  # raise when `fit` or a forward of ours changes: cached models are trained again
-SAY_EVERY_S = 30.0  # how a long float training goes on
-FLOAT_BATCH = 64
 FLOAT_LR = 0.1
 FLOAT_WEIGHT_DECAY = 5e-4
 FLOAT_SEED = 0
@@ -67,10 +65,13 @@ class ClassificationTask:
         if self._top >= images.num_classes:
             raise TaskError(f"task.metric: top5 of {images.num_classes} classes says nothing: write top1")
         with _seeded(FLOAT_SEED):
-            self._model = build_model(spec, self._classes, images.input_shape[0]).eval()
+            channels, *size = images.input_shape
+            needs = Needs("classification", self._classes, channels, (size[0], size[1]))
+            network = build_network(spec, needs)
+        self._model = network.module.eval()
         self._check_output()
-        self._trained = False
-        self.float_model_source = "not trained yet"
+        self._trained = network.weights is not None
+        self.float_model_source = network.weights or "not trained yet"
         if spec.checkpoint is not None:
             path = shipped("checkpoints", spec.checkpoint, TaskError)
             where = load_checkpoint(self._model, path)
@@ -198,7 +199,8 @@ class ClassificationTask:
     def _train_once(self) -> None:
         facts = self._spec.model_dump(mode="json", include={"model", "num_classes", "model_args", "float_epochs"})
         shapes = {name: list(value.shape) for name, value in self._model.state_dict().items()}
-        key = content_key(FLOAT_RECIPE, facts, shapes, self.images.key)
+        recipe = FLOAT_RECIPE if has_batch_norm(self._model) else f"adamw {FLOAT_RECIPE}"
+        key = content_key(recipe, facts, shapes, self.images.key)
         seconds: list[float] = []
 
         def train() -> dict[str, Tensor]:
@@ -224,34 +226,17 @@ class ClassificationTask:
         batches = self.train_batches(FLOAT_BATCH, steps, FLOAT_SEED)
         with torch.inference_mode(False), _seeded(FLOAT_SEED), threads(self._float_threads()):
             try:
-                fit(
-                    model,
-                    batches,
-                    lambda _step, _x, output, labels: self.loss(output, labels),
-                    FitSettings(steps, FLOAT_LR, FLOAT_WEIGHT_DECAY),
-                    _progress(steps),
-                )
+                if has_batch_norm(model):
+                    settings = FitSettings(steps, FLOAT_LR, FLOAT_WEIGHT_DECAY)
+                    fit(model, batches, lambda _step, _x, output, y: self.loss(output, y), settings, saying(steps))
+                else:
+                    train_adamw(model, batches, self.loss, steps, saying(steps))
             except FloatingPointError as error:
                 raise TaskError(
                     f"the float model of {self.name} diverged, {error}: check the images and task.data.mean and std, "
                     "or give a task.checkpoint"
                 ) from None
         return {name: value.cpu().clone() for name, value in model.state_dict().items()}
-
-
-def _progress(steps: int) -> Callable[[int, float], None]:
-    """Says every `SAY_EVERY_S` how far a training is."""
-    began = said = time.monotonic()
-
-    def on_step(step: int, loss: float) -> None:
-        nonlocal said
-        now = time.monotonic()
-        if now - said >= SAY_EVERY_S:
-            said = now
-            left_s = (now - began) / (step + 1) * (steps - step - 1)
-            progress.info("step %d of %d, loss %.3f, %.0f s left", step + 1, steps, loss, left_s)
-
-    return on_step
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mpsearch.errors import TaskError, nearest
 from mpsearch.shipped import where
-from mpsearch.study import DataSpec
+from mpsearch.study import SPEC_OF_KIND, DataSpec
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.factory import call_factory
 from mpsearch.task.imagefolder import DECODER, decoded, first_size, list_images, listing_key
@@ -85,7 +85,7 @@ def _load(spec: DataSpec, workers: int) -> Images:
     if spec.kind not in kinds:
         raise TaskError(
             f"task.data.kind: no data '{spec.kind}', or write module:function for your own; "
-            + nearest(spec.kind, [*kinds, *TORCHVISION])
+            + nearest(spec.kind, [*kinds, *TORCHVISION, *SPEC_OF_KIND])
         )
     try:
         return kinds[spec.kind](spec, workers)

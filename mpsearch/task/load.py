@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from mpsearch.errors import TaskError
-from mpsearch.study import TaskSpec
+from mpsearch.study import DataSpec, MasksSpec, TaskSpec, TextSpec
 from mpsearch.task.classification import ClassificationTask
 from mpsearch.task.data import load_data
 from mpsearch.task.factory import call_factory
+from mpsearch.task.masks import masks_task
 from mpsearch.task.own import REQUIRED, OwnTask
 from mpsearch.task.task import Task
+from mpsearch.task.text import text_task
+
+
+def _images_task(spec: TaskSpec, workers: int | None = None) -> Task:
+    assert isinstance(spec.data, DataSpec)
+    return ClassificationTask(spec, load_data(spec.data, workers))
+
+
+TASKS: Mapping[type, Callable[[TaskSpec, int | None], Task]] = {
+    DataSpec: _images_task,
+    MasksSpec: masks_task,
+    TextSpec: text_task,
+}
+"""What a study says of its data -> the task that it makes with a model."""
 
 
 def load_task(spec: TaskSpec, workers: int | None = None) -> Task:
@@ -19,8 +36,7 @@ def load_task(spec: TaskSpec, workers: int | None = None) -> Task:
     """
     if spec.factory is not None:
         return _from_factory(spec.factory, spec)
-    assert spec.data is not None  # TaskSpec: either a factory, or model and data
-    return ClassificationTask(spec, load_data(spec.data, workers))
+    return TASKS[type(spec.data)](spec, workers)
 
 
 def _from_factory(name: str, spec: TaskSpec) -> Task:

@@ -1,4 +1,4 @@
-"""Which network a study names: ours and torchvision's by name, anybody's by `module:function`."""
+"""Which network a study names: ours and torchvision's by name, those of libraries, anybody's by `module:function`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 from mpsearch.errors import TaskError, nearest
 from mpsearch.study import TaskSpec
 from mpsearch.task.factory import call_factory
-from mpsearch.task.networks import CifarResNet, DigitsCNN
+from mpsearch.task.libraries import LIBRARIES, Needs, Network
+from mpsearch.task.networks import CifarResNet, DigitsCNN, UNet, WaveCNN
 
 OUR_MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "cifar_resnet20": partial(CifarResNet, 20),
@@ -20,38 +21,50 @@ OUR_MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "cifar_resnet56": partial(CifarResNet, 56),
     "digits_cnn": DigitsCNN,
 }
-"""Name -> constructor with keyword arguments `num_classes` and `in_channels`."""
+"""Classifiers of images: name -> constructor with keyword arguments `num_classes` and `in_channels`."""
+
+OUR_OTHERS: Mapping[str, Callable[..., nn.Module]] = {"unet": UNet, "wave_cnn": WaveCNN}
+"""The same for masks and for sounds."""
 
 
 def model_names() -> list[str]:
-    """The names that `task.model` can be: ours, then torchvision's classification models."""
+    """The names that `task.model` can be without a library's: ours, then torchvision's classification models."""
     import torchvision.models
 
-    return [*OUR_MODELS, *torchvision.models.list_models(module=torchvision.models)]
+    return [*OUR_MODELS, *OUR_OTHERS, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def build_model(spec: TaskSpec, num_classes: int, in_channels: int = 3) -> nn.Module:
-    """The untrained network that `spec.model` names, with `spec.model_args` as keyword arguments.
+    """The network that `spec` names for so many classes; see `build_network`."""
+    return build_network(spec, Needs("classification", num_classes, in_channels)).module
 
-    A torchvision model takes 3 channels. A `module:function` is called with `spec.model_args` alone and gives a module.
+
+def build_network(spec: TaskSpec, needs: Needs) -> Network:
+    """The network that `spec.model` names, with `spec.model_args` as keyword arguments.
+
+    torchvision's by their bare names are its classifiers, which take 3 channels. A `module:function` is called with
+    `spec.model_args` alone and gives a module.
 
     Raises:
         TaskError: no such model, or arguments that it does not take.
     """
     name = spec.model or ""
-    if ":" in name:
+    library, colon, rest = name.partition(":")
+    if colon and library in LIBRARIES:
+        return LIBRARIES[library](rest, spec.model_args, needs)
+    if colon:
         model = call_factory("task.model", name, spec.model_args)
         if not isinstance(model, nn.Module):
             raise TaskError(f"task.model: {name} must return a torch.nn.Module, got {type(model).__name__}")
-        return model
-    build = OUR_MODELS.get(name)
-    args: dict[str, Any] = {"num_classes": num_classes}
+        return Network(model)
+    build = {**OUR_MODELS, **OUR_OTHERS}.get(name)
+    args: dict[str, Any] = {"num_classes": needs.classes}
     if build is not None:
-        args["in_channels"] = in_channels
+        args["in_channels"] = needs.channels
     else:
         build = partial(_torchvision_builder(name), weights=None)
     try:
-        return build(**(args | spec.model_args))
+        return Network(build(**(args | spec.model_args)))
     except (TypeError, ValueError) as error:
         raise TaskError(f"task.model_args: {name} cannot be built with {spec.model_args}: {error}") from None
 
@@ -61,6 +74,9 @@ def _torchvision_builder(name: str) -> Callable[..., nn.Module]:
 
     names = model_names()
     if name not in names:
-        raise TaskError(f"task.model: no model '{name}', or write module:function for your own; {nearest(name, names)}")
+        raise TaskError(
+            f"task.model: no model '{name}', or write timm:NAME, torchvision:NAME, hf:CLASS, or module:function for "
+            f"your own; {nearest(name, names)}"
+        )
     builder: Callable[..., nn.Module] = torchvision.models.get_model_builder(name)
     return builder

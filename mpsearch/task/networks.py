@@ -1,4 +1,4 @@
-"""The networks that mpsearch brings itself: CIFAR ResNets and a small CNN for 8x8 digits.
+"""The networks that mpsearch brings itself: CIFAR ResNets, and small ones for 8x8 digits, for masks and for sounds.
 
 ResNets for 32x32 images: He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385, section 4.2, with
 the parameter-free shortcut (option A): where a stage halves the image, the shortcut takes every second pixel and fills
@@ -6,6 +6,8 @@ the new channels with zeros.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -112,8 +114,72 @@ class DigitsCNN(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
+class _TwoConvs(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and ReLU: `(n, inputs, h, w)` -> `(n, outputs, h, w)`."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv3x3(inputs, outputs), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = _conv3x3(outputs, outputs), nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Both; see the class."""
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+class UNet(nn.Module):
+    """A small U-Net (arXiv 1505.04597) for masks, `levels` times halved and doubled again.
+
+    We differ: convolutions keep the size and have BatchNorm, and doubling is by nearest neighbour and a 3x3 convolution
+    rather than by a transposed one.
+    """
+
+    def __init__(self, num_classes: int = 2, in_channels: int = 3, width: int = 8, levels: int = 3) -> None:
+        super().__init__()
+        widths = [width * 2**level for level in range(levels + 1)]
+        self.first = _TwoConvs(in_channels, width)
+        self.down = nn.ModuleList(_TwoConvs(a, b) for a, b in pairwise(widths))
+        self.up = nn.ModuleList(_TwoConvs(a + b, a) for a, b in pairwise(widths))
+        self.head = nn.Conv2d(width, num_classes, kernel_size=1)
+        _kaiming(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, in_channels, h, w)` -> logits `(n, num_classes, h, w)`; h and w are multiples of `2**levels`."""
+        x = self.first(x)
+        skipped = []
+        for block in self.down:
+            skipped.append(x)
+            x = block(F.max_pool2d(x, 2))
+        for block, skip in zip(reversed(self.up), reversed(skipped), strict=True):
+            x = block(torch.cat([skip, F.interpolate(x, scale_factor=2.0, mode="nearest")], dim=1))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+class WaveCNN(nn.Module):
+    """A small network on the waveform, in the manner of M5 (arXiv 1610.00087): a long first kernel, then short ones."""
+
+    def __init__(self, num_classes: int = 2, in_channels: int = 1, width: int = 16, first: int = 80, stride: int = 16):
+        super().__init__()
+        widths = [in_channels, width, width, 2 * width, 2 * width]
+        kernels = [(first, stride)] + [(3, 1)] * (len(widths) - 2)
+        self.convs = nn.ModuleList(
+            nn.Conv1d(a, b, kernel, stride, padding=kernel // 2, bias=False)
+            for a, b, (kernel, stride) in zip(widths, widths[1:], kernels, strict=False)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm1d(b) for b in widths[1:])
+        self.linear = nn.Linear(widths[-1], num_classes)
+        _kaiming(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, in_channels, samples)` -> logits `(n, num_classes)`."""
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x)))
+            x = F.max_pool1d(x, 4, ceil_mode=True) if x.shape[-1] >= 4 else x
+        return self.linear(x.mean(dim=2))  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
 def _kaiming(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)

@@ -94,7 +94,8 @@ class MeanIoU:
         self._counts: Tensor | None = None  # (classes, classes): target, answer
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Take in logits `(n, classes, ...)` and labels `(n, ...)`."""
+        """Take in logits `(n, classes, ...)` and labels `(n, ...)`, which may be finer; see `resized`."""
+        output = resized(output, target)
         classes = output.shape[1]
         told, labels = output.argmax(dim=1).flatten(), target.flatten().long()
         valid = (labels >= 0) & (labels < classes)
@@ -109,11 +110,22 @@ class MeanIoU:
         return float((counts.diagonal()[union > 0] / union[union > 0]).mean())
 
 
+def resized(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits `(n, classes, h, w)` at the size of labels `(n, height, width)`, bilinear: networks answer coarsely."""
+    if logits.dim() != 4 or logits.shape[2:] == labels.shape[1:]:
+        return logits
+    return F.interpolate(logits, size=labels.shape[1:], mode="bilinear")
+
+
 def _right(most: int) -> PerSample:
     def values(output: Any, target: Any) -> Tensor:
-        logits = output_tensor(output)
+        logits = resized(output_tensor(output), target) if target.dim() > 1 else output_tensor(output)
         right: Tensor = (logits.topk(most, dim=1).indices == target.unsqueeze(1)).any(dim=1)
-        return right if right.dim() == 1 else right.float().flatten(1).mean(dim=1)
+        if right.dim() == 1:
+            return right
+        counted = ((target >= 0) & (target < logits.shape[1])).flatten(1)
+        means: Tensor = (right.flatten(1) & counted).sum(dim=1) / counted.sum(dim=1).clamp_min(1)
+        return means
 
     return values
 
@@ -122,7 +134,7 @@ def _of_errors(function: Callable[[Tensor], Tensor]) -> PerSample:
     return lambda output, target: function((output_tensor(output) - target).float().flatten(1))
 
 
-def _nats(output: Any, target: Any) -> Tensor:
+def nats(output: Any, target: Any) -> Tensor:
     """Mean cross-entropy of each sample `(n,)`; logits `(n, steps, vocabulary)` or `(n, classes)`; -100 is ignored."""
     logits = output_tensor(output).float()
     losses = F.cross_entropy(logits.flatten(0, -2), target.flatten(), ignore_index=-100, reduction="none")
@@ -142,10 +154,10 @@ PER_SAMPLE: Mapping[str, PerSample] = {
     "psnr": _of_errors(lambda error: -10 * error.square().mean(dim=1).clamp_min(1e-12).log10()),  # of values in [0, 1]
     "mse": _of_errors(lambda error: error.square().mean(dim=1)),
     "mae": _of_errors(lambda error: error.abs().mean(dim=1)),
-    "cross_entropy": _nats,
-    "perplexity": _nats,
-    "bpc": _scaled(_nats, 1 / math.log(2)),
-    "bits_per_byte": _scaled(_nats, 1 / math.log(2)),
+    "cross_entropy": nats,
+    "perplexity": nats,
+    "bpc": _scaled(nats, 1 / math.log(2)),
+    "bits_per_byte": _scaled(nats, 1 / math.log(2)),
 }
 """Common metric -> the values of a batch. A step of a sequence is a character for bpc, a byte for bits_per_byte."""
 

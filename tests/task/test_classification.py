@@ -16,7 +16,7 @@ from mpsearch.errors import TaskError
 from mpsearch.files import sha256
 from mpsearch.shipped import shipped
 from mpsearch.study import DataSpec, TaskSpec, load_study
-from mpsearch.task import ClassificationTask, Task, classification, load_task
+from mpsearch.task import ClassificationTask, Task, load_task, training
 from mpsearch.task.images import Normalization, StoredImages
 
 DIGITS = DataSpec(kind="digits", val_fraction=0.2, test_fraction=0.2)
@@ -140,7 +140,7 @@ def test_a_long_training_says_how_far_it_is(
 
     digits_task(float_epochs=1).float_model()
     assert said() == ["no checkpoint is given: training digits_cnn/digits for 1 epochs"]
-    monkeypatch.setattr(classification, "SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(training, "SAY_EVERY_S", 0.0)
     digits_task(float_epochs=2).float_model()
     assert re.fullmatch(r"step 34 of 34, loss \d+\.\d{3}, 0 s left", said()[-1])
 

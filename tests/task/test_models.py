@@ -70,6 +70,13 @@ def test_our_models_take_any_number_of_channels_and_classes(name: str):
     assert model(torch.zeros(3, 2, 16, 16)).shape == (3, 7)
 
 
+def test_a_unet_answers_every_pixel_and_a_wave_cnn_every_sound():
+    unet = build_model(spec("unet", model_args={"levels": 2, "width": 4}), num_classes=3, in_channels=2).eval()
+    assert unet(torch.zeros(2, 2, 12, 8)).shape == (2, 3, 12, 8)
+    sounds = build_model(spec("wave_cnn"), num_classes=3, in_channels=1).eval()
+    assert [sounds(torch.zeros(2, 1, samples)).shape for samples in (800, 16000)] == [(2, 3), (2, 3)]
+
+
 def test_torchvision_models_are_known_by_name_and_take_arguments():
     model = build_model(spec("mobilenet_v2", model_args={"width_mult": 0.25}), num_classes=5).eval()
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
