@@ -27,6 +27,7 @@ from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.factory import call_factory
 from mpsearch.task.imagefolder import DECODER, decoded, first_size, list_images, listing_key
 from mpsearch.task.images import Images, Normalization, Splits, StoredImages, StreamedImages
+from mpsearch.task.splitting import Fractions
 from mpsearch.task.task import Split
 
 logger = logging.getLogger(__name__)
@@ -275,7 +276,7 @@ def _normalization(spec: DataSpec, usual: Normalization, channels: int) -> Norma
     return normalization
 
 
-def make_splits(spec: DataSpec, labels: Tensor, parts: Mapping[Split, Tensor]) -> Splits:
+def make_splits(spec: Fractions, labels: Tensor, parts: Mapping[Split, Tensor]) -> Splits:
     """train, val and test from the parts that the data brings; the rule is at the head of this module.
 
     Raises:
@@ -304,8 +305,8 @@ def _divide(positions: Tensor, labels: Tensor, fraction: float, generator: torch
         count = max(1, round(fraction * len(mine)))
         if count >= len(mine):
             raise TaskError(
-                f"task.data: class {int(label)} has {len(mine)} images, too few to split {fraction:.0%} off: add "
-                "images or give the splits as folders"
+                f"task.data: class {int(label)} has {len(mine)} samples, too few to split {fraction:.0%} off: add "
+                "samples or give the splits as folders"
             )
         taken.append(mine[torch.randperm(len(mine), generator=generator)[:count]])
     indices = torch.cat(taken).sort().values

@@ -55,11 +55,16 @@ class Listing:
 
 
 def list_images(root: Path) -> Listing:
-    """Find every image of a folder; hidden files are passed over.
+    """Find every image of a folder; see `list_folder`."""
+    return list_folder(root, SUFFIXES, "an image")
+
+
+def list_folder(root: Path, suffixes: Sequence[str], what: str) -> Listing:
+    """Find every file of a folder that ends as one of `suffixes`; hidden files are passed over.
 
     Raises:
         TaskError: the folder is missing or of another layout, a class is empty or not in every split, or a file in a
-            class folder is no image.
+            class folder is not `what` is looked for.
     """
     if not root.is_dir():
         raise TaskError(
@@ -102,7 +107,7 @@ def list_images(root: Path) -> Listing:
                     f"class folder '{folder / name}' holds the splits {', '.join(inside)}: expected them above the "
                     "classes, as train/<class>/* and val/<class>/*"
                 )
-            images = _images(folder / name)
+            images = _files(folder / name, suffixes, what)
             paths += images
             labels += [label] * len(images)
         parts[split] = torch.arange(start, len(paths))
@@ -119,25 +124,30 @@ def split_meant(name: str) -> Split | None:
     return next((split for split, like in _SPLIT_LIKE.items() if any(map(like.fullmatch, words))), None)
 
 
+def split_of(path: Path) -> Split | None:
+    """Which split a file is of, by its name or else by the folders that it lies in, given from the data's root."""
+    return next(filter(None, map(split_meant, (path.stem, *reversed(path.parts[:-1])))), None)
+
+
 def _subfolders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images(folder: Path) -> list[Path]:
+def _files(folder: Path, suffixes: Sequence[str], what: str) -> list[Path]:
     paths = []
     for parent, below, names in os.walk(folder, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(names):
             if name.startswith("."):
                 continue
-            if not name.lower().endswith(SUFFIXES):
+            if not name.lower().endswith(tuple(suffixes)):
                 raise TaskError(
-                    f"'{Path(parent, name)}' is not an image: expected {' '.join(SUFFIXES)}; move it out of the "
+                    f"'{Path(parent, name)}' is not {what}: expected {' '.join(suffixes)}; move it out of the "
                     "class folder"
                 )
             paths.append(Path(parent, name))
     if not paths:
-        raise TaskError(f"class folder '{folder}' is empty: put images in, or remove it from every split")
+        raise TaskError(f"class folder '{folder}' is empty: put files in, or remove it from every split")
     return paths
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from mpsearch.errors import TaskError
-from mpsearch.study import DataSpec, MasksSpec, TaskSpec, TextSpec
+from mpsearch.study import AudioSpec, BoxesSpec, DataSpec, MasksSpec, TaskSpec, TextSpec
+from mpsearch.task.audio import audio_task
+from mpsearch.task.boxes import boxes_task
 from mpsearch.task.classification import ClassificationTask
 from mpsearch.task.data import load_data
 from mpsearch.task.factory import call_factory
@@ -23,7 +25,9 @@ def _images_task(spec: TaskSpec, workers: int | None = None) -> Task:
 TASKS: Mapping[type, Callable[[TaskSpec, int | None], Task]] = {
     DataSpec: _images_task,
     MasksSpec: masks_task,
+    BoxesSpec: boxes_task,
     TextSpec: text_task,
+    AudioSpec: audio_task,
 }
 """What a study says of its data -> the task that it makes with a model."""
 

@@ -29,7 +29,7 @@ from mpsearch.shipped import where
 from mpsearch.study import TaskSpec, TextSpec
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.comparing import output_tensor
-from mpsearch.task.imagefolder import split_meant
+from mpsearch.task.imagefolder import split_meant, split_of
 from mpsearch.task.libraries import Needs, imported
 from mpsearch.task.own import OwnTask
 from mpsearch.task.scores import nats
@@ -311,7 +311,7 @@ def _files(root: Path, kind: str, suffixes: Sequence[str]) -> dict[Split, list[P
     )
     if not paths:
         raise TaskError(f"task.data.root: '{root}' holds no file of kind {kind}: expected {' '.join(suffixes)}")
-    meant = {path: split_meant(path.stem) or split_meant(path.relative_to(root).parts[0]) for path in paths}
+    meant = {path: split_of(path.relative_to(root)) for path in paths}
     if not any(meant.values()):
         return {"train": paths}
     if odd := [path.name for path, split in meant.items() if split is None]:

@@ -70,7 +70,7 @@ def test_a_missing_val_split_is_taken_from_train():
 
 
 def test_a_class_with_one_image_cannot_be_split():
-    with pytest.raises(TaskError, match="class 1 has 1 images"):
+    with pytest.raises(TaskError, match="class 1 has 1 samples"):
         make_splits(DataSpec(kind="digits"), torch.tensor([0, 0, 0, 1]), {"train": torch.arange(4)})
 
 
