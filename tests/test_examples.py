@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import mpsearch
+from mpsearch.documents import parse_yaml
 from mpsearch.shipped import shipped_folder, shipped_names
-from mpsearch.study import load_study
+from mpsearch.study import load_study, parse_study
+from mpsearch.task.load import TASKS
 
 ROOT = Path(mpsearch.__file__).parent.parent
 
@@ -80,6 +82,18 @@ def test_every_shipped_study_is_valid_and_names_a_shipped_space(monkeypatch: pyt
         spec = load_study(path.stem)
         assert spec.name == path.stem
         assert spec.space in shipped_names("search_spaces")
+
+
+def test_the_tasks_of_the_documentation_without_python_are_valid_and_short() -> None:
+    page = (ROOT / "docs" / "without-python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    kinds = set()
+    for block in blocks:
+        assert len(block.splitlines()) <= 15
+        spec = parse_study({"name": "documented", "space": "uniform"} | parse_yaml(block))
+        assert spec.task.data is not None
+        kinds.add(type(spec.task.data))
+    assert kinds == set(TASKS)  # one example for each
 
 
 def test_the_task_of_the_documentation_is_searched(tmp_path: Path) -> None:
