@@ -253,7 +253,7 @@ class TaskSpec(_Section):
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the model's constructor")
     float_epochs: int = Field(default=30, gt=0, description="epochs of the float model where no checkpoint is given")
     factory: str | None = Field(
-        default=None, description="module:function that returns a Task; replaces model and data"
+        default=None, description="module:function that returns a Task, or lightning; replaces model and data"
     )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that function")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from mpsearch.errors import TaskError
 from mpsearch.study import AudioSpec, BoxesSpec, DataSpec, MasksSpec, TaskSpec, TextSpec
@@ -11,6 +12,7 @@ from mpsearch.task.boxes import boxes_task
 from mpsearch.task.classification import ClassificationTask
 from mpsearch.task.data import load_data
 from mpsearch.task.factory import call_factory
+from mpsearch.task.lightning_task import lightning_task
 from mpsearch.task.masks import masks_task
 from mpsearch.task.own import REQUIRED, OwnTask
 from mpsearch.task.task import Task
@@ -32,6 +34,10 @@ TASKS: Mapping[type, Callable[[TaskSpec, int | None], Task]] = {
 """What a study says of its data -> the task that it makes with a model."""
 
 
+FACTORIES: Mapping[str, Callable[[Mapping[str, Any]], Task]] = {"lightning": lightning_task}
+"""Name of a `task.factory` that is no module:function -> what makes the task of `task.args`."""
+
+
 def load_task(spec: TaskSpec, workers: int | None = None) -> Task:
     """The task that `spec` describes; `workers` threads or processes decode images (default: one per core, 8 at most).
 
@@ -39,7 +45,8 @@ def load_task(spec: TaskSpec, workers: int | None = None) -> Task:
         TaskError: model, checkpoint, data or factory cannot be used; the message says which and what to do.
     """
     if spec.factory is not None:
-        return _from_factory(spec.factory, spec)
+        named = FACTORIES.get(spec.factory)
+        return _from_factory(spec.factory, spec) if named is None else named(spec.args)
     return TASKS[type(spec.data)](spec, workers)
 
 
