@@ -83,6 +83,10 @@ class _Data(_Section):
             raise ValueError("`val_fraction` and `test_fraction` leave nothing to train on: their sum must be below 1")
         return self
 
+    def absolute(self) -> Self:
+        """This data with the absolute paths of files and folders."""
+        return self.model_copy(update={"root": _absolute(getattr(self, "root", None))})
+
 
 class DataSpec(_Data):
     """Images with a class each: a `kind` and what that kind needs."""
@@ -192,6 +196,16 @@ class TextSpec(_Data):
         if self.config is not None and self.kind != "hf_dataset":
             raise ValueError("`config` is for kind: hf_dataset")
         return self
+
+    def absolute(self) -> Self:
+        """As `_Data.absolute`; a name on the hub is no path, though it looks like one."""
+        there = {
+            name: str(path.absolute())
+            for name in ("root", "tokenizer")
+            if (path := Path(getattr(self, name) or "").expanduser()).exists()
+            and getattr(self, name) not in (None, "bytes")
+        }
+        return self.model_copy(update=there)
 
 
 class AudioSpec(_Data):
@@ -443,8 +457,14 @@ class StudySpec(_Section):
     def absolute(self) -> StudySpec:
         """This study with every path of a file or folder absolute: workers run in folders of their own."""
         task, storage = self.task, self.storage
-        data = task.data and task.data.model_copy(update={"root": _absolute(task.data.root)})
-        task = task.model_copy(update={"checkpoint": _absolute(task.checkpoint), "data": data})
+        task = task.model_copy(
+            update={
+                "model": _absolute_model(task.model),
+                "checkpoint": _absolute(task.checkpoint),
+                "data": task.data and task.data.absolute(),
+                "args": _absolute_args(task),
+            }
+        )
         if storage.startswith("sqlite:///") and not storage.startswith("sqlite:////"):
             storage = f"sqlite:///{Path(storage.removeprefix('sqlite:///')).absolute()}"
         return self.model_copy(update={"task": task, "space": _absolute(self.space), "storage": storage})
@@ -478,6 +498,21 @@ def _absolute(name: str | None) -> str | None:
         return None
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() or len(path.parts) > 1 else name
+
+
+def _absolute_model(model: str | None) -> str | None:
+    """`hf:FOLDER` with the absolute path of a folder that is there."""
+    library, colon, rest = (model or "").partition(":")
+    if library != "hf" or not (folder := Path(rest).expanduser()).is_dir():
+        return model
+    return f"{library}{colon}{folder.absolute()}"
+
+
+def _absolute_args(task: TaskSpec) -> dict[str, Any]:
+    """A factory's arguments as they are; those of `lightning` name a file."""
+    if task.factory != "lightning" or not isinstance(checkpoint := task.args.get("checkpoint"), str):
+        return task.args
+    return task.args | {"checkpoint": _absolute(checkpoint)}
 
 
 def load_study(study: str | Path, overrides: Sequence[str] = ()) -> StudySpec:

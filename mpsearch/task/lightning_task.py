@@ -96,8 +96,8 @@ class LightningTask:
     def batches(self, split: Split) -> Any:
         """The DataModule's loader of a split."""
         if not self._ready:
-            for method, given in (("prepare_data", ()), ("setup", ("fit",)), ("setup", ("test",))):
-                getattr(self._data, method, lambda *_: None)(*given)
+            for stage, given in (("prepare_data", ()), ("setup", ("fit",)), ("setup", ("test",))):
+                getattr(self._data, stage, lambda *_: None)(*given)
             self._ready = True
         method = getattr(self._data, LOADERS[split], None)
         loader = method() if callable(method) else None

@@ -182,6 +182,24 @@ def test_a_study_of_text_is_checked(data: Any, message: str) -> None:
     assert message in str(error.value)
 
 
+def test_paths_of_text_become_absolute_and_names_on_the_hub_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("words", "net"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a.jsonl").write_text("{}")
+
+    def absolute(model: str, **data: Any) -> Any:
+        return parse_study({"name": "a", "space": "uniform", "task": {"model": model, "data": data}}).absolute().task
+
+    of = absolute("hf:net", kind="jsonl", root="a.jsonl", tokenizer="words")
+    assert of.model == f"hf:{tmp_path / 'net'}"
+    assert (of.data.root, of.data.tokenizer) == (str(tmp_path / "a.jsonl"), str(tmp_path / "words"))
+    hub = absolute("hf:org/net", kind="hf_dataset", root="org/set")
+    assert (hub.model, hub.data.root, hub.data.tokenizer) == ("hf:org/net", "org/set", "bytes")
+
+
 # ------------------------------------------------------------------------------------------------------- tokenizers
 
 
