@@ -23,7 +23,7 @@ from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.checkpoint import load_checkpoint
 from mpsearch.task.images import Images, SampledImages, StoredImages
 from mpsearch.task.libraries import Needs
-from mpsearch.task.models import build_network
+from mpsearch.task.models import build_network, model_name
 from mpsearch.task.task import Answers, Batch, Measured, Split
 from mpsearch.task.training import FLOAT_BATCH, has_batch_norm, progress, saying, train_adamw
 from mpsearch.train import FitSettings, fit, threads
@@ -50,7 +50,7 @@ class ClassificationTask:
         Raises:
             TaskError: model, checkpoint and data do not fit together.
         """
-        self.name = f"{(spec.model or '').rpartition(':')[2]}/{images.name}"
+        self.name = f"{model_name(spec.model)}/{images.name}"
         metric = spec.metric or "top1"
         self.metric: str | Metric = metric
         self.images = images

@@ -32,6 +32,7 @@ class Needs:
     channels: int | None = None
     size: tuple[int, int] | None = None  # (height, width) of images, where all have one
     vocabulary: int | None = None
+    padding: int | None = None  # the token that fills up a text
     over: str = "images"  # or text, audio
 
 
@@ -194,8 +195,8 @@ def _decided(usual: Any, needs: Needs) -> dict[str, Any]:
             for key in ("bos_token_id", "eos_token_id", "pad_token_id")
             if isinstance(has.get(key), int) and has[key] >= needs.vocabulary
         }
-        if needs.kind == "classification" and not isinstance((decided | has).get("pad_token_id"), int):
-            decided["pad_token_id"] = 0  # by which decoders find a sequence's last token
+        if needs.padding is not None:
+            decided["pad_token_id"] = needs.padding  # by which decoders find a text's last token
     if "use_cache" in has:
         decided["use_cache"] = False  # of generation; no layer's input
     if needs.channels is not None and "num_channels" in has:

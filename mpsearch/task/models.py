@@ -27,6 +27,15 @@ OUR_OTHERS: Mapping[str, Callable[..., nn.Module]] = {"unet": UNet, "wave_cnn": 
 """The same for masks and for sounds."""
 
 
+def model_name(model: str | None) -> str:
+    """What a `task.model` is called in records: without its library or module, and without the folders above it.
+
+    >>> [model_name(model) for model in ("resnet18", "timm:resnet18", "hf:/nets/gpt/", "my.module:net")]
+    ['resnet18', 'resnet18', 'gpt', 'net']
+    """
+    return (model or "").rpartition(":")[2].rstrip("/").rpartition("/")[2]
+
+
 def model_names() -> list[str]:
     """The names that `task.model` can be without a library's: ours, then torchvision's classification models."""
     import torchvision.models

@@ -15,6 +15,7 @@ and optional
     kind                    of the outputs (`mpsearch.task.comparing`); default: that of the common metric
     distill_loss(student, teacher)   what trials train by, of the two networks' outputs; default: by the kind
     calibration(samples)    model input for range setting; default: that of samples of train
+    sample_numbers          a sixteenth of the numbers in a sample's answer, where these are far more than in its input
     train(model)            trains what `float_model` gives, in place: once, its weights are kept by content
 
 A batch is a tensor (model input and target at once), a pair (input, target), a mapping (input and target at once; a
@@ -194,9 +195,9 @@ class OwnTask:
             yield self._parts(samples.take(positions[start : start + size], seed=start))
 
     def _numbers(self, split: Split) -> int:
-        """Numbers in the model input of one sample."""
+        """Numbers in the model input of one sample, or what the task says: answers of a large vocabulary weigh more."""
         x, _ = self._parts(self._of(split).take([0], seed=0))
-        return max(1, sum(tensor.numel() for tensor in tensors(x)))
+        return max(1, sum(tensor.numel() for tensor in tensors(x)), getattr(self._own, "sample_numbers", 1))
 
     def _parts(self, batch: Any) -> Batch:
         """Model input and target of a batch. Raises TaskError where it is none of the known forms."""

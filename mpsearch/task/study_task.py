@@ -22,7 +22,7 @@ from mpsearch.study import TaskSpec, metrics_of
 from mpsearch.task.checkpoint import load_checkpoint
 from mpsearch.task.comparing import Kind, output_tensor
 from mpsearch.task.libraries import Needs
-from mpsearch.task.models import build_network
+from mpsearch.task.models import build_network, model_name
 from mpsearch.task.own import OwnTask
 from mpsearch.task.samples import seeded
 from mpsearch.task.task import Split
@@ -46,7 +46,7 @@ class StudyTask:
 
     def __init__(self, spec: TaskSpec, data_name: str, key: str, needs: Needs) -> None:
         assert spec.data is not None  # TaskSpec: either a factory, or model and data
-        self.name = f"{(spec.model or '').rpartition(':')[2].rstrip('/').rpartition('/')[2]}/{data_name}"
+        self.name = f"{model_name(spec.model)}/{data_name}"
         self.metric = spec.metric or metrics_of(spec.data)[0]
         self.kind: Kind = needs.kind
         self.spec, self.needs, self.data_name = spec, needs, data_name

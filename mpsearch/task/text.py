@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -113,6 +114,7 @@ class LanguageTask(StudyTask):
     def __init__(self, spec: TaskSpec, name: str, corpus: Corpus, vocabulary: int) -> None:
         self._corpus = corpus
         needs = Needs("language", vocabulary=vocabulary, over="text")
+        self.sample_numbers = corpus.inputs["train"].shape[1] * vocabulary // 16
         super().__init__(spec, name, corpus.key, needs)
         if self.metric == "bits_per_byte":
             self.score = self._bits_per_byte  # a token is not a byte with every tokenizer
@@ -148,7 +150,7 @@ class LanguageTask(StudyTask):
 class SequencesTask(StudyTask):
     """The class of a text."""
 
-    def __init__(self, spec: TaskSpec, name: str, corpus: Corpus, vocabulary: int) -> None:
+    def __init__(self, spec: TaskSpec, name: str, corpus: Corpus, tokenizer: Tokenizer) -> None:
         self._corpus = corpus
         there = len(corpus.classes)
         classes = spec.num_classes or there
@@ -156,7 +158,10 @@ class SequencesTask(StudyTask):
             raise TaskError(
                 f"task.num_classes: got {classes}, the data has {there} classes: leave it out, or give as many"
             )
-        super().__init__(spec, name, corpus.key, Needs("classification", classes, vocabulary=vocabulary, over="text"))
+        needs = Needs(
+            "classification", classes, vocabulary=tokenizer.vocabulary, padding=tokenizer.padding, over="text"
+        )
+        super().__init__(spec, name, corpus.key, needs)
         self._masked = "attention_mask" in _named(self.network)
 
     def batches(self, split: Split) -> Iterable[Any]:
@@ -185,7 +190,7 @@ def text_task(spec: TaskSpec, workers: int | None = None) -> OwnTask:
     tokenizer: Tokenizer = Bytes() if data.tokenizer == "bytes" else FromFolder(data.tokenizer)
     name = Path(data.root).expanduser().resolve().name if data.root else data.kind
     if data.label is not None:
-        return SequencesTask(spec, name, _sequences(data, tokenizer), tokenizer.vocabulary).task()
+        return SequencesTask(spec, name, _sequences(data, tokenizer), tokenizer).task()
     return LanguageTask(spec, name, _blocks(data, tokenizer), tokenizer.vocabulary).task()
 
 
@@ -334,7 +339,7 @@ def _content(path: Path) -> str:
 
 
 def _from_jsonl(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_content(path).splitlines(), 1):
+    for number, line in enumerate(_content(path).split("\n"), 1):  # U+2028 ends no line of JSON
         if not line.strip():
             continue
         try:
@@ -347,8 +352,13 @@ def _from_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _from_csv(path: Path) -> Iterator[Row]:
-    text = _content(path)
-    yield from csv.DictReader(text.splitlines(keepends=True), dialect="excel-tab" if path.suffix == ".tsv" else "excel")
+    reader = csv.DictReader(
+        io.StringIO(_content(path), newline=""), dialect="excel-tab" if path.suffix == ".tsv" else "excel"
+    )
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise TaskError(f"'{path}', line {reader.line_num}, is not CSV: {error}") from None
 
 
 def _from_arrow(path: Path) -> Iterator[Row]:

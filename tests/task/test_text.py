@@ -146,6 +146,19 @@ def test_lines_that_are_no_objects_are_named(tmp_path: Path) -> None:
         task(kind="jsonl", root=str(tmp_path / "a.jsonl"))
 
 
+def test_lines_of_a_table_end_where_they_end(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b"}\n' * 40, encoding="utf-8")
+    (tmp_path / "a.csv").write_text("text\n" + '"a\u2028\nb"\n' * 40, encoding="utf-8")
+    for kind, text in (("jsonl", "a\u2028b"), ("csv", "a\u2028\nb")):
+        x, _ = task(kind=kind, root=str(tmp_path / f"a.{kind}"), length=len(text.encode()))._of("train").take([0], 0)
+        assert bytes(x[0].tolist()).decode() == text
+
+
+def test_a_large_vocabulary_is_scored_in_small_batches() -> None:
+    of = task(kind="pydoc", length=64)
+    assert of._numbers("val") == 64 * 256 // 16
+
+
 def test_a_data_set_of_datasets_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(TaskError, match=r"needs datasets .*pip install 'mpsearch\[text\]'"):
@@ -234,3 +247,18 @@ def test_a_tokenizer_of_a_folder_is_used_and_bytes_are_counted(tmp_path: Path) -
 def of_perplexity(of: Any) -> Any:
     spec = of._own.spec
     return load_task(spec.model_copy(update={"metric": "perplexity"}))
+
+
+@pytest.mark.parametrize("model", ["GPT2ForSequenceClassification", "BertForSequenceClassification"])
+def test_a_classifier_of_transformers_does_not_see_padding(tmp_path: Path, model: str) -> None:
+    pytest.importorskip("transformers")
+    gpt = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    bert = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    data = {"kind": "csv", "root": str(write(tmp_path, "csv")), "label": "label", "length": 16}
+    of = load_task(TaskSpec(model=f"hf:{model}", model_args=gpt if "GPT2" in model else bert, data=data))
+    batch, _ = of._of("train").take([0, 1, 2, 3], seed=0)
+    network = of._own.network.requires_grad_(False)
+    length = int(batch["attention_mask"][0].sum())
+    assert length < 16
+    short = network(**{name: tensor[:1, :length] for name, tensor in batch.items()}).logits
+    assert torch.allclose(network(**batch).logits[:1], short, atol=1e-5)
