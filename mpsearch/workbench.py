@@ -78,7 +78,7 @@ class Workbench:
         self.settings = settings
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         float_model = channels_last(float_model or task.float_model())
-        task = task.on_device(self.device) if isinstance(task, Movable) else task
+        task = task.on_device(self.device) if self.device.type != "cpu" and isinstance(task, Movable) else task
         self.task = task
         calibration = task.calibration_input(settings.calibration_samples)
         self.graph: ModelGraph = graph or inspect_network(

@@ -91,7 +91,6 @@ def compiled_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Non
     ("backend", "shift", "layout", "modes"),
     [
         ("inductor", 0, torch.contiguous_format, [True]),
-        ("aot_eager", 1, torch.channels_last, [True]),
         pytest.param("inductor", 0, torch.contiguous_format, [True, False], marks=pytest.mark.slow),
         pytest.param("aot_eager", 1, torch.channels_last, [True, False], marks=pytest.mark.slow),
         pytest.param("aot_eager", 2, torch.contiguous_format, [True, False], marks=pytest.mark.slow),

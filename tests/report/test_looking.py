@@ -151,7 +151,8 @@ def test_the_trap_springs_where_the_task_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "trap.py").write_text(TRAP)
     folder = run_of(tmp_path / "run", TASKS["factory"])
     code = (
-        "import sys; from mpsearch.problem import reopen; from mpsearch.record import RunFolder; "
+        "import sys, mpsearch; mpsearch.trust(sys.argv[1]); "
+        "from mpsearch.problem import reopen; from mpsearch.record import RunFolder; "
         "reopen(RunFolder.open(sys.argv[1]))"
     )
     command = [sys.executable, "-c", code, str(folder.path)]
