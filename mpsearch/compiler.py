@@ -76,3 +76,20 @@ def trust_vector_units() -> None:
         valid_vec_isa_list()  # torch keeps the answer
     finally:
         VecISA.check_build = tried_out  # type: ignore[method-assign]
+
+
+@functools.cache
+def one_shape_a_kernel() -> None:
+    """Have element-wise kernels of a card generated in one shape, not timed in several when they first run.
+
+    On an H200 under torch 2.11 the first backward pass of the processes that timed them gave gradients of 1e22 or NaN,
+    in both runs of the same quantizer, and no later pass did; that timing is the cause is inferred from this.
+    """
+    if not torch.cuda.is_available():
+        return
+    try:
+        from torch._inductor import config
+
+        config.triton.autotune_pointwise = False
+    except (ImportError, AttributeError):  # not public: another torch may not have it
+        return

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.compiler import part_caches, trust_vector_units
+from mpsearch.compiler import one_shape_a_kernel, part_caches, trust_vector_units
 
 GRAPHS = 64
 """Graphs that one function may have: kinds of quantizers, of tensors and of modes. Dynamo's own limit is 8."""
@@ -71,5 +71,6 @@ def fuse(model: nn.Module) -> nn.Module:
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     part_caches()
     trust_vector_units()
+    one_shape_a_kernel()
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=True)

@@ -194,6 +194,7 @@ def test_the_published_recipe_starts_at_ten_bits_everywhere(problem: Problem, wo
     assert (model(x) - exact).abs().max().item() < 0.1 * exact.abs().max().item()
 
 
+@pytest.mark.slow
 def test_the_published_recipe_comes_down_to_each_target_and_anneals(problem: Problem) -> None:
     """From 4 bits instead of 10, at 50 times the rate: RAdam alone takes some hundred steps to get going."""
     names = list(problem.layers)

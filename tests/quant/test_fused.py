@@ -87,13 +87,13 @@ def compiled_by(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Non
 
 
 @pytest.mark.compile
+@pytest.mark.slow  # half a minute of generating code; each type by itself is compiled in quant/test_contracts.py
 @pytest.mark.parametrize(
     ("backend", "shift", "layout", "modes"),
     [
-        ("inductor", 0, torch.contiguous_format, [True]),
-        pytest.param("inductor", 0, torch.contiguous_format, [True, False], marks=pytest.mark.slow),
-        pytest.param("aot_eager", 1, torch.channels_last, [True, False], marks=pytest.mark.slow),
-        pytest.param("aot_eager", 2, torch.contiguous_format, [True, False], marks=pytest.mark.slow),
+        ("inductor", 0, torch.contiguous_format, [True, False]),
+        ("aot_eager", 1, torch.channels_last, [True, False]),
+        ("aot_eager", 2, torch.contiguous_format, [True, False]),
     ],
 )
 def test_a_fused_network_computes_what_the_eager_one_does(

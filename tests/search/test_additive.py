@@ -86,6 +86,7 @@ def test_it_finds_the_best_front_where_random_does_not() -> None:
     assert theirs > 1.5
 
 
+@pytest.mark.slow
 def test_without_start_scores_it_learns_from_trials_alone() -> None:
     known = Landscape(seed=1)
     ours = known.excess(known.search("additive", 40, Knowledge()))

@@ -325,7 +325,7 @@ def hypervolume(points):
     return moocore.hypervolume(np.column_stack([1 - accuracy, np.log2(cost)]), ref=[1, 0])
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "tpe"])
+@pytest.mark.parametrize("sampler", ["nsga2", pytest.param("tpe", marks=pytest.mark.slow)])
 def test_sampler_comes_nearer_to_the_known_optimum_than_random_search(sampler):
     space = make_space(5)
     bits = np.array(list(itertools.product(range(1, 9), repeat=5)))  # every config there is
