@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from drive import make_space, relative_cost, truth
 
 from mpsearch.cost.model import RelativeCost
