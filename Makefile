@@ -18,7 +18,7 @@ demo: setup  ## run the digits study end to end; prints the front and where the 
 test: setup  ## all tests but the slow ones: at most 4 minutes on 2 idle cores
 	$(PYTEST)
 
-test-unit: setup  ## those that compile nothing and need neither Ray nor a browser: at most 90 s
+test-unit: setup  ## those that train and compile nothing and need neither Ray nor a browser: at most 90 s
 	$(PYTEST) -m unit
 
 test-all: $(VENV)/.targets  ## the slow tests too, and those with the export targets' libraries and other people's networks, which it installs

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent))  # `commands`
 # Workers that share two cores must not spin-wait for each other; set before torch starts its threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-TIERS = ("compile", "ray", "browser", "gpu", "slow")
+TIERS = ("study", "compile", "ray", "browser", "gpu", "slow")
 """Markers of what takes long or needs a tool; a test that has none of them is in the tier `unit`."""
 
 

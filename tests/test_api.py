@@ -18,6 +18,8 @@ from mpsearch.errors import StudyError
 from mpsearch.problem import Problem
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord
 
+pytestmark = pytest.mark.study
+
 STUB = Path(mpsearch.__file__).with_suffix(".pyi")
 ON_STUDIES = ("check", "inspect", "ptq", "train", "debug")
 ON_RUNS = (  # in an order in which each finds what the ones before it made

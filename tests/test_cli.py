@@ -15,6 +15,8 @@ import yaml
 from commands import Done, mpsearch
 from filelock import FileLock
 
+pytestmark = pytest.mark.study
+
 QUICK = """
 name: quick
 task: {model: digits_cnn, checkpoint: digits_cnn, data: {kind: digits, val_fraction: 0.05, test_fraction: 0.9}}

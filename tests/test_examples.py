@@ -18,6 +18,8 @@ from mpsearch.shipped import shipped_folder, shipped_names
 from mpsearch.study import load_study, parse_study
 from mpsearch.task.load import TASKS
 
+pytestmark = pytest.mark.study
+
 ROOT = Path(mpsearch.__file__).parent.parent
 
 

@@ -29,6 +29,8 @@ from mpsearch.space.choices import parse_choices
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.study import load_study, read_spec
 
+pytestmark = pytest.mark.study
+
 COLD = (*QUICK, "warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0", "search.trials=2")
 
 

@@ -14,6 +14,8 @@ from commands import mpsearch
 from mpsearch.metric import METRICS, Metric
 from mpsearch.record import RunFolder
 
+pytestmark = pytest.mark.study
+
 STUDY = """
 name: {factory}
 task: {{factory: "own_tasks:{factory}"}}

@@ -22,6 +22,8 @@ from mpsearch.space.choices import parse_choices
 from mpsearch.space.spec import load_space, space_names
 from mpsearch.study import load_study
 
+pytestmark = pytest.mark.study
+
 QUICK = """
 name: quick
 task: {model: digits_cnn, checkpoint: digits_cnn, data: {kind: digits, val_fraction: 0.05, test_fraction: 0.9}}

@@ -21,6 +21,8 @@ from mpsearch.study import load_study
 from mpsearch.task.classification import ClassificationTask
 from mpsearch.task.load import load_task
 
+pytestmark = pytest.mark.study
+
 SHARED = {"__init__", "families", "mhaq_tasks", "__main__", "options", "printing", "rows", "stopwatch"}
 SETS = [part for override in QUICK for part in ("--set", override)]
 

@@ -15,6 +15,8 @@ from benchmarks.mhaq_nets import STUDIES
 from benchmarks.mhaq_tasks import rfdn, yolo11n
 from mpsearch.errors import TaskError
 
+pytestmark = pytest.mark.study
+
 RFDN = """
 from torch import nn
 

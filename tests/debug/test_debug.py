@@ -21,6 +21,8 @@ from mpsearch.quant.prepare import prepare
 from mpsearch.study import load_study
 from mpsearch.task import ClassificationTask, load_task
 
+pytestmark = pytest.mark.study
+
 
 class Broken(ClassificationTask):
     """A task whose float model is another one."""

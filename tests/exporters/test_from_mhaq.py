@@ -28,6 +28,8 @@ from mpsearch.study import load_study
 from mpsearch.task.load import load_task
 from tests.commands import mpsearch
 
+pytestmark = pytest.mark.study
+
 LAYERS = ["block1.conv1", "block1.conv2", "down.depthwise", "block2.conv1", "block2.conv2", "mix.depthwise", "conv2"]
 IMAGES = 300
 

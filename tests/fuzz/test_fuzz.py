@@ -33,6 +33,8 @@ from mpsearch.ptq.fold import fold_batch_norms
 from mpsearch.quant.prepare import inspect_network
 from mpsearch.train import call
 
+pytestmark = pytest.mark.study
+
 EXAMPLES = int(os.environ.get("MPSEARCH_FUZZ_EXAMPLES", "50"))
 EVERY = 5  # of this many networks one is exported to each format of another library: a graph export takes seconds
 

@@ -17,6 +17,8 @@ from mpsearch.precision import LayerPrecision
 from mpsearch.ptq.pipeline import PtqMethod, ptq
 from mpsearch.train import FitSettings, fit
 
+pytestmark = pytest.mark.study
+
 PER_TENSOR = LayerPrecision.parse("uniform:8/tensor", "uniform:8")
 NAIVE = PtqMethod(equalize=False, rounding="nearest", bias_correction="none", weight_range="min_max")
 

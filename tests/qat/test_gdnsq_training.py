@@ -31,6 +31,8 @@ from mpsearch.quant.prepare import RangeSetter, insert_quantizers, quant_layers
 from mpsearch.quant.uniform import UniformQuantizer
 from mpsearch.workbench import Workbench
 
+pytestmark = pytest.mark.study
+
 STEPS = 100
 
 

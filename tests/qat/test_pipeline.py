@@ -20,6 +20,8 @@ from mpsearch.qat.train import target_config, train_one
 from mpsearch.quant.prepare import prepare
 from mpsearch.quant.shift import SlopeSchedule
 
+pytestmark = pytest.mark.study
+
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:

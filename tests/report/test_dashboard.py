@@ -31,6 +31,8 @@ from mpsearch.search.run import run_study
 from mpsearch.search.view import open_view
 from mpsearch.study import parse_study, read_spec
 
+pytestmark = pytest.mark.study
+
 STUDY = {
     "name": "quick",
     "task": {

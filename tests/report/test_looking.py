@@ -30,6 +30,8 @@ from mpsearch.space.choices import parse_choices
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.study import parse_study
 
+pytestmark = pytest.mark.study
+
 TRAP = "from pathlib import Path\nPath(__file__).with_name('sprung').touch()\nmake = print\n"
 """A module that is seen to have been imported."""
 

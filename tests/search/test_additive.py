@@ -23,6 +23,8 @@ from mpsearch.space.spec import parse_space
 from mpsearch.study import SearchSpec
 from mpsearch.warmstart.allocate import Program
 
+pytestmark = pytest.mark.study
+
 LAYERS = 10
 BUDGETS = (0.6, 0.4, 0.3, 0.2)
 

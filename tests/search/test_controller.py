@@ -19,6 +19,8 @@ from mpsearch.search.stopping import NO_THRESHOLDS, OPTIMISM, SLACK
 from mpsearch.space.order import ends_first
 from mpsearch.study import SearchSpec
 
+pytestmark = pytest.mark.study
+
 LADDER = 8  # rungs of the toy's ladder, from 8 bits to 1
 
 slow_ones = {"gp": pytest.mark.slow}  # a second a proposal

@@ -27,6 +27,8 @@ from mpsearch.search.engine import explain, run_trials
 from mpsearch.search.view import open_view
 from mpsearch.study import EngineSpec, SearchSpec
 
+pytestmark = pytest.mark.study
+
 HERE = EngineSpec(address="none")
 
 

@@ -18,6 +18,8 @@ from mpsearch.search.finalize import finalize
 from mpsearch.search.finals import final_rows, final_table, proxies
 from mpsearch.search.front import pareto_front
 
+pytestmark = pytest.mark.study
+
 COLD = ("warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0")
 SPACE = make_space()
 CONFIGS = [*SPACE.ladder(), *SPACE.neighbours(SPACE.rung(4))]

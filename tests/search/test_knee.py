@@ -28,6 +28,8 @@ from mpsearch.search.run import resume_study, run_study, score_config
 from mpsearch.search.values import read_values
 from mpsearch.state_dict import digest
 
+pytestmark = pytest.mark.study
+
 SHORT = (
     *QUICK,
     "task.float_epochs=2",

@@ -26,6 +26,8 @@ from mpsearch.task.task import Measuring, Task
 from mpsearch.train import FitResult
 from mpsearch.workbench import Score, Workbench
 
+pytestmark = pytest.mark.study
+
 SETTINGS = TrialSpec(steps=20, batch_size=32, bn_batches=4, precision="fp32", calibration_samples=64)
 
 

@@ -19,6 +19,8 @@ from mpsearch.study import DataSpec, TaskSpec, load_study
 from mpsearch.task import ClassificationTask, Task, load_task, training
 from mpsearch.task.images import Normalization, StoredImages
 
+pytestmark = pytest.mark.study
+
 DIGITS = DataSpec(kind="digits", val_fraction=0.2, test_fraction=0.2)
 
 

@@ -30,6 +30,8 @@ from mpsearch.task.scores import MeanIoU, scorer
 from mpsearch.task.scoring import measure
 from mpsearch.workbench import Workbench
 
+pytestmark = pytest.mark.study
+
 SETTINGS = TrialSpec(steps=8, batch_size=16, compile=False, precision="fp32", calibration_samples=32, bn_batches=2)
 
 

@@ -24,6 +24,8 @@ from mpsearch.warmstart.descent import BitCost, BitQuantizer, Descent, descend, 
 from mpsearch.warmstart.start import StartWeights, rounded, warm_start
 from mpsearch.workbench import Workbench
 
+pytestmark = pytest.mark.study
+
 BUDGETS = (0.5, 0.25)
 STEPS = 60
 WITHOUT_CONTROLS = ("warm_start.ilp=false", "warm_start.combinations=0")

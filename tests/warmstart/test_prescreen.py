@@ -24,6 +24,8 @@ from mpsearch.warmstart.prescreen import AGAIN, KEPT, prescreen, prescreens
 from mpsearch.warmstart.start import sensitivity_table
 from mpsearch.warmstart.start_score import BATCHES
 
+pytestmark = pytest.mark.study
+
 SETTINGS = (*QUICK, "warm_start.method=none", "warm_start.budgets=[0.4,0.2]")
 COUNT = 60
 

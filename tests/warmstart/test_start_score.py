@@ -15,6 +15,8 @@ from mpsearch.train import jeffreys
 from mpsearch.warmstart.start_score import BATCH, StartScorer, agrees
 from mpsearch.workbench import Workbench, channels_last
 
+pytestmark = pytest.mark.study
+
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
