@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 import mpsearch
 from mpsearch.private.optuna import generation_key, storage_of, study_id, trial_id
 from mpsearch.private.optuna_dashboard import replace_trial_note
-from mpsearch.private.ray import TUNE_HERE, files_in, mute_workers, session_of_client
+from mpsearch.private.ray import TUNE_HERE, files_in, handler_of_sigterm_kept, mute_workers, session_of_client
 from mpsearch.private.torch import (
     COMPILED,
     BatchNormNd,
@@ -175,3 +176,20 @@ def test_torch_makes_its_table_of_onnx_operators_once_for_all_exports():
         other = ONNXRegistry().from_torchlib(opset_version=25)
     assert (first.opset_version, other.opset_version) == (21, 25)
     assert vars(ONNXRegistry)["from_torchlib"] is before
+
+
+def test_torch_still_times_kernels_only_where_it_is_told_to() -> None:
+    """`compiler.one_shape_a_kernel` sets it on a card; elsewhere it is not touched."""
+    from torch._inductor import config
+
+    assert isinstance(config.triton.autotune_pointwise, bool)
+
+
+def test_ray_replaces_the_handler_of_sigterm_and_we_put_it_back() -> None:
+    import ray
+
+    assert "set_sigterm_handler" in inspect.getsource(ray.init), "Ray leaves SIGTERM alone: nothing is to be put back"
+    before = signal.getsignal(signal.SIGTERM)
+    with handler_of_sigterm_kept():
+        signal.signal(signal.SIGTERM, lambda *_: None)
+    assert signal.getsignal(signal.SIGTERM) == before
