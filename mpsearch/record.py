@@ -398,27 +398,27 @@ class RunFolder:
     @property
     def driven(self) -> bool:
         """Whether a process drives the run now."""
-        return _alive(self._state().get("driver"))
+        return alive(self._state().get("driver"))
 
     @property
     def running(self) -> Sequence[RunningTrial]:
         """The trials under way; none where no driver lives. Set by the driver."""
         state = self._state()
         try:
-            return [RunningTrial(**trial) for trial in state.get("running", ())] if _alive(state.get("driver")) else []
+            return [RunningTrial(**trial) for trial in state.get("running", ())] if alive(state.get("driver")) else []
         except TypeError:  # of another version, or damaged: the driver writes it anew with the next trial
             return []
 
     @running.setter
     def running(self, trials: Sequence[RunningTrial]) -> None:
-        state = {"driver": _this_process(), "running": [asdict(trial) for trial in trials], "trouble": self._trouble}
+        state = {"driver": this_process(), "running": [asdict(trial) for trial in trials], "trouble": self._trouble}
         write_text(self._state_json, json.dumps(state))
 
     @property
     def trouble(self) -> str | None:
         """What goes wrong beside the search now, in words; None: nothing, or no driver lives. Set by the driver."""
         state = self._state()
-        return cast("str | None", state.get("trouble")) if _alive(state.get("driver")) else None
+        return cast("str | None", state.get("trouble")) if alive(state.get("driver")) else None
 
     @trouble.setter
     def trouble(self, words: str | None) -> None:
@@ -514,12 +514,14 @@ def _row(record: TrialRecord) -> dict[str, Any]:
     return row
 
 
-def _this_process() -> dict[str, Any]:
+def this_process() -> dict[str, Any]:
+    """What names this process for as long as there are computers, as JSON."""
     # A process id comes round again; together with the time of its start it does not.
     return {"pid": os.getpid(), "host": socket.gethostname(), "started_s": psutil.Process().create_time()}
 
 
-def _alive(driver: Any) -> bool:
+def alive(driver: Any) -> bool:
+    """Whether the process that `this_process` named lives, as far as can be known from here."""
     if not isinstance(driver, dict) or not {"pid", "host", "started_s"} <= driver.keys():
         return False
     if driver["host"] != socket.gethostname():

@@ -20,8 +20,9 @@ from quick import QUICK
 
 from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
-from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.record import RunFolder, TrialRecord, this_process
 from mpsearch.search import run as run_module
+from mpsearch.search.engine import remove_leftovers
 from mpsearch.search.run import resume_study, run_study
 from mpsearch.search.view import masked, open_view
 from mpsearch.shipped import shipped_folder
@@ -216,6 +217,18 @@ def test_sigterm_ends_as_ctrl_c_does_and_says_how_to_go_on(tmp_path: Path) -> No
     assert "mpsearch resume run" in errors
     assert "Traceback" not in errors
     assert RunFolder.open(tmp_path / "run").running == []
+
+
+def test_what_killed_drivers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """D4."""
+    living = this_process()
+    owners = {"dead": living | {"started_s": 1.0}, "living": living, "elsewhere": living | {"host": "another"}}
+    for name, owner in owners.items():
+        (tmp_path / f"mpsearch-{name}").mkdir()
+        (tmp_path / f"mpsearch-{name}" / "driver.json").write_text(json.dumps(owner))
+    (tmp_path / "mpsearch-root").mkdir()  # a cache, say
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"mpsearch-living", "mpsearch-elsewhere", "mpsearch-root"}
 
 
 @pytest.mark.parametrize("damaged", ["null", "[]", "{", '{"driver": 3}', '{"driver": {}, "running": [{"x": 1}]}', ""])

@@ -93,9 +93,9 @@ def main() -> None:
     except MpsearchError as error:
         print(f"mpsearch: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, VerificationError | GaveUpError) else 2)
-    except KeyboardInterrupt as ended:
-        print(f"mpsearch: {said_of(ended)}", file=sys.stderr)
-        sys.exit(exit_code(ended))
+    except KeyboardInterrupt:
+        print(f"mpsearch: {how_it_ended()}", file=sys.stderr)
+        sys.exit(exit_code())
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -105,20 +105,22 @@ def main() -> None:
         sys.exit(1)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: what Ctrl-C does, with an exit code of its own."""
+_terminated = threading.Event()
+"""Set by SIGTERM, which ends as Ctrl-C does, with an exit code of its own; of ours, Tune makes a KeyboardInterrupt anew."""
 
 
 @contextlib.contextmanager
 def _sigterm_raised() -> Iterator[None]:
-    """For the time of the block SIGTERM raises `Terminated`."""
+    """For the time of the block SIGTERM raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def terminate(signum: int, frame: object) -> None:
-        raise Terminated
+        _terminated.set()
+        raise KeyboardInterrupt
 
+    _terminated.clear()
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
@@ -126,14 +128,14 @@ def _sigterm_raised() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
-def said_of(ended: KeyboardInterrupt) -> str:
-    """What happened, in a word."""
-    return "terminated" if isinstance(ended, Terminated) else "interrupted"
+def how_it_ended() -> str:
+    """What a KeyboardInterrupt was, in a word."""
+    return "terminated" if _terminated.is_set() else "interrupted"
 
 
-def exit_code(ended: KeyboardInterrupt) -> int:
+def exit_code() -> int:
     """128 and the number of the signal, as shells have it."""
-    return 128 + (signal.SIGTERM if isinstance(ended, Terminated) else signal.SIGINT)
+    return 128 + (signal.SIGTERM if _terminated.is_set() else signal.SIGINT)
 
 
 def _print_progress() -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mpsearch import api
-from mpsearch.cli.base import Json, Run, Set, Study, Trust, app, ask_for_trust, exit_code, said_of
+from mpsearch.cli.base import Json, Run, Set, Study, Trust, app, ask_for_trust, exit_code, how_it_ended
 from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines
 from mpsearch.cli.progress import FinalProgress, RunProgress
 from mpsearch.errors import RunError
@@ -170,16 +170,16 @@ def _follow(search: Callable[[RunProgress], api.runs.RunResult], json_: bool) ->
     progress = RunProgress()
     try:
         result = search(progress)
-    except KeyboardInterrupt as ended:
+    except KeyboardInterrupt:
         progress.stop()
         if progress.folder is None:
             raise
         print(
-            f"mpsearch: {said_of(ended)}; {len(progress.folder.records())} finished trials are safe, go on with: "
+            f"mpsearch: {how_it_ended()}; {len(progress.folder.records())} finished trials are safe, go on with: "
             f"mpsearch resume {progress.folder.path}",
             file=sys.stderr,
         )
-        sys.exit(exit_code(ended))
+        sys.exit(exit_code())
     finally:
         progress.stop()
     if json_:

@@ -8,6 +8,7 @@ folder holds every trial that has ended, and those that had not are proposed ane
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -27,7 +28,7 @@ from typing import Any
 from mpsearch.errors import MpsearchError, RunError, WriteError
 from mpsearch.observer import SILENT, Observer
 from mpsearch.private.ray import TUNE_HERE, files_in, handler_of_sigterm_kept, mute_workers, session_of_client
-from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime
+from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, alive, this_process
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.view import OptunaView
 from mpsearch.study import EngineSpec
@@ -272,6 +273,10 @@ def _run_on_ray(
             raise failure[0]
 
 
+_OWNER = "driver.json"
+"""In the temporary folder of a run under a Ray of its own: the process that it belongs to."""
+
+
 @contextlib.contextmanager
 def _tune_folder(folder: RunFolder) -> Iterator[Path]:
     """Where Tune keeps what nobody reads: beside the run, because the nodes of a cluster must all see it."""
@@ -300,7 +305,10 @@ def _ray(address: str, folder: RunFolder) -> Iterator[Any]:
     if address == "local":
         # Short, because sockets live there; the run's own, so that what a killed driver left is found and removed.
         temporary = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), f"mpsearch-{folder.id}")
+        remove_leftovers(temporary.parent)
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(mode=0o700)
+        (temporary / _OWNER).write_text(json.dumps(this_process()), encoding="utf-8")
         options |= {"include_dashboard": False, **files_in(temporary), "object_store_memory": 2**27}
         # A cluster listens on the network: it gets a secret of its own, and so needs no home to keep one in.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -321,6 +329,17 @@ def _ray(address: str, folder: RunFolder) -> Iterator[Any]:
         ray.shutdown()
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(place: Path) -> None:
+    """Remove the temporary folders of drivers that were killed; those of other users and of living drivers stay."""
+    for owner in place.glob(f"mpsearch-*/{_OWNER}"):
+        try:
+            dead = not alive(json.loads(owner.read_text(encoding="utf-8")))
+        except (OSError, ValueError):  # another user's, or being written
+            continue
+        if dead:
+            shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def _knock(address: str) -> None:
