@@ -106,7 +106,7 @@ def main() -> None:
 
 
 _terminated = threading.Event()
-"""Set by SIGTERM, which ends as Ctrl-C does, with an exit code of its own; of ours, Tune makes a KeyboardInterrupt anew."""
+"""Set by SIGTERM, which ends as Ctrl-C does, with an exit code of its own; Tune raises anew what it catches."""
 
 
 @contextlib.contextmanager
