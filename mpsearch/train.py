@@ -225,6 +225,11 @@ class _Replay(torch.autograd.Function):
         return None, None, *(g if g is None else g.detach() for g in captured.gradients)
 
 
+def usual_device() -> torch.device:
+    """Where networks are trained and scored: the card, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def fit(
     model: nn.Module,
     batches: Iterable[tuple[Any, Any]],

@@ -36,6 +36,7 @@ from mpsearch.train import (
     reestimate_batch_norm,
     samples_of,
     single_value_norms,
+    usual_device,
 )
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Workbench:
         self.comparison = comparison_of(task)
         self._distillation = distillation(task) if settings.distill else None
         self.settings = settings
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or usual_device()
         float_model = channels_last(float_model or task.float_model())
         task = task.on_device(self.device) if self.device.type != "cpu" and isinstance(task, Movable) else task
         self.task = task

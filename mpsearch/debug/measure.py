@@ -55,7 +55,7 @@ from mpsearch.quant.prepare import (
 )
 from mpsearch.task.scoring import comparison_of, evaluate, metric_of
 from mpsearch.task.task import Task
-from mpsearch.train import samples_of
+from mpsearch.train import samples_of, usual_device
 
 CALIBRATION_SAMPLES = 512
 BINS = 80
@@ -82,7 +82,7 @@ def diagnose(task: Task, config: PrecisionConfig | LayerPrecision, observer: Obs
     layers = graph.layers
     config = _config(config, layers)
     net = fold_batch_norms(model, layers, calibration_input)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = usual_device()
     scorer = _Scorer(task, model.to(device))
     workbench = _Workbench(net, layers, config, calibration_input, scorer, device)
     sanity = workbench.score(_keep(config, None))

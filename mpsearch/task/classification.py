@@ -26,7 +26,7 @@ from mpsearch.task.libraries import Needs
 from mpsearch.task.models import build_network, model_name
 from mpsearch.task.task import Answers, Batch, Measured, Split
 from mpsearch.task.training import FLOAT_BATCH, has_batch_norm, progress, saying, train_adamw
-from mpsearch.train import FitSettings, fit, threads
+from mpsearch.train import FitSettings, fit, threads, usual_device
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class ClassificationTask:
 
     def _train_float_model(self) -> dict[str, Tensor]:
         """Train from the seeded start; the same spec gives the same weights."""
-        model = copy.deepcopy(self._model).to("cuda" if torch.cuda.is_available() else "cpu")
+        model = copy.deepcopy(self._model).to(usual_device())
         if math.prod(self.images.input_shape[1:]) > SMALL_PIXELS:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # depthwise convolutions: 1.7 times as fast
         steps = self._spec.float_epochs * self.steps_per_epoch(FLOAT_BATCH)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from mpsearch.task.own import OwnTask
 from mpsearch.task.samples import seeded
 from mpsearch.task.task import Split
 from mpsearch.task.training import FLOAT_BATCH, saying, train_adamw
+from mpsearch.train import usual_device
 
 FLOAT_SEED = 0
 
@@ -125,7 +125,7 @@ class StudyTask:
         task = OwnTask(self)
         batch = self.float_batch()
         count = self.spec.float_epochs * task.steps_per_epoch(batch)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(usual_device())
         try:
             train_adamw(model, task.train_batches(batch, count, FLOAT_SEED), self.loss, count, saying(count))
         except FloatingPointError as error:

@@ -28,6 +28,7 @@ from mpsearch.space.space import SearchSpace
 from mpsearch.study import StudySpec
 from mpsearch.task.scoring import comparison_of
 from mpsearch.task.task import Task
+from mpsearch.train import usual_device
 from mpsearch.warmstart.allocate import Allocation, equivalent_bits, ilp_ladder, round_bits
 from mpsearch.warmstart.descent import Descent, Snapshot, descend
 from mpsearch.warmstart.sensitivity import measure
@@ -212,7 +213,7 @@ def sensitivity_table(proxy: str, task: Task, graph: ModelGraph, space: SearchSp
     path = folder / ("sensitivity.json" if proxy == "kl" else f"sensitivity-{proxy}.json")
     if path.exists():
         return SensitivityTable.load(path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = usual_device()
     x = map_tensors(lambda tensor: tensor.to(device), task.calibration_input(SENSITIVITY_SAMPLES))
     model = channels_last(task.float_model()).to(device)
     table = measure(proxy, model, graph.layers, space, x, comparison_of(task))
