@@ -21,7 +21,7 @@ QUICK = """
 name: quick
 task: {model: digits_cnn, checkpoint: digits_cnn, data: {kind: digits, val_fraction: 0.05, test_fraction: 0.9}}
 space: digits
-search: {trials: 9, seed: 1, stop_dominated: false}
+search: {trials: 9, prescreen: 0, seed: 1, stop_dominated: false}
 trial: {steps: 2, batch_size: 16, bn_batches: 1, calibration_samples: 32, precision: fp32}
 final: {pick: 2, epochs: 0.1, seeds: 2}
 engine: {address: none}

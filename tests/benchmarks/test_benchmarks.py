@@ -115,6 +115,7 @@ def test_command_wrong_input_exits_with_2_and_says_what(
     assert "command:" not in printed.out
 
 
+@pytest.mark.slow
 def test_controller_scale_survives_its_kill(bench: Bench) -> None:
     (row,) = bench("controller_scale", "--layers", "3", "--trials", "24", "--workers", "4", "--every", "8")
     assert row["killed_at"] == 12
@@ -123,6 +124,7 @@ def test_controller_scale_survives_its_kill(bench: Bench) -> None:
     assert [at["trials"] for at in row["growth"]][-1] == 24
 
 
+@pytest.mark.slow
 def test_descent_compares_two_seeds(bench: Bench, tmp_path: Path) -> None:
     options = ["--study", "digits", *SETS, "--steps", "12", "--budgets", "0.5,0.4", "--work", str(tmp_path)]
     (row,) = bench("descent", *options, "--seeds", "0,1", "--threads", "1")
@@ -131,17 +133,20 @@ def test_descent_compares_two_seeds(bench: Bench, tmp_path: Path) -> None:
     assert set(row["descents"]) == {"seed 0", "seed 1"}
 
 
+@pytest.mark.slow
 def test_descent_of_runs_is_their_own(bench: Bench, run_folder: Path) -> None:
     (row,) = bench("descent", "--runs", str(run_folder), "--threads", "1")
     assert list(row["descents"]) == [str(run_folder)]
 
 
+@pytest.mark.slow
 def test_export_agreement_native_answers_as_we_do(bench: Bench) -> None:
     rows = bench("export_agreement", "--networks", "digits", "--only", "native")
     assert {row["config"] for row in rows} == {"mixed", "types"}
     assert all(row["same_answer"] == row["images"] for row in rows)
 
 
+@pytest.mark.slow
 def test_gpu_is_tried_out_on_the_cpu(bench: Bench) -> None:
     rows = bench("gpu", "--device", "cpu", "--sections", "data,step-128", "--inside")
     assert [(row["section"], row["passed"]) for row in rows] == [("data", True), ("step-128", True)]
@@ -155,12 +160,14 @@ def test_gpu_is_tried_out_on_the_cpu(bench: Bench) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_methods_makes_a_row_a_method(bench: Bench) -> None:
     rows = bench("methods", "--study", "digits", "--rows", "ptq-w8a8-data-free,qat-w4a4", "--epochs", "0.1")
     assert [row["row"] for row in rows] == ["ptq-w8a8-data-free", "qat-w4a4"]
     assert rows[0]["val"] == pytest.approx(rows[0]["float_val"], abs=5)
 
 
+@pytest.mark.slow
 def test_report_speed_measures_in_a_process_of_its_own(bench: Bench) -> None:
     (row,) = bench("report_speed", "--trials", "10", "--layers", "3")
     assert row["peak_mib"] >= row["before_mib"] > 50
@@ -173,12 +180,14 @@ def test_sensitivity_both_ways_give_one_table(bench: Bench) -> None:
     assert row["stages"]["KL, naive"]["entries"] == row["stages"]["KL, prefix reuse"]["entries"] > 0
 
 
+@pytest.mark.slow
 def test_starts_trains_the_first_config_again(bench: Bench, run_folder: Path) -> None:
     rows = bench("starts", str(run_folder), "--budget", "0.4", "--configs", "3", "--repeats", "2")
     assert [(row["config"], row["repeat"]) for row in rows[:2]] == [(0, 0), (0, 1)]
     assert len(rows) >= 4
 
 
+@pytest.mark.slow
 def test_stopping_replays_a_run(bench: Bench, run_folder: Path) -> None:
     (row,) = bench("stopping", str(run_folder))
     assert row["trials"] == 6
@@ -195,6 +204,7 @@ def test_train_step_times_three_kinds_of_step(bench: Bench) -> None:
     }
 
 
+@pytest.mark.slow
 def test_trial_overhead_adds_up_to_worker_time(bench: Bench) -> None:
     options = ["--trials", "2", "--concurrency", "1", "--seconds", "0.2", "--set", "warm_start.method=none"]
     (row,) = bench("trial_overhead", *SETS, *options)

@@ -127,6 +127,7 @@ def test_a_fused_network_computes_what_the_eager_one_does(
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 def test_layers_of_all_shapes_share_a_few_graphs(compiled_by: Callable[[str], None]) -> None:
     from torch._dynamo.utils import counters

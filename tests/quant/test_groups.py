@@ -186,6 +186,7 @@ def test_one_quantizer_goes_from_groups_to_channels_and_back() -> None:
         assert quantizer.step.shape == ((6, -(-20 // precision.group)) if precision.group else (6, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 def test_compiled_groups_are_the_same() -> None:
     for text in ("uniform:4/group8", "uniform:3/group7"):

@@ -150,6 +150,7 @@ def test_the_grid_trains_and_costs_as_much_as_its_bits() -> None:
     assert PrecisionConfig((name, layer.precision) for name, layer in layers.items()) == config
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 def test_compiled_quantizers_agree_with_eager() -> None:
     from mpsearch.quant.fused import fuse

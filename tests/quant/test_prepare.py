@@ -232,6 +232,7 @@ os._exit(0)  # gloo's group waits for its threads in its destructor, which holds
 """
 
 
+@pytest.mark.slow
 def test_trains_under_ddp(tmp_path: Path) -> None:
     command = [sys.executable, "-c", DDP, str(tmp_path / "store")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -307,6 +307,7 @@ def test_commands_lead_here(folder: RunFolder) -> None:
     assert reported.stdout.count("report.html") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_study_page_in_a_browser_shows_note_figures_and_artifacts(address: str, folder: RunFolder) -> None:
     with chromium() as browser, page_of(browser, color_scheme="dark") as (page, errors):

@@ -84,7 +84,7 @@ def test_it_finds_the_best_front_where_random_does_not() -> None:
     random = np.random.default_rng(5)
     starts = [(config, 3 * known.divergence(config)) for config in (known.space.sample(random) for _ in range(60))]
     ours = known.excess(known.search("additive", 40, Knowledge(starts)))
-    theirs = known.excess(known.search("random", 200, Knowledge()))
+    theirs = known.excess(known.search("random", 100, Knowledge()))
     assert ours < 1.15
     assert theirs > 1.5
 
@@ -100,7 +100,7 @@ def test_without_start_scores_it_learns_from_trials_alone() -> None:
 def test_a_cost_that_no_program_can_keep_and_scores_without_divergence_are_searched_too() -> None:
     def hypervolume(sampler: str) -> float:
         space = make_space(12)
-        search = SearchController(space, relative_cost, SearchSpec(sampler=sampler, trials=40), TOP1)  # type: ignore[arg-type]
+        search = SearchController(space, relative_cost, SearchSpec(sampler=sampler, trials=25), TOP1)  # type: ignore[arg-type]
         records = []
         while (proposal := search.ask()) is not None:
             records.append(search.tell(proposal, TrialRecord(proposal.config, "complete", truth(proposal.config))))
@@ -111,7 +111,7 @@ def test_a_cost_that_no_program_can_keep_and_scores_without_divergence_are_searc
 
 def test_no_proposal_is_above_the_budget() -> None:
     known = Landscape()
-    spec = SearchSpec(sampler="additive", trials=30)
+    spec = SearchSpec(sampler="additive", trials=12)
     search = SearchController(known.space, known.cost, spec, TOP1, budget=0.3)
     while (proposal := search.ask()) is not None:
         assert proposal.cost <= 0.3

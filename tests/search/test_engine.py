@@ -218,10 +218,9 @@ def test_time_limit_lets_running_trials_end(tmp_path):
 
 
 @pytest.mark.ray
-def test_ray_runs_the_same_trials_survives_its_workers_and_takes_them_along_when_its_driver_is_killed(tmp_path):
-    path, killed = tmp_path / "run", tmp_path / "killed"
-    fates(path, "nan-2", "raise-3", "die_once-5")
-    driver = start(path, "local", trials=12, sleep_s=0.05)
+@pytest.mark.slow
+def test_ray_takes_its_workers_along_when_its_driver_is_killed(tmp_path):
+    killed = tmp_path / "killed"
     victim = start(killed, "local", trials=500, sleep_s=0.1, HOME="/proc/nowhere")  # a home that nobody can write
     wait_for_records(killed, 3, victim)
     workers = worker_pids(killed)
@@ -234,6 +233,12 @@ def test_ray_runs_the_same_trials_survives_its_workers_and_takes_them_along_when
     drive.drive(killed, trials=before + 5)
     assert_whole(killed, before + 5)
 
+
+@pytest.mark.ray
+def test_ray_runs_the_same_trials_and_survives_its_workers(tmp_path):
+    path = tmp_path / "run"
+    fates(path, "nan-2", "raise-3", "die_once-5")
+    driver = start(path, "local", trials=12, sleep_s=0.05)
     output, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
     records = {r.number: r for r in assert_whole(path, 12)}

@@ -9,6 +9,7 @@ from typing import Any, cast
 import psutil
 import pytest
 import torch
+from quick import FEW_IMAGES
 from torch import nn
 
 from mpsearch.errors import PrecisionError, TaskError
@@ -33,7 +34,7 @@ SETTINGS = TrialSpec(steps=20, batch_size=32, bn_batches=4, precision="fp32", ca
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return load_task(load_study("digits").task)
+    return load_task(load_study("digits", FEW_IMAGES).task)
 
 
 @pytest.fixture(scope="module")
