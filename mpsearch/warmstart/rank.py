@@ -14,7 +14,6 @@ from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
-from scipy.stats import kendalltau
 
 from mpsearch.errors import PrecisionError, RunError, nearest
 from mpsearch.metric import Metric
@@ -144,6 +143,8 @@ def _strata(trials: pd.DataFrame, count: int) -> list[tuple[str, pd.DataFrame]]:
 def _tau(quality: np.ndarray, value: np.ndarray) -> float:
     if len(quality) < LEAST_RANKED or np.ptp(quality) == 0 or np.ptp(value) == 0:
         return nan
+    from scipy.stats import kendalltau  # here, because it takes a second to import, and most runs rank nothing
+
     return float(kendalltau(quality, value).statistic)
 
 
