@@ -41,7 +41,8 @@ CostModelName = Literal[
 ]
 
 
-MetricName = Literal["top1", "top5", "accuracy", "miou", "map", "map50", "perplexity", "bits_per_byte", "cross_entropy"]
+OF_CLASSES = ("top1", "top5", "f1", "auroc")
+"""What is measured where every sample has a class."""
 
 
 class _Section(BaseModel):
@@ -91,7 +92,7 @@ class _Data(_Section):
 class DataSpec(_Data):
     """Images with a class each: a `kind` and what that kind needs."""
 
-    METRICS = ("top1", "top5")
+    METRICS = OF_CLASSES
 
     kind: str = Field(description="digits, imagefolder, a torchvision data set in lower case, or module:factory")
     root: str | None = Field(default=None, description="folder with the data; not needed for digits")
@@ -175,7 +176,7 @@ class TextSpec(_Data):
     """Text: a language model's blocks of tokens, or, with `label`, sequences with a class each."""
 
     METRICS = ("perplexity", "bits_per_byte", "cross_entropy")
-    LABELLED: ClassVar[tuple[str, ...]] = ("top1", "top5")
+    LABELLED: ClassVar[tuple[str, ...]] = OF_CLASSES
 
     kind: Literal["text", "jsonl", "csv", "arrow", "hf_dataset", "pydoc"] = Field(
         description="files of plain text, tables, a data set of `datasets`, or pydoc: the topics of Python's help()"
@@ -211,7 +212,7 @@ class TextSpec(_Data):
 class AudioSpec(_Data):
     """Sounds with a class each: a folder of files for each class."""
 
-    METRICS = ("top1", "top5")
+    METRICS = OF_CLASSES
 
     kind: Literal["audio"]
     root: str = Field(description="folder with train/<class>/*.wav, or <class>/*.wav")
@@ -260,8 +261,10 @@ class TaskSpec(_Section):
         default=None, description="file with a state dict, or a shipped name; null: train the float model"
     )
     data: AnyData | None = None
-    metric: MetricName | None = Field(
-        default=None, description="default: the usual one of the data's kind; the task of a `factory` says its own"
+    metric: str | None = Field(
+        default=None,
+        description="name of a metric that the data's kind has, or module:function that returns an object with "
+        "`metric` and `score`; default: the usual one of the kind. The task of a `factory` says its own",
     )
     num_classes: int | None = Field(default=None, gt=1, description="default: as many as the data has")
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the model's constructor")
@@ -285,8 +288,13 @@ class TaskSpec(_Section):
             old = {"metric"} if self.metric == "top1" else set()  # as run folders of earlier versions write it
             if extra := sorted(set(filled) - {"factory", "args"} - old):
                 raise ValueError(f"`factory` brings its own model, data and metric: leave {', '.join(extra)} out")
-        if self.data is not None and self.metric is not None and self.metric not in (names := metrics_of(self.data)):
-            raise ValueError(f"`metric` is {self.metric}, and data of kind {self.data.kind} has {', '.join(names)}")
+        if self.data is None or self.metric is None or ":" in self.metric:
+            return self
+        if self.metric not in (names := metrics_of(self.data)):
+            raise ValueError(
+                f"`metric` is {self.metric}, and data of kind {self.data.kind} has {', '.join(names)}; one of your own "
+                "is module:function"
+            )
         return self
 
 
@@ -472,7 +480,7 @@ class StudySpec(_Section):
 
 MAY_CHANGE = (
     *("search", "final", "engine", "storage", "space", "trial.compile"),
-    *("task.checkpoint", "task.data.root", "task.data.download"),
+    *("task.checkpoint", "task.data.root", "task.data.download", "task.data.tokenizer"),
 )
 """Keys that say how much is searched, where, and where files are; they do not change what a trial means."""
 

@@ -45,7 +45,7 @@ def home(shared: Path, tmp_path: Path) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             (folder / "quick.yaml").write_text(QUICK)
-            done = typed("run", "quick.yaml", "--out", "run", cwd=folder)
+            done = mpsearch("run", "quick.yaml", "--out", "run", cwd=folder)
             assert done.returncode == 0, done.stderr
             (folder / "printed.txt").write_text(done.stdout)
     return Path(shutil.copytree(folder, tmp_path / "home"))

@@ -185,7 +185,7 @@ def _run_onnx(to: str, folder: Path, samples: Any, scratch: Path, timeout_s: flo
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=scratch)
     except subprocess.TimeoutExpired:
-        raise VerificationError(f"{RUNTIMES[to].name} did not end within {timeout_s:.0f} s") from None
+        raise VerificationError(f"{RUNTIMES[to].name} did not end within {timeout_s:g} s") from None
     if process.returncode:
         raise VerificationError(f"{RUNTIMES[to].name} fails on it: {_last_line(process.stderr, process.returncode)}")
     with np.load(scratch / "out.npz") as stored:
@@ -205,7 +205,7 @@ def _run_torch(
     if process.is_alive():
         process.kill()
         process.join()
-        raise VerificationError(f"{runtime.name} did not end within {timeout_s:.0f} s")
+        raise VerificationError(f"{runtime.name} did not end within {timeout_s:g} s")
     if not (scratch / "out.pt").exists():
         error = scratch / "error.txt"
         text = error.read_text(encoding="utf-8") if error.exists() else ""

@@ -29,7 +29,7 @@ from mpsearch.task.imagefolder import SUFFIXES, split_of
 from mpsearch.task.images import open_rgb
 from mpsearch.task.libraries import Needs
 from mpsearch.task.own import OwnTask
-from mpsearch.task.scores import torchmetric
+from mpsearch.task.scores import FROM_TORCHMETRICS, torchmetric
 from mpsearch.task.splitting import divided
 from mpsearch.task.study_task import StudyTask
 from mpsearch.task.task import Split
@@ -55,7 +55,8 @@ class BoxesTask(StudyTask):
     def __init__(self, spec: TaskSpec, name: str, key: str, samples: Mapping[Split, Boxed], classes: int) -> None:
         self._samples = samples
         super().__init__(spec, name, key, Needs("detection", classes, 3))
-        torchmetric(self.metric)  # that it is missing is said before anything is trained
+        if self.metric.name in FROM_TORCHMETRICS:
+            torchmetric(self.metric.name)  # that it is missing is said before anything is trained
 
     def batches(self, split: Split) -> Iterable[Any]:
         """As `StudyTask.batches`: a detector takes images and targets, and gives its losses in training."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
 from mpsearch.files import sha256
-from mpsearch.metric import Metric
+from mpsearch.metric import Metric, find_metric
 from mpsearch.shipped import shipped
 from mpsearch.study import TaskSpec
 from mpsearch.task.cache import cached_tensors, content_key
@@ -24,6 +24,7 @@ from mpsearch.task.checkpoint import load_checkpoint
 from mpsearch.task.images import Images, SampledImages, StoredImages
 from mpsearch.task.libraries import Needs
 from mpsearch.task.models import build_network, model_name
+from mpsearch.task.scores import named_metric, scorer
 from mpsearch.task.task import Answers, Batch, Measured, Split
 from mpsearch.task.training import FLOAT_BATCH, has_batch_norm, progress, saying, train_adamw
 from mpsearch.train import FitSettings, fit, threads, usual_device
@@ -42,7 +43,7 @@ SMALL_PIXELS = 16 * 16
 
 
 class ClassificationTask:
-    """A Task for labelled images; `metric` top1 or top5 is a share in [0, 1]."""
+    """A Task for labelled images: top1, top5, or another metric of logits and labels."""
 
     def __init__(self, spec: TaskSpec, images: Images) -> None:
         """Build the network, read its checkpoint and run one image through it; nothing is trained yet.
@@ -51,18 +52,19 @@ class ClassificationTask:
             TaskError: model, checkpoint and data do not fit together.
         """
         self.name = f"{model_name(spec.model)}/{images.name}"
-        metric = spec.metric or "top1"
-        self.metric: str | Metric = metric
+        self.metric: str | Metric
+        self.metric, self._score = named_metric(spec.metric or "top1", "task.metric")
         self.images = images
         self._spec = spec
         self._classes = spec.num_classes or images.num_classes
-        self._top = {"top1": 1, "top5": 5}[metric]
+        self._top = {"top1": 1, "top5": 5}.get(self.metric.name) if self._score is None else None
+        scorer(self.name, self.metric, self._score)  # that nothing computes it is said before anything is trained
         if self._classes < images.num_classes:
             raise TaskError(
                 f"task.num_classes: got {self._classes}, the data has {images.num_classes} classes: leave it out, "
                 "or give as many"
             )
-        if self._top >= images.num_classes:
+        if self._top is not None and self._top >= images.num_classes:
             raise TaskError(f"task.metric: top5 of {images.num_classes} classes says nothing: write top1")
         with _seeded(FLOAT_SEED):
             channels, *size = images.input_shape
@@ -112,20 +114,21 @@ class ClassificationTask:
         return self.images.calibration_input(samples, seed)
 
     def evaluate(self, model: nn.Module, split: Split) -> float:
-        """The share of a split whose label is among the model's first (top1) or first five (top5) answers.
-
-        NaN where the model answers NaN.
-        """
-        return self.answers(model, split).accuracy
+        """The score of a model on a split; NaN where the model answers NaN."""
+        return self.measure(model, split).score
 
     def measure(self, model: nn.Module, split: Split) -> Measured:
-        """The score, whether each image is right, and the logits."""
+        """The score, its values by image (of top1 and top5, whether each is right), and the logits."""
         answers = self.answers(model, split)
-        return Measured(answers.accuracy, answers.correct, answers.logits)
+        if self._top is not None or bool(answers.logits.isnan().any()):
+            return Measured(answers.accuracy, answers.correct, answers.logits)
+        scores = scorer(self.name, find_metric(self.metric), self._score)
+        scores.add(answers.logits, answers.labels, len(answers.labels))
+        return Measured(*scores.result(), answers.logits)
 
     @torch.inference_mode()
     def answers(self, model: nn.Module, split: Split) -> Answers:
-        """The logits of every image of a split and whether each is right, as the metric has it.
+        """The logits and labels of every image of a split, and whether each is right, as the metric has it.
 
         Runs in eval mode on the model's device, under whatever autocast the caller set, and leaves the mode as it was.
         """
@@ -134,7 +137,7 @@ class ClassificationTask:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         in_training = [module for module in model.modules() if module.training]
         model.eval()
-        said, correct = [], []
+        said, correct, true = [], [], []
         for x, labels in self.images.batches(split, batch_size):
             logits = self.logits(model(x.to(device))).float()
             if labels.min() < 0 or labels.max() >= logits.shape[1]:
@@ -143,12 +146,13 @@ class ClassificationTask:
                     f"{logits.shape[1]} classes, 0 to {logits.shape[1] - 1}: number the classes from 0, or change the "
                     "model"
                 )
-            first = logits.topk(self._top).indices
+            first = logits.topk(self._top or 1).indices
             said.append(logits)
+            true.append(labels)
             correct.append((first == labels.to(device).unsqueeze(1)).any(dim=1))
         for module in in_training:
             module.training = True
-        return Answers(torch.cat(said).cpu(), torch.cat(correct).cpu())
+        return Answers(torch.cat(said).cpu(), torch.cat(correct).cpu(), torch.cat(true).cpu())
 
     def loss(self, output: Any, target: Tensor) -> Tensor:
         """The mean cross-entropy of a batch."""

@@ -6,17 +6,19 @@ here, others by torchmetrics, which is imported where one is asked for (the extr
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mpsearch.errors import TaskError
-from mpsearch.metric import Metric
+from mpsearch.metric import Metric, find_metric
 from mpsearch.task.comparing import output_tensor
+from mpsearch.task.factory import call_factory
 
 PerSample = Callable[[Any, Any], Any]  # (output, target) -> (n,) values, or their mean as one number
 
@@ -161,13 +163,81 @@ PER_SAMPLE: Mapping[str, PerSample] = {
 }
 """Common metric -> the values of a batch. A step of a sequence is a character for bpc, a byte for bits_per_byte."""
 
+
+class RootMeanSquare:
+    """The root of the mean squared error over all numbers of all samples."""
+
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Take in answers and targets of one shape."""
+        self._sum += float((output - target).double().square().sum())
+        self._count += target.numel()
+
+    def compute(self) -> float:
+        """NaN where nothing was taken in."""
+        return math.sqrt(self._sum / self._count) if self._count else math.nan
+
+
+class OverClasses:
+    """The mean over classes of a metric of torchmetrics, which has to know how many there are: the logits say it."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._accumulator = name, cast(Any, None)
+        _torchmetrics_class(name)  # that it is missing is said before anything is trained
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Take in logits `(n, classes)` and labels `(n,)`."""
+        if self._accumulator is None:
+            self._accumulator = torchmetric(self._name, num_classes=output.shape[1]).to(output.device)
+        self._accumulator.update(output, target)
+
+    def compute(self) -> float:
+        """The mean over the classes."""
+        return float(self._accumulator.compute()) if self._accumulator is not None else math.nan
+
+
 FROM_TORCHMETRICS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "f1": ("classification.MulticlassF1Score", {"average": "macro"}),
+    "auroc": ("classification.MulticlassAUROC", {"average": "macro"}),
     "ssim": ("image.StructuralSimilarityIndexMeasure", {"data_range": 1.0}),
     "r2": ("regression.R2Score", {}),
     "map": ("detection.MeanAveragePrecision", {}),
     "map50": ("detection.MeanAveragePrecision", {}),
 }
 """Common metric -> the class of torchmetrics that accumulates it, and its arguments."""
+
+
+ACCUMULATED: Mapping[str, Callable[[], Any]] = {
+    "miou": MeanIoU,
+    "rmse": RootMeanSquare,
+    "f1": lambda: OverClasses("f1"),
+    "auroc": lambda: OverClasses("auroc"),
+}
+"""Common metric -> what accumulates it, of the output's tensor."""
+
+
+def named_metric(name: str, where: str) -> tuple[Metric, Any]:
+    """The metric that a study names, and its `score`: None of a common one, whose score is known.
+
+    Args:
+        name: of a common metric; or `module:function`, which returns an object with `metric` and `score`, as a task of
+            one's own has them.
+        where: the key of the study, for the message.
+
+    Raises:
+        TaskError: there is no such metric, or the function returns something else.
+    """
+    if ":" not in name:
+        return find_metric(name, where), None
+    made = call_factory(where, name, {})
+    if not hasattr(made, "metric") or not hasattr(made, "score"):
+        raise TaskError(
+            f"{where}: {name} returned a {type(made).__name__}, expected an object with `metric` (a mpsearch.Metric) "
+            "and `score` (a function of outputs and targets, or an object with `update` and `compute`)"
+        )
+    return find_metric(made.metric, f"{where}: metric of {name}"), made.score
 
 
 def scorer(name: str, metric: Metric, own: Any) -> Scorer:
@@ -188,27 +258,36 @@ def scorer(name: str, metric: Metric, own: Any) -> Scorer:
         )
     if metric.name in PER_SAMPLE:
         return Mean(name, metric, PER_SAMPLE[metric.name])
-    if metric.name == "miou":
-        return Accumulated(metric, MeanIoU(), output_tensor)
+    if metric.name in ACCUMULATED:
+        return Accumulated(metric, ACCUMULATED[metric.name](), output_tensor)
     if metric.name in FROM_TORCHMETRICS:
         return Accumulated(metric, torchmetric(metric.name), output_tensor)
     raise TaskError(
         f"{name}: nothing is known of how {metric.name} is scored: give the task `score(outputs, targets)`, one number "
         "for each sample, or an object with `update` and `compute` as those of torchmetrics; without one are scored: "
-        f"{', '.join(sorted({*PER_SAMPLE, 'miou', *FROM_TORCHMETRICS}))}"
+        f"{', '.join(sorted({*PER_SAMPLE, *ACCUMULATED, *FROM_TORCHMETRICS}))}"
     )
 
 
-def torchmetric(name: str) -> Any:
+def torchmetric(name: str, **arguments: Any) -> Any:
     """A metric of torchmetrics. Raises TaskError where that is not installed."""
-    import importlib
-
-    path, arguments = FROM_TORCHMETRICS[name]
-    module, _, kind = path.rpartition(".")
+    kind, usual = _torchmetrics_class(name), FROM_TORCHMETRICS[name][1]
     try:
-        return getattr(importlib.import_module(f"torchmetrics.{module}"), kind)(**arguments)
+        return kind(**usual, **arguments)
+    except ModuleNotFoundError as error:  # of what a metric itself is computed by
+        raise _without_torchmetrics(name, error) from None
+
+
+def _torchmetrics_class(name: str) -> Any:
+    module, _, kind = FROM_TORCHMETRICS[name][0].rpartition(".")
+    try:
+        return getattr(importlib.import_module(f"torchmetrics.{module}"), kind)
     except ImportError as error:
-        raise TaskError(
-            f"the metric {name} is computed by torchmetrics ({error}): pip install 'mpsearch[metrics]', or give the "
-            "task a `score` of its own"
-        ) from None
+        raise _without_torchmetrics(name, error) from None
+
+
+def _without_torchmetrics(name: str, error: ImportError) -> TaskError:
+    return TaskError(
+        f"the metric {name} is computed by torchmetrics ({error}): pip install 'mpsearch[metrics]', or give the task a "
+        "`score` of its own"
+    )

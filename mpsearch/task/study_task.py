@@ -24,6 +24,7 @@ from mpsearch.task.libraries import Needs
 from mpsearch.task.models import build_network, model_name
 from mpsearch.task.own import OwnTask
 from mpsearch.task.samples import seeded
+from mpsearch.task.scores import named_metric
 from mpsearch.task.task import Split
 from mpsearch.task.training import FLOAT_BATCH, saying, train_adamw
 from mpsearch.train import usual_device
@@ -47,7 +48,9 @@ class StudyTask:
     def __init__(self, spec: TaskSpec, data_name: str, key: str, needs: Needs) -> None:
         assert spec.data is not None  # TaskSpec: either a factory, or model and data
         self.name = f"{model_name(spec.model)}/{data_name}"
-        self.metric = spec.metric or metrics_of(spec.data)[0]
+        self.metric, score = named_metric(spec.metric or metrics_of(spec.data)[0], "task.metric")
+        if score is not None:
+            self.score = score
         self.kind: Kind = needs.kind
         self.spec, self.needs, self.data_name = spec, needs, data_name
         facts = spec.model_dump(mode="json", include={"model", "num_classes", "model_args", "float_epochs"})

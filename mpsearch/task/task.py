@@ -35,6 +35,7 @@ class Answers:
 
     logits: torch.Tensor  # (n, classes) float32
     correct: torch.Tensor  # (n,) bool
+    labels: torch.Tensor  # (n,) int64
 
     @property
     def accuracy(self) -> float:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mpsearch.errors import TaskError, nearest
 from mpsearch.graph.inputs import arguments
+from mpsearch.metric import METRICS
 from mpsearch.shipped import where
 from mpsearch.study import TaskSpec, TextSpec
 from mpsearch.task.cache import cached_tensors, content_key
@@ -116,7 +117,7 @@ class LanguageTask(StudyTask):
         needs = Needs("language", vocabulary=vocabulary, over="text")
         self.sample_numbers = corpus.inputs["train"].shape[1] * vocabulary // 16
         super().__init__(spec, name, corpus.key, needs)
-        if self.metric == "bits_per_byte":
+        if self.metric is METRICS["bits_per_byte"] and not hasattr(self, "score"):
             self.score = self._bits_per_byte  # a token is not a byte with every tokenizer
 
     def batches(self, split: Split) -> Iterable[Any]:

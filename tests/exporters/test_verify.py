@@ -163,7 +163,7 @@ def _other_shape(model: nn.Module, *_: object) -> nn.Module:
     ("load", "message"),
     [
         (_crashes, "process ended with -11"),
-        (_hangs, "did not end within 2 s"),
+        (_hangs, r"did not end within 0\.5 s"),
         (_refuses, "ValueError: no kernel for UINT2"),
         (_answers_otherwise, "answers otherwise than the network: the median difference"),
         (_says_nan, "finite in one of the two only 64"),
@@ -174,7 +174,7 @@ def test_a_runtime_that_fails_is_a_message_and_the_files_are_set_aside(
     load: object, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(RUNTIMES, "packed", Runtime("mpsearch", "mpsearch", load))  # type: ignore[arg-type]
-    monkeypatch.setattr(verify.verify, "__defaults__", (None, 2.0 if load is _hangs else 60.0))
+    monkeypatch.setattr(verify.verify, "__defaults__", (None, 0.5 if load is _hangs else 60.0))
     for kept in ("out.failed", "out.failed2"):
         with pytest.raises(VerificationError, match=message) as error:
             mpsearch.export(network(), "packed", tmp_path / "out")

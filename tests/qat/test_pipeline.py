@@ -26,7 +26,7 @@ pytestmark = pytest.mark.study
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     torch.set_num_threads(1)
-    return open_problem(mpsearch.load_study("digits", ["trial.steps=40", "trial.batch_size=32"]))
+    return open_problem(mpsearch.load_study("digits", ["trial.steps=24", "trial.batch_size=32"]))
 
 
 def everywhere(problem: Problem, weight: str, activation: str) -> PrecisionConfig:
@@ -67,7 +67,7 @@ def test_the_soft_phase_of_shift_weights_is_logged_and_hardens(problem: Problem)
     assert log[-1]["live_share"] < log[0]["live_share"]
 
 
-@pytest.mark.parametrize("gradient", ["ste", "dsq"])
+@pytest.mark.parametrize("gradient", [pytest.param("ste", marks=pytest.mark.slow), "dsq"])
 def test_shift_trains_with_the_other_gradients_too(problem: Problem, gradient: str) -> None:
     task, config = problem.task, everywhere(problem, "shift:2", "shift:3")
     untrained = prepare(task.float_model(), config, task.calibration_input(256)).eval()

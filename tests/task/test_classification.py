@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
 from mpsearch.files import sha256
+from mpsearch.metric import METRICS, Metric
 from mpsearch.shipped import shipped
 from mpsearch.study import DataSpec, TaskSpec, load_study
 from mpsearch.task import ClassificationTask, Task, load_task, training
@@ -55,9 +56,29 @@ RANKS = [[0, 1, 2, 3, 4, 5, 6], [1, 0, 2, 3, 4, 5, 6], [1, 2, 3, 4, 0, 5, 6], [1
 @pytest.mark.parametrize(("metric", "share"), [("top1", 1 / 4), ("top5", 3 / 4)])
 def test_the_metric_is_the_share_of_labels_among_the_first_answers(metric: str, share: float):
     task = task_of_known_answers(metric, RANKS)
-    assert task.metric == metric
+    assert task.metric == METRICS[metric]
     assert task.evaluate(Answers(), "val") == share
     assert task.evaluate(Answers(), "test") == 1.0
+
+
+def test_another_metric_is_computed_of_logits_and_labels():
+    pytest.importorskip("torchmetrics")
+    f1 = task_of_known_answers("f1", RANKS).measure(Answers(), "val")
+    # Of label 0 one of four is answered: precision 1, recall 1/4; of class 1, which no image is, three answers.
+    assert f1.score == pytest.approx((0.4 + 0.0) / 2)
+    assert f1.values is None
+    assert f1.rows is not None
+
+
+def test_a_metric_of_ones_own_is_named_as_module_and_function():
+    task = task_of_known_answers("own_tasks:rank_of_label", RANKS)
+    assert task.metric == Metric("rank", "minimize", unit="places", bounds=(1.0, math.inf), per_sample=True)
+    measured = task.measure(Answers(), "val")
+    assert measured.score == (1 + 2 + 5 + 6) / 4
+    assert measured.values is not None
+    assert measured.values.tolist() == [1, 2, 5, 6]
+    with pytest.raises(TaskError, match=r"task.metric: own_tasks:nothing returned a \w+, expected an object with"):
+        task_of_known_answers("own_tasks:nothing", RANKS)
 
 
 def test_a_sampled_task_scores_fewer_images_of_val_and_leaves_the_task_whole():

@@ -371,3 +371,10 @@ def test_a_detector_trains_with_its_own_loss_and_takes_as_many_samples_as_there_
     workbench = Workbench(task, TrialSpec(steps=1, batch_size=2, compile=False))
     loss = workbench.loss(0)(0, None, {"box": torch.tensor(2.0), "label": torch.tensor(3.0)}, None)
     assert loss == 5.0
+
+
+def test_root_mean_square_is_over_all_numbers() -> None:
+    score = scorer("t", METRICS["rmse"], None)
+    score.add(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]), 1)
+    score.add(torch.tensor([[0.0, 0.0], [4.0, 0.0]]), torch.zeros(2, 2), 2)
+    assert score.result() == (pytest.approx(math.sqrt((4 + 16) / 6)), None)

@@ -27,7 +27,7 @@ from mpsearch.workbench import Workbench
 pytestmark = pytest.mark.study
 
 BUDGETS = (0.5, 0.25)
-STEPS = 60
+STEPS = 40
 WITHOUT_CONTROLS = ("warm_start.ilp=false", "warm_start.combinations=0")
 
 
@@ -201,6 +201,7 @@ def test_a_warm_start_is_paid_for_once(problem: Problem, tmp_path: Path, monkeyp
     assert [origin for origin, _ in once()] == [*first, *["uniform"] * 2, *["descent"] * 4]
 
 
+@pytest.mark.slow  # sensitivities of all types
 def test_the_cheap_end_of_several_types_is_tried_after_the_snapshots(tmp_path: Path) -> None:
     overrides = [*QUICK, "warm_start.steps=4", "warm_start.budgets=[0.4]", *WITHOUT_CONTROLS]
     problem = open_problem(mpsearch.load_study("digits", ["space=digits_mixed", *overrides]))

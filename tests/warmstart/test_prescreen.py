@@ -27,7 +27,7 @@ from mpsearch.warmstart.start_score import BATCHES
 pytestmark = pytest.mark.study
 
 SETTINGS = (*QUICK, "warm_start.method=none", "warm_start.budgets=[0.4,0.2]")
-COUNT = 60
+COUNT = 40
 
 
 @pytest.fixture(scope="module")
