@@ -319,8 +319,11 @@ class StreamedImages:
         try:
             for pixels, labels in loader:
                 yield self._normalize(pixels), labels
+            return
         except TaskError as error:  # the loader puts the worker's traceback before the message
-            raise TaskError(str(error).rpartition("TaskError: ")[2].strip()) from None
+            message = str(error).rpartition("TaskError: ")[2].strip()
+            error.__traceback__ = None  # holds the loader, whose processes then take 5 s to end
+        raise TaskError(message)
 
 
 class _Files(Dataset[tuple[Tensor, int]]):
