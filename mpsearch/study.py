@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -164,12 +164,38 @@ class BoxesSpec(_Data):
 
     METRICS = ("map", "map50")
 
-    kind: Literal["coco", "voc"] = Field(description="how boxes are written: COCO's JSON, or Pascal VOC's XML")
-    root: str = Field(description="folder with images and annotations")
+    kind: Literal["coco", "voc", "shapes"] = Field(
+        description="how boxes are written: COCO's JSON, or Pascal VOC's XML; shapes: drawings, made here"
+    )
+    root: str | None = Field(default=None, description="folder with images and annotations")
     image_size: int | None = Field(
         default=None, gt=0, description="side that images are resized to, boxes with them; default: as they are"
     )
     augment: bool = Field(default=True, description="random flip of training images, left to right")
+
+    @model_validator(mode="after")
+    def _folder(self) -> Self:
+        return _reads(self, made="shapes")
+
+
+class PatchesSpec(_Data):
+    """Squares cut out of images, to be made again from smaller ones: super-resolution."""
+
+    METRICS = ("psnr", "ssim", "mse", "mae")
+
+    kind: Literal["patches"]
+    root: str | None = Field(
+        default=None, description="folder with images; default: the two photographs that scikit-learn ships"
+    )
+    scale: int = Field(default=2, gt=1, description="how many times larger the output is, in each direction")
+    side: int = Field(default=32, gt=1, description="side of a square, a multiple of `scale`")
+    augment: bool = Field(default=True, description="random flip of training squares, left to right")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.side % self.scale:
+            raise ValueError(f"`side` is {self.side}, and must be a multiple of `scale`, {self.scale}")
+        return self
 
 
 class TextSpec(_Data):
@@ -178,8 +204,9 @@ class TextSpec(_Data):
     METRICS = ("perplexity", "bits_per_byte", "cross_entropy")
     LABELLED: ClassVar[tuple[str, ...]] = OF_CLASSES
 
-    kind: Literal["text", "jsonl", "csv", "arrow", "hf_dataset", "pydoc"] = Field(
-        description="files of plain text, tables, a data set of `datasets`, or pydoc: the topics of Python's help()"
+    kind: Literal["text", "jsonl", "csv", "arrow", "hf_dataset", "pydoc", "docstrings"] = Field(
+        description="files of plain text, tables, a data set of `datasets`, pydoc: the topics of Python's help(), or "
+        "docstrings: those of the standard library, with the columns `text` and `package`"
     )
     root: str | None = Field(default=None, description="a file, or a folder with files named as the splits")
     tokenizer: str = Field(default="bytes", description="bytes, or the folder of a Hugging Face tokenizer")
@@ -190,8 +217,8 @@ class TextSpec(_Data):
 
     @model_validator(mode="after")
     def _source(self) -> Self:
-        if (self.kind == "pydoc") != (self.root is None):
-            raise ValueError("pydoc reads no file: leave `root` out" if self.kind == "pydoc" else "give `root`")
+        if (made := self.kind in ("pydoc", "docstrings")) != (self.root is None):
+            raise ValueError(f"{self.kind} reads no file: leave `root` out" if made else "give `root`")
         if self.label is not None and self.kind in ("text", "pydoc"):
             raise ValueError(f"{self.kind} has no columns: leave `label` out, or write kind: csv, jsonl or arrow")
         if self.config is not None and self.kind != "hf_dataset":
@@ -210,12 +237,14 @@ class TextSpec(_Data):
 
 
 class AudioSpec(_Data):
-    """Sounds with a class each: a folder of files for each class."""
+    """Sounds with a class each: a folder of files for each class, or keywords of tones."""
 
     METRICS = OF_CLASSES
 
-    kind: Literal["audio"]
-    root: str = Field(description="folder with train/<class>/*.wav, or <class>/*.wav")
+    kind: Literal["audio", "melodies"] = Field(
+        description="audio: folders; melodies: keywords of three notes in noise, made here"
+    )
+    root: str | None = Field(default=None, description="folder with train/<class>/*.wav, or <class>/*.wav")
     rate: int | None = Field(
         default=None, gt=0, description="samples a second that sounds are resampled to; default: as is"
     )
@@ -223,11 +252,29 @@ class AudioSpec(_Data):
         default=None, gt=0, description="length of a sample, cut or padded; default: the first's"
     )
 
+    @model_validator(mode="after")
+    def _folder(self) -> Self:
+        if self.kind == "melodies" and (self.rate or self.seconds):
+            raise ValueError("melodies have a rate and a length of their own: leave `rate` and `seconds` out")
+        return _reads(self, made="melodies")
+
+
+_D = TypeVar("_D", bound=_Data)
+
+
+def _reads(data: _D, made: str) -> _D:
+    """`data`, after a look at whether it has a folder, or is made here and has none."""
+    kind, root = getattr(data, "kind", ""), getattr(data, "root", None)
+    if (kind == made) != (root is None):
+        raise ValueError(f"{made} reads no folder: leave `root` out" if kind == made else "give `root`")
+    return data
+
 
 AnyData = Annotated[
     Annotated[DataSpec, Tag("DataSpec")]
     | Annotated[MasksSpec, Tag("MasksSpec")]
     | Annotated[BoxesSpec, Tag("BoxesSpec")]
+    | Annotated[PatchesSpec, Tag("PatchesSpec")]
     | Annotated[TextSpec, Tag("TextSpec")]
     | Annotated[AudioSpec, Tag("AudioSpec")],
     Discriminator(lambda data: _spec_of(data)),
@@ -236,7 +283,7 @@ AnyData = Annotated[
 
 SPEC_OF_KIND: Mapping[str, str] = {
     kind: spec.__name__
-    for spec in (MasksSpec, BoxesSpec, TextSpec, AudioSpec)
+    for spec in (MasksSpec, BoxesSpec, PatchesSpec, TextSpec, AudioSpec)
     for kind in get_args(spec.model_fields["kind"].annotation)
 }
 """Kind of data -> the name of the class that checks it."""
@@ -254,8 +301,8 @@ class TaskSpec(_Section):
 
     model: str | None = Field(
         default=None,
-        description="cifar_resnet20/32/44/56, digits_cnn, unet, wave_cnn, a torchvision classifier's name, timm:NAME, "
-        "torchvision:NAME, hf:CLASS or hf:FOLDER, module:factory",
+        description="cifar_resnet20/32/44/56, digits_cnn, unet, wave_cnn, espcn, small_fcos, a torchvision "
+        "classifier's name, timm:NAME, torchvision:NAME, hf:CLASS or hf:FOLDER, module:factory",
     )
     checkpoint: str | None = Field(
         default=None, description="file with a state dict, or a shipped name; null: train the float model"

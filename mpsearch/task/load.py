@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpsearch.errors import TaskError
-from mpsearch.study import AudioSpec, BoxesSpec, DataSpec, MasksSpec, TaskSpec, TextSpec
+from mpsearch.study import AudioSpec, BoxesSpec, DataSpec, MasksSpec, PatchesSpec, TaskSpec, TextSpec
 from mpsearch.task.audio import audio_task
 from mpsearch.task.boxes import boxes_task
 from mpsearch.task.classification import ClassificationTask
@@ -15,6 +15,7 @@ from mpsearch.task.factory import call_factory
 from mpsearch.task.lightning_task import lightning_task
 from mpsearch.task.masks import masks_task
 from mpsearch.task.own import REQUIRED, OwnTask
+from mpsearch.task.patches import patches_task
 from mpsearch.task.task import Task
 from mpsearch.task.text import text_task
 
@@ -28,6 +29,7 @@ TASKS: Mapping[type, Callable[[TaskSpec, int | None], Task]] = {
     DataSpec: _images_task,
     MasksSpec: masks_task,
     BoxesSpec: boxes_task,
+    PatchesSpec: patches_task,
     TextSpec: text_task,
     AudioSpec: audio_task,
 }
