@@ -124,7 +124,13 @@ def group_count(features: int, size: int) -> int:
 
 @dataclass(frozen=True, order=True, slots=True)
 class LayerPrecision:
-    """The precision of a layer's weight and of its input activation."""
+    """The precision of a layer's weight and of its input activation.
+
+    >>> str(LayerPrecision.parse("shift:3", "uniform:6"))
+    'shift:3/channel x uniform:6/tensor'
+    >>> LayerPrecision.shorthand("w4a8") == LayerPrecision.parse("uniform:4", "uniform:8")
+    True
+    """
 
     weight: Precision
     activation: Precision
@@ -177,6 +183,11 @@ class PrecisionConfig(Mapping[str, LayerPrecision]):
     """Layer name -> LayerPrecision for a whole network, in the network's layer order.
 
     Two configs are equal when every layer has the same precision, whatever order they were written in.
+
+    >>> config = PrecisionConfig.uniform(["conv", "fc"], LayerPrecision.shorthand("w4a8"))
+    >>> config = config.replace(fc=LayerPrecision.shorthand("w8a8"))
+    >>> config.mean_bits, str(config["conv"])
+    ((6.0, 8.0), 'uniform:4/channel x uniform:8/tensor')
     """
 
     __slots__ = ("_hash", "_layers")

@@ -71,23 +71,23 @@ class TrialRecord:
     has the score at which it was stopped, and no more than that.
     """
 
-    config: PrecisionConfig
-    state: TrialState
-    score: float | None = None
-    cost: float | None = None
-    reason: str | None = None
+    config: PrecisionConfig  # layer name -> text form, as "uniform:4/channel x uniform:8/tensor"
+    state: TrialState  # complete, failed or stopped
+    score: float | None = None  # on val, in the metric's unit
+    cost: float | None = None  # relative
+    reason: str | None = None  # why it failed, in words
     number: int = -1  # position in the study; -1 outside one
-    origin: Origin = "manual"
-    seed: int = 0
-    start_loss: float | None = None  # training loss over the first and the last steps of the fine-tune
-    end_loss: float | None = None
+    origin: Origin = "manual"  # who proposed the config: uniform, ilp, descent, prescreen, sampler, import, manual
+    seed: int = 0  # of its batches
+    start_loss: float | None = None  # training loss over the first steps of the fine-tune
+    end_loss: float | None = None  # training loss over its last steps
     start_divergence: float | None = None  # from the float network on a sample of val before the fine-tune
     curve: tuple[tuple[int, float], ...] = ()  # (step, score), from before the fine-tune to its end
     divergence: float | None = None  # mean divergence from the float network on val (`Comparison`)
     values: str | None = None  # by sample of val, of which the score is the mean: `pack`
-    wall: WallTime = WallTime()
+    wall: WallTime = WallTime()  # prepare_s, train_s and evaluate_s
     started_s: float = 0.0  # seconds since the epoch
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: int = 0  # of the process that ran it, so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +95,10 @@ class FinalRecord:
     """One longer training of a picked trial's config: the scores on both splits."""
 
     number: int  # of the trial
-    seed: int
-    steps: int
-    val: float
-    test: float
+    seed: int  # of its batches
+    steps: int  # of the training
+    val: float  # score, in the metric's unit
+    test: float  # score, in the metric's unit
     values: str | None = None  # by sample of test: `pack`
 
 
@@ -106,10 +106,10 @@ class FinalRecord:
 class PrescreenRecord:
     """An untrained config that was scored before the trials."""
 
-    config: PrecisionConfig
+    config: PrecisionConfig  # as in TrialRecord
     cost: float  # relative
     divergence: float | None  # from the float network on training batches; None: no finite number
-    batches: int
+    batches: int  # that the divergence is the mean of
     source: str  # who proposed it: ladder, descent, ilp, neighbour, model, ...; again: it was scored before on fewer
 
 

@@ -183,7 +183,7 @@ class PatchesSpec(_Data):
 
     METRICS = ("psnr", "ssim", "mse", "mae")
 
-    kind: Literal["patches"]
+    kind: Literal["patches"] = Field(description="patches: squares cut out of images")
     root: str | None = Field(
         default=None, description="folder with images; default: the two photographs that scikit-learn ships"
     )
@@ -307,7 +307,7 @@ class TaskSpec(_Section):
     checkpoint: str | None = Field(
         default=None, description="file with a state dict, or a shipped name; null: train the float model"
     )
-    data: AnyData | None = None
+    data: AnyData | None = Field(default=None, description="kind of data and where it is: see task.data")
     metric: str | None = Field(
         default=None,
         description="name of a metric that the data's kind has, or module:function that returns an object with "
@@ -353,7 +353,9 @@ def metrics_of(data: _Data) -> tuple[str, ...]:
 class CostSpec(_Section):
     """The hardware cost that is minimized, relative to the same network at `reference`."""
 
-    model: CostModelName = "shift_energy"
+    model: CostModelName = Field(
+        default="shift_energy", description="cost model: energy (pJ), bit operations, or bytes, of one sample"
+    )
     reference: str = Field(default="w8a8", description="uniform config that costs 1.0, as w8a8")
     budget: float | None = Field(
         default=None, gt=0, description="hard bound on relative cost; configs above it are infeasible"
@@ -375,22 +377,29 @@ class WarmStartSpec(_Section):
     method: Literal["none", "gdnsq"] = Field(
         default="none", description="gdnsq: one training with learnable bit-widths under a falling budget"
     )
-    steps: int = Field(default=600, gt=0, description="batches of that training")
+    steps: int = Field(default=600, gt=0, description="training steps of it")
     budgets: tuple[float, ...] = Field(
-        default=(0.6, 0.4, 0.25, 0.15, 0.08), min_length=1, description="relative costs at which it is read off"
+        default=(0.6, 0.4, 0.25, 0.15, 0.08),
+        min_length=1,
+        description="relative costs at which bits and weights are kept",
     )
-    neighbours: int = Field(default=3, ge=0, description="whole-bit configs of each of these; 0: its weights alone")
+    neighbours: int = Field(
+        default=3, ge=0, description="configs in whole bits that are tried at each budget; 0: only the weights are used"
+    )
     spread: float = Field(
         default=0.01,
         ge=0,
-        description="bits that a tensor moves a step for each octave of its marginal; 0: all alike, as a baseline",
+        description="update size: bits per step per doubling of a tensor's marginal; 0: all tensors move alike, as a "
+        "baseline",
     )
     reuse_weights: bool = Field(default=True, description="trials start from its weights at the nearest cost")
     ilp: bool = Field(default=False, description="try sensitivity + ILP at these budgets too, as a second baseline")
     combinations: int = Field(
-        default=0, ge=0, description="so many global combinations (w3a4, shift:4 x uniform:5, ...) join the ladder"
+        default=0,
+        ge=0,
+        description="number of global combinations (w3a4, shift:4 x uniform:5, ...) that are tried beside the ladder",
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="seed of that training's batches")
 
     @field_validator("budgets", mode="before")
     @classmethod
@@ -420,7 +429,7 @@ class SearchSpec(_Section):
     )
     trials: int = Field(default=60, gt=0, description="finished trials, the uniform ladder included")
     concurrency: int = Field(default=2, gt=0, description="trials that run at the same time")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="seed of the sampler")
     time_limit_s: float | None = Field(default=None, gt=0, description="no new trial starts after this many seconds")
     stop_dominated: bool = Field(
         default=True, description="stop a trial that is dominated at its start or halfway; baselines never stop"
@@ -431,33 +440,38 @@ class SearchSpec(_Section):
 class TrialSpec(_Section):
     """The short fine-tune that scores a config."""
 
-    steps: int = Field(default=150, ge=0, description="0: score straight after range setting")
-    batch_size: int = Field(default=128, gt=0)
+    steps: int = Field(
+        default=150, ge=0, description="training steps of a trial; 0: score right after the ranges are set"
+    )
+    batch_size: int = Field(default=128, gt=0, description="training samples of a step")
     lr: float = Field(default=0.02, gt=0, description="peak of the one-cycle schedule")
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay of the fine-tune's optimizer")
     distill: bool = Field(default=True, description="Jeffreys divergence to the float model instead of the task's loss")
     precision: Literal["auto", "bf16", "fp32"] = Field(default="auto", description="arithmetic of the fine-tune")
-    compile: bool | Literal["auto"] = Field(default="auto", description="torch.compile; auto: where it pays and can")
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="compile the quantizers with torch.compile; auto: if worthwhile and a compiler exists",
+    )
     calibration_samples: int = Field(default=256, gt=0, description="training samples for range setting")
     bn_batches: int = Field(
         default=16, ge=0, description="batches that re-estimate BatchNorm statistics after the fine-tune"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="seed of the batches, the same for all trials")
 
 
 class FinalSpec(_Section):
     """The longer training of the picked front, the only stage that sees the test split."""
 
-    pick: int = Field(default=6, gt=0, description="front points that are re-trained")
-    epochs: float = Field(default=5, gt=0)
-    seeds: int = Field(default=3, gt=0)
+    pick: int = Field(default=6, gt=0, description="number of front points that are trained longer")
+    epochs: float = Field(default=5, gt=0, description="passes over the training data")
+    seeds: int = Field(default=3, gt=0, description="trainings of each point, with seeds of their own")
     lr: float | None = Field(default=None, gt=0, description="default: the trial's")
 
 
 class EngineSpec(_Section):
     """Where trials run: `none` in this process, `local` under a Ray of our own, or an address of a Ray cluster."""
 
-    address: str = "local"
+    address: str = Field(default="local", description="none, local, auto, HOST:PORT or ray://HOST:PORT")
 
     @field_validator("address")
     @classmethod
@@ -470,7 +484,7 @@ class EngineSpec(_Section):
 class StudySpec(_Section):
     """A whole study: what is compressed, which configs exist, what they cost, how they are searched and trained."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run folder, runs/NAME")
     task: TaskSpec
     space: str = Field(description="a name in search_spaces/, or the path of a YAML file")
     cost: CostSpec = CostSpec()
