@@ -19,7 +19,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -88,6 +88,7 @@ class TrialRecord:
     wall: WallTime = WallTime()
     started_s: float = 0.0  # seconds since the epoch
     peak_memory_bytes: int = 0
+    costs: Mapping[str, float] = field(default_factory=dict, hash=False)  # of every cost model, each in its unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,7 @@ def record_to_json(record: TrialRecord) -> str:
     document: dict[str, Any] = {name: getattr(record, name) for name in _FIELDS}
     document["config"] = {layer: str(precision) for layer, precision in record.config.items()}
     document["wall"] = asdict(record.wall)
+    document["costs"] = dict(record.costs)
     try:
         return json.dumps(document, allow_nan=False, ensure_ascii=False)
     except ValueError:
@@ -172,6 +174,7 @@ def record_from_json(text: str) -> TrialRecord:
         )
         document["wall"] = WallTime(**document.get("wall", {}))
         document["curve"] = tuple((int(step), float(score)) for step, score in document.get("curve", ()))
+        document["costs"] = {str(name): float(value) for name, value in document.get("costs", {}).items()}
         return TrialRecord(**document)
     except KeyError as error:
         raise RunError(f"not a trial record: {error} is missing") from None
@@ -442,8 +445,8 @@ class RunFolder:
     def write_parquet(self) -> Path:
         """Write `trials.parquet` from the record: a row per trial, two text columns per layer.
 
-        Columns are the fields of TrialRecord, `wall.*` in seconds, and `NAME.weight` and `NAME.activation` for every
-        layer. Raises WriteError where it cannot be written.
+        Columns are the fields of TrialRecord, `wall.*` in seconds, `cost.*` in each cost's unit, and `NAME.weight` and
+        `NAME.activation` for every layer. Raises WriteError where it cannot be written.
         """
         import pandas as pd
 
@@ -506,7 +509,10 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
-    row = {name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall", "curve", "values")}
+    row = {
+        name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall", "curve", "values", "costs")
+    }
+    row |= {f"cost.{name}": value for name, value in record.costs.items()}
     row["digest"] = record.config.digest
     row |= {f"wall.{name}": value for name, value in asdict(record.wall).items()}
     for name, layer in record.config.items():

@@ -29,6 +29,7 @@ from mpsearch.errors import PrecisionError, RunError, StudyError
 from mpsearch.precision import LayerPrecision
 from mpsearch.record import RunFolder
 from mpsearch.shipped import shipped, shipped_names
+from mpsearch.units import Amount, parse_amount
 
 CostModelName = Literal[
     "shift_energy",
@@ -303,6 +304,28 @@ class CostSpec(_Section):
     budget: float | None = Field(
         default=None, gt=0, description="hard bound on relative cost; configs above it are infeasible"
     )
+    limits: dict[CostModelName, float | str] = Field(
+        default_factory=dict,
+        description="hard bounds on any costs, as {weight_bytes: 128 KiB}: a number with a unit; without one it is in "
+        "the unit that the cost's name says, or relative to the reference where it says none",
+    )
+
+    @field_validator("limits", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return {k: float(v) if type(v) is int else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("limits")
+    @classmethod
+    def _amounts(cls, value: dict[str, float | str]) -> dict[str, float | str]:
+        for name, text in value.items():
+            parse_amount(name, text)
+        return value
+
+    @property
+    def amounts(self) -> dict[str, Amount]:
+        """The limits by the name of the cost."""
+        return {name: parse_amount(name, text) for name, text in self.limits.items()}
 
     @field_validator("reference")
     @classmethod

@@ -133,6 +133,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             records,
             started=began,
             knowledge=_knowledge(folder),
+            priced=problem.priced,
         )
         front = _FrontKeeper(problem, folder, records, observer)
         make_runner = functools.partial(
@@ -261,7 +262,8 @@ def _put_on_record(
     problem: Problem, folder: RunFolder, records: Sequence[TrialRecord], record: TrialRecord, workbench: Workbench
 ) -> TrialRecord:
     """Give a trial that nobody proposed the next number, and put it and its weights into the run, which is driven."""
-    record = replace(record, number=max((r.number for r in records), default=-1) + 1)
+    number = max((r.number for r in records), default=-1) + 1
+    record = replace(record, number=number, costs=problem.priced(record.config))
     folder.checkpoints.mkdir(exist_ok=True)
     front = _FrontKeeper(problem, folder, records, SILENT)
     save_weights(workbench.model, checkpoint_path(folder.checkpoints, record.number))

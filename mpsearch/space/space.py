@@ -103,6 +103,25 @@ class SearchSpace:
         """How many configs there are."""
         return math.prod(len(slot.choices) for slot in self.slots)
 
+    @cached_property
+    def options(self) -> Mapping[str, tuple[LayerPrecision, ...]]:
+        """Every pair of precisions that each layer may have."""
+        choices = {(name, slot.tensor): slot.choices for slot in self.slots for name in slot.layers}
+        return {
+            name: tuple(
+                pair
+                for pair in itertools.starmap(
+                    LayerPrecision, itertools.product(choices[name, "weight"], choices[name, "activation"])
+                )
+                if self.allows(name, pair)
+            )
+            for name in self.layers
+        }
+
+    def allows(self, layer: str, pair: LayerPrecision) -> bool:
+        """Whether a layer may have these two of its choices together."""
+        return True
+
     @property
     def offers(self) -> dict[str, Offer]:
         """The quantizer types among the choices of each layer."""

@@ -17,6 +17,10 @@ their marginal, the loss that a bit saves per unit of cost, which at an optimum 
 E: exponential mean over steps; C: the study's own cost model, linear between whole numbers of bits. The budget falls
 geometrically, fast to the dearest requested one, where little is decided, then slowly; at every requested one the
 descent leaves a snapshot of bits, marginals and weights.
+
+Limits on other costs that are sums fall likewise, to their value by the time of the dearest budget. Where one binds,
+the slots that it prices go down further, and its gradient, as a share of its bound, joins that of C. Limits on a peak
+are left to the rounding, as are changes of precision between neighbours.
 """
 
 from __future__ import annotations
@@ -276,6 +280,8 @@ def descend(
             f"no budget of warm_start.budgets lies between the cheapest uniform config, {bottom:.3g}, and the dearest, "
             f"{top:.3g}: give some that do"
         )
+    limits = _limits(cost, space, high)
+    binding: list[tuple[_Limit, float]] = []
     quantizers = [q for group in by_slot for q in group]
     of_quantizers = {p for q in quantizers for p in q.parameters()}
     weights = [p for p in model.parameters() if p not in of_quantizers]
@@ -298,10 +304,13 @@ def descend(
         slopes = MEMORY * slopes + (1 - MEMORY) * fresh
         mean_loss = MEMORY * mean_loss + (1 - MEMORY) * value
         unbiased = 1 - MEMORY ** (step + 1)
-        marginals = _marginals(slopes / unbiased, price.gradient(bits))
+        gradient = price.gradient(bits)
+        for limit, bound in binding:
+            gradient = gradient + limit.price.gradient(bits) * (budget / bound)
+        marginals = _marginals(slopes / unbiased, gradient)
         free = (high > low) & (marginals > 0)
         pull = _pull(marginals, free)
-        bits = on_budget(price, bits + spread * pull, low, high, budget)
+        bits, binding = within_bounds(price, limits, bits + spread * pull, low, high, budget, (step + 1) / steps)
         for group, b in zip(by_slot, bits.tolist(), strict=True):
             for quantizer in group:
                 quantizer.bits.data.fill_(b)
@@ -381,6 +390,11 @@ def with_bit_quantizers(model: nn.Module, workbench: Workbench, space: SearchSpa
     return quantized
 
 
+def limit_at(progress: float, top: float, most: float) -> float:
+    """A limit when a share of the steps is done: geometrically from `top` to what it is, as the dearest budget."""
+    return most if top <= most else top * math.pow(most / top, min(1.0, progress / APPROACH))
+
+
 def on_budget(price: BitCost, bits: Tensor, low: Tensor, high: Tensor, budget: float) -> Tensor:
     """The bits `(slots,)` shifted by one number for all, within their ends, so that their cost is the budget."""
     least, most = float((low - bits).min()), float((high - bits).max())
@@ -391,6 +405,51 @@ def on_budget(price: BitCost, bits: Tensor, low: Tensor, high: Tensor, budget: f
         else:
             least = middle
     return torch.clamp(bits + least, low, high)
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A limit on a cost that is a sum, as the descent keeps it."""
+
+    price: BitCost
+    top: float  # the cost at the largest numbers of bits
+    most: float
+    priced: Tensor  # (slots,) whether a slot's bits change the cost
+
+    def at(self, progress: float) -> float:
+        """The limit when a share of the steps is done: as the budget, it has fallen by the dearest requested one."""
+        return (
+            self.most
+            if self.top <= self.most
+            else self.top * math.pow(self.most / self.top, min(1.0, progress / APPROACH))
+        )
+
+
+def _limits(cost: RelativeCost, space: SearchSpace, high: Tensor) -> list[_Limit]:
+    summed = [(BitCost(bound.cost, space), bound.most) for bound in cost.limits if bound.cost.combined_by is sum]
+    return [_Limit(price, float(price(high)), most, price.gradient(high) > 0) for price, most in summed]
+
+
+def within_bounds(
+    price: BitCost, limits: Sequence[_Limit], bits: Tensor, low: Tensor, high: Tensor, budget: float, progress: float
+) -> tuple[Tensor, list[tuple[_Limit, float]]]:
+    """The bits on the budget, those that a limit prices lower still where it is tighter.
+
+    Returns:
+        the bits `(slots,)`, and the limits that bind, each with what it is now.
+    """
+    bits = on_budget(price, bits, low, high, budget)
+    binding: dict[int, tuple[_Limit, float]] = {}
+    for _ in range(3):  # what a limit takes from some slots the budget gives to others, which another limit may price
+        for index, limit in enumerate(limits):
+            bound = limit.at(progress)
+            if float(limit.price(bits)) > bound:
+                binding[index] = limit, bound
+                top = torch.where(limit.priced, high, bits)
+                bits = on_budget(limit.price, bits, torch.where(limit.priced, low, bits), top, bound)
+                high = torch.where(limit.priced, bits, high)
+        bits = on_budget(price, bits, low, high, budget)
+    return bits, list(binding.values())
 
 
 def _marginals(slopes: Tensor, prices: Tensor) -> Tensor:
