@@ -79,8 +79,8 @@ def bits_in_words(pair: LayerPrecision) -> str:
 
 
 def _in_words(precision: Precision) -> str:
-    if precision.quantizer in ("float", "float16", "bfloat16"):
-        return precision.quantizer
+    if not precision.has_scale:
+        return str(precision)
     return f"{precision.bits} bit" + ("" if precision.quantizer == "uniform" else f" {precision.quantizer}")
 
 
