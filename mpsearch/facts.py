@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,9 +21,9 @@ from mpsearch.documents import explain
 from mpsearch.errors import CostError, MpsearchError, PrecisionError, RunError
 from mpsearch.graph.facts import LayerInfo, ModelGraph
 from mpsearch.metric import Metric
-from mpsearch.precision import Precision, PrecisionConfig
+from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord
-from mpsearch.space.choices import GRANULARITY, TENSORS, TensorName
+from mpsearch.space.choices import GRANULARITY, TENSORS, TensorName, listing
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.study import StudySpec, comparable, read_spec
 from mpsearch.units import SHARE, Amount, show
@@ -70,6 +71,7 @@ class ProblemFacts:
             f"{len(quantizable)} layers, {macs / 1e6:.3g} million MACs a sample; {len(self.space.free)} free choices, "
             f"{scientific(self.space.size)} configs; the uniform ladder of {len(self.space.ladder())} is the baseline.",
         ]
+        lines += self._hardware()
         if unhandled:
             names = ", ".join(layer.name for layer in unhandled[:5]) + (", ..." if len(unhandled) > 5 else "")
             lines.append(
@@ -82,6 +84,28 @@ class ProblemFacts:
             lines.append(f"The float network: {scores}.")
         return lines
 
+    def _hardware(self) -> list[str]:
+        """What the hardware leaves of the space, in words; nothing where it leaves all."""
+        options = self.space.options
+        same: dict[tuple[LayerPrecision, ...], list[str]] = {}
+        for name in self.space.pairs:
+            same.setdefault(options[name], []).append(name)
+        lines = []
+        for pairs, names in same.items():
+            which = f"'{names[0]}'" if len(names) == 1 else f"{len(names)} layers ('{names[0]}' first)"
+            lines.append(f"  {which} may have {len(pairs)} pairs: {listing(pairs)}.")
+        tied = [slot for slot in self.space.slots if len(slot.layers) > 1]
+        lines += [
+            f"  {len(slot.layers)} layers share one {slot.tensor} precision: {listing(slot.layers)}."
+            for slot in tied[:6]
+        ]
+        if len(tied) > 6:
+            lines.append(f"  And {len(tied) - 6} groups of layers more share a precision.")
+        if not lines or self.spec.hardware == "generic":
+            return []
+        name = Path(self.spec.hardware).stem
+        return [f"Hardware '{name}' and the space '{self.space.name}' together leave:", *lines]
+
     def to_json(self) -> str:
         """The text of `problem.json`, from which `from_json` makes equal facts of the same study."""
         document = _Document(
@@ -91,6 +115,7 @@ class ProblemFacts:
             graph=self.graph,
             space=self.space.name,
             slots=tuple(_Slot.of(slot) for slot in self.space.slots),
+            pairs=tuple((name, tuple(sorted(map(str, pairs)))) for name, pairs in self.space.pairs.items()),
             cheapest=self.cheapest,
             dearest=self.dearest,
             float_digest=self.float_digest,
@@ -125,7 +150,7 @@ class ProblemFacts:
             task_name=document.task,
             metric=metric,
             graph=document.graph,
-            space=SearchSpace(document.space, names, slots),
+            space=SearchSpace(document.space, names, slots, pairs={n: _pairs(texts) for n, texts in document.pairs}),
             cost=cost,
             costs=costs,
             cheapest=document.cheapest,
@@ -228,12 +253,18 @@ class _Document(_Section):
     graph: ModelGraph
     space: str  # its name
     slots: tuple[_Slot, ...]
+    pairs: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of the layers that may not have all of theirs
     cheapest: float = Field(gt=0)
     dearest: float = Field(gt=0)
     float_digest: str
     float_scores: dict[str, float]
     notes: tuple[str, ...]
     study: dict[str, Any] = Field(default_factory=dict)  # older runs do not say
+
+
+def _pairs(texts: Sequence[str]) -> frozenset[LayerPrecision]:
+    sides = (text.partition(" x ") for text in texts)
+    return frozenset(LayerPrecision.parse(weight, activation) for weight, _, activation in sides)
 
 
 def scientific(count: int) -> str:

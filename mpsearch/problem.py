@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mpsearch.cost.model import RelativeCost
-from mpsearch.errors import CostError, RunError, TaskError, WriteError
+from mpsearch.errors import CostError, HardwareError, RunError, TaskError, WriteError
 from mpsearch.facts import ProblemFacts, price_study, read_facts
 from mpsearch.files import write_text
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.inputs import tensors
+from mpsearch.hardware.profile import Allowed, Profile, load_profile
+from mpsearch.precision import LayerPrecision
 from mpsearch.private.torch import BatchNormNd
 from mpsearch.program import ROUNDING, program_of
 from mpsearch.quant.prepare import inspect_network
@@ -107,7 +110,9 @@ def open_problem(spec: StudySpec) -> Problem:
     space_spec = load_space(spec.space)
     calibration = task.calibration_input(spec.trial.calibration_samples)
     graph = inspect_network(model, calibration, products=space_spec.products)
-    space = build_space(space_spec, graph.layers)
+    hardware = load_profile(spec.hardware)
+    space = build_space(space_spec, graph.layers, hardware)
+    check_reference(spec, hardware, graph.layers)
     cost, costs = price_study(spec, graph.layers)
     cheapest, dearest = cost.bounds(space.options)
     if spec.cost.budget is not None and spec.cost.budget < cheapest:
@@ -129,6 +134,21 @@ def open_problem(spec: StudySpec) -> Problem:
         float_digest=float_digest,
         task=task,
     )
+
+
+def check_reference(spec: StudySpec, hardware: Profile, layers: Sequence[LayerInfo]) -> None:
+    """Whether the hardware runs what costs are relative to, on some layer at least.
+
+    Raises:
+        HardwareError: it does not.
+    """
+    reference = LayerPrecision.shorthand(spec.cost.reference)
+    free = [layer for layer in layers if layer.reason is None]
+    if not any(Allowed(hardware.allowed(layer), hardware.granularity, layer)(reference) for layer in free):
+        raise HardwareError(
+            f"cost.reference is {spec.cost.reference}, which hardware '{hardware.name}' does not run: it runs "
+            f"{', '.join(hardware.pairs)}; give one of them as cost.reference"
+        )
 
 
 def check_limits(spec: StudySpec, space: SearchSpace, cost: RelativeCost) -> None:
@@ -204,6 +224,10 @@ def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
         except WriteError as error:  # of a folder that may only be read, a trial can be exported all the same
             logger.warning("%s", error)
         return problem
+    if facts.space.pairs != problem.space.pairs and facts.space.slots == problem.space.slots:
+        raise RunError(
+            f"{folder.hardware_yaml} does not give the pairs that the run began with: restore the file, {new}"
+        )
     if facts.space.slots != problem.space.slots:
         slots = [slot.name for slot in (*facts.space.slots, *problem.space.slots)]
         changed = sorted({slot.name for slot in {*facts.space.slots} ^ {*problem.space.slots}}, key=slots.index)

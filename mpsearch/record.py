@@ -230,6 +230,8 @@ class RunFolder:
         self._trouble: str | None = None
         self.study_yaml = path / "study.yaml"
         self.space_yaml = path / "space.yaml"
+        self.hardware_yaml = path / "hardware.yaml"
+        self.hardware_csv = path / "hardware.csv"
         self.trials_jsonl = path / "trials.jsonl"
         self.trials_parquet = path / "trials.parquet"
         self.finals_jsonl = path / "finals.jsonl"
@@ -248,12 +250,20 @@ class RunFolder:
         self._lock = filelock.FileLock(path / "driver.lock")
 
     @classmethod
-    def create(cls, path: str | Path, study_yaml: str, space_yaml: str | None = None, *, metric: Metric) -> RunFolder:
+    def create(
+        cls,
+        path: str | Path,
+        study_yaml: str,
+        space_yaml: str | None = None,
+        *,
+        metric: Metric,
+        hardware: tuple[str, str | None] | None = None,
+    ) -> RunFolder:
         """Make the folder of a new run of the resolved study `study_yaml`, whose search space was `space_yaml`.
 
-        `metric` is what its records' scores are.
+        `metric` is what its records' scores are, `hardware` the text of its profile and of the profile's table.
 
-        The space is copied because a run means the configs that there were when it began, whatever its file says later.
+        Both are copied because a run means the configs that there were when it began, whatever its file says later.
 
         Raises:
             RunError: the folder already holds a run, or cannot be made.
@@ -277,6 +287,10 @@ class RunFolder:
         write_text(folder.study_yaml, study_yaml, sync=True)
         if space_yaml is not None:
             write_text(folder.space_yaml, space_yaml, sync=True)
+        profile, table = hardware or (None, None)
+        for file, text in ((folder.hardware_yaml, profile), (folder.hardware_csv, table)):
+            if text is not None:
+                write_text(file, text, sync=True)
         write_text(folder._run_json, json.dumps(about) + "\n", sync=True)  # last: a folder with it is whole
         return folder
 

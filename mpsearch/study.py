@@ -441,6 +441,10 @@ class StudySpec(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     task: TaskSpec
     space: str = Field(description="a name in search_spaces/, or the path of a YAML file")
+    hardware: str = Field(
+        default="generic",
+        description="a name in hardware/, or the path of a YAML file: which pairs of precisions there are",
+    )
     cost: CostSpec = CostSpec()
     warm_start: WarmStartSpec = WarmStartSpec()
     search: SearchSpec = SearchSpec()
@@ -490,11 +494,18 @@ class StudySpec(_Section):
         )
         if storage.startswith("sqlite:///") and not storage.startswith("sqlite:////"):
             storage = f"sqlite:///{Path(storage.removeprefix('sqlite:///')).absolute()}"
-        return self.model_copy(update={"task": task, "space": _absolute(self.space), "storage": storage})
+        return self.model_copy(
+            update={
+                "task": task,
+                "space": _absolute(self.space),
+                "hardware": _absolute(self.hardware),
+                "storage": storage,
+            }
+        )
 
 
 MAY_CHANGE = (
-    *("search", "final", "engine", "storage", "space", "trial.compile"),
+    *("search", "final", "engine", "storage", "space", "hardware", "trial.compile"),
     *("task.checkpoint", "task.data.root", "task.data.download"),
 )
 """Keys that say how much is searched, where, and where files are; they do not change what a trial means."""
@@ -658,7 +669,7 @@ def study_names() -> list[str]:
 
 
 def read_spec(folder: RunFolder, overrides: Sequence[str] = ()) -> StudySpec:
-    """The resolved study of a run, with `key.path=value` set over it and the run's own copy of the search space.
+    """The resolved study of a run, with `key.path=value` set over it and the run's own copies of space and hardware.
 
     Raises:
         RunError: it cannot be read.
@@ -674,5 +685,5 @@ def read_spec(folder: RunFolder, overrides: Sequence[str] = ()) -> StudySpec:
     if overrides:
         _refuse_password(document)
     spec = parse_study(document, source=str(folder.study_yaml), strict=False)
-    space = folder.space_yaml.absolute()
-    return spec.model_copy(update={"space": str(space)}) if space.exists() else spec
+    copies = {"space": folder.space_yaml.absolute(), "hardware": folder.hardware_yaml.absolute()}
+    return spec.model_copy(update={key: str(path) for key, path in copies.items() if path.exists()})

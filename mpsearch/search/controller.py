@@ -464,7 +464,7 @@ class SearchController:
 
     def _enumerate(self) -> Iterator[PrecisionConfig]:
         """Every config of a space that is not too large."""
-        if self._space.size <= ENUMERABLE:
+        if self._space.combined <= ENUMERABLE:
             choices = self._choices()
             for values in itertools.product(*choices.values()):
                 yield self._space.config_of(dict(zip(choices, values, strict=True)))

@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -181,13 +182,18 @@ class BitCost:
         self._first = torch.tensor([slot_bits(slot)[0] for slot in space.slots], dtype=torch.float64)
         for index, name in enumerate(space.layers):
             w, a = at[name, "weight"], at[name, "activation"]
-            pairs = [
+            of_w, of_a = slot_bits(space.slots[w]), slot_bits(space.slots[a])
+            pairs = (
                 [
-                    cost.addend(name, LayerPrecision(_at_bits(space.slots[w], i), _at_bits(space.slots[a], j)))
-                    for j in slot_bits(space.slots[a])
+                    [
+                        cost.addend(name, LayerPrecision(_at_bits(space.slots[w], i), _at_bits(space.slots[a], j)))
+                        for j in of_a
+                    ]
+                    for i in of_w
                 ]
-                for i in slot_bits(space.slots[w])
-            ]
+                if name not in space.pairs
+                else _between_pairs(cost, space, name, space.slots[w], space.slots[a])
+            )
             self._pairs[index, : len(pairs), : len(pairs[0])] = torch.tensor(pairs, dtype=torch.float64)
         self._last = torch.tensor([len(slot_bits(slot)) - 1 for slot in space.slots])
 
@@ -210,6 +216,32 @@ class BitCost:
         bits = bits.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(self(bits), bits)
         return gradient
+
+
+def _between_pairs(
+    cost: RelativeCost, space: SearchSpace, name: str, weight: Slot, activation: Slot
+) -> list[list[float]]:
+    """What a layer with excluded pairs costs at whole numbers of bits, (weight, activation).
+
+    At a pair that is excluded the layer runs as the cheapest one that is at least as wide in both, or the dearest there
+    is; between the widths on offer the cost is linear.
+    """
+    offered = [[c.bits for c in uniform_choices(slot)] for slot in (weight, activation)]
+    allowed = {
+        (pair.weight.bits, pair.activation.bits): cost.addend(name, pair)
+        for pair in space.options[name]
+        if pair.weight in uniform_choices(weight) and pair.activation in uniform_choices(activation)
+    } or {(max(offered[0]), max(offered[1])): max(cost.addend(name, pair) for pair in space.options[name])}
+
+    def price(w: int, a: int) -> float:
+        wider = [its_cost for (i, j), its_cost in allowed.items() if i >= w and j >= a]
+        return min(wider, default=max(allowed.values()))
+
+    corners = np.array([[price(w, a) for a in offered[1]] for w in offered[0]])
+    widths = [np.arange(bits[0], bits[-1] + 1) for bits in offered]
+    rows = np.stack([np.interp(widths[1], offered[1], row) for row in corners])
+    between = np.stack([np.interp(widths[0], offered[0], column) for column in rows.T], axis=1)
+    return [[float(value) for value in row] for row in between]
 
 
 def uniform_choices(slot: Slot) -> list[Precision]:
