@@ -34,6 +34,10 @@ class SpaceError(MpsearchError):
     """A search space does not fit the model or itself."""
 
 
+class HardwareError(MpsearchError):
+    """A hardware profile or its table cannot be used, or does not fit the network."""
+
+
 class PrecisionError(MpsearchError):
     """A precision, or a file of precisions, is not one that mpsearch knows."""
 

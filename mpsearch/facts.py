@@ -7,23 +7,26 @@ no torch.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mpsearch.cost.model import RelativeCost
+from mpsearch.cost.model import COST_MODELS, Bound, RelativeCost
 from mpsearch.documents import explain
-from mpsearch.errors import MpsearchError, PrecisionError, RunError
-from mpsearch.graph.facts import ModelGraph
+from mpsearch.errors import CostError, MpsearchError, PrecisionError, RunError
+from mpsearch.graph.facts import LayerInfo, ModelGraph
 from mpsearch.metric import Metric
-from mpsearch.precision import Precision
-from mpsearch.record import RunFolder
-from mpsearch.space.choices import GRANULARITY, TENSORS, TensorName
+from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
+from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.space.choices import GRANULARITY, TENSORS, TensorName, listing
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.study import StudySpec, comparable, read_spec
+from mpsearch.units import SHARE, Amount, show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +38,18 @@ class ProblemFacts:
     metric: Metric  # what scores are
     graph: ModelGraph
     space: SearchSpace
-    cost: RelativeCost
+    cost: RelativeCost  # the one that is minimized, with the study's limits
     cheapest: float  # relative cost of the cheapest config
     dearest: float
     float_digest: str  # of the float network's weights: 16 hex digits
     float_scores: Mapping[str, float] = field(default_factory=dict)  # by split, where they have been measured
     notes: tuple[str, ...] = ()  # what looked wrong about the task when the run started
     began: Mapping[str, Any] = field(default_factory=dict)  # `comparable` of the study that the run began with
+    costs: Mapping[str, RelativeCost] = field(default_factory=dict)  # every cost that is recorded, by name
+
+    def priced(self, config: PrecisionConfig) -> dict[str, float]:
+        """What a config costs under every cost model, each in its unit, by name."""
+        return {name: cost.absolute(config).total for name, cost in self.costs.items()}
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -59,9 +67,11 @@ class ProblemFacts:
             f"{spec.cost.reference} everywhere. Configs of the space '{self.space.name}' cost {self.cheapest:.3g} to "
             f"{self.dearest:.3g}"
             + (f"; only those up to {spec.cost.budget:g} are tried." if spec.cost.budget else "."),
+            *([f"Limits that every config keeps: {'; '.join(map(str, costs.limits))}."] if costs.limits else []),
             f"{len(quantizable)} layers, {macs / 1e6:.3g} million MACs a sample; {len(self.space.free)} free choices, "
             f"{scientific(self.space.size)} configs; the uniform ladder of {len(self.space.ladder())} is the baseline.",
         ]
+        lines += self._hardware()
         if unhandled:
             names = ", ".join(layer.name for layer in unhandled[:5]) + (", ..." if len(unhandled) > 5 else "")
             lines.append(
@@ -74,6 +84,28 @@ class ProblemFacts:
             lines.append(f"The float network: {scores}.")
         return lines
 
+    def _hardware(self) -> list[str]:
+        """What the hardware leaves of the space, in words; nothing where it leaves all."""
+        options = self.space.options
+        same: dict[tuple[LayerPrecision, ...], list[str]] = {}
+        for name in self.space.pairs:
+            same.setdefault(options[name], []).append(name)
+        lines = []
+        for pairs, names in same.items():
+            which = f"'{names[0]}'" if len(names) == 1 else f"{len(names)} layers ('{names[0]}' first)"
+            lines.append(f"  {which} may have {len(pairs)} pairs: {listing(pairs)}.")
+        tied = [slot for slot in self.space.slots if len(slot.layers) > 1]
+        lines += [
+            f"  {len(slot.layers)} layers share one {slot.tensor} precision: {listing(slot.layers)}."
+            for slot in tied[:6]
+        ]
+        if len(tied) > 6:
+            lines.append(f"  And {len(tied) - 6} groups of layers more share a precision.")
+        if not lines or self.spec.hardware == "generic":
+            return []
+        name = Path(self.spec.hardware).stem
+        return [f"Hardware '{name}' and the space '{self.space.name}' together leave:", *lines]
+
     def to_json(self) -> str:
         """The text of `problem.json`, from which `from_json` makes equal facts of the same study."""
         document = _Document(
@@ -83,6 +115,7 @@ class ProblemFacts:
             graph=self.graph,
             space=self.space.name,
             slots=tuple(_Slot.of(slot) for slot in self.space.slots),
+            pairs=tuple((name, tuple(sorted(map(str, pairs)))) for name, pairs in self.space.pairs.items()),
             cheapest=self.cheapest,
             dearest=self.dearest,
             float_digest=self.float_digest,
@@ -111,13 +144,15 @@ class ProblemFacts:
         decided = sorted((name, slot.tensor) for slot in slots for name in slot.layers)
         if decided != sorted((name, tensor) for name in names for tensor in TENSORS):
             raise RunError("  slots: they are not those of its layers: every tensor of every layer is in exactly one")
+        cost, costs = price_study(spec, document.graph.layers)
         return ProblemFacts(
             spec=spec,
             task_name=document.task,
             metric=metric,
             graph=document.graph,
-            space=SearchSpace(document.space, names, slots),
-            cost=RelativeCost(document.graph.layers, spec.cost.model, spec.cost.reference),
+            space=SearchSpace(document.space, names, slots, pairs={n: _pairs(texts) for n, texts in document.pairs}),
+            cost=cost,
+            costs=costs,
             cheapest=document.cheapest,
             dearest=document.dearest,
             float_digest=document.float_digest,
@@ -125,6 +160,46 @@ class ProblemFacts:
             notes=document.notes,
             began=document.study,
         )
+
+
+def with_costs(records: Sequence[TrialRecord], facts: ProblemFacts) -> list[TrialRecord]:
+    """The records, those of earlier versions with every cost: priced now, where their config is of this network."""
+    filled = []
+    for record in records:
+        if not record.costs and record.cost is not None:
+            with contextlib.suppress(CostError):
+                record = replace(record, costs=facts.priced(record.config))
+        filled.append(record)
+    return filled
+
+
+def price_study(spec: StudySpec, layers: Sequence[LayerInfo]) -> tuple[RelativeCost, dict[str, RelativeCost]]:
+    """The cost that a study minimizes, with its limits, and every cost that can be recorded of the network, by name.
+
+    Raises:
+        CostError: the network costs nothing under the study's model, or a limit has the unit of another cost.
+    """
+    main = RelativeCost(layers, spec.cost.model, spec.cost.reference)
+    costs: dict[str, RelativeCost] = {}
+    for name in COST_MODELS:
+        with contextlib.suppress(CostError):  # a network of products alone has no bytes of weights
+            costs[name] = main if name == spec.cost.model else RelativeCost(layers, name, spec.cost.reference)
+    main.limits = tuple(_bound(name, amount, costs) for name, amount in spec.cost.amounts.items())
+    return main, costs
+
+
+def _bound(name: str, amount: Amount, costs: Mapping[str, RelativeCost]) -> Bound:
+    if name not in costs:
+        raise CostError(f"cost.limits.{name}: the network costs nothing of it: leave the limit out")
+    reference = costs[name].reference
+    if amount.unit == SHARE:
+        return Bound(name, costs[name], amount.value, show(amount.value * reference.total, reference.unit))
+    if amount.unit != reference.unit:
+        raise CostError(
+            f"cost.limits.{name} is {amount}, but {name} is counted in {reference.unit}: give the bound in that, or in "
+            "% of the reference's"
+        )
+    return Bound(name, costs[name], amount.value / reference.total, str(amount))
 
 
 def read_facts(folder: RunFolder) -> ProblemFacts:
@@ -178,12 +253,18 @@ class _Document(_Section):
     graph: ModelGraph
     space: str  # its name
     slots: tuple[_Slot, ...]
+    pairs: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of the layers that may not have all of theirs
     cheapest: float = Field(gt=0)
     dearest: float = Field(gt=0)
     float_digest: str
     float_scores: dict[str, float]
     notes: tuple[str, ...]
     study: dict[str, Any] = Field(default_factory=dict)  # older runs do not say
+
+
+def _pairs(texts: Sequence[str]) -> frozenset[LayerPrecision]:
+    sides = (text.partition(" x ") for text in texts)
+    return frozenset(LayerPrecision.parse(weight, activation) for weight, _, activation in sides)
 
 
 def scientific(count: int) -> str:

@@ -9,14 +9,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mpsearch.cost.model import RelativeCost
-from mpsearch.errors import CostError, RunError, TaskError, WriteError
-from mpsearch.facts import ProblemFacts, read_facts
+from mpsearch.errors import CostError, HardwareError, RunError, TaskError, WriteError
+from mpsearch.facts import ProblemFacts, price_study, read_facts
 from mpsearch.files import write_text
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.inputs import tensors
+from mpsearch.hardware.profile import Allowed, Profile, load_profile
+from mpsearch.precision import LayerPrecision
 from mpsearch.private.torch import BatchNormNd
+from mpsearch.program import ROUNDING, program_of
 from mpsearch.quant.prepare import inspect_network
 from mpsearch.record import RunFolder
 from mpsearch.space.build import build_space
+from mpsearch.space.space import SearchSpace
 from mpsearch.space.spec import load_space
 from mpsearch.state_dict import digest
 from mpsearch.study import StudySpec, comparable, read_spec
@@ -25,6 +30,7 @@ from mpsearch.task.scoring import comparison_of, evaluate, metric_of
 from mpsearch.task.task import Split, Task, Warns
 from mpsearch.train import batch_norm_gap, samples_of
 from mpsearch.trust import require_trust
+from mpsearch.units import show
 
 logger = logging.getLogger(__name__)
 
@@ -104,18 +110,17 @@ def open_problem(spec: StudySpec) -> Problem:
     space_spec = load_space(spec.space)
     calibration = task.calibration_input(spec.trial.calibration_samples)
     graph = inspect_network(model, calibration, products=space_spec.products)
-    space = build_space(space_spec, graph.layers)
-    cost = RelativeCost(graph.layers, spec.cost.model, spec.cost.reference)
-    choices: dict[str, dict[str, Sequence[Any]]] = {name: {} for name in space.layers}
-    for slot in space.slots:
-        for name in slot.layers:
-            choices[name][slot.tensor] = slot.choices
-    cheapest, dearest = cost.bounds({name: (c["weight"], c["activation"]) for name, c in choices.items()})
+    hardware = load_profile(spec.hardware)
+    space = build_space(space_spec, graph.layers, hardware)
+    check_reference(spec, hardware, graph.layers)
+    cost, costs = price_study(spec, graph.layers)
+    cheapest, dearest = cost.bounds(space.options)
     if spec.cost.budget is not None and spec.cost.budget < cheapest:
         raise CostError(
             f"cost.budget is {spec.cost.budget:g}, but the cheapest config of space '{space.name}' costs "
             f"{cheapest:.4g} of {spec.cost.reference}: raise the budget, or allow lower precisions in the space"
         )
+    check_limits(spec, space, cost)
     return Problem(
         spec=spec,
         task_name=task.name,
@@ -123,11 +128,61 @@ def open_problem(spec: StudySpec) -> Problem:
         graph=graph,
         space=space,
         cost=cost,
+        costs=costs,
         cheapest=cheapest,
         dearest=dearest,
         float_digest=float_digest,
         task=task,
     )
+
+
+def check_reference(spec: StudySpec, hardware: Profile, layers: Sequence[LayerInfo]) -> None:
+    """Whether the hardware runs what costs are relative to, on some layer at least.
+
+    Raises:
+        HardwareError: it does not.
+    """
+    reference = LayerPrecision.shorthand(spec.cost.reference)
+    free = [layer for layer in layers if layer.reason is None]
+    if not any(Allowed(hardware.allowed(layer), hardware.granularity, layer)(reference) for layer in free):
+        raise HardwareError(
+            f"cost.reference is {spec.cost.reference}, which hardware '{hardware.name}' does not run: it runs "
+            f"{', '.join(hardware.pairs)}; give one of them as cost.reference"
+        )
+
+
+def check_limits(spec: StudySpec, space: SearchSpace, cost: RelativeCost) -> None:
+    """Whether some config keeps the study's limits, and its budget.
+
+    Raises:
+        CostError: none does; the message says what could be kept instead.
+    """
+    if not cost.limits:
+        return
+    for bound in cost.limits:
+        if bound.cost.combined_by in (sum, max):
+            cheapest, _ = bound.cost.bounds(space.options)
+            if cheapest > bound.most:
+                unit = bound.cost.reference.unit
+                raise CostError(
+                    f"cost.limits: no config of space '{space.name}' has {bound}; the least there is is "
+                    f"{show(cheapest * bound.cost.reference.total, unit)}: raise the limit, or allow lower precisions "
+                    "in the space"
+                )
+    program = program_of(space, cost)
+    if program is None:
+        return
+    excess, config = program.least_excess(math.inf if spec.cost.budget is None else spec.cost.budget)
+    if excess > 1 + ROUNDING:
+        nearest = [f"{b.name} <= {show(b.cost.absolute(config).total, b.cost.reference.unit)}" for b in cost.limits] + (
+            [] if spec.cost.budget is None else [f"cost.budget {cost(config):.4g}"]
+        )
+        raise CostError(
+            f"cost.limits: each can be kept, but no config of space '{space.name}' keeps all of them"
+            + (" and cost.budget" if spec.cost.budget is not None else "")
+            + f" ({'; '.join(map(str, cost.limits))}): the nearest config has {', '.join(nearest)}; raise some, or "
+            "allow lower precisions in the space"
+        )
 
 
 def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
@@ -169,6 +224,10 @@ def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
         except WriteError as error:  # of a folder that may only be read, a trial can be exported all the same
             logger.warning("%s", error)
         return problem
+    if facts.space.pairs != problem.space.pairs and facts.space.slots == problem.space.slots:
+        raise RunError(
+            f"{folder.hardware_yaml} does not give the pairs that the run began with: restore the file, {new}"
+        )
     if facts.space.slots != problem.space.slots:
         slots = [slot.name for slot in (*facts.space.slots, *problem.space.slots)]
         changed = sorted({slot.name for slot in {*facts.space.slots} ^ {*problem.space.slots}}, key=slots.index)

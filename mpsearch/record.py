@@ -19,7 +19,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -88,6 +88,7 @@ class TrialRecord:
     wall: WallTime = WallTime()  # prepare_s, train_s and evaluate_s
     started_s: float = 0.0  # seconds since the epoch
     peak_memory_bytes: int = 0  # of the process that ran it, so far
+    costs: Mapping[str, float] = field(default_factory=dict, hash=False)  # of every cost model, each in its unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,7 @@ def record_to_json(record: TrialRecord) -> str:
     document: dict[str, Any] = {name: getattr(record, name) for name in _FIELDS}
     document["config"] = {layer: str(precision) for layer, precision in record.config.items()}
     document["wall"] = asdict(record.wall)
+    document["costs"] = dict(record.costs)
     try:
         return json.dumps(document, allow_nan=False, ensure_ascii=False)
     except ValueError:
@@ -172,6 +174,7 @@ def record_from_json(text: str) -> TrialRecord:
         )
         document["wall"] = WallTime(**document.get("wall", {}))
         document["curve"] = tuple((int(step), float(score)) for step, score in document.get("curve", ()))
+        document["costs"] = {str(name): float(value) for name, value in document.get("costs", {}).items()}
         return TrialRecord(**document)
     except KeyError as error:
         raise RunError(f"not a trial record: {error} is missing") from None
@@ -227,6 +230,8 @@ class RunFolder:
         self._trouble: str | None = None
         self.study_yaml = path / "study.yaml"
         self.space_yaml = path / "space.yaml"
+        self.hardware_yaml = path / "hardware.yaml"
+        self.hardware_csv = path / "hardware.csv"
         self.trials_jsonl = path / "trials.jsonl"
         self.trials_parquet = path / "trials.parquet"
         self.finals_jsonl = path / "finals.jsonl"
@@ -245,12 +250,20 @@ class RunFolder:
         self._lock = filelock.FileLock(path / "driver.lock")
 
     @classmethod
-    def create(cls, path: str | Path, study_yaml: str, space_yaml: str | None = None, *, metric: Metric) -> RunFolder:
+    def create(
+        cls,
+        path: str | Path,
+        study_yaml: str,
+        space_yaml: str | None = None,
+        *,
+        metric: Metric,
+        hardware: tuple[str, str | None] | None = None,
+    ) -> RunFolder:
         """Make the folder of a new run of the resolved study `study_yaml`, whose search space was `space_yaml`.
 
-        `metric` is what its records' scores are.
+        `metric` is what its records' scores are, `hardware` the text of its profile and of the profile's table.
 
-        The space is copied because a run means the configs that there were when it began, whatever its file says later.
+        Both are copied because a run means the configs that there were when it began, whatever its file says later.
 
         Raises:
             RunError: the folder already holds a run, or cannot be made.
@@ -274,6 +287,10 @@ class RunFolder:
         write_text(folder.study_yaml, study_yaml, sync=True)
         if space_yaml is not None:
             write_text(folder.space_yaml, space_yaml, sync=True)
+        profile, table = hardware or (None, None)
+        for file, text in ((folder.hardware_yaml, profile), (folder.hardware_csv, table)):
+            if text is not None:
+                write_text(file, text, sync=True)
         write_text(folder._run_json, json.dumps(about) + "\n", sync=True)  # last: a folder with it is whole
         return folder
 
@@ -442,8 +459,8 @@ class RunFolder:
     def write_parquet(self) -> Path:
         """Write `trials.parquet` from the record: a row per trial, two text columns per layer.
 
-        Columns are the fields of TrialRecord, `wall.*` in seconds, and `NAME.weight` and `NAME.activation` for every
-        layer. Raises WriteError where it cannot be written.
+        Columns are the fields of TrialRecord, `wall.*` in seconds, `cost.*` in each cost's unit, and `NAME.weight` and
+        `NAME.activation` for every layer. Raises WriteError where it cannot be written.
         """
         import pandas as pd
 
@@ -506,7 +523,10 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
-    row = {name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall", "curve", "values")}
+    row = {
+        name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall", "curve", "values", "costs")
+    }
+    row |= {f"cost.{name}": value for name, value in record.costs.items()}
     row["digest"] = record.config.digest
     row |= {f"wall.{name}": value for name, value in asdict(record.wall).items()}
     for name, layer in record.config.items():

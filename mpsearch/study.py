@@ -29,6 +29,7 @@ from mpsearch.errors import PrecisionError, RunError, StudyError
 from mpsearch.precision import LayerPrecision
 from mpsearch.record import RunFolder
 from mpsearch.shipped import shipped, shipped_names
+from mpsearch.units import Amount, parse_amount
 
 CostModelName = Literal[
     "shift_energy",
@@ -360,6 +361,28 @@ class CostSpec(_Section):
     budget: float | None = Field(
         default=None, gt=0, description="hard bound on relative cost; configs above it are infeasible"
     )
+    limits: dict[CostModelName, float | str] = Field(
+        default_factory=dict,
+        description="hard bounds on any costs, as {weight_bytes: 128 KiB}: a number with a unit; without one it is in "
+        "the unit that the cost's name says, or relative to the reference where it says none",
+    )
+
+    @field_validator("limits", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return {k: float(v) if type(v) is int else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("limits")
+    @classmethod
+    def _amounts(cls, value: dict[str, float | str]) -> dict[str, float | str]:
+        for name, text in value.items():
+            parse_amount(name, text)
+        return value
+
+    @property
+    def amounts(self) -> dict[str, Amount]:
+        """The limits by the name of the cost."""
+        return {name: parse_amount(name, text) for name, text in self.limits.items()}
 
     @field_validator("reference")
     @classmethod
@@ -487,6 +510,10 @@ class StudySpec(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run folder, runs/NAME")
     task: TaskSpec
     space: str = Field(description="a name in search_spaces/, or the path of a YAML file")
+    hardware: str = Field(
+        default="generic",
+        description="a name in hardware/, or the path of a YAML file: which pairs of precisions there are",
+    )
     cost: CostSpec = CostSpec()
     warm_start: WarmStartSpec = WarmStartSpec()
     search: SearchSpec = SearchSpec()
@@ -536,11 +563,18 @@ class StudySpec(_Section):
         )
         if storage.startswith("sqlite:///") and not storage.startswith("sqlite:////"):
             storage = f"sqlite:///{Path(storage.removeprefix('sqlite:///')).absolute()}"
-        return self.model_copy(update={"task": task, "space": _absolute(self.space), "storage": storage})
+        return self.model_copy(
+            update={
+                "task": task,
+                "space": _absolute(self.space),
+                "hardware": _absolute(self.hardware),
+                "storage": storage,
+            }
+        )
 
 
 MAY_CHANGE = (
-    *("search", "final", "engine", "storage", "space", "trial.compile"),
+    *("search", "final", "engine", "storage", "space", "hardware", "trial.compile"),
     *("task.checkpoint", "task.data.root", "task.data.download", "task.data.tokenizer"),
 )
 """Keys that say how much is searched, where, and where files are; they do not change what a trial means."""
@@ -704,7 +738,7 @@ def study_names() -> list[str]:
 
 
 def read_spec(folder: RunFolder, overrides: Sequence[str] = ()) -> StudySpec:
-    """The resolved study of a run, with `key.path=value` set over it and the run's own copy of the search space.
+    """The resolved study of a run, with `key.path=value` set over it and the run's own copies of space and hardware.
 
     Raises:
         RunError: it cannot be read.
@@ -720,5 +754,5 @@ def read_spec(folder: RunFolder, overrides: Sequence[str] = ()) -> StudySpec:
     if overrides:
         _refuse_password(document)
     spec = parse_study(document, source=str(folder.study_yaml), strict=False)
-    space = folder.space_yaml.absolute()
-    return spec.model_copy(update={"space": str(space)}) if space.exists() else spec
+    copies = {"space": folder.space_yaml.absolute(), "hardware": folder.hardware_yaml.absolute()}
+    return spec.model_copy(update={key: str(path) for key, path in copies.items() if path.exists()})

@@ -115,7 +115,7 @@ def test_all_faults_are_told_at_once():
         (document(search={"sampler": "nsga3"}), "search.sampler: got 'nsga3'; did you mean 'nsga2'?.*"),
         (document(cost={"model": "bop"}), "cost.model: got 'bop'; did you mean 'bops'?.*"),
         (document(cost={"reference": "8 bit"}), "cost.reference: cannot read '8 bit': write .* w4a8.* (got '8 bit')"),
-        (document(cost={"reference": "w9a8"}), "cost.reference: uniform has no 9-bit form.*"),
+        (document(cost={"reference": "w17a8"}), "cost.reference: uniform has no 17-bit form.*"),
         (document(storage="sqlite3"), "storage: write sqlite, journal, none.* (got 'sqlite3')"),
         (document(engine={"address": "my host"}), "engine.address: write none, local, auto.* (got 'my host')"),
         (data(mean=[0.5, "x"]), "task.data.mean.1: input should be a valid number.* (got 'x')"),

@@ -89,7 +89,7 @@ def ranges(layers: dict[str, QuantLayer]) -> tuple[TensorRange, ...]:
             ("activation", layer.input_quantizer, torch.zeros(()), None, None),
         ]
         for tensor, quantizer, form, seen_low, seen_high in sides:
-            if not quantizer.precision.is_float:
+            if quantizer.precision.has_scale:
                 low, high = _ends(quantizer, form)
                 rows.append(
                     TensorRange(

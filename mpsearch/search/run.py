@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mpsearch.errors import GaveUpError, SpaceError, TaskError
 from mpsearch.files import write_text
+from mpsearch.hardware.profile import profile_copy
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem, check_moved, open_problem, reopen, with_float_scores, write_facts
@@ -60,7 +61,13 @@ def run_study(spec: StudySpec, out: str | Path | None = None, observer: Observer
     problem = open_problem(spec)
     problem = replace(problem, notes=tuple(problem.warnings()))
     space_yaml = shipped("search_spaces", spec.space, SpaceError).read_text(encoding="utf-8")
-    folder = RunFolder.create(out or Path("runs") / spec.name, spec.to_yaml(), space_yaml, metric=problem.metric)
+    folder = RunFolder.create(
+        out or Path("runs") / spec.name,
+        spec.to_yaml(),
+        space_yaml,
+        metric=problem.metric,
+        hardware=profile_copy(spec.hardware),
+    )
     trust(folder, spec)
     return _search(problem, folder, observer)
 
@@ -133,6 +140,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             records,
             started=began,
             knowledge=_knowledge(folder),
+            priced=problem.priced,
         )
         front = _FrontKeeper(problem, folder, records, observer)
         make_runner = functools.partial(
@@ -261,7 +269,8 @@ def _put_on_record(
     problem: Problem, folder: RunFolder, records: Sequence[TrialRecord], record: TrialRecord, workbench: Workbench
 ) -> TrialRecord:
     """Give a trial that nobody proposed the next number, and put it and its weights into the run, which is driven."""
-    record = replace(record, number=max((r.number for r in records), default=-1) + 1)
+    number = max((r.number for r in records), default=-1) + 1
+    record = replace(record, number=number, costs=problem.priced(record.config))
     folder.checkpoints.mkdir(exist_ok=True)
     front = _FrontKeeper(problem, folder, records, SILENT)
     save_weights(workbench.model, checkpoint_path(folder.checkpoints, record.number))

@@ -27,7 +27,7 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import RunError
 from mpsearch.metric import Metric
 from mpsearch.record import RunFolder, TrialRecord
-from mpsearch.search.controller import budget_constraint
+from mpsearch.search.controller import constraints
 from mpsearch.space.space import SearchSpace
 from mpsearch.study import expand
 
@@ -56,8 +56,8 @@ class OptunaView:
 
     Values are the score, in its unit and direction, and log2 of relative cost; a failed or stopped trial has none. User
     attributes hold the rest of the record, among it `number`, by which a trial is known here: Optuna counts in the
-    order of adding. The budget is a constraint, in octaves (at most 0 is within), under Optuna's key and the older
-    one that optuna-dashboard reads.
+    order of adding. Budget and limits are constraints, in octaves (at most 0 is within), under Optuna's key and the
+    older one that optuna-dashboard reads.
     """
 
     def __init__(
@@ -145,7 +145,9 @@ class OptunaView:
 
     def _trial(self, record: TrialRecord) -> FrozenTrial:
         within = self._space.contains(record.config)
-        constraints = None if record.cost is None else budget_constraint(record.cost, self._budget)
+        kept = None
+        if record.cost is not None and (within or self._cost is None or not self._cost.limits):
+            kept = constraints(record.cost, self._budget, self._cost, record.config)
         values = None
         if record.state == "complete" and record.score is not None and record.cost is not None:
             values = [record.score, math.log2(record.cost)]
@@ -155,8 +157,8 @@ class OptunaView:
             params=dict(self._space.params_of(record.config)) if within else {},
             distributions=self._distributions if within else {},
             user_attrs=_attributes(record) | self._breakdown(record),
-            system_attrs=_artifacts(record) | ({"constraints": [*constraints.values()]} if constraints else {}),
-            constraints=constraints,
+            system_attrs=_artifacts(record) | ({"constraints": [*kept.values()]} if kept else {}),
+            constraints=kept,
             intermediate_values=dict(record.curve),
         )
         trial.datetime_start = datetime.fromtimestamp(record.started_s)
@@ -251,6 +253,7 @@ def _attributes(record: TrialRecord) -> dict[str, Any]:
         "origin": record.origin,
         "config": record.config.digest,
         "cost / reference": record.cost,
+        **record.costs,
         "reason": record.reason,
         "mean weight bits": _mean(layer.weight.bits for layer in record.config.values()),
         "mean activation bits": _mean(layer.activation.bits for layer in record.config.values()),

@@ -22,6 +22,7 @@ from mpsearch.graph.inputs import map_tensors
 from mpsearch.observer import SILENT, Observer
 from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
+from mpsearch.program import Allocation, program_of
 from mpsearch.record import Origin
 from mpsearch.space.order import ends_first
 from mpsearch.space.space import SearchSpace
@@ -29,7 +30,7 @@ from mpsearch.study import StudySpec
 from mpsearch.task.scoring import comparison_of
 from mpsearch.task.task import Task
 from mpsearch.train import usual_device
-from mpsearch.warmstart.allocate import Allocation, equivalent_bits, ilp_ladder, round_bits
+from mpsearch.warmstart.allocate import equivalent_bits, ilp_ladder, round_bits
 from mpsearch.warmstart.descent import Descent, Snapshot, descend
 from mpsearch.warmstart.sensitivity import measure
 from mpsearch.warmstart.table import SensitivityTable
@@ -85,9 +86,12 @@ def warm_start(
     if descends:
         descent = _descent(spec, task, graph, space, cost, folder, observer)
         if count := settings.neighbours:
-            descended = [rounded(descent, s.budget, space, cost, count, table) for s in descent.snapshots]
+            least = least_cost(space, cost) if cost.limits else 0.0
+            descended = [
+                rounded(descent, s.budget, space, cost, count, table) for s in descent.snapshots if s.budget >= least
+            ]
     if settings.ilp and table is not None:
-        cheapest = min(map(cost, space.ladder()))
+        cheapest = least_cost(space, cost) if cost.limits else min(map(cost, space.ladder()))
         allocated = [a.config for a in ilp_ladder(space, cost, table, [b for b in settings.budgets if b >= cheapest])]
     grid: list[InitialConfig] = [("uniform", config) for config in ends_first(combined)]
     known: list[list[PrecisionConfig] | None] = [None, *descended]  # the dear end is a rung, which is tried before
@@ -126,6 +130,14 @@ def rounded(
     snapshots = [s for s in descent.snapshots if s.budget == budget or (s.budget > budget and space.several_types)]
     best = min(snapshots, key=lambda snapshot: snapshot.loss + near(snapshot, 1)[0].value)
     return [allocation.config for allocation in near(best, count)]
+
+
+def least_cost(space: SearchSpace, cost: RelativeCost) -> float:
+    """Relative cost of the cheapest config that keeps the study's limits, as far as a program can tell."""
+    cheapest, _ = cost.bounds(space.options)
+    if not cost.limits or (program := program_of(space, cost)) is None:
+        return cheapest
+    return cost(program.cheapest())
 
 
 def cheapest_combination(space: SearchSpace, cost: RelativeCost, table: SensitivityTable | None) -> PrecisionConfig:

@@ -88,7 +88,7 @@ def test_a_named_granularity_holds_for_the_whole_range():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("uniform:0-4", "uniform has no 0-bit form: give 1 to 8 bits"),
+        ("uniform:0-4", "uniform has no 0-bit form: give 1 to 16 bits"),
         ("uniform:4-9", "uniform has no 9-bit form"),
         ("uniform:16", "uniform has no 16-bit form"),
         ("shift:1-4", "shift has no 1-bit form: give 2 to 5 bits"),
