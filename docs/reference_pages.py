@@ -229,6 +229,8 @@ FILES = {
     "run.json": "schema, id of the run, version that made it, time, metric; written last when a run is made",
     "study.yaml": "the study with every default filled in; `${NAME}` stays a name",
     "space.yaml": "a copy of the search space: a run means the configs that there were when it began",
+    "hardware.yaml": "a copy of the hardware profile",
+    "hardware.csv": "a copy of the profile's table of measured costs, where it has one",
     "trials.jsonl": "**the record**: a line for each trial that has ended, on the disk before the next one starts",
     "finals.jsonl": "a line for each final training of `mpsearch finalize`",
     "prescreen.jsonl": "a line for each untrained config that was scored",
@@ -323,7 +325,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
         "Each has the arguments of its command. `import` is `import_config`, `export` is `export_run`.",
         (
             *("check", "inspect", "run", "resume", "status", "front", "rank", "finalize", "ptq", "train", "debug"),
-            *("export_run", "import_config", "report", "dashboard", "trust"),
+            *("export_run", "import_config", "report", "dashboard", "trust", "hardware_list", "hardware_show"),
         ),
     ),
     "Networks": (

@@ -13,7 +13,7 @@ from mpsearch.errors import CostError, HardwareError, RunError, TaskError, Write
 from mpsearch.facts import ProblemFacts, price_study, read_facts
 from mpsearch.files import write_text
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.graph.inputs import tensors
+from mpsearch.graph.inputs import samples_of, tensors
 from mpsearch.hardware.profile import Allowed, Profile, load_profile
 from mpsearch.precision import LayerPrecision
 from mpsearch.private.torch import BatchNormNd
@@ -28,7 +28,7 @@ from mpsearch.study import StudySpec, comparable, read_spec
 from mpsearch.task.load import load_task
 from mpsearch.task.scoring import comparison_of, evaluate, metric_of
 from mpsearch.task.task import Split, Task, Warns
-from mpsearch.train import batch_norm_gap, samples_of
+from mpsearch.train import batch_norm_gap
 from mpsearch.trust import require_trust
 from mpsearch.units import show
 

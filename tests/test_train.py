@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import mpsearch
 from mpsearch.errors import TaskError
+from mpsearch.graph.inputs import samples_of
 from mpsearch.train import (
     CLIP_NORM,
     FitSettings,
@@ -22,7 +23,6 @@ from mpsearch.train import (
     jeffreys,
     one_cycle,
     reestimate_batch_norm,
-    samples_of,
     single_value_norms,
     steps,
 )
