@@ -32,6 +32,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 
 docs: $(VENV)/.docs  ## the site, under build/docs: warnings are errors, links are checked offline
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
