@@ -16,16 +16,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mpsearch.cost.model import COST_MODELS, Bound, RelativeCost
+from mpsearch.cost.device import written_model
+from mpsearch.cost.model import COST_MODELS, Bound, CostModel, RelativeCost
 from mpsearch.documents import explain
 from mpsearch.errors import CostError, MpsearchError, PrecisionError, RunError
 from mpsearch.graph.facts import LayerInfo, ModelGraph
 from mpsearch.metric import Metric
-from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
+from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.space.choices import GRANULARITY, TENSORS, TensorName, listing
 from mpsearch.space.space import SearchSpace, Slot
-from mpsearch.study import StudySpec, comparable, read_spec
+from mpsearch.study import LATENCY, StudySpec, comparable, read_spec
 from mpsearch.units import SHARE, Amount, show
 
 
@@ -106,6 +107,16 @@ class ProblemFacts:
         name = Path(self.spec.hardware).stem
         return [f"Hardware '{name}' and the space '{self.space.name}' together leave:", *lines]
 
+    def _written(self, cost: RelativeCost) -> _Prices:
+        """What a model that knows some pairs alone has for this network: looking at a run imports and reads nothing."""
+        known = [LayerPrecision.shorthand(self.spec.cost.reference), LayerPrecision(FLOAT, FLOAT)]
+        layers: dict[str, dict[str, float]] = {}
+        for layer in self.graph.layers:
+            pairs = dict.fromkeys([*self.space.options.get(layer.name, ()), *known])
+            priced = ((pair, cost.price(layer.name, pair)) for pair in pairs)
+            layers[layer.name] = {str(pair): value for pair, value in priced if value is not None}
+        return _Prices(unit=cost.reference.unit, layers=layers, change=cost.model.change, fixed=cost.model.fixed)
+
     def to_json(self) -> str:
         """The text of `problem.json`, from which `from_json` makes equal facts of the same study."""
         document = _Document(
@@ -122,6 +133,7 @@ class ProblemFacts:
             float_scores=dict(self.float_scores),
             notes=self.notes,
             study=dict(self.began) or comparable(self.spec),
+            prices={name: self._written(cost) for name, cost in self.costs.items() if cost.rows_only},
         )
         return document.model_dump_json(by_alias=True, indent=1) + "\n"
 
@@ -144,7 +156,8 @@ class ProblemFacts:
         decided = sorted((name, slot.tensor) for slot in slots for name in slot.layers)
         if decided != sorted((name, tensor) for name in names for tensor in TENSORS):
             raise RunError("  slots: they are not those of its layers: every tensor of every layer is in exactly one")
-        cost, costs = price_study(spec, document.graph.layers)
+        others = {name: written_model(p.unit, p.layers, p.change, p.fixed) for name, p in document.prices.items()}
+        cost, costs = price_study(spec, document.graph.layers, others)
         return ProblemFacts(
             spec=spec,
             task_name=document.task,
@@ -173,24 +186,52 @@ def with_costs(records: Sequence[TrialRecord], facts: ProblemFacts) -> list[Tria
     return filled
 
 
-def price_study(spec: StudySpec, layers: Sequence[LayerInfo]) -> tuple[RelativeCost, dict[str, RelativeCost]]:
+def cost_key(name: str, costs: Mapping[str, object]) -> str:
+    """What records call a cost that a study names: the hardware's is `latency_us` or `latency_cycles`."""
+    return next((key for key in costs if key.startswith("latency_")), name) if name in LATENCY else name
+
+
+def price_study(
+    spec: StudySpec, layers: Sequence[LayerInfo], others: Mapping[str, CostModel] | None = None
+) -> tuple[RelativeCost, dict[str, RelativeCost]]:
     """The cost that a study minimizes, with its limits, and every cost that can be recorded of the network, by name.
+
+    Args:
+        spec: the study.
+        layers: of its network.
+        others: models that are no formula, by what records call them (`cost_key`).
 
     Raises:
         CostError: the network costs nothing under the study's model, or a limit has the unit of another cost.
     """
-    main = RelativeCost(layers, spec.cost.model, spec.cost.reference)
+    models: dict[str, str | CostModel] = {**{name: name for name in COST_MODELS}, **(others or {})}
+    main_key = cost_key(spec.cost.model, models)
+    if main_key not in models:
+        raise CostError(
+            f"cost.model is {spec.cost.model}, and hardware '{spec.hardware}' has no cost: give its profile a `cost` "
+            "with a table or macs_per_cycle, or take other hardware"
+        )
+    main = RelativeCost(layers, models[main_key], spec.cost.reference)
+    asked = {cost_key(name, models) for name in spec.cost.limits}
     costs: dict[str, RelativeCost] = {}
-    for name in COST_MODELS:
-        with contextlib.suppress(CostError):  # a network of products alone has no bytes of weights
-            costs[name] = main if name == spec.cost.model else RelativeCost(layers, name, spec.cost.reference)
-    main.limits = tuple(_bound(name, amount, costs) for name, amount in spec.cost.amounts.items())
+    for name, model in models.items():
+        try:
+            costs[name] = main if name == main_key else RelativeCost(layers, model, spec.cost.reference)
+        except CostError:  # a network of products alone has no bytes of weights, a table no row for the reference
+            if name in asked and name in (others or {}):
+                raise
+    main.limits = tuple(
+        _bound(name, cost_key(name, costs), amount, costs) for name, amount in spec.cost.amounts.items()
+    )
     return main, costs
 
 
-def _bound(name: str, amount: Amount, costs: Mapping[str, RelativeCost]) -> Bound:
+def _bound(asked: str, name: str, amount: Amount, costs: Mapping[str, RelativeCost]) -> Bound:
     if name not in costs:
-        raise CostError(f"cost.limits.{name}: the network costs nothing of it: leave the limit out")
+        raise CostError(
+            f"cost.limits.{asked}: there is no such cost of this network on this hardware: leave the limit out, or "
+            "give the hardware profile a `cost`"
+        )
     reference = costs[name].reference
     if amount.unit == SHARE:
         return Bound(name, costs[name], amount.value, show(amount.value * reference.total, reference.unit))
@@ -244,6 +285,15 @@ class _Slot(_Section):
         return Slot(self.tensor, self.layers, choices)
 
 
+class _Prices(_Section):
+    """The costs of a model that knows some pairs alone, in its unit."""
+
+    unit: str
+    layers: dict[str, dict[str, float]]
+    change: float
+    fixed: float
+
+
 class _Document(_Section):
     """`problem.json`; what the study says (the cost model, say) is in `study.yaml`, and not here again."""
 
@@ -260,6 +310,7 @@ class _Document(_Section):
     float_scores: dict[str, float]
     notes: tuple[str, ...]
     study: dict[str, Any] = Field(default_factory=dict)  # older runs do not say
+    prices: dict[str, _Prices] = Field(default_factory=dict)
 
 
 def _pairs(texts: Sequence[str]) -> frozenset[LayerPrecision]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpsearch.cost.model import RelativeCost
+from mpsearch.cost.device import cycles_model, function_model, table_model
+from mpsearch.cost.model import CostModel, RelativeCost
 from mpsearch.errors import CostError, HardwareError, RunError, TaskError, WriteError
-from mpsearch.facts import ProblemFacts, price_study, read_facts
+from mpsearch.facts import ProblemFacts, cost_key, price_study, read_facts
 from mpsearch.files import write_text
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.inputs import samples_of, tensors
-from mpsearch.hardware.profile import Allowed, Profile, load_profile
+from mpsearch.hardware.profile import Allowed, Profile, load_profile, profile_path, table_path
+from mpsearch.hardware.table import read_table
 from mpsearch.precision import LayerPrecision
 from mpsearch.private.torch import BatchNormNd
 from mpsearch.program import ROUNDING, program_of
@@ -24,7 +26,8 @@ from mpsearch.space.build import build_space
 from mpsearch.space.space import SearchSpace
 from mpsearch.space.spec import load_space
 from mpsearch.state_dict import digest
-from mpsearch.study import StudySpec, comparable, read_spec
+from mpsearch.study import StudySpec, comparable, names_function, read_spec
+from mpsearch.task.factory import find_function
 from mpsearch.task.load import load_task
 from mpsearch.task.scoring import comparison_of, evaluate, metric_of
 from mpsearch.task.task import Split, Task, Warns
@@ -111,9 +114,11 @@ def open_problem(spec: StudySpec) -> Problem:
     calibration = task.calibration_input(spec.trial.calibration_samples)
     graph = inspect_network(model, calibration, products=space_spec.products)
     hardware = load_profile(spec.hardware)
-    space = build_space(space_spec, graph.layers, hardware)
     check_reference(spec, hardware, graph.layers)
-    cost, costs = price_study(spec, graph.layers)
+    models = own_models(spec, hardware)
+    main = models.get(cost_key(spec.cost.model, models))
+    space = build_space(space_spec, graph.layers, hardware, None if main is None else known_pairs(main))
+    cost, costs = price_study(spec, graph.layers, models)
     cheapest, dearest = cost.bounds(space.options)
     if spec.cost.budget is not None and spec.cost.budget < cheapest:
         raise CostError(
@@ -134,6 +139,37 @@ def open_problem(spec: StudySpec) -> Problem:
         float_digest=float_digest,
         task=task,
     )
+
+
+def own_models(spec: StudySpec, hardware: Profile) -> dict[str, CostModel]:
+    """The cost models that are no formula: of the hardware, and a function that the study names; by their names.
+
+    Raises:
+        MpsearchError: the table or the function cannot be used.
+    """
+    models: dict[str, CostModel] = {}
+    if hardware.cost is not None:
+        if hardware.cost.table is not None:
+            table = read_table(table_path(profile_path(spec.hardware), hardware))
+            models["latency_us"] = table_model(table, hardware.cost)
+        else:
+            models["latency_cycles"] = cycles_model(hardware.cost)
+    for name in dict.fromkeys([spec.cost.model, *spec.cost.limits]):
+        if names_function(name):
+            models[name] = function_model(name, find_function("cost.model", name))
+    return models
+
+
+def known_pairs(model: CostModel) -> Callable[[LayerInfo, LayerPrecision], bool]:
+    """Whether a cost model that knows some pairs alone has a number for a layer at a pair."""
+
+    def known(layer: LayerInfo, pair: LayerPrecision) -> bool:
+        try:
+            return all(part.of(layer, pair) >= 0 for part in model.parts)
+        except CostError:
+            return False
+
+    return known
 
 
 def check_reference(spec: StudySpec, hardware: Profile, layers: Sequence[LayerInfo]) -> None:

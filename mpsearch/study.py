@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -25,13 +26,13 @@ from pydantic import (
 )
 
 from mpsearch.documents import YamlError, clip, explain, parse_yaml, read_yaml, to_yaml
-from mpsearch.errors import PrecisionError, RunError, StudyError
+from mpsearch.errors import PrecisionError, RunError, StudyError, nearest
 from mpsearch.precision import LayerPrecision
 from mpsearch.record import RunFolder
 from mpsearch.shipped import shipped, shipped_names
 from mpsearch.units import Amount, parse_amount
 
-CostModelName = Literal[
+COST_NAMES = (
     "shift_energy",
     "shift_energy_acc32",
     "bops",
@@ -39,7 +40,34 @@ CostModelName = Literal[
     "activation_bytes",
     "activation_bytes_peak",
     "memory_energy",
-]
+)
+"""The cost models that are formulas (`cost.model.COST_MODELS`)."""
+
+TABLE = "table"
+"""The cost model of the hardware profile: its table, or its MACs per cycle."""
+
+LATENCY = (TABLE, "latency", "latency_us", "latency_ms", "latency_s", "latency_cycles")
+"""What the cost of the hardware profile may be called in limits; the name may say a unit."""
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*:[A-Za-z_]\w*")
+
+
+def names_function(model: str) -> bool:
+    """Whether a cost model is a function of the user's: `module:function`."""
+    return _FUNCTION.fullmatch(model) is not None
+
+
+def _cost_name(others: tuple[str, ...]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name in COST_NAMES or name in others or names_function(name):
+            return name
+        raise ValueError(f"{nearest(name, [*COST_NAMES, *others])}; or module:function")
+
+    return AfterValidator(check)
+
+
+CostModelName = Annotated[str, _cost_name((TABLE,))]
+LimitName = Annotated[str, _cost_name(LATENCY)]
 
 
 OF_CLASSES = ("top1", "top5", "f1", "auroc")
@@ -355,13 +383,14 @@ class CostSpec(_Section):
     """The hardware cost that is minimized, relative to the same network at `reference`."""
 
     model: CostModelName = Field(
-        default="shift_energy", description="cost model: energy (pJ), bit operations, or bytes, of one sample"
+        default="shift_energy",
+        description=f"{', '.join(COST_NAMES)}, table (the hardware's), or module:function of (layer, LayerPrecision)",
     )
     reference: str = Field(default="w8a8", description="uniform config that costs 1.0, as w8a8")
     budget: float | None = Field(
         default=None, gt=0, description="hard bound on relative cost; configs above it are infeasible"
     )
-    limits: dict[CostModelName, float | str] = Field(
+    limits: dict[LimitName, float | str] = Field(
         default_factory=dict,
         description="hard bounds on any costs, as {weight_bytes: 128 KiB}: a number with a unit; without one it is in "
         "the unit that the cost's name says, or relative to the reference where it says none",

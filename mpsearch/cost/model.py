@@ -1,7 +1,7 @@
 """Cost models: what a config costs, in total and by layer.
 
 A cost model is a list of parts, each a pure function of (layer, precision). Adding a model is one entry in
-`COST_MODELS` and its name in `study.CostModelName`. All models count the first and the last layer at the width they
+`COST_MODELS` and its name in `study.COST_NAMES`. All models count the first and the last layer at the width they
 really have, and a layer that cannot be quantized as float, by name.
 """
 
@@ -49,6 +49,8 @@ class CostModel:
     parts: tuple[Part, ...]
     total: Callable[[Iterable[float]], float] = sum  # of the layers' costs
     change: float = 0.0  # for each two layers one after another whose activations differ in precision, in the unit
+    fixed: float = 0.0  # of the network outside its layers, in the unit
+    rows_only: bool = False  # whether it knows some pairs alone, and raises CostError for others
 
 
 _WEIGHT_BYTES = (Part(weight_bytes, once_per="weight_group"), Part(bias_bytes))
@@ -151,6 +153,23 @@ class RelativeCost:
         return self._pricing.model.total
 
     @property
+    def rows_only(self) -> bool:
+        """Whether only some pairs have a cost."""
+        return self._pricing.model.rows_only
+
+    @property
+    def model(self) -> CostModel:
+        """The cost model."""
+        return self._pricing.model
+
+    def price(self, name: str, precision: LayerPrecision) -> float | None:
+        """What a layer costs by itself at a precision, in the model's unit; None where the model does not know it."""
+        try:
+            return self._pricing.alone(name)(precision)
+        except CostError:
+            return None
+
+    @property
     def change(self) -> float:
         """Relative cost of a change of the activations' precision from one layer to the next; mostly 0."""
         return self._pricing.model.change / self.reference.total
@@ -161,7 +180,7 @@ class RelativeCost:
 
     @property
     def of_float_layers(self) -> float:
-        """Relative cost of the layers that no config names, combined; 0 if there are none."""
+        """Relative cost of what no config names: layers that stay float, combined, and what is outside layers."""
         return self._pricing.of_float_layers() / self.reference.total
 
     def addend(self, name: str, precision: LayerPrecision) -> float:
@@ -228,7 +247,7 @@ class _Pricing:
                 if name != holder:
                     per_layer[name] -= parts[name][index]
         total = self.model.total(per_layer.values()) if per_layer else 0.0
-        total += self.of_changes(config)
+        total += self.of_changes(config) + self.model.fixed
         return Cost(total, self.model.unit, per_layer, tuple(self._float))
 
     def addend(self, name: str, precision: LayerPrecision) -> float:
@@ -251,9 +270,9 @@ class _Pricing:
         return self.model.change * sum(a != b for a, b in pairwise(activations))
 
     def of_float_layers(self) -> float:
-        """The cost of the layers that stay float, combined."""
+        """The cost of the layers that stay float, combined, and of what is outside layers."""
         prices = [sum(self._prices[name][_AS_FLOAT]) for name in self._float]
-        return self.model.total(prices) if prices else 0.0
+        return (self.model.total(prices) if prices else 0.0) + self.model.fixed
 
     def alone(self, name: str) -> Callable[[LayerPrecision], float]:
         """The price of one layer that shares nothing, as a function of its precision."""

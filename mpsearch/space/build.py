@@ -6,7 +6,7 @@ rules (later ones override) -> first and last layer -> fixed -> pairs of the har
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -23,10 +23,16 @@ from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.space.spec import EndSpec, FixedSpec, RuleSpec, SpaceSpec
 
 
-def build_space(spec: SpaceSpec, layers: Iterable[LayerInfo], hardware: Profile | None = None) -> SearchSpace:
+def build_space(
+    spec: SpaceSpec,
+    layers: Iterable[LayerInfo],
+    hardware: Profile | None = None,
+    priced: Callable[[LayerInfo, LayerPrecision], bool] | None = None,
+) -> SearchSpace:
     """Apply a search space to the layers of one network; layers with a `reason` take no part.
 
-    Only what `hardware` runs remains: pairs that it excludes for a layer, and what its ties leave.
+    Only what `hardware` runs remains: pairs that it excludes for a layer, and what its ties leave. Of these again only
+    pairs that are `priced`, where the cost knows some alone.
 
     Raises:
         SpaceError: a pattern matches no layer, a layer has no choices, or layers that must agree have none in common.
@@ -39,7 +45,7 @@ def build_space(spec: SpaceSpec, layers: Iterable[LayerInfo], hardware: Profile 
     for pattern in patterns:
         _check_pattern(pattern, layers, spec.name)
     choices = _choices(spec, free)
-    pairs = {} if hardware is None else _pairs(spec, hardware, free, choices)
+    pairs = {} if hardware is None else _pairs(spec, hardware, free, choices, priced)
     ties = [*spec.tied, *([] if hardware is None else hardware.ties(free))]
     slots = [slot for tensor in TENSORS for slot in _slots(tensor, spec.name, ties, free, choices)]
     notes = tuple(note for slot in slots if (note := _forced(slot, choices, ties)))
@@ -55,7 +61,13 @@ def build_space(spec: SpaceSpec, layers: Iterable[LayerInfo], hardware: Profile 
 _Pairs = dict[str, frozenset[LayerPrecision]]
 
 
-def _pairs(spec: SpaceSpec, hardware: Profile, layers: Sequence[LayerInfo], choices: _ChoicesOf) -> _Pairs:
+def _pairs(
+    spec: SpaceSpec,
+    hardware: Profile,
+    layers: Sequence[LayerInfo],
+    choices: _ChoicesOf,
+    priced: Callable[[LayerInfo, LayerPrecision], bool] | None,
+) -> _Pairs:
     """The pairs of each layer that a device does not run all of; `choices` keep what is in some pair, in place.
 
     Raises:
@@ -69,6 +81,15 @@ def _pairs(spec: SpaceSpec, hardware: Profile, layers: Sequence[LayerInfo], choi
         sides = [choices[layer.name, tensor] for tensor in TENSORS]
         every = [LayerPrecision(w, a) for w, a in product(*sides)]
         left = frozenset(filter(runs, every))
+        if left and priced is not None:
+            run = left
+            left = frozenset(pair for pair in left if priced(layer, pair))
+            if not left:
+                raise SpaceError(
+                    f"the study's cost model knows no pair of layer '{layer.name}' ({layer.kind}) that hardware "
+                    f"'{hardware.name}' and space '{spec.name}' leave: {listing(sorted(run))}; measure them (`mpsearch "
+                    "measure STUDY -o TABLE`), or widen the space"
+                )
         if not left:
             raise SpaceError(
                 f"hardware '{hardware.name}' runs nothing that space '{spec.name}' offers layer '{layer.name}' "

@@ -191,7 +191,7 @@ class BitCost:
                     ]
                     for i in of_w
                 ]
-                if name not in space.pairs
+                if name not in space.pairs and not cost.rows_only
                 else _between_pairs(cost, space, name, space.slots[w], space.slots[a])
             )
             self._pairs[index, : len(pairs), : len(pairs[0])] = torch.tensor(pairs, dtype=torch.float64)

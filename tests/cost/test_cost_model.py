@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from math import prod
-from typing import get_args
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from mpsearch.cost.model import COST_MODELS, RelativeCost, _LayerPrices, cost_of
 from mpsearch.errors import CostError, PrecisionError
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
-from mpsearch.study import CostModelName
+from mpsearch.study import COST_NAMES
 
 A = LayerInfo("a", "conv2d", (4, 2, 3, 3), (2, 8, 8), (4, 8, 8), 4608, 72, 18)
 B = LayerInfo("b", "linear", (10, 256), (256,), (10,), 2560, 2570, 256, signed_input=False)
@@ -77,7 +76,7 @@ def test_first_and_last_layer_count_at_the_width_they_have(resnet: list[LayerInf
 
 
 def test_every_named_model_is_there_and_no_other() -> None:
-    assert set(COST_MODELS) == set(get_args(CostModelName))
+    assert set(COST_MODELS) == set(COST_NAMES)
 
 
 @pytest.mark.parametrize(
