@@ -319,9 +319,9 @@ def test_what_a_tie_takes_from_layers_is_noted_by_name():
     fixed = {"layer1.0.conv2": {"weight": "uniform:8", "activation": "uniform:8"}}
     (weight, activation) = space(STEM, A, B, C, HEAD, tied=[["layer1.*"]], fixed=fixed).notes
     assert weight == (
-        "2 layers must share one weight precision (tied, by the space or the hardware) and have uniform:8/channel left, "
-        "as 'layer1.0.conv2' has uniform:8/channel; by the rules alone there is more for 'layer1.0.conv1' (7 choices): give 'layer1.0.conv2' "
-        "more choices, or take it out of the tie"
+        "2 layers must share one weight precision (tied, by the space or the hardware) and have uniform:8/channel "
+        "left, as 'layer1.0.conv2' has uniform:8/channel; by the rules alone there is more for 'layer1.0.conv1' (7 "
+        "choices): give 'layer1.0.conv2' more choices, or take it out of the tie"
     )
     assert "one activation precision (tied, by the space or the hardware)" in activation
 
