@@ -346,7 +346,8 @@ class TaskSpec(_Section):
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the model's constructor")
     float_epochs: int = Field(default=30, gt=0, description="epochs of the float model where no checkpoint is given")
     factory: str | None = Field(
-        default=None, description="module:function that returns a Task, or lightning; replaces model and data"
+        default=None,
+        description="module:function that returns a Task, or lightning, or trainer; replaces model and data",
     )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that function")
 
@@ -641,8 +642,8 @@ def _absolute_model(model: str | None) -> str | None:
 
 
 def _absolute_args(task: TaskSpec) -> dict[str, Any]:
-    """A factory's arguments as they are; those of `lightning` name a file."""
-    if task.factory != "lightning" or not isinstance(checkpoint := task.args.get("checkpoint"), str):
+    """A factory's arguments as they are; those of `lightning` and `trainer` name a file."""
+    if task.factory not in ("lightning", "trainer") or not isinstance(checkpoint := task.args.get("checkpoint"), str):
         return task.args
     return task.args | {"checkpoint": _absolute(checkpoint)}
 

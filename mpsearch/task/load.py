@@ -18,6 +18,7 @@ from mpsearch.task.own import REQUIRED, OwnTask
 from mpsearch.task.patches import patches_task
 from mpsearch.task.task import Task
 from mpsearch.task.text import text_task
+from mpsearch.task.trainer_task import trainer_task
 
 
 def _images_task(spec: TaskSpec, workers: int | None = None) -> Task:
@@ -36,7 +37,10 @@ TASKS: Mapping[type, Callable[[TaskSpec, int | None], Task]] = {
 """What a study says of its data -> the task that it makes with a model."""
 
 
-FACTORIES: Mapping[str, Callable[[Mapping[str, Any]], Task]] = {"lightning": lightning_task}
+FACTORIES: Mapping[str, Callable[[Mapping[str, Any]], Task]] = {
+    "lightning": lightning_task,
+    "trainer": trainer_task,
+}
 """Name of a `task.factory` that is no module:function -> what makes the task of `task.args`."""
 
 
