@@ -1,7 +1,7 @@
 """Reference pages that are written from the code: commands, study file, search space, run folder, Python API.
 
-A Sphinx extension: before a build it writes `docs/reference/{cli,study,space,run-folder,config,api}.md`, which git
-ignores. What a page says is what the code says, so that a page cannot be out of date.
+A Sphinx extension: before a build it writes `docs/reference/{cli,study,space,hardware,run-folder,config,api}.md`, which
+git ignores. What a page says is what the code says, so that a page cannot be out of date.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic_core import PydanticUndefined
 import mpsearch
 from mpsearch import record
 from mpsearch.cli import app
+from mpsearch.hardware.profile import PriceSpec, Profile
 from mpsearch.shipped import shipped_folder
 from mpsearch.space.spec import EndSpec, FixedSpec, RuleSpec, SpaceSpec
 from mpsearch.study import AudioSpec, BoxesSpec, DataSpec, MasksSpec, StudySpec, TextSpec
@@ -52,6 +53,7 @@ def pages() -> dict[str, str]:
         "cli": cli_page(),
         "study": study_page(),
         "space": space_page(),
+        "hardware": hardware_page(),
         "run-folder": run_folder_page(),
         "config": config_page(),
         "api": api_page(),
@@ -65,7 +67,14 @@ def cli_page() -> str:
     """Every command with its arguments, options and defaults."""
     import typer
 
-    group: Any = typer.main.get_command(app)
+    commands = {
+        name: command
+        for first, top in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+        for name, command in {
+            first: top,
+            **{f"{first} {below}": c for below, c in getattr(top, "commands", {}).items()},
+        }.items()
+    }
     parts = [
         "# Commands",
         "`mpsearch COMMAND --help` prints the same. Exit codes: 0 done; 2 the input is wrong, and the message says "
@@ -73,10 +82,10 @@ def cli_page() -> str:
         "search that gave up; 130 interrupted by Ctrl-C; 143 terminated.",
         table(
             ("command", "what it does"),
-            ([f"[`{name}`](#{name})", _first(c.help)] for name, c in group.commands.items()),
+            ([f"[`{name}`](#{name.replace(' ', '-')})", _first(c.help)] for name, c in commands.items()),
         ),
     ]
-    for name, command in group.commands.items():
+    for name, command in commands.items():
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name != "argument" and p.name != "help"]
         usage = " ".join(["mpsearch", name, *(_argument(p) for p in arguments), "[OPTIONS]"])
@@ -148,6 +157,23 @@ def space_page() -> str:
     parts += ["## Precisions", table(("quantizer", "bits"), _widths())]
     parts += ["## Spaces that ship"]
     for path in sorted(shipped_folder("search_spaces").glob("*.yaml")):
+        parts += [f"### {path.stem}", f"```yaml\n{path.read_text(encoding='utf-8')}```"]
+    return join(parts)
+
+
+def hardware_page() -> str:
+    """Every key of a hardware profile, and the profiles that ship."""
+    parts = [
+        "# Hardware profile",
+        "What a profile means: [hardware](../hardware.md).",
+        "## Top level",
+        keys(Profile),
+        "## cost",
+        _paragraph(PriceSpec.__doc__),
+        keys(PriceSpec, "cost."),
+        "## Profiles that ship",
+    ]
+    for path in sorted(shipped_folder("hardware").glob("*.yaml")):
         parts += [f"### {path.stem}", f"```yaml\n{path.read_text(encoding='utf-8')}```"]
     return join(parts)
 
@@ -336,7 +362,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "Precisions": ("From tensor to network.", ("Precision", "LayerPrecision", "PrecisionConfig")),
-    "Studies": ("", ("load_study", "run_study")),
+    "Studies and hardware": ("", ("load_study", "run_study", "hardware_list", "hardware_show")),
     "Scores, events, errors": ("", ("Metric", "Observer", "MpsearchError")),
 }
 RETURNED = {
@@ -344,6 +370,7 @@ RETURNED = {
     "mpsearch.api.runs": ("RunResult", "Front", "Status", "Finals"),
     "mpsearch.api.networks": ("ScoredNetwork", "PtqScores", "TrainScores", "DebugResult"),
     "mpsearch.api.results": ("ExportedTrial", "ImportedConfig"),
+    "mpsearch.api.hardware": ("Hardware",),
 }
 """What the functions return; not imported by name."""
 

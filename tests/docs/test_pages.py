@@ -41,6 +41,7 @@ def reference() -> dict[str, str]:
 def test_reference_has_every_command_with_every_option(reference: dict[str, str]) -> None:
     for name, command in COMMANDS.items():
         section = reference["cli"].partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        assert all(f"\n## {name} {below}\n" in reference["cli"] for below in getattr(command, "commands", ()))
         for parameter in command.params:
             for option in parameter.opts:
                 assert option.startswith("-") is False or option == "--help" or f"`{option}`" in section, (name, option)
