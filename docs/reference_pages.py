@@ -351,7 +351,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
         "Each has the arguments of its command. `import` is `import_config`, `export` is `export_run`.",
         (
             *("check", "inspect", "run", "resume", "status", "front", "rank", "finalize", "ptq", "train", "debug"),
-            *("export_run", "import_config", "report", "dashboard", "trust", "hardware_list", "hardware_show"),
+            *("export_run", "import_config", "report", "dashboard", "trust"),
         ),
     ),
     "Networks": (
