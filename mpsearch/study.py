@@ -603,6 +603,9 @@ class StudySpec(_Section):
         )
 
 
+LAST_SECTION = "engine"
+"""Of a study that a run has written: it has every section."""
+
 MAY_CHANGE = (
     *("search", "final", "engine", "storage", "space", "hardware", "trial.compile"),
     *("task.checkpoint", "task.data.root", "task.data.download", "task.data.tokenizer"),
@@ -774,10 +777,17 @@ def read_spec(folder: RunFolder, overrides: Sequence[str] = ()) -> StudySpec:
         RunError: it cannot be read.
         StudyError: it is no study, or an override does not belong.
     """
-    document = read_yaml(folder.study_yaml, RunError)
+    restore = "restore it from a copy, or from the study that the run was begun with"
+    try:
+        document = read_yaml(folder.study_yaml, RunError)
+    except RunError as error:
+        raise RunError(f"{error}; {restore}") from None
     if not isinstance(document, dict):
+        raise RunError(f"{folder.study_yaml} holds no study: {restore}")
+    if LAST_SECTION not in document:  # a text that was cut is YAML all the same, and what it lacks would have defaults
         raise RunError(
-            f"{folder.study_yaml} holds no study: restore it from a copy, or from the study that the run was begun with"
+            f"{folder.study_yaml} was cut off: it lacks the section '{LAST_SECTION}', which ends the study of every "
+            "run; restore it from a copy, or write the missing sections as they were"
         )
     for override in overrides:
         _set(document, override)

@@ -175,10 +175,11 @@ class _Point:
 class SearchController:
     """Proposes configs until the study is over; every config at most once, whatever became of it.
 
-    The order is: the uniform ladder of the space (the baseline), ends first, each rung followed by three
+    First come trials of `records` that failed, under their old numbers: what they lacked may be there now. Then the
+    order is: the uniform ladder of the space (the baseline), ends first, each rung followed by three
     `initial_configs`, then the sampler. Rungs and initial configs above `budget` or a limit are left out and counted in
-    `over_budget`. `records` are the trials that have ended before, when a run is resumed; they count towards
-    `search.trials`, while failures in a row and the time limit start anew.
+    `over_budget`. `records` are the trials that have ended before, when a run is resumed; but for failed ones they
+    count towards `search.trials`, while failures in a row and the time limit start anew.
 
     The same arguments and the same order of asks and tells give the same proposals.
 
@@ -239,10 +240,14 @@ class SearchController:
         self._asked: dict[int, optuna.Trial | None] = {}  # proposals without a record, by number
         self._untried = self._enumerate()  # the last resort, gone through once
 
+        self._again: deque[TrialRecord] = deque()
         for record in records:
             self._seen.add(record.config.digest)
             self._numbers.add(record.number)
-            self._remember(record)
+            if record.state == "failed":
+                self._again.append(record)
+            else:
+                self._remember(record)
         ladder: list[tuple[Origin, PrecisionConfig]] = [("uniform", config) for config in space.ladder()]
         self._initial_configs: deque[tuple[Origin, PrecisionConfig]] = deque()
         rungs = {config for _, config in ladder}  # baselines, whoever else asks for them
@@ -271,6 +276,9 @@ class SearchController:
         self.stop_reason = self.stop_reason or self._limit()
         if self.stop_reason:
             return None
+        if self._again:
+            failed = self._again.popleft()
+            return self._propose(failed.config, failed.origin, None, failed.number)
         while self._initial_configs:
             origin, config = self._initial_configs.popleft()
             if config.digest not in self._seen:
@@ -336,14 +344,17 @@ class SearchController:
             return f"the time limit of {limit:g} s is reached"
         return None
 
-    def _propose(self, config: PrecisionConfig, origin: Origin, trial: optuna.Trial | None) -> Proposal:
+    def _propose(
+        self, config: PrecisionConfig, origin: Origin, trial: optuna.Trial | None, number: int | None = None
+    ) -> Proposal:
         while self._next in self._numbers:  # the numbers of trials that never ended are given again
             self._next += 1
-        self._numbers.add(self._next)
+        number = self._next if number is None else number
+        self._numbers.add(number)
         self._seen.add(config.digest)
-        self._asked[self._next] = trial
+        self._asked[number] = trial
         cost = self._cost(config)
-        return Proposal(self._next, config, origin, cost, self._thresholds(origin, cost))
+        return Proposal(number, config, origin, cost, self._thresholds(origin, cost))
 
     def _thresholds(self, origin: Origin, cost: float) -> Thresholds:
         if not self._search.stop_dominated or origin in BASELINES:

@@ -12,10 +12,12 @@ import json
 import logging
 import math
 import re
+import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -49,6 +51,7 @@ ARTIFACTS: Mapping[str, tuple[str, str]] = {
 MOST_WAITING = 16  # trials that are not shown because one before them has not ended
 
 _STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "stopped": TrialState.PRUNED}
+_ENDED_WELL = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class OptunaView:
@@ -56,8 +59,8 @@ class OptunaView:
 
     Values are the score, in its unit and direction, and log2 of relative cost; a failed or stopped trial has none. User
     attributes hold the rest of the record, among it `number`, by which a trial is known here: Optuna counts in the
-    order of adding. Budget and limits are constraints, in octaves (at most 0 is within), under Optuna's key and the
-    older one that optuna-dashboard reads.
+    order of adding. A trial that failed and was tried again is there twice. Budget and limits are constraints, in
+    octaves (at most 0 is within), under Optuna's key and the older one that optuna-dashboard reads.
     """
 
     def __init__(
@@ -92,10 +95,14 @@ class OptunaView:
 
     def catch_up(self, records: Iterable[TrialRecord]) -> None:
         """Show those of the trials that are not shown yet."""
-        shown = {trial.user_attrs.get("number") for trial in self.study.get_trials(deepcopy=False)}
-        missing = sorted((r for r in records if r.number not in shown), key=lambda record: record.number)
+        shown: dict[Any, TrialState] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            number = trial.user_attrs.get("number")
+            shown[number] = trial.state if shown.get(number, TrialState.FAIL) == TrialState.FAIL else shown[number]
+        behind = [r for r in records if shown.get(r.number) not in (_STATES[r.state], *_ENDED_WELL)]
+        missing = sorted(behind, key=lambda record: record.number)
         self.study.add_trials(map(self._trial, missing))
-        self._next = len(shown) + len(missing)
+        self._next = len(shown.keys() | {record.number for record in missing})
 
     def add(self, record: TrialRecord) -> None:
         """Show a trial that has ended and is on the disk, once those before it are shown, or many are waiting.
@@ -125,8 +132,7 @@ class OptunaView:
         except Exception as error:  # of whatever database: a run does not end because nobody can watch it
             self._behind.append(record)
             self._retry_at = time.monotonic() + RETRY_S
-            said = f"{type(error).__name__}: {masked(_first_line(error))}"
-            words = f"the Optuna study is not updated ({said}); the run goes on, and it is tried again"
+            words = f"the Optuna study is not updated ({_said(error)}); the run goes on, and it is tried again"
             progress.warning(words)
             self._on_trouble(words)
 
@@ -201,6 +207,8 @@ def open_view(
         cost: prices the layers of each trial.
         on_trouble: told in words when the view cannot be written, and None when it can again.
 
+    A file in the run folder that is damaged is made again from `records`.
+
     Raises:
         RunError: the storage cannot be opened.
     """
@@ -209,21 +217,47 @@ def open_view(
     storage = expand(storage, "storage")  # what secrets a run has are not in its folder
     if storage not in ("sqlite", "journal"):
         name = f"{name}-{folder.id}"
-    with _explained(storage):
+        with _explained(storage):
+            return OptunaView(open_storage(storage), name, space, metric, budget, records, cost, on_trouble)
+    records = list(records)
+    try:
         return OptunaView(open_storage(storage, folder), name, space, metric, budget, records, cost, on_trouble)
+    except Exception as error:  # of SQLite, SQLAlchemy, Optuna or its journal
+        path = folder.study_db if storage == "sqlite" else folder.study_journal
+        _refuse_locked(path, error)
+        if folder.driven and not folder.driving_here:
+            raise RunError(
+                f"{path} is damaged ({_said(error)}): it is made again when the run is over and resumed, or looked at"
+            ) from None
+        progress.warning("%s is damaged (%s): it is made again from the trials' record", path, _said(error))
+    with _explained(storage):
+        for part in path.parent.glob(f"{path.name}*"):  # SQLite's write-ahead log, and the journal's lock, too
+            part.unlink()
+        return OptunaView(open_storage(storage, folder), name, space, metric, budget, records, cost, on_trouble)
+
+
+def _refuse_locked(path: Path, error: Exception) -> None:
+    """Raises RunError: the file is whole, but another program holds it, or it cannot be reached."""
+    said = str(error)
+    if "locked" in said or isinstance(error, RunError | OSError) or "unable to open" in said or "full" in said:
+        raise RunError(
+            f"cannot open {path} ({_said(error)}): end the program that holds it, or see that it can be written; or "
+            "go on without it with `--set storage=none`"
+        ) from None
 
 
 def open_storage(storage: str, folder: RunFolder | None = None) -> BaseStorage:
     """The Optuna storage that `sqlite` or `journal` (files in a run folder) or a URL means.
 
     Raises:
-        RunError: it cannot be opened.
+        RunError: a URL cannot be opened.
+        Exception: a file in a run folder cannot; of many kinds.
     """
+    if storage == "journal" and folder is not None:
+        return JournalStorage(JournalFileBackend(str(folder.study_journal)))
+    if storage == "sqlite" and folder is not None:
+        return _sqlite(f"sqlite:///{folder.study_db}")
     with _explained(storage):
-        if storage == "journal" and folder is not None:
-            return JournalStorage(JournalFileBackend(str(folder.study_journal)))
-        if storage == "sqlite" and folder is not None:
-            return _sqlite(f"sqlite:///{folder.study_db}")
         return _sqlite(storage) if storage.startswith("sqlite") else RDBStorage(storage)
 
 
@@ -240,10 +274,9 @@ def _explained(storage: str) -> Iterator[None]:
     except RunError:
         raise
     except Exception as error:  # every database has its own errors
-        said = f"{type(error).__name__}: {masked(_first_line(error))}"
         raise RunError(
-            f"cannot open the storage '{masked(storage)}' ({said}): check that it is there and may be written, or use "
-            "`--set storage=sqlite` or `--set storage=none`"
+            f"cannot open the storage '{masked(storage)}' ({_said(error)}): check that it is there and may be "
+            "written, or use `--set storage=sqlite` or `--set storage=none`"
         ) from None
 
 
@@ -290,8 +323,9 @@ def _mean(bits: Iterable[int]) -> float:
     return round(sum(values) / len(values), 3) if values else 0.0
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _said(error: Exception) -> str:
+    """What an error of whatever database says, in a line without passwords."""
+    return f"{type(error).__name__}: {masked(str(error).strip().partition(chr(10))[0])}"
 
 
 def _sqlite(url: str) -> RDBStorage:
@@ -303,6 +337,9 @@ def _sqlite(url: str) -> RDBStorage:
     def fast(connection: Any, _: object) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
+        (whole,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if whole != "ok":
+            raise sqlite3.DatabaseError(f"database disk image is malformed: {whole}")
 
     event.listen(storage.engine, "connect", fast)
     storage.engine.dispose()  # connections made before the listener

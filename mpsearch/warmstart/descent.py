@@ -35,20 +35,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import SpaceError
-from mpsearch.files import write_text
+from mpsearch.files import make_folder, write_text
 from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.quant.fused import Elementwise
 from mpsearch.quant.gdnsq import clamp_and_round, grid_shift
 from mpsearch.quant.modules import QuantEmbedding
 from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows
 from mpsearch.space.space import SearchSpace, Slot
-from mpsearch.state_dict import save_tensors
+from mpsearch.state_dict import read_tensors, save_tensors
 from mpsearch.train import steps as training_steps
+from mpsearch.warmstart.table import advice, read_descent
 from mpsearch.workbench import Workbench
 
 MEMORY = 0.97
@@ -141,7 +141,7 @@ class Descent:
 
     def save(self, folder: Path) -> None:
         """Write `descent.json` and a safetensors file a snapshot. Raises WriteError."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         rows = []
         for index, snapshot in enumerate(self.snapshots):
             save_tensors(snapshot.weights, folder / f"snapshot-{index}.safetensors")
@@ -151,10 +151,10 @@ class Descent:
 
     @classmethod
     def load(cls, folder: Path) -> Descent:
-        """Read what `save` wrote."""
-        document = json.loads((folder / "descent.json").read_text(encoding="utf-8"))
+        """Read what `save` wrote. Raises RunError: a file of it is missing or damaged."""
+        document = read_descent(folder)
         snapshots = tuple(
-            Snapshot(**row, weights=load_file(folder / f"snapshot-{index}.safetensors"))
+            Snapshot(**row, weights=read_tensors(folder / f"snapshot-{index}.safetensors", advice(folder)))
             for index, row in enumerate(document["snapshots"])
         )
         return cls(snapshots, tuple(document["log"]), document["seconds"])

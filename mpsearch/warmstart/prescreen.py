@@ -114,7 +114,7 @@ class _Scores:
         self._scorer: StartScorer | None = None
         self._known: dict[tuple[PrecisionConfig, int], float] = {
             (record.config, record.batches): math.inf if record.divergence is None else record.divergence
-            for record in folder.prescreened()
+            for record in folder.rebuild_prescreened()
         }
         if not self._known:
             self._scorer = self._make()  # which refuses a task that cannot be compared

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from mpsearch.cost.model import RelativeCost
+from mpsearch.errors import RunError
+from mpsearch.files import make_folder
 from mpsearch.graph.facts import ModelGraph
 from mpsearch.graph.inputs import map_tensors
 from mpsearch.observer import SILENT, Observer
@@ -37,6 +39,7 @@ from mpsearch.warmstart.table import SensitivityTable
 from mpsearch.workbench import Workbench, channels_last
 
 logger = logging.getLogger(__name__)
+progress = logging.getLogger("mpsearch.progress")
 
 InitialConfig = tuple[Origin, PrecisionConfig]
 
@@ -176,12 +179,10 @@ class StartWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._descent = Descent.load(folder) if (folder / "descent.json").exists() else None
+        self._descent = Descent.load(folder)
 
     def at(self, cost: float) -> Mapping[str, Tensor] | None:
         """For a config of this relative cost."""
-        if self._descent is None:
-            return None
         nearest = self._descent.nearest(cost)
         return None if abs(math.log(cost)) < abs(math.log(nearest.budget / cost)) else nearest.weights
 
@@ -196,7 +197,10 @@ def _descent(
     observer: Observer,
 ) -> Descent:
     if (folder / "descent.json").exists():
-        return Descent.load(folder)
+        try:
+            return Descent.load(folder)
+        except RunError as error:
+            progress.warning("%s: that is done now", error)
     settings = spec.warm_start
     torch.manual_seed(settings.seed)
     observer.on_stage("descent", 0, settings.steps)
@@ -224,19 +228,26 @@ def sensitivity_table(proxy: str, task: Task, graph: ModelGraph, space: SearchSp
     """
     path = folder / ("sensitivity.json" if proxy == "kl" else f"sensitivity-{proxy}.json")
     if path.exists():
-        return SensitivityTable.load(path)
+        try:
+            return SensitivityTable.load(path)
+        except RunError as error:
+            progress.warning("%s: that is done now", error)
     device = usual_device()
     x = map_tensors(lambda tensor: tensor.to(device), task.calibration_input(SENSITIVITY_SAMPLES))
     model = channels_last(task.float_model()).to(device)
     table = measure(proxy, model, graph.layers, space, x, comparison_of(task))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     table.save(path)
     logger.info("sensitivity (%s): %d entries in %.0f s", proxy, len(table), table.seconds)
     return table
 
 
 def start_weights(spec: StudySpec, warmstart: Path) -> Callable[[float], Mapping[str, Tensor] | None]:
-    """Relative cost -> the weights that a trial of this study starts from; None: the float model's."""
-    if not spec.warm_start.reuse_weights:
+    """Relative cost -> the weights that a trial of this study starts from; None: the float model's.
+
+    Raises:
+        RunError: the study has its trials start from a descent, and this is missing or damaged.
+    """
+    if not spec.warm_start.reuse_weights or spec.warm_start.method == "none":
         return lambda cost: None
     return StartWeights(warmstart).at

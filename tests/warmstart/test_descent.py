@@ -12,7 +12,7 @@ from quick import QUICK
 
 import mpsearch
 from mpsearch.cost.model import RelativeCost
-from mpsearch.errors import SpaceError, StudyError
+from mpsearch.errors import RunError, SpaceError, StudyError
 from mpsearch.observer import Observer
 from mpsearch.precision import Precision, PrecisionConfig
 from mpsearch.problem import Problem, open_problem
@@ -172,7 +172,8 @@ def test_whole_bits_stay_within_the_budget_and_near_what_was_learned(problem: Pr
 
 
 def test_trials_start_from_the_snapshot_nearest_in_cost(descent: Descent, tmp_path: Path) -> None:
-    assert StartWeights(tmp_path).at(0.3) is None
+    with pytest.raises(RunError, match=r"descent\.json.*mpsearch resume"):
+        StartWeights(tmp_path)
     descent.save(tmp_path)
     weights = StartWeights(tmp_path)
     assert weights.at(0.9) is None  # nearer to the float network than to any snapshot
