@@ -351,7 +351,9 @@ class TaskSpec(_Section):
         description="name of a metric that the data's kind has, or module:function that returns an object with "
         "`metric` and `score`; default: the usual one of the kind. The task of a `factory` says its own",
     )
-    num_classes: int | None = Field(default=None, gt=1, description="default: as many as the data has")
+    num_classes: int | None = Field(
+        default=None, gt=1, description="number of classes; default: as many as the data has"
+    )
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the model's constructor")
     float_epochs: int = Field(default=30, gt=0, description="epochs of the float model where no checkpoint is given")
     factory: str | None = Field(
@@ -455,7 +457,9 @@ class WarmStartSpec(_Section):
         "baseline",
     )
     reuse_weights: bool = Field(default=True, description="trials start from its weights at the nearest cost")
-    ilp: bool = Field(default=False, description="try sensitivity + ILP at these budgets too, as a second baseline")
+    ilp: bool = Field(
+        default=False, description="also try the ILP on sensitivities at these budgets, as a second baseline"
+    )
     combinations: int = Field(
         default=0,
         ge=0,
@@ -527,11 +531,11 @@ class FinalSpec(_Section):
     pick: int = Field(default=6, gt=0, description="number of front points that are trained longer")
     epochs: float = Field(default=5, gt=0, description="passes over the training data")
     seeds: int = Field(default=3, gt=0, description="trainings of each point, with seeds of their own")
-    lr: float | None = Field(default=None, gt=0, description="default: the trial's")
+    lr: float | None = Field(default=None, gt=0, description="learning rate; default: the trial's")
 
 
 class EngineSpec(_Section):
-    """Where trials run: `none` in this process, `local` under a Ray of our own, or an address of a Ray cluster."""
+    """Where trials run: `none` in this process, `local` under a Ray of its own, or the address of a Ray cluster."""
 
     address: str = Field(default="local", description="none, local, auto, HOST:PORT or ray://HOST:PORT")
 

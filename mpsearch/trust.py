@@ -45,7 +45,7 @@ def imports(spec: StudySpec) -> tuple[str, ...]:
 
 
 def untrusted(folder: RunFolder, spec: StudySpec) -> tuple[str, ...]:
-    """What would be imported for a run that nobody here made or trusts; empty: nothing, or it is trusted."""
+    """What would be imported for a run that was neither made nor trusted here; empty: nothing, or it is trusted."""
     names = imports(spec)
     return () if not names or _note(folder, spec).exists() else names
 

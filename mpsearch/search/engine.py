@@ -86,7 +86,7 @@ def attempt(runner: Runner, proposal: Proposal) -> TrialRecord:
     started_s, clock = time.time(), time.perf_counter()
     try:
         return runner(proposal)
-    except WriteError:  # says nothing of the config: the run ends, and a resumed one tries it again
+    except WriteError:  # not the fault of the config: the run ends, and a resumed one tries it again
         raise
     except Exception as error:  # of any kind: a failed trial is a result, and the search goes on
         if no_room(error):  # of the task's own files, or of a compiler's
@@ -282,7 +282,7 @@ _OWNER = "driver.json"
 
 @contextlib.contextmanager
 def _tune_folder(folder: RunFolder) -> Iterator[Path]:
-    """Where Tune keeps what nobody reads: beside the run, because the nodes of a cluster must all see it."""
+    """Where Tune keeps files of its own: beside the run, because all nodes of a cluster must see them."""
     path = folder.path.resolve() / "ray"
     shutil.rmtree(path, ignore_errors=True)  # of a driver that was killed
     try:

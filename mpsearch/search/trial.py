@@ -45,7 +45,8 @@ def run_trial(
     """Fine-tune `config` briefly and score it on the validation split, and on a sample of it at the start and halfway.
 
     At the start BatchNorm's statistics are estimated anew, unless the network is `near` the float one. The better of
-    start and end is what counts and what the workbench's model is left at: at many bits a brief fine-tune can do harm.
+    start and end is what counts and what the workbench's model is left at: at many bits a brief fine-tune can lower the
+    score.
     A config that answers as the float network does (`settled`) is not trained at all. `Comparison` says what is near
     and settled; where outputs are not compared, every trial trains from the statistics that there are.
 
