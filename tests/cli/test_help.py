@@ -17,8 +17,16 @@ import mpsearch
 from mpsearch.cli import app
 
 GROUP: Any = typer.main.get_command(app)
+GROUP.commands |= {f"hardware_{name}": command for name, command in GROUP.commands.pop("hardware").commands.items()}
 FUNCTIONS = {name: {"export": "export_run", "import": "import_config"}.get(name, name) for name in GROUP.commands}
-OF_THE_SHELL = {"json", "csv", "help", "trust", "token_file"}  # printing, and questions that Python does not ask
+OF_THE_SHELL = {
+    "json",
+    "csv",
+    "costs",
+    "help",
+    "trust",
+    "token_file",
+}  # printing, and questions that Python does not ask
 EVENTS = {"observer"}  # and a command's observer is its progress bar
 
 

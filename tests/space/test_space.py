@@ -89,8 +89,8 @@ def test_a_named_granularity_holds_for_the_whole_range():
     ("text", "message"),
     [
         ("uniform:0-4", "uniform has no 0-bit form: give 1 to 16 bits"),
-        ("uniform:4-9", "uniform has no 9-bit form"),
-        ("uniform:16", "uniform has no 16-bit form"),
+        ("uniform:4-17", "uniform has no 17-bit form"),
+        ("uniform:17", "uniform has no 17-bit form"),
         ("shift:1-4", "shift has no 1-bit form: give 2 to 5 bits"),
         ("uniform:8-2", "write the smaller first"),
         ("unifrom:2-4", "did you mean 'uniform'"),
