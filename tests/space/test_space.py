@@ -444,7 +444,7 @@ def outside() -> dict[str, tuple[PrecisionConfig, str]]:
     return {
         "a precision": (config.replace(**{A.name: seven}), f"layer '{A.name}' has activation uniform:7/tensor"),
         "a group": (config.replace(**{C.name: three}), f"'{A.name}' and '{C.name}' share one activation precision"),
-        "a missing layer": (PrecisionConfig(list(layers.items())[1:]), "says nothing of layer 'conv1'"),
+        "a missing layer": (PrecisionConfig(list(layers.items())[1:]), "no precision for layer 'conv1'"),
         "a foreign layer": (PrecisionConfig(layers | {"conv9": three}), "has no layer 'conv9': near: conv1"),
     }
 
