@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ BFLOAT16 = LayerPrecision.shorthand("bfloat16")
 
 Call = Callable[[], object]
 
+PROFILED = 100
+"""Runs of a layer whose profile tells its share from that of nodes that reorder data."""
+
 
 class Runtime(Protocol):
     """What is measured in."""
@@ -39,8 +43,8 @@ class Runtime(Protocol):
     def pairs(self, layer: LayerInfo) -> Sequence[LayerPrecision]:
         """The pairs for which it has kernels."""
 
-    def layer(self, layer: LayerInfo, module: nn.Module, pair: LayerPrecision) -> Call:
-        """A call that runs a layer once on one sample."""
+    def layer(self, layer: LayerInfo, module: nn.Module, pair: LayerPrecision) -> tuple[Call, float]:
+        """A call that runs a layer once on one sample, and the share of its time that is the layer's in a network."""
 
     def network(self, model: nn.Module, x: Any, precisions: Sequence[LayerPrecision]) -> Call:
         """A call that runs a whole network once on one sample, the layers in execution order at these precisions.
@@ -76,8 +80,12 @@ class OnnxRuntime:
             return (FLOAT32,) if layer.reason is not None else (FLOAT32, W8A8)
         return (FLOAT32,) if layer.kind.startswith("conv_transpose") else ()
 
-    def layer(self, layer: LayerInfo, module: nn.Module, pair: LayerPrecision) -> Call:
-        """One node, with Relu where there was a BatchNorm; int8 by codes in and out."""
+    def layer(self, layer: LayerInfo, module: nn.Module, pair: LayerPrecision) -> tuple[Call, float]:
+        """One node, with Relu where there was a BatchNorm; int8 by codes in and out.
+
+        In a network neighbours pass their data on in the layout of blocked channels: the nodes that reorder it belong
+        to no layer, and their share, as the session's own profile has it, is taken off.
+        """
         from onnx import TensorProto, helper, numpy_helper
 
         weight = _weight(module)
@@ -124,7 +132,28 @@ class OnnxRuntime:
             [helper.make_tensor_value_info(y, kind, None)],
             constants,
         )
-        return self._call(graph, {"x": (np.random.default_rng(1).random(shape) * 20).astype(dtype)})
+        feed = {"x": (np.random.default_rng(1).random(shape) * 20).astype(dtype)}
+        return self._call(graph, feed), self._share(graph, feed)
+
+    def _share(self, graph: Any, feed: Mapping[str, Any]) -> float:
+        """The time of all nodes but those that reorder data, as a share of that of all."""
+        import onnxruntime
+
+        with tempfile.TemporaryDirectory() as folder:
+            options = self._options()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = onnxruntime.InferenceSession(_model(graph), options, providers=["CPUExecutionProvider"])
+            for _ in range(PROFILED):
+                session.run(None, feed)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        spent = {"layer": 0.0, "order": 0.0}
+        for event in events:
+            if event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time"):
+                reorders = str(event["args"].get("op_name", "")).startswith("Reorder")
+                spent["order" if reorders else "layer"] += float(event["dur"])
+        total = sum(spent.values())
+        return spent["layer"] / total if total else 1.0
 
     def network(self, model: nn.Module, x: Any, precisions: Sequence[LayerPrecision]) -> Call:
         """The exported network, its int8 layers (and what lies between two of them) by onnxruntime's own quantizer."""
@@ -202,12 +231,8 @@ class OnnxRuntime:
 
     def _call(self, graph: Any, feed: Mapping[str, Any]) -> Call:
         import onnxruntime
-        from onnx import helper
 
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), self._options(), providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(_model(graph), self._options(), providers=["CPUExecutionProvider"])
         return lambda: session.run(None, feed)
 
     def _options(self) -> Any:
@@ -235,13 +260,13 @@ class TorchRuntime:
             return ()
         return (FLOAT32,) if layer.reason is not None else (FLOAT32, BFLOAT16)
 
-    def layer(self, layer: LayerInfo, module: nn.Module, pair: LayerPrecision) -> Call:
+    def layer(self, layer: LayerInfo, module: nn.Module, pair: LayerPrecision) -> tuple[Call, float]:
         """The module, and a ReLU where there was a BatchNorm."""
         dtype = torch.bfloat16 if pair == BFLOAT16 else torch.float32
         parts: list[nn.Module] = [copy.deepcopy(module).to(dtype)]
         model = nn.Sequential(*parts, *([nn.ReLU()] if layer.batch_norm else [])).eval()
         x = torch.rand(1, *layer.input_shape, dtype=dtype)
-        return _without_gradients(model, x)
+        return _without_gradients(model, x), 1.0
 
     def network(self, model: nn.Module, x: Any, precisions: Sequence[LayerPrecision]) -> Call:
         """The network as a whole in float or bfloat16."""
@@ -270,6 +295,13 @@ def find_runtime(name: str, threads: int) -> Runtime:
     if name not in RUNTIMES:
         raise HardwareError(f"unknown runtime '{name}': {nearest(name, RUNTIMES)}")
     return RUNTIMES[name](threads)
+
+
+def _model(graph: Any) -> bytes:
+    from onnx import helper
+
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(model.SerializeToString())
 
 
 def _weight(module: nn.Module) -> Any:
