@@ -362,7 +362,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "Precisions": ("From tensor to network.", ("Precision", "LayerPrecision", "PrecisionConfig")),
-    "Studies": ("", ("load_study", "run_study")),
+    "Studies and hardware": ("", ("load_study", "run_study", "hardware_list", "hardware_show")),
     "Scores, events, errors": ("", ("Metric", "Observer", "MpsearchError")),
 }
 RETURNED = {
