@@ -308,7 +308,7 @@ def test_inspect_sensitivity_prints_the_table_and_the_ladder_of_the_same_costs(h
         (("train", "quick.yaml", "--target", "apot:4 x float", "--method", "gdnsq"), ("apot:4", "uniform")),
         (("ptq", "quick.yaml", "--bits", "w4a8", "--rounding", "adaround", "--data-free"), ("adaround needs",)),
         (("debug", "quick.yaml", "own4.json"), ("CONFIG got 'own4.json'", "no such file", "w4a8/tensor")),
-        (("debug", "quick.yaml", "w9a9"), ("uniform has no 9-bit form",)),
+        (("debug", "quick.yaml", "w17a17"), ("uniform has no 17-bit form",)),
         (("debug", "quick.yaml", "quick.yaml"), ("quick.yaml: layer 'name'", "expected bits")),
         (("debug", "quick.yaml", "w8a8", "--out", "no/x"), ("--out got 'no/x'", "a file in a folder that exists")),
         (("inspect", "quick.yaml", "--sensitivity", "--proxy", "hessian"), ("'hessian'", "kl", "fit")),

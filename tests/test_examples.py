@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick import FEW_IMAGES
 
 import mpsearch
 from mpsearch.documents import parse_yaml
@@ -35,7 +36,15 @@ def test_docstring_examples_hold() -> None:
     assert examples >= 2
 
 
-QUICK = ["trial.steps=2", "warm_start.steps=4", "search.trials=2", "search.prescreen=9", "trial.bn_batches=1"]
+QUICK = [
+    *FEW_IMAGES,
+    "trial.compile=false",
+    "trial.steps=2",
+    "warm_start.steps=4",
+    "search.trials=2",
+    "search.prescreen=9",
+    "trial.bn_batches=1",
+]
 GUIDES = [
     path
     for folder in ("tutorials", "concepts", "how-to")

@@ -21,6 +21,7 @@ from mpsearch.cli import app
 from mpsearch.errors import RunError
 from mpsearch.exporters.read import read_config
 from mpsearch.metric import TOP1
+from mpsearch.precision import BITS
 from mpsearch.problem import Problem, open_problem, write_facts
 from mpsearch.record import RunFolder
 from mpsearch.report import dashboard
@@ -193,7 +194,9 @@ def test_trials_have_attributes_notes_and_artifacts(address: str, folder: RunFol
     assert set(files) == {"config.json", "bits.svg", "training.svg"}
     (tmp_path / "config.json").write_text(files["config.json"])
     assert read_config(tmp_path / "config.json") == record.config
-    assert files["bits.svg"].count("<rect") == 2 * len(record.config) + 4 + 1  # a legend of four types, the paper
+    assert (
+        files["bits.svg"].count("<rect") == 2 * len(record.config) + len(BITS) + 1
+    )  # a legend of all types, the paper
     assert f"trial {record.number} (uniform)" in files["training.svg"]
 
 
