@@ -194,9 +194,7 @@ def test_trials_have_attributes_notes_and_artifacts(address: str, folder: RunFol
     assert set(files) == {"config.json", "bits.svg", "training.svg"}
     (tmp_path / "config.json").write_text(files["config.json"])
     assert read_config(tmp_path / "config.json") == record.config
-    assert (
-        files["bits.svg"].count("<rect") == 2 * len(record.config) + len(BITS) + 1
-    )  # a legend of all types, the paper
+    assert files["bits.svg"].count("<rect") == 2 * len(record.config) + len(BITS) + 1  # legend, paper
     assert f"trial {record.number} (uniform)" in files["training.svg"]
 
 
