@@ -56,7 +56,6 @@ UNIFORM = {"resnet20-cifar10-jpeg": "resnet_uniform", "mobilenetv2-cifar10-jpeg"
 ARMS: dict[str, list[str]] = {
     "full": WARM,
     "no warm start": COLD,
-    "no weight reuse": [*WARM, "warm_start.reuse_weights=false"],
     "no prescreen": [*WARM, "search.prescreen=0"],
     "no surrogate": [*WARM, "search.sampler=nsga2"],
     "no stopping": [*WARM, "search.stop_dominated=false"],
@@ -64,23 +63,17 @@ ARMS: dict[str, list[str]] = {
     "random": [*COLD, "search.sampler=random"],
     "tpe": [*COLD, "search.sampler=tpe"],
     "ilp ladder": [*COLD, "warm_start.ilp=true", "search.prescreen=0", "search.sampler=none"],
-    # The fair baseline: every global combination, from the weights of a descent in which all tensors move alike.
+    # The fair baseline: every global combination.
     "uniform": [
-        *WARM,
+        *COLD,
         "space=UNIFORM",
-        "warm_start.spread=0",
-        "warm_start.neighbours=0",
-        "warm_start.ilp=false",
         "warm_start.combinations=4",
         "search.prescreen=0",
         "search.sampler=none",
     ],
     # As `uniform`, with global combinations of all types: shift:3 x uniform:4 everywhere, and so on.
     "global types": [
-        *WARM,
-        "warm_start.spread=0",
-        "warm_start.neighbours=0",
-        "warm_start.ilp=false",
+        *COLD,
         "warm_start.combinations=12",
         "search.prescreen=0",
         "search.sampler=none",

@@ -52,7 +52,7 @@ Record = TypeVar("Record")
 class WallTime:
     """Where a trial's wall time went, in seconds."""
 
-    prepare_s: float = 0.0  # setting precisions, loading start weights, range setting
+    prepare_s: float = 0.0  # setting precisions, range setting
     train_s: float = 0.0
     evaluate_s: float = 0.0  # BatchNorm re-estimation and scoring
 

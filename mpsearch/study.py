@@ -322,8 +322,12 @@ class CostSpec(_Section):
         return value
 
 
+REUSED = "reuse_weights"
+"""A key of `warm_start` in studies of earlier versions: whether trials began with the weights of its descent."""
+
+
 class WarmStartSpec(_Section):
-    """Where the first configs beside the uniform ladder come from, and the weights that trials start from."""
+    """Where the first configs beside the uniform ladder come from."""
 
     method: Literal["none", "gdnsq"] = Field(
         default="none", description="gdnsq: one training with learnable bit-widths under a falling budget"
@@ -332,18 +336,27 @@ class WarmStartSpec(_Section):
     budgets: tuple[float, ...] = Field(
         default=(0.6, 0.4, 0.25, 0.15, 0.08), min_length=1, description="relative costs at which it is read off"
     )
-    neighbours: int = Field(default=3, ge=0, description="whole-bit configs of each of these; 0: its weights alone")
+    neighbours: int = Field(default=3, ge=0, description="whole-bit configs of each of these")
     spread: float = Field(
         default=0.01,
         ge=0,
         description="bits that a tensor moves a step for each octave of its marginal; 0: all alike, as a baseline",
     )
-    reuse_weights: bool = Field(default=True, description="trials start from its weights at the nearest cost")
     ilp: bool = Field(default=False, description="try sensitivity + ILP at these budgets too, as a second baseline")
     combinations: int = Field(
         default=0, ge=0, description="so many global combinations (w3a4, shift:4 x uniform:5, ...) join the ladder"
     )
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _retired(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and REUSED in value:
+            raise ValueError(
+                f"`{REUSED}` is no more: trials that began with the descent's weights were no better than those that "
+                "begin with the float network's, which all do now; leave the key out"
+            )
+        return value
 
     @field_validator("budgets", mode="before")
     @classmethod
@@ -642,6 +655,13 @@ def study_names() -> list[str]:
     return shipped_names("studies")
 
 
+def reuses_weights(folder: RunFolder) -> bool:
+    """Whether trials of a run began with the weights of its descent, as those of earlier versions may have."""
+    document = read_yaml(folder.study_yaml, RunError)
+    section = document.get("warm_start") if isinstance(document, dict) else None
+    return isinstance(section, dict) and section.get("method") == "gdnsq" and section.get(REUSED) is True
+
+
 def read_spec(folder: RunFolder, overrides: Sequence[str] = ()) -> StudySpec:
     """The resolved study of a run, with `key.path=value` set over it and the run's own copy of the search space.
 
@@ -658,6 +678,8 @@ def read_spec(folder: RunFolder, overrides: Sequence[str] = ()) -> StudySpec:
         _set(document, override)
     if overrides:
         _refuse_password(document)
+    if isinstance(section := document.get("warm_start"), dict):
+        section.pop(REUSED, None)  # earlier versions write every key; `reuses_weights` says what it means
     spec = parse_study(document, source=str(folder.study_yaml), strict=False)
     space = folder.space_yaml.absolute()
     return spec.model_copy(update={"space": str(space)}) if space.exists() else spec

@@ -118,14 +118,9 @@ class Workbench:
             return model
         return fuse(model)
 
-    def reset(self, config: PrecisionConfig, start_weights: Mapping[str, Tensor] | None = None) -> None:
-        """Put the start weights back and take on a config's precisions and ranges.
-
-        Args:
-            config: a precision for each quantizable layer.
-            start_weights: a state dict with the float model's names; default: the float model's.
-        """
-        self.restore(self._start if start_weights is None else start_weights)
+    def reset(self, config: PrecisionConfig, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Put the float model's weights back, or others under the same names, and take on a config's precisions."""
+        self.restore(self._start if weights is None else weights)
         set_precision(self.model, config, self.ranges)
 
     def state(self) -> dict[str, Tensor]:

@@ -254,7 +254,6 @@ def test_descent_ends_on_its_budgets(problem: Problem) -> None:
     workbench = Workbench(problem.task, problem.spec.trial, CUDA, graph=problem.graph)
     descent = descend(workbench, problem.space, problem.cost, [0.4, 0.3], 12)
     assert [snapshot.budget for snapshot in descent.snapshots] == [0.4, 0.3]
-    assert {value.device.type for snapshot in descent.snapshots for value in snapshot.weights.values()} == {"cpu"}
 
 
 METHODS = {

@@ -20,7 +20,6 @@ from mpsearch.search.finals import FinalRow, plan_finals, planned_rows
 from mpsearch.search.front import pareto_front
 from mpsearch.search.knee import keep_values
 from mpsearch.state_dict import save_weights
-from mpsearch.warmstart.start import start_weights
 from mpsearch.workbench import Workbench
 
 
@@ -53,7 +52,6 @@ def finalize(
         done = {(f.number, f.seed): f for f in folder.finals() if f.steps == steps}
         jobs = [(trial, seed) for trial in plan for seed in range(1, final.seeds + 1)]
         workbench: Workbench | None = None
-        nearest = start_weights(problem.spec, folder.warmstart)
         for position, (trial, seed) in enumerate(jobs):
             if (trial.number, seed) in done:
                 continue
@@ -61,7 +59,7 @@ def finalize(
             settings = problem.spec.trial.model_copy(update={"steps": steps})
             workbench = workbench or Workbench(problem.task, settings, offers=problem.space.offers, graph=problem.graph)
             checkpoint = checkpoint_path(folder.checkpoints, trial.number)
-            start = load_file(checkpoint) if checkpoint.exists() else nearest(trial.cost or 1.0)
+            start = load_file(checkpoint) if checkpoint.exists() else None
             record = _train(workbench, trial, seed, steps, final.lr, start)
             others = [f.val for f in done.values() if f.number == trial.number]
             if not others or problem.metric.better(record.val, than=problem.metric.best_of(*others)):
@@ -93,9 +91,9 @@ def _train(
     start: Mapping[str, Tensor] | None,
 ) -> FinalRecord:
     """Go on from what the trial ended with, where it was kept; the better of start and end on val counts."""
-    workbench.reset(trial.config, start)
+    workbench.reset(trial.config)
     if start is not None:
-        workbench.restore(start)  # its ranges too, if it has any
+        workbench.restore(start)  # its ranges too
     before, state = workbench.score("val").value, workbench.state()
     workbench.fit(steps, seed, lr)
     workbench.reestimate(seed)

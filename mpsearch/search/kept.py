@@ -13,7 +13,6 @@ from mpsearch.record import RunFolder, TrialRecord, checkpoint_path, final_path
 from mpsearch.search.front import pareto_front, scores_of
 from mpsearch.search.trial import run_trial
 from mpsearch.state_dict import load_tensors
-from mpsearch.warmstart.start import start_weights
 from mpsearch.workbench import Workbench
 
 logger = logging.getLogger(__name__)
@@ -57,6 +56,5 @@ def trained_model(
         load_tensors(workbench.model, load_file(brief))
         return workbench.model.eval(), measured
     logger.warning("the weights of trial %d were not kept (it is not on the front): it is trained again", record.number)
-    start = start_weights(problem.spec, folder.warmstart)(record.cost or 1.0)
-    again = run_trial(problem.task, record.config, problem.spec.trial, start, workbench=workbench)
+    again = run_trial(problem.task, record.config, problem.spec.trial, workbench=workbench)
     return workbench.model.eval(), {"val": again.score}

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mpsearch.errors import GaveUpError, SpaceError, TaskError
+from mpsearch.errors import GaveUpError, RunError, SpaceError, TaskError
 from mpsearch.files import write_text
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
@@ -32,13 +32,13 @@ from mpsearch.search.trial import peak_memory_bytes, run_trial
 from mpsearch.search.view import open_view
 from mpsearch.shipped import shipped
 from mpsearch.state_dict import save_weights, state
-from mpsearch.study import StudySpec, read_spec
+from mpsearch.study import REUSED, StudySpec, read_spec, reuses_weights
 from mpsearch.task.scoring import evaluate
 from mpsearch.train import threads
 from mpsearch.trust import trust
 from mpsearch.warmstart.additive import start_scores
 from mpsearch.warmstart.prescreen import prescreen, prescreens
-from mpsearch.warmstart.start import start_weights, warm_start
+from mpsearch.warmstart.start import warm_start
 from mpsearch.warmstart.table import SensitivityTable
 from mpsearch.workbench import Workbench
 
@@ -90,6 +90,12 @@ def resume_study(
         trust(folder, spec)
     if trials is not None:
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": trials})})
+    if reuses_weights(folder) and len(folder.records()) < spec.search.trials:
+        raise RunError(
+            f"the trials of {folder.path} began with the weights of its descent (warm_start.{REUSED}), which is no "
+            "more, so that further ones could not be compared with them: look at it with status, front and report, "
+            "or start a new run"
+        )
     return _search(replace(problem, spec=spec), folder, observer)
 
 
@@ -135,9 +141,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             knowledge=_knowledge(folder),
         )
         front = _FrontKeeper(problem, folder, records, observer)
-        make_runner = functools.partial(
-            trial_runner, spec, str(folder.checkpoints.resolve()), str(folder.warmstart.resolve())
-        )
+        make_runner = functools.partial(trial_runner, spec, str(folder.checkpoints.resolve()))
         try:
             run_trials(controller, folder, view, make_runner, spec.engine, spec.search.concurrency, front)
         finally:
@@ -172,18 +176,14 @@ class _FrontKeeper(Observer):
         self._observer.on_trial_ended(record)
 
 
-def trial_runner(spec: StudySpec, checkpoints: str, warmstart: str) -> Callable[[Proposal], TrialRecord]:
+def trial_runner(spec: StudySpec, checkpoints: str) -> Callable[[Proposal], TrialRecord]:
     """What a worker process does with proposals: called once there, it loads the task and sets up a workbench."""
     problem = open_problem(spec)
     task = problem.task
     workbench = Workbench(task, spec.trial, offers=problem.space.offers, graph=problem.graph)
 
-    start = start_weights(spec, Path(warmstart))
-
     def run(proposal: Proposal) -> TrialRecord:
-        record = run_trial(
-            task, proposal.config, spec.trial, start(proposal.cost), workbench=workbench, thresholds=proposal.thresholds
-        )
+        record = run_trial(task, proposal.config, spec.trial, workbench=workbench, thresholds=proposal.thresholds)
         if record.state == "complete":
             save_weights(workbench.model, checkpoint_path(Path(checkpoints), proposal.number))
         return record
@@ -202,8 +202,7 @@ def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -
         if known := [r for r in records if r.config == config and r.state == "complete"]:
             return known[0]
         workbench = Workbench(problem.task, problem.spec.trial, offers=config.offers, graph=problem.graph)
-        start = start_weights(problem.spec, folder.warmstart)(problem.cost(config))
-        record = run_trial(problem.task, config, problem.spec.trial, start, workbench=workbench, cost=problem.cost)
+        record = run_trial(problem.task, config, problem.spec.trial, workbench=workbench, cost=problem.cost)
         return _put_on_record(problem, folder, records, record, workbench)
 
 

@@ -35,7 +35,6 @@ def run_trial(
     task: Task,
     config: PrecisionConfig,
     settings: TrialSpec,
-    start_weights: Mapping[str, Tensor] | None = None,
     *,
     workbench: Workbench | None = None,
     cost: Callable[[PrecisionConfig], float] | None = None,
@@ -53,7 +52,6 @@ def run_trial(
         task: what is compressed.
         config: a precision for each quantizable layer.
         settings: steps, batch size, learning rate, ...
-        start_weights: weights to start from; default: the float model's.
         workbench: the worker's workbench; default: a fresh one.
         cost: relative cost of a config; default: the record has none.
         on_step: called with (step, training loss).
@@ -70,7 +68,7 @@ def run_trial(
     clock = time.perf_counter()
     workbench = workbench or Workbench(task, settings, offers=config.offers)
     metric = workbench.metric
-    workbench.reset(config, start_weights)
+    workbench.reset(config)
     prepared = time.perf_counter()
     curve: list[tuple[int, float]] = []
 

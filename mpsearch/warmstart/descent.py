@@ -16,7 +16,7 @@ their marginal, the loss that a bit saves per unit of cost, which at an optimum 
 
 E: exponential mean over steps; C: the study's own cost model, linear between whole numbers of bits. The budget falls
 geometrically, fast to the dearest requested one, where little is decided, then slowly; at every requested one the
-descent leaves a snapshot of bits, marginals and weights.
+descent leaves a snapshot of bits and marginals. Its weights are not kept: trials that began with them were no better.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpsearch.cost.model import RelativeCost
@@ -42,7 +41,6 @@ from mpsearch.quant.gdnsq import clamp_and_round, grid_shift
 from mpsearch.quant.modules import QuantEmbedding
 from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows
 from mpsearch.space.space import SearchSpace, Slot
-from mpsearch.state_dict import save_tensors
 from mpsearch.train import steps as training_steps
 from mpsearch.workbench import Workbench
 
@@ -113,7 +111,6 @@ class Snapshot:
     marginals: Mapping[str, float]  # loss that a bit saves per unit of relative cost, by slot name
     slopes: Mapping[str, float]  # -dLoss/dbit, by slot name
     loss: float  # exponential mean of the training loss
-    weights: Mapping[str, Tensor]  # a state dict with the float model's names
 
     @property
     def imbalance(self) -> float:
@@ -130,28 +127,18 @@ class Descent:
     log: tuple[Mapping[str, Any], ...]  # step, loss, cost, imbalance, bits by slot
     seconds: float
 
-    def nearest(self, cost: float) -> Snapshot:
-        """The snapshot nearest in log cost."""
-        return min(self.snapshots, key=lambda snapshot: abs(math.log(snapshot.budget / cost)))
-
     def save(self, folder: Path) -> None:
-        """Write `descent.json` and a safetensors file a snapshot. Raises WriteError."""
+        """Write `descent.json`. Raises WriteError."""
         folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for index, snapshot in enumerate(self.snapshots):
-            save_tensors(snapshot.weights, folder / f"snapshot-{index}.safetensors")
-            rows.append({k: v for k, v in vars(snapshot).items() if k != "weights"})
+        rows = [vars(snapshot) for snapshot in self.snapshots]
         document = {"seconds": self.seconds, "snapshots": rows, "log": list(self.log)}
-        write_text(folder / "descent.json", json.dumps(document))  # last: a folder with this file is whole
+        write_text(folder / "descent.json", json.dumps(document))
 
     @classmethod
     def load(cls, folder: Path) -> Descent:
         """Read what `save` wrote."""
         document = json.loads((folder / "descent.json").read_text(encoding="utf-8"))
-        snapshots = tuple(
-            Snapshot(**row, weights=load_file(folder / f"snapshot-{index}.safetensors"))
-            for index, row in enumerate(document["snapshots"])
-        )
+        snapshots = tuple(Snapshot(**row) for row in document["snapshots"])
         return cls(snapshots, tuple(document["log"]), document["seconds"])
 
 
@@ -314,14 +301,13 @@ def descend(
             {n: m for n, m, i in zip(names, marginals.tolist(), inside.tolist(), strict=True) if i},
             dict(zip(names, (slopes / unbiased).tolist(), strict=True)),
             mean_loss / unbiased,
-            {},
         )
         if step % max(1, steps // 200) == 0 or step == steps - 1:
             log.append(
                 {"step": step, "loss": value, "cost": budget, "imbalance": state.imbalance, "bits": dict(state.bits)}
             )
         while len(snapshots) < len(targets) and budget <= targets[len(snapshots)] * (1 + 1e-9):
-            snapshots.append(Snapshot(**{**vars(state), "budget": targets[len(snapshots)], "weights": _weights(model)}))
+            snapshots.append(replace(state, budget=targets[len(snapshots)]))
         if on_step is not None:
             on_step(step, value)
     return Descent(tuple(snapshots), tuple(log), time.perf_counter() - began)
@@ -417,9 +403,3 @@ def _quantizers_of(model: nn.Module, space: SearchSpace) -> list[list[BitQuantiz
     layers: Mapping[str, Any] = quant_layers(model)
     attribute = {"weight": "weight_quantizer", "activation": "input_quantizer"}
     return [[getattr(layers[name], attribute[slot.tensor]) for name in slot.layers] for slot in space.slots]
-
-
-@torch.no_grad()
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without quantizers: the float model's names."""
-    return {k: v.detach().clone().cpu() for k, v in model.state_dict().items() if "_quantizer." not in k}

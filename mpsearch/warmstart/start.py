@@ -1,6 +1,6 @@
-"""What a study starts from: configs to try first, and weights that trials start from.
+"""What a study starts from: configs to try first.
 
-Both come from one descent (`descent.py`); a sensitivity table (`sensitivity.py`, `allocate.py`) gives the baseline.
+They come from one descent (`descent.py`); a sensitivity table (`sensitivity.py`, `allocate.py`) gives the baseline.
 All of it is kept in the run folder's `warmstart/`, so that a resumed run finds it there and pays once.
 """
 
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.facts import ModelGraph
@@ -157,23 +155,6 @@ def _known(sensitivity: float) -> float:
     return math.inf if math.isnan(sensitivity) else sensitivity
 
 
-class StartWeights:
-    """The weights that a trial starts from: those of the snapshot nearest in log cost.
-
-    The float network counts as the snapshot at the reference's cost, 1; it is what None stands for.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._descent = Descent.load(folder) if (folder / "descent.json").exists() else None
-
-    def at(self, cost: float) -> Mapping[str, Tensor] | None:
-        """For a config of this relative cost."""
-        if self._descent is None:
-            return None
-        nearest = self._descent.nearest(cost)
-        return None if abs(math.log(cost)) < abs(math.log(nearest.budget / cost)) else nearest.weights
-
-
 def _descent(
     spec: StudySpec,
     task: Task,
@@ -221,10 +202,3 @@ def sensitivity_table(proxy: str, task: Task, graph: ModelGraph, space: SearchSp
     table.save(path)
     logger.info("sensitivity (%s): %d entries in %.0f s", proxy, len(table), table.seconds)
     return table
-
-
-def start_weights(spec: StudySpec, warmstart: Path) -> Callable[[float], Mapping[str, Tensor] | None]:
-    """Relative cost -> the weights that a trial of this study starts from; None: the float model's."""
-    if not spec.warm_start.reuse_weights:
-        return lambda cost: None
-    return StartWeights(warmstart).at

@@ -99,18 +99,6 @@ def test_a_bench_without_offers_refuses_other_types_by_layer(task: Task, workben
         run_trial(task, config, SETTINGS, workbench=workbench)
 
 
-def test_start_weights_are_where_the_trial_starts(task: Task, workbench: Workbench) -> None:
-    config = uniform(workbench, "w4a4")
-    still = SETTINGS.model_copy(update={"steps": 0})
-    zeros = {name: torch.zeros_like(value) for name, value in task.float_model().state_dict().items()}
-    ruined = run_trial(task, config, still, zeros, workbench=workbench)
-    restored = run_trial(task, config, still, workbench=workbench)
-    assert ruined.score is not None
-    assert ruined.score < 0.2
-    assert restored.score is not None
-    assert restored.score > 0.5
-
-
 def test_a_trial_never_sees_the_test_split(workbench: Workbench) -> None:
     seen: list[str] = []
 
