@@ -12,7 +12,7 @@ W8A8): what is cheaper counts as if it cost that, or one trial at the very cheap
 IGD+ is against the front of all arms' points together: 0 is best.
 
 A final training that another run in `--work` did already, of the same config from the same bytes of weights, is not
-done twice: arms that share the ladder and a seed share its rungs.
+done twice: arms that share the ladder and a seed share its points.
 """
 
 from __future__ import annotations

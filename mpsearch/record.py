@@ -19,7 +19,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -63,12 +63,26 @@ class WallTime:
 
 
 @dataclass(frozen=True, slots=True)
+class RungScore:
+    """What a config was worth at the end of one rung."""
+
+    steps: int  # of training in all, since the float network; 0: it was not trained, being as good as float
+    score: float | None  # None: the rung failed
+    divergence: float | None = None
+    wall_s: float = 0.0
+    ended_s: float = 0.0  # seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
 class TrialRecord:
     """One config and what became of it: everything that is known of a trial once it has ended.
 
     `score` is the task's metric on the validation split, in the metric's own unit (`RunFolder.metric` says which).
     `cost` is relative to the study's reference config. A failed trial has neither and gives its `reason`; a stopped one
     has the score at which it was stopped, and no more than that.
+
+    Where trials train by rungs, `rungs` has what it was worth after each, and `score`, `divergence` and `values` are of
+    the longest that did not fail.
     """
 
     config: PrecisionConfig
@@ -88,6 +102,35 @@ class TrialRecord:
     wall: WallTime = WallTime()
     started_s: float = 0.0  # seconds since the epoch
     peak_memory_bytes: int = 0
+    rungs: tuple[RungScore, ...] = ()  # shortest first; none where all trials have one length
+
+    @property
+    def steps(self) -> int:
+        """Training steps behind the score."""
+        done = [rung.steps for rung in self.rungs if rung.score is not None]
+        return done[-1] if done else self.curve[-1][0] if self.curve else 0
+
+    @property
+    def ended_s(self) -> float:
+        """When it ended, its longest rung included, in seconds since the epoch."""
+        return self.rungs[-1].ended_s if self.rungs else self.started_s + self.wall.total_s
+
+    def at_rung(self, index: int) -> TrialRecord:
+        """The record as it was at the end of a rung; values by sample are known of the longest alone."""
+        if index >= len(self.rungs) - 1:
+            return self
+        rung = self.rungs[index]
+        share = sum(r.wall_s for r in self.rungs[: index + 1]) / (self.wall.total_s or 1.0)
+        return replace(
+            self,
+            score=rung.score,
+            divergence=rung.divergence,
+            values=None,
+            reason=None,
+            curve=tuple(point for point in self.curve if point[0] <= rung.steps),
+            wall=WallTime(*(share * seconds for seconds in asdict(self.wall).values())),
+            rungs=self.rungs[: index + 1],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +168,7 @@ def record_to_json(record: TrialRecord) -> str:
     document: dict[str, Any] = {name: getattr(record, name) for name in _FIELDS}
     document["config"] = {layer: str(precision) for layer, precision in record.config.items()}
     document["wall"] = asdict(record.wall)
+    document["rungs"] = [asdict(rung) for rung in record.rungs]
     try:
         return json.dumps(document, allow_nan=False, ensure_ascii=False)
     except ValueError:
@@ -172,6 +216,7 @@ def record_from_json(text: str) -> TrialRecord:
         )
         document["wall"] = WallTime(**document.get("wall", {}))
         document["curve"] = tuple((int(step), float(score)) for step, score in document.get("curve", ()))
+        document["rungs"] = tuple(RungScore(**rung) for rung in document.get("rungs", ()))
         return TrialRecord(**document)
     except KeyError as error:
         raise RunError(f"not a trial record: {error} is missing") from None
@@ -211,6 +256,7 @@ class RunningTrial:
     origin: Origin
     cost: float  # relative
     started_s: float  # seconds since the epoch
+    rung: int = 0  # that it trains to, from 0
 
 
 class RunFolder:
@@ -354,18 +400,28 @@ class RunFolder:
     def append(self, record: TrialRecord) -> None:
         """Put a trial that has ended on the disk; when this returns, it is there.
 
+        Of a trial that was on the disk already, and has ended a longer rung, this record takes the place.
+
         Raises:
             RunError: it could not be written (disk full?); the earlier trials are safe and the file stays readable.
         """
         self._append(self.trials_jsonl, record_to_json(record), f"trial {record.number}")
 
     def records(self) -> list[TrialRecord]:
-        """Every trial that has ended, in the order of ending.
+        """Every trial that has ended, in the order of ending (of the first rung, where there are several).
 
         Raises:
             RunError: a line is corrupt; the message gives its number.
         """
-        return _read_lines(self.trials_jsonl, record_from_json)
+        records: list[TrialRecord] = []
+        place: dict[int, int] = {}
+        for record in _read_lines(self.trials_jsonl, record_from_json):
+            if len(record.rungs) > 1 and record.number in place:
+                records[place[record.number]] = record
+            else:
+                place[record.number] = len(records)
+                records.append(record)
+        return records
 
     def append_final(self, record: FinalRecord) -> None:
         """Put a final training that has ended on the disk. Raises RunError as `append` does."""
@@ -442,8 +498,8 @@ class RunFolder:
     def write_parquet(self) -> Path:
         """Write `trials.parquet` from the record: a row per trial, two text columns per layer.
 
-        Columns are the fields of TrialRecord, `wall.*` in seconds, and `NAME.weight` and `NAME.activation` for every
-        layer. Raises WriteError where it cannot be written.
+        Columns are the fields of TrialRecord, `steps`, `wall.*` in seconds, and `NAME.weight` and `NAME.activation` for
+        every layer. Raises WriteError where it cannot be written.
         """
         import pandas as pd
 
@@ -506,7 +562,9 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
-    row = {name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall", "curve", "values")}
+    left_out = ("config", "wall", "curve", "values", "rungs")
+    row = {name: getattr(record, name) for name in _FIELDS if name not in left_out}
+    row["steps"] = record.steps
     row["digest"] = record.config.digest
     row |= {f"wall.{name}": value for name, value in asdict(record.wall).items()}
     for name, layer in record.config.items():
@@ -567,6 +625,16 @@ def unpack(text: str) -> NDArray[Any]:
 def checkpoint_path(folder: Path, number: int) -> Path:
     """Where the weights and scales of a trial are, as long as it is on the front."""
     return folder / f"trial-{number}.safetensors"
+
+
+def rung_path(folder: Path, number: int, rung: int) -> Path:
+    """Where the weights and scales of a trial are from the end of a longer rung until that is on the record."""
+    return folder / f"trial-{number}.rung-{rung}.safetensors"
+
+
+def state_path(folder: Path, number: int, rung: int) -> Path:
+    """Where the training of a trial is as a rung left it, from which the next one goes on."""
+    return folder / f"trial-{number}.state-{rung}.safetensors"
 
 
 def final_path(folder: Path, number: int) -> Path:

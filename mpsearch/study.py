@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
@@ -384,7 +385,14 @@ class SearchSpec(_Section):
     prescreen: int = Field(
         default=300, ge=0, description="untrained configs that the warm start scores; the best are tried first; 0: none"
     )
-    trials: int = Field(default=60, gt=0, description="finished trials, the uniform ladder included")
+    trials: int = Field(
+        default=60, gt=0, description="configs that are trained, the uniform ladder included; longer rungs not counted"
+    )
+    eta: int = Field(
+        default=3,
+        gt=1,
+        description="with `trial.rungs`: one in so many of the configs that end a rung goes on, by stratum of cost",
+    )
     concurrency: int = Field(default=2, gt=0, description="trials that run at the same time")
     seed: int = Field(default=0, ge=0)
     time_limit_s: float | None = Field(default=None, gt=0, description="no new trial starts after this many seconds")
@@ -395,9 +403,14 @@ class SearchSpec(_Section):
 
 
 class TrialSpec(_Section):
-    """The short fine-tune that scores a config."""
+    """The fine-tune that scores a config: of `steps`, or of as many as the rung that it is on."""
 
     steps: int = Field(default=150, ge=0, description="0: score straight after range setting")
+    rungs: tuple[int, ...] = Field(
+        default=(),
+        description="in place of `steps`: training steps in all at which a config is scored, as [60, 150, 400]; all "
+        "train to the first, of those that end a rung one in `search.eta` goes on to the next",
+    )
     batch_size: int = Field(default=128, gt=0)
     lr: float = Field(default=0.02, gt=0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(default=0.0, ge=0)
@@ -409,6 +422,42 @@ class TrialSpec(_Section):
         default=16, ge=0, description="batches that re-estimate BatchNorm statistics after the fine-tune"
     )
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_rungs(cls, value: Any) -> Any:
+        """`steps` are those of the first rung, where there are rungs."""
+        if not isinstance(value, Mapping) or not isinstance(rungs := value.get("rungs"), list | tuple) or not rungs:
+            return value
+        if "steps" in value and value["steps"] != rungs[0]:
+            raise ValueError(
+                f"`steps` is {clip(value['steps'])} and `rungs` begins with {clip(rungs[0])}: leave `steps` out where "
+                "there are rungs, or write `rungs: []`"
+            )
+        return {**value, "rungs": tuple(rungs), "steps": rungs[0]}
+
+    @field_validator("rungs", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("rungs")
+    @classmethod
+    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(value) == 1:
+            raise ValueError("one rung is no choice: write `steps`, or two or more rungs")
+        if value and (value[0] < 2 or any(after <= before for before, after in pairwise(value))):
+            raise ValueError("rungs are numbers of steps, from 2 on, each more than the one before: as [60, 150, 400]")
+        return value
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Steps in all of each rung; of the one that there is without rungs."""
+        return self.rungs or (self.steps,)
+
+    def of_one_length(self, steps: int) -> TrialSpec:
+        """These settings for a training of so many steps, without rungs."""
+        return self.model_copy(update={"steps": steps, "rungs": ()})
 
 
 class FinalSpec(_Section):
@@ -620,7 +669,12 @@ def _set(document: dict[str, Any], override: str) -> None:
             raise StudyError(f"--set {override}: '{parent}' holds the value {clip(below)}, not keys")
         section = below
     section[last] = value
+    if (instead := INSTEAD.get(key.strip())) is not None:
+        section.pop(instead, None)
 
+
+INSTEAD = {"trial.steps": "rungs", "trial.rungs": "steps"}
+"""What an override takes the place of, beside the old value of its own key."""
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 

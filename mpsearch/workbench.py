@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
@@ -31,6 +31,7 @@ from mpsearch.train import (
     FitResult,
     FitSettings,
     Teacher,
+    TrainingState,
     bf16_is_fast,
     fit,
     reestimate_batch_norm,
@@ -108,7 +109,7 @@ class Workbench:
 
     def compile_quantizers(self, model: nn.Module) -> nn.Module:
         """Have a model's quantizers compiled, in place, where the study says so, or where it pays and can be done."""
-        samples = self.settings.steps * self.settings.batch_size
+        samples = self.settings.lengths[-1] * self.settings.batch_size
         elements = samples * sum(layer.calls * math.prod(layer.input_shape) for layer in self.layers)
         setting = self.settings.compile
         if setting is False or (setting == "auto" and elements < WORTH_COMPILING):
@@ -158,17 +159,30 @@ class Workbench:
         lr: float | None = None,
         on_step: Callable[[int, float], None] | None = None,
         slope: SlopeSchedule = DEFAULT_SLOPE,
+        lengths: Sequence[int] = (),
+        begun: TrainingState | None = None,
     ) -> FitResult:
-        """Fine-tune the model as it stands for `steps` batches."""
+        """Fine-tune the model as it stands for `steps` batches.
+
+        Args:
+            steps: in all, those of `begun` included.
+            seed: of the batches.
+            lr: peak of the learning rate; default: `trial.lr`.
+            on_step: called with (step, training loss).
+            slope: of soft shift quantizers.
+            lengths: steps of every rung, where this is one of several.
+            begun: a training to go on with; the model takes its weights.
+        """
         settings = FitSettings(
             steps=steps,
             lr=lr or self.settings.lr,
             weight_decay=self.settings.weight_decay,
             bf16=self.bf16,
             slope=slope,
+            lengths=tuple(lengths),
         )
-        batches = self.train_batches(steps, seed)
-        return fit(self.model, batches, self.loss(seed), settings, on_step)
+        batches = self.train_batches(steps - (0 if begun is None else begun.steps), seed)
+        return fit(self.model, batches, self.loss(seed), settings, on_step, begun)
 
     def reestimate(self, seed: int, most: int | None = None) -> None:
         """Re-estimate BatchNorm statistics on `trial.bn_batches` training batches, at most `most` of them."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,7 +48,8 @@ class Front:
         """A row per record.
 
         Columns: number, origin, state, score (on val, in the metric's unit), relative_cost, weight_bits and
-        activation_bits (means over the layers), on_front, knee, reason, gain (as in `gains`; empty off the front).
+        activation_bits (means over the layers), on_front, knee, reason, steps (of training, behind the score), gain (as
+        in `gains`; empty off the front).
         """
         from mpsearch.report.tables import trials_table
 
@@ -56,7 +58,7 @@ class Front:
 
     @property
     def table(self) -> pd.DataFrame:
-        """The rows of `trials` that are on the front or complete rungs of the uniform ladder, by rising cost."""
+        """The rows of `trials` that are on the front or complete ones of the uniform ladder, by rising cost."""
         trials = self.trials
         shown = trials.on_front | ((trials.origin == "uniform") & (trials.state == "complete"))
         return trials[shown].sort_values("relative_cost", ignore_index=True)
@@ -71,7 +73,10 @@ class Front:
         """What `mpsearch front --json` prints."""
         from mpsearch.search.front import front_rows
 
-        ladder = [{"number": trial.number, "score": trial.score, "cost": trial.cost} for trial in self.pareto.ladder]
+        ladder = [
+            {"number": trial.number, "score": trial.score, "cost": trial.cost, "steps": trial.steps}
+            for trial in self.pareto.ladder
+        ]
         metric = self.pareto.metric.to_json()
         return {"metric": metric, "hypervolume": self.hypervolume, "front": front_rows(self.pareto), "uniform": ladder}
 
@@ -89,6 +94,7 @@ class Status:
         pareto: the front so far; empty before the first complete trial.
         hypervolume: as in `Front`.
         prescreened: untrained configs that were scored.
+        rungs: where trials train by rungs, training steps -> how many complete trials have had so many, and no more.
         trouble: what goes wrong beside the search now, in words: a storage that cannot be reached; None: nothing.
     """
 
@@ -101,6 +107,7 @@ class Status:
     hypervolume: float | None
     prescreened: int = 0
     trouble: str | None = None
+    rungs: Mapping[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What `mpsearch status --json` prints."""
@@ -113,6 +120,7 @@ class Status:
             "stopped": self.counts["stopped"],
             "running": len(self.running),
             "prescreened": self.prescreened,
+            "rungs": {str(steps): count for steps, count in self.rungs.items()},
             "trouble": self.trouble,
             "metric": self.pareto.metric.to_json(),
             "best": best and {"number": best.number, "score": best.score, "cost": best.cost},
@@ -339,6 +347,7 @@ def status(run: str | Path) -> Status:
         hypervolume=_hypervolume(folder),
         prescreened=len({record.config for record in folder.prescreened()}),
         trouble=folder.trouble,
+        rungs=dict(sorted(Counter(r.steps for r in records if r.rungs).items())),
     )
 
 

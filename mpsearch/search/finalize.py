@@ -6,6 +6,7 @@ the same way: a mixed config that does not beat its baseline is then seen not to
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +22,8 @@ from mpsearch.search.front import pareto_front
 from mpsearch.search.knee import keep_values
 from mpsearch.state_dict import save_weights
 from mpsearch.workbench import Workbench
+
+logger = logging.getLogger(__name__)
 
 
 def finalize(
@@ -56,10 +59,15 @@ def finalize(
             if (trial.number, seed) in done:
                 continue
             observer.on_final_started(trial, seed, position, len(jobs))
-            settings = problem.spec.trial.model_copy(update={"steps": steps})
+            settings = problem.spec.trial.of_one_length(steps)
             workbench = workbench or Workbench(problem.task, settings, offers=problem.space.offers, graph=problem.graph)
             checkpoint = checkpoint_path(folder.checkpoints, trial.number)
             start = load_file(checkpoint) if checkpoint.exists() else None
+            if start is None:
+                logger.warning(
+                    "the weights of trial %d were not kept: its final training begins anew, with the float network's",
+                    trial.number,
+                )
             record = _train(workbench, trial, seed, steps, final.lr, start)
             others = [f.val for f in done.values() if f.number == trial.number]
             if not others or problem.metric.better(record.val, than=problem.metric.best_of(*others)):
@@ -90,7 +98,9 @@ def _train(
     lr: float | None,
     start: Mapping[str, Tensor] | None,
 ) -> FinalRecord:
-    """Go on from what the trial ended with, where it was kept; the better of start and end on val counts."""
+    """Go on from what the trial ended its longest rung with, where it was kept; the better of start and end on val
+    counts.
+    """
     workbench.reset(trial.config)
     if start is not None:
         workbench.restore(start)  # its ranges too

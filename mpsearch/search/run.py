@@ -21,7 +21,7 @@ from mpsearch.files import write_text
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem, check_moved, open_problem, reopen, with_float_scores, write_facts
-from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path
+from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path, rung_path, state_path
 from mpsearch.search.additive import Knowledge
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.engine import run_trials
@@ -34,7 +34,7 @@ from mpsearch.shipped import shipped
 from mpsearch.state_dict import save_weights, state
 from mpsearch.study import REUSED, StudySpec, read_spec, reuses_weights
 from mpsearch.task.scoring import evaluate
-from mpsearch.train import threads
+from mpsearch.train import FitSettings, TrainingState, threads
 from mpsearch.trust import trust
 from mpsearch.warmstart.additive import start_scores
 from mpsearch.warmstart.prescreen import prescreen, prescreens
@@ -139,6 +139,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             records,
             started=began,
             knowledge=_knowledge(folder),
+            rungs=spec.trial.lengths,
         )
         front = _FrontKeeper(problem, folder, records, observer)
         make_runner = functools.partial(trial_runner, spec, str(folder.checkpoints.resolve()))
@@ -177,15 +178,34 @@ class _FrontKeeper(Observer):
 
 
 def trial_runner(spec: StudySpec, checkpoints: str) -> Callable[[Proposal], TrialRecord]:
-    """What a worker process does with proposals: called once there, it loads the task and sets up a workbench."""
+    """What a worker process does with proposals: called once there, it loads the task and sets up a workbench.
+
+    A training that a longer rung may go on with leaves its state in `checkpoints`, and its weights.
+    """
     problem = open_problem(spec)
     task = problem.task
     workbench = Workbench(task, spec.trial, offers=problem.space.offers, graph=problem.graph)
 
+    folder = Path(checkpoints)
+
     def run(proposal: Proposal) -> TrialRecord:
-        record = run_trial(task, proposal.config, spec.trial, workbench=workbench, thresholds=proposal.thresholds)
+        number, rung, owner = proposal.number, proposal.rung, proposal.config.digest
+        begun = TrainingState.load(state_path(folder, number, rung - 1), owner) if rung else None
+        record = run_trial(
+            task,
+            proposal.config,
+            spec.trial,
+            workbench=workbench,
+            thresholds=proposal.thresholds,
+            rung=rung,
+            before=proposal.before,
+            begun=begun,
+            on_state=lambda state: state.save(state_path(folder, number, rung), owner),
+        )
         if record.state == "complete":
-            save_weights(workbench.model, checkpoint_path(Path(checkpoints), proposal.number))
+            # What the record has is not overwritten before the record has this: `FrontWeights` takes it over then.
+            path = rung_path(folder, number, rung) if rung else checkpoint_path(folder, number)
+            save_weights(workbench.model, path)
         return record
 
     return run
@@ -289,6 +309,8 @@ def write_front(problem: Problem, folder: RunFolder, front: ParetoFront, trials:
 def estimate_trial_s(problem: Problem, steps: int = 6) -> float:
     """Seconds that one trial should take in a process of its own: measured on a few eager steps, scoring included.
 
+    Where trials train by rungs, with its share of the longer ones.
+
     With as many threads as a worker has, and by the quickest step: on a machine that is busy with other things the mean
     of a few steps says more of these, above all where threads wait for each other.
     """
@@ -303,7 +325,21 @@ def estimate_trial_s(problem: Problem, steps: int = 6) -> float:
         workbench.fit(steps, seed=0, on_step=lambda step, loss: ended.append(time.perf_counter()))
         step_s = min(after - before for before, after in itertools.pairwise(ended))
         evaluate_s = min(_evaluation_s(problem, workbench) for _ in range(2))
-    return step_s * (spec.trial.steps + spec.trial.bn_batches / 3) + 3 * evaluate_s
+    return step_s * (steps_a_config(spec) + spec.trial.bn_batches / 3) + 3 * evaluate_s
+
+
+def steps_a_config(spec: StudySpec) -> float:
+    """Training steps that a config takes on average: all of them to the first rung, one in `search.eta` to the next.
+
+    >>> from mpsearch.study import load_study
+    >>> steps_a_config(load_study("digits", ["trial.rungs=[60, 150, 400]"]))  # 60 + 120/3 + 325/9
+    136.1111111111111
+    """
+    lengths, steps, done = spec.trial.lengths, 0.0, 0
+    for rung, length in enumerate(lengths):
+        steps += (length - done) / spec.search.eta**rung
+        done = FitSettings(length, spec.trial.lr, lengths=lengths).fall
+    return steps
 
 
 def _evaluation_s(problem: Problem, workbench: Workbench) -> float:

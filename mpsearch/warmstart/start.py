@@ -88,9 +88,12 @@ def warm_start(
         cheapest = min(map(cost, space.ladder()))
         allocated = [a.config for a in ilp_ladder(space, cost, table, [b for b in settings.budgets if b >= cheapest])]
     grid: list[InitialConfig] = [("uniform", config) for config in ends_first(combined)]
-    known: list[list[PrecisionConfig] | None] = [None, *descended]  # the dear end is a rung, which is tried before
+    known: list[list[PrecisionConfig] | None] = [
+        None,
+        *descended,
+    ]  # the dear end is uniform, and tried before
     first: list[InitialConfig] = [("descent", configs[0]) for configs in ends_first(known) if configs]
-    # With several types the cheap end is no rung of the ladder.
+    # With several types the cheap end is none of the ladder's.
     cheap_end: list[InitialConfig] = [("uniform", cheapest_combination(space, cost, table))] if first else []
     baseline: list[InitialConfig] = [("ilp", config) for config in allocated]
     by_rank = zip_longest(*(configs[1:] for configs in descended))
@@ -169,7 +172,7 @@ def _descent(
     settings = spec.warm_start
     torch.manual_seed(settings.seed)
     observer.on_stage("descent", 0, settings.steps)
-    workbench = Workbench(task, spec.trial.model_copy(update={"steps": settings.steps}), graph=graph)
+    workbench = Workbench(task, spec.trial.of_one_length(settings.steps), graph=graph)
     descent = descend(
         workbench,
         space,

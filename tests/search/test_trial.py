@@ -15,7 +15,8 @@ from torch import nn
 from mpsearch.errors import PrecisionError, TaskError
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise
-from mpsearch.record import unpack
+from mpsearch.record import TrialRecord, unpack
+from mpsearch.search.rungs import ended_first_rung
 from mpsearch.search.stopping import Thresholds
 from mpsearch.search.trial import peak_memory_bytes, run_trial
 from mpsearch.space.build import build_space
@@ -24,7 +25,7 @@ from mpsearch.study import TrialSpec, load_study
 from mpsearch.task.comparing import NEAR, SETTLED
 from mpsearch.task.load import load_task
 from mpsearch.task.task import Measuring, Task
-from mpsearch.train import FitResult
+from mpsearch.train import FitResult, TrainingState
 from mpsearch.workbench import Score, Workbench
 
 pytestmark = pytest.mark.study
@@ -52,7 +53,7 @@ def test_trial_at_8_bits_is_as_good_as_the_float_model(task: Task, workbench: Wo
     assert record.state == "complete"
     assert record.score == pytest.approx(task.evaluate(task.float_model(), "val"), abs=0.02)
     assert record.cost == 1.0
-    assert record.wall.train_s > 0
+    assert record.wall.total_s > 0
     assert record.peak_memory_bytes > 1e8
 
 
@@ -220,6 +221,63 @@ def test_a_config_that_answers_as_the_float_network_does_is_not_trained(task: Ta
     assert record.end_loss is None
     lower = run_trial(task, uniform(workbench, "w3a3"), SETTINGS, workbench=workbench)
     assert lower.end_loss is not None
+
+
+RUNGS = SETTINGS.model_copy(update={"steps": 10, "rungs": (10, 30)})
+
+
+def test_a_longer_rung_goes_on_from_the_shorter_one(task: Task, workbench: Workbench) -> None:
+    config = uniform(workbench, "w2a2")
+    states: list[TrainingState] = []
+    first = run_trial(task, config, RUNGS, workbench=workbench, on_state=states.append)
+    assert [point[0] for point in first.curve] == [0, 5, 10]
+    assert [state.steps for state in states] == [5]  # before the rate fell
+    before = ended_first_rung(first)
+    seen: list[int] = []
+
+    def longer(begun: TrainingState | None) -> TrialRecord:
+        seen.clear()
+        return run_trial(
+            task,
+            config,
+            RUNGS,
+            workbench=workbench,
+            rung=1,
+            before=before,
+            begun=begun,
+            on_state=states.append,
+            on_step=lambda step, _: seen.append(step),
+        )
+
+    anew = longer(None)
+    assert seen == list(range(30))
+    gone_on = longer(states[0])
+    assert seen == list(range(5, 30))
+    assert gone_on.curve == ((30, gone_on.score),)  # neither start nor halfway is scored again
+    assert gone_on.start_divergence is None
+    assert gone_on.divergence is not None
+    assert first.divergence is not None
+    assert gone_on.divergence < first.divergence
+    assert anew.score == pytest.approx(gone_on.score, abs=0.1)
+    assert len(states) == 1  # there is no rung after the last
+    again = longer(states[0])
+    assert (again.score, again.end_loss) == (gone_on.score, gone_on.end_loss)
+
+
+def test_harm_of_a_longer_rung_is_taken_back_too(task: Task, workbench: Workbench) -> None:
+    config = uniform(workbench, "w4a4")
+    before = ended_first_rung(run_trial(task, config, RUNGS, workbench=workbench))
+    harmed = copy.copy(workbench)
+
+    def ruin(*_: Any, **__: Any) -> FitResult:
+        for parameter in workbench.model.parameters():
+            parameter.data.zero_()
+        return FitResult(0.0, 9.0)
+
+    harmed.fit = ruin  # type: ignore[method-assign]
+    record = run_trial(task, config, RUNGS, workbench=harmed, rung=1, before=before)
+    assert record.curve[-1][1] < before.curve[0][1] - 0.1
+    assert record.score == workbench.score("val").value > record.curve[-1][1] + 0.1
 
 
 def test_a_trial_below_its_bar_stops_halfway_with_what_it_had(task: Task, workbench: Workbench) -> None:
