@@ -50,12 +50,18 @@ from mpsearch.task.cache import content_key
 WARM = ["warm_start.method=gdnsq"]
 COLD = ["warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0"]
 
+RUNGS = "trial.rungs=[60, 150, 400]"
+
 UNIFORM = {"resnet20-cifar10-jpeg": "resnet_uniform", "mobilenetv2-cifar10-jpeg": "uniform"}
 """The space without other quantizer types, by study."""
 
 ARMS: dict[str, list[str]] = {
     "full": WARM,
     "no warm start": COLD,
+    "rungs": [*WARM, RUNGS],
+    "rungs without prescreen": [*WARM, RUNGS, "search.prescreen=0"],
+    "rungs with additive sampler": [*WARM, RUNGS, "search.sampler=additive"],
+    "additive sampler": [*WARM, "search.sampler=additive"],
     "no prescreen": [*WARM, "search.prescreen=0"],
     "no surrogate": [*WARM, "search.sampler=nsga2"],
     "no stopping": [*WARM, "search.stop_dominated=false"],

@@ -35,8 +35,8 @@ from mpsearch.task.scoring import comparison_of
 from mpsearch.train import ForwardPass, Teacher, autocast
 from mpsearch.warmstart.descent import descend
 from mpsearch.warmstart.sensitivity import measure
-from mpsearch.warmstart.start_score import AGREES_NATS, AGREES_SHARE, StartScorer
-from mpsearch.workbench import Workbench
+from mpsearch.warmstart.start_score import StartScorer
+from mpsearch.workbench import AGREES_NATS, AGREES_SHARE, Workbench
 
 pytestmark = pytest.mark.gpu
 

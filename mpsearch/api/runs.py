@@ -384,7 +384,8 @@ def rank(
 
     Returns:
         A row per stratum and proxy: `start` (the divergence before training), `additive` (the additive model's, of
-        configs it did not see), `before`, `halfway`, `divergence` (after the trial), against final trainings
+        configs it did not see), `before`, `halfway`, `rung N` (the divergence after a rung of N steps, where trials
+        train by rungs), `divergence` (after the trial), against final trainings
         `quality` too (of the trial's score), and those measured. Columns: stratum (`all`, or its costs as `0.1-0.25`),
         proxy, tau (1: the same order, 0: none), n (trials), low and high (95 % interval by bootstrap); NaN where
         nothing can be ranked.

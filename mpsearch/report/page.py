@@ -212,7 +212,7 @@ def _ranking(run: RunData) -> str:
         f"Kendall's tau of each to the score {target}, with its 95 % interval: 1 is the same order, 0 none. The "
         "additive model foretells a trial from the others."
     )
-    columns = ["cost", "trials", *(_PROXIES[name] for name in proxies)]
+    columns = ["cost", "trials", *(_PROXIES.get(name, f"{name} steps") for name in proxies)]
     return about + table(columns, rows, texts={0})
 
 

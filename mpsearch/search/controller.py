@@ -24,7 +24,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -44,7 +44,7 @@ from mpsearch.record import Origin, TrialRecord
 from mpsearch.search.additive import NOTHING, AdditiveSampler, Knowledge, attributes
 from mpsearch.search.front import BETTER
 from mpsearch.search.rungs import Contender, ended_first_rung, ended_next_rung, goes_on, promotion, strata
-from mpsearch.search.stopping import BASELINES, NO_THRESHOLDS, Stopping, Thresholds
+from mpsearch.search.stopping import BASELINES, NO_THRESHOLDS, UNWATCHED, Stopping, Thresholds
 from mpsearch.search.surrogate import Children, SurrogateSampler
 from mpsearch.space.order import ends_first
 from mpsearch.space.space import SearchSpace
@@ -159,7 +159,7 @@ class Proposal:
     cost: float
     thresholds: Thresholds = NO_THRESHOLDS  # what its trial must pass to go on
     rung: int = 0  # that it is to train to
-    before: TrialRecord | None = None  # what came of the shorter rungs
+    before: TrialRecord | None = field(default=None, repr=False)  # what came of the shorter rungs
 
 
 @dataclass(frozen=True)
@@ -391,9 +391,12 @@ class SearchController:
 
     def _thresholds(self, origin: Origin, cost: float) -> Thresholds:
         if not self._search.stop_dominated or origin in BASELINES:
-            return NO_THRESHOLDS
+            return UNWATCHED
         best = max((p.quality for p in self._front if p.cost <= cost), default=None)
-        return self._stopping.thresholds(cost, None if best is None else self._metric.quality(best))
+        thresholds = self._stopping.thresholds(cost, None if best is None else self._metric.quality(best))
+        if len(self._rungs) > 1:  # a short rung is no dearer than half of one that is long enough to be stopped
+            return replace(thresholds, halfway=None, watched=False)
+        return thresholds
 
     def _remember(self, record: TrialRecord) -> _Point | None:
         self._ended += 1

@@ -51,7 +51,9 @@ def run_trial(
     begun: TrainingState | None = None,
     on_state: Callable[[TrainingState], None] | None = None,
 ) -> TrialRecord:
-    """Fine-tune `config` briefly and score it on the validation split, and on a sample of it at the start and halfway.
+    """Fine-tune `config` briefly and score it on the validation split.
+
+    A sample of it is scored at the start and, where `thresholds` ask for it, halfway.
 
     At the start BatchNorm's statistics are estimated anew, unless the network is `near` the float one. The better of
     start and end is what counts and what the workbench's model is left at: at many bits a brief fine-tune can do harm.
@@ -169,7 +171,7 @@ class _Trial:
         def watch(step: int, loss: float) -> None:
             if on_step is not None:
                 on_step(step, loss)
-            if self._rung == 0 and step + 1 == half < self._steps:
+            if self._thresholds.watched and self._rung == 0 and step + 1 == half < self._steps:
                 self._score_halfway(half)
 
         with self._timed("train"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.quant.fused import Elementwise
 from mpsearch.record import TrialRecord, unpack
 from mpsearch.search.rungs import ended_first_rung
-from mpsearch.search.stopping import Thresholds
+from mpsearch.search.stopping import UNWATCHED, Thresholds
 from mpsearch.search.trial import peak_memory_bytes, run_trial
 from mpsearch.space.build import build_space
 from mpsearch.space.spec import load_space
@@ -26,7 +27,7 @@ from mpsearch.task.comparing import NEAR, SETTLED
 from mpsearch.task.load import load_task
 from mpsearch.task.task import Measuring, Task
 from mpsearch.train import FitResult, TrainingState
-from mpsearch.workbench import Score, Workbench
+from mpsearch.workbench import CHECKED, Score, Workbench
 
 pytestmark = pytest.mark.study
 
@@ -192,6 +193,53 @@ def test_a_trial_is_scored_before_halfway_and_at_its_end(task: Task, workbench: 
     assert unpack(record.values).mean() == pytest.approx(record.score)
     assert record.divergence is not None
     assert 0 < record.divergence < 10
+
+
+def test_nothing_is_scored_halfway_where_nothing_is_decided_by_it(task: Task, workbench: Workbench) -> None:
+    config = uniform(workbench, "w3a3")
+    watched = run_trial(task, config, SETTINGS, workbench=workbench)
+    record = run_trial(task, config, SETTINGS, workbench=workbench, thresholds=UNWATCHED)
+    assert [step for step, _ in record.curve] == [0, 20]
+    assert (record.score, record.end_loss) == (watched.score, watched.end_loss)
+
+
+def scored_in_both(workbench: Workbench, monkeypatch: pytest.MonkeyPatch, error: float = 0.0) -> list[bool]:
+    """The arithmetic of each quick score of some configs; bfloat16 stands for a faster one that is wrong by `error`."""
+    taken: list[bool] = []
+    whole, clock = type(workbench)._score, [0.0]
+
+    def score(self: Workbench, task: Any, split: Any, bf16: bool = False) -> Score:
+        taken.append(bf16)
+        clock[0] += 1.0 if bf16 else 2.0
+        found = whole(self, task, split)
+        return dataclasses.replace(found, divergence=(found.divergence or 0.0) + (error if bf16 else 0.0))
+
+    monkeypatch.setattr(type(workbench), "_score", score)
+    monkeypatch.setattr("mpsearch.workbench.time.perf_counter", lambda: clock[0])
+    for text in ("w2a2", "w3a3", "w5a5", "w4a4", "w2a4"):
+        workbench.reset(uniform(workbench, text))
+        workbench.quick_score()
+    return taken
+
+
+def test_quick_scores_are_in_bfloat16_once_it_has_scored_as_float32_did(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = Workbench(task, SETTINGS.model_copy(update={"precision": "bf16"}))
+    assert scored_in_both(low, monkeypatch) == [False, True] * CHECKED + [True, True]
+
+
+def test_quick_scores_stay_in_float32_where_bfloat16_scores_otherwise(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    low = Workbench(task, SETTINGS.model_copy(update={"precision": "bf16"}))
+    assert scored_in_both(low, monkeypatch, error=1.0) == [False, True, False, False, False, False]
+
+
+def test_without_bfloat16_nothing_is_scored_twice(
+    task: Task, workbench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert scored_in_both(workbench, monkeypatch) == [False] * 5  # precision: fp32
 
 
 def test_a_fine_tune_that_does_harm_is_taken_back(task: Task, workbench: Workbench) -> None:
