@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE =
 # Workers take tests from each other, so that none is left with the long ones: tests must not need an order.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal --max-worker-restart 0
 
-.PHONY: demo test test-unit test-all fuzz lint setup clean
+.PHONY: demo test test-unit test-all fuzz lint docs setup clean
 
 demo: setup  ## run the digits study end to end; prints the front and where the report is
 	$(BIN)/mpsearch run digits --out runs/digits-$$(date +%Y%m%d-%H%M%S)
@@ -32,6 +32,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+docs: $(VENV)/.docs  ## the site, under build/docs: warnings are errors, links are checked offline
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
+	$(BIN)/python docs/check_links.py build/docs
 
 setup: $(VENV)/.installed
 
@@ -44,6 +49,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.targets: $(VENV)/.installed
 	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,targets,zoo,metrics]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 clean:

@@ -8,22 +8,24 @@ beaten by a point with no more BOPs, and with more accuracy on val and on test. 
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import typer
 
+from benchmarks import configs
 from benchmarks.options import RESULTS, Set, Study
 from benchmarks.printing import print_table
 from benchmarks.rows import Rows, RowsError
 from mpsearch.cost.model import RelativeCost
-from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.graph.facts import LayerInfo
 from mpsearch.problem import open_problem
 from mpsearch.study import load_study
 
 W8A8 = 100 * 8 * 8 / (32 * 32)  # percent of float's BOPs
+COLUMNS = ("tool", "BOPs, %", "val / test", "ours: BOPs, %", "val / test", "seed", "beaten")
 
 
 def peers(
@@ -32,19 +34,29 @@ def peers(
     study: Study = "resnet20-cifar10-jpeg",
     set_: Set = None,
 ) -> None:
-    problem = open_problem(load_study(study, set_ or ()))
-    bops = RelativeCost(problem.graph.layers, "bops", "w8a8")
+    layers = open_problem(load_study(study, set_ or ())).graph.layers
+    ours = priced(points, arm, study, layers)
+    show(beside(ours), ours)
+
+
+def priced(points: Path, arm: str, study: str, layers: Sequence[LayerInfo]) -> pd.DataFrame:
+    """Our points of one study and arm, with their BOPs in percent of float's.
+
+    Raises:
+        RowsError: there is none.
+    """
+    bops = RelativeCost(layers, "bops", "w8a8")
     rows = Rows(points, key=("study", "arm", "seed", "number")).read()
     ours = pd.DataFrame([row for row in rows if row["study"] == study and row["arm"] == arm])
     if ours.empty:
         raise RowsError(f"{points} has no row of study {study} and arm {arm}: make them by `search_quality --arms`")
 
-    def percent(layers: str) -> float:
-        pairs = {name: text.split(" x ") for name, text in json.loads(layers).items()}
-        config = {name: LayerPrecision.parse(*(part.split("/")[0] for part in pair)) for name, pair in pairs.items()}
-        return W8A8 * bops(PrecisionConfig(config))
+    known = configs.read(points.parent)
+    return ours.assign(bops=[W8A8 * bops(known[digest]) for digest in ours.config])
 
-    ours = ours.assign(bops=ours.layers.map(percent))
+
+def beside(ours: pd.DataFrame) -> list[list[str]]:
+    """A line a row of the other tools: what it is, and the best of ours within its BOPs."""
     lines = []
     for peer in Rows(RESULTS / "peers.csv", key=("peer", "setting")).read():
         within = ours[ours.bops <= peer["bops_percent"] * (1 + 1e-9)]
@@ -57,8 +69,13 @@ def peers(
         beaten = 100 * best.val > peer["val"] and 100 * best.test > peer["test"]
         scores = f"{100 * best.val:.2f} / {100 * best.test:.2f}"
         lines.append([*line, f"{best.bops:.2f}", scores, str(best.seed), "yes" if beaten else "no"])
+    return lines
+
+
+def show(lines: list[list[str]], ours: pd.DataFrame) -> None:
+    """The table."""
     print_table(
         f"other tools, and the best of ours within their BOPs ({ours.seed.nunique()} seeds)",
-        ("tool", "BOPs, %", "val / test", "ours: BOPs, %", "val / test", "seed", "beaten"),
+        COLUMNS,
         lines,
     )

@@ -98,12 +98,15 @@ class Rows:
             RowsError: a row lacks a field of the key, or as `read`.
             WriteError: the file cannot be written.
         """
-        provenanced = [self._provenanced(row) for row in rows]
+        self.append_bare(*(self._provenanced(row) for row in rows))
+
+    def append_bare(self, *rows: Mapping[str, Any]) -> None:
+        """As `append`, of rows that were not measured: they get no provenance."""
         add = _with_csv if self.path.suffix == ".csv" else _with_json
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with filelock.FileLock(self.path.with_name(f".{self.path.name}.lock")):
-                write_text(self.path, add(self._text(), provenanced), sync=True)
+                write_text(self.path, add(self._text(), [dict(row) for row in rows]), sync=True)
         except OSError as error:
             raise write_error(self.path, error) from None
 

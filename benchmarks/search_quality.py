@@ -4,7 +4,8 @@ Each arm is a run of the command line with a compiler cache of its own, so that 
 sensitivities, compilation, trials, in one process with all threads. Then points of its front are trained for `--epochs`
 and scored on val and on test, which no arm has seen: of the trials that cost no more than WxAx, for each of `--bits`,
 and than 0.8 of it, the best on val; and the cheapest of the front. Rows are kept as CSV (`RESULTS.csv`: a row a trained
-point; `RESULTS-time.csv`: the hypervolume over time); arms that are there are not run again. A search that was
+point, with the digest of its config, which `configs.jsonl` beside it holds; `RESULTS-time.csv`: the hypervolume over
+time); arms that are there are not run again. A search that was
 interrupted starts anew; one that ended is in `--work` and is not repeated for another `--epochs`.
 
 Hypervolume and IGD+ are those of `mpsearch.search.front`'s unit square (error; log2 cost from W2A2 to the reference,
@@ -34,6 +35,7 @@ import numpy as np
 import pandas as pd
 import typer
 
+from benchmarks import configs
 from benchmarks.options import RESULTS, PrintOnly, Seeds, Set, Study, several
 from benchmarks.printing import print_table, say, spread
 from benchmarks.rows import Row, Rows
@@ -188,7 +190,7 @@ def run_arm(settings: Settings, key: Row) -> None:
             "search_s": searched["searched_s"],
             "trials": sum(r.state == "complete" for r in records),
             "stopped": sum(r.state == "stopped" for r in records),
-            "layers": json.dumps({name: str(p) for name, p in row.trial.config.items()}),
+            "config": row.trial.config.digest,
         }
         for row in rows
     ]
@@ -197,6 +199,7 @@ def run_arm(settings: Settings, key: Row) -> None:
         key | {"elapsed_s": waited + step.elapsed_s, "hypervolume": step.hypervolume}
         for step in hypervolume_over_time(records, lowest(problem), TOP1, SHARES_OF_RIGHT)
     ]
+    configs.keep([row.trial.config for row in rows], settings.points.path.parent)
     settings.timeline.append(*steps)
     settings.points.append(*points)  # last: with these rows the arm is done
 
@@ -361,7 +364,7 @@ def _print_proxies(points: pd.DataFrame) -> None:
 
     The points of a run stand or fall together, so the interval of the difference is a bootstrap over runs.
     """
-    points = points.drop_duplicates(["layers", "divergence", "test"])  # what arms of one ladder and seed share, once
+    points = points.drop_duplicates(["config", "divergence", "test"])  # what arms of one ladder and seed share, once
     first, second = (index.ravel() for index in np.triu_indices(len(points), 1))
     apart = np.abs(np.log(points.cost.to_numpy()[first] / points.cost.to_numpy()[second]))
     first, second = first[apart <= ONE_COST], second[apart <= ONE_COST]

@@ -1,3 +1,4 @@
+from .api.hardware import hardware_list, hardware_show
 from .api.networks import debug, ptq, train
 from .api.results import dashboard, export_run, import_config, report
 from .api.runs import finalize, front, rank, resume, run, status, trust
@@ -36,6 +37,8 @@ __all__ = [
     "export_run",
     "finalize",
     "front",
+    "hardware_list",
+    "hardware_show",
     "import_config",
     "inspect",
     "inspect_model",

@@ -8,6 +8,7 @@ its rules be replaced; ruamel.yaml reads 1.2, but leaves the other checks to us 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -152,6 +153,23 @@ def read_yaml(path: Path, error: type[MpsearchError]) -> Any:
         raise error(f"{path} is not YAML: {reason}") from None
     except YamlError as reason:
         raise error(f"{path} is not YAML that can be used: {reason}") from None
+
+
+def read_json(path: Path, error: type[MpsearchError], advice: str) -> dict[str, Any]:
+    """The object that a JSON file of ours holds.
+
+    Raises:
+        error: it cannot be read, or holds something else; the message names the file and ends with `advice`.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as reason:
+        raise error(f"cannot read {path}: {reason.strerror}; {advice}") from None
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{path} is not JSON ({reason}); {advice}") from None
+    if not isinstance(document, dict):
+        raise error(f"{path} must hold an object, got {clip(document)}; {advice}")
+    return document
 
 
 def to_yaml(document: Any) -> str:

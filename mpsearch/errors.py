@@ -11,7 +11,15 @@ from collections.abc import Iterable
 
 
 class MpsearchError(Exception):
-    """The input is wrong: the base of every error that the CLI turns into exit code 2."""
+    """The input is wrong: the base of every error that the CLI turns into exit code 2.
+
+    >>> import mpsearch
+    >>> try:
+    ...     mpsearch.load_study("digts")
+    ... except mpsearch.MpsearchError as error:
+    ...     print("digits" in str(error))
+    True
+    """
 
 
 class StudyError(MpsearchError):
@@ -24,6 +32,10 @@ class TaskError(MpsearchError):
 
 class SpaceError(MpsearchError):
     """A search space does not fit the model or itself."""
+
+
+class HardwareError(MpsearchError):
+    """A hardware profile or its table cannot be used, or does not fit the network."""
 
 
 class PrecisionError(MpsearchError):

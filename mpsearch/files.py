@@ -24,7 +24,7 @@ _ADVICE = {
     errno.EDQUOT: "make room within your quota, then do it again",
     errno.ENOENT: "make its folder first, or give another path",
     errno.ENOTDIR: "a part of the path is a file: give another path",
-    errno.EISDIR: "it is a folder: give the path of a file",
+    errno.EISDIR: "it is a folder: give the path of a file, or remove it",
 }
 
 
@@ -80,6 +80,19 @@ def write_text(path: str | Path, text: str, *, sync: bool = False) -> Path:
 def write_json(path: str | Path, document: Any, *, sync: bool = False) -> Path:
     """Write a document as JSON, which has finite numbers only. Raises WriteError, and ValueError on NaN."""
     return write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n", sync=sync)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, if it is missing. Raises WriteError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(path, error) from None
+
+
+def no_room(error: BaseException) -> bool:
+    """Whether an error says that a disk is full, or a quota used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager

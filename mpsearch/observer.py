@@ -25,13 +25,20 @@ if TYPE_CHECKING:
 class Observer:
     """Is told what happens; every method does nothing here.
 
-    | method | told by |
-    |---|---|
-    | `on_ready`, `on_trial_started`, `on_trial_ended` | `run`, `resume` |
-    | `on_stage` | `run`, `resume` (warm start), `debug` |
-    | `on_final_started` | `finalize` |
-    | `on_step` | `train` |
-    | `on_report` | `report` |
+    - `on_ready`, `on_trial_started`, `on_trial_ended`: by `run` and `resume`
+    - `on_stage`: by `run` and `resume` (warm start), and by `debug`
+    - `on_final_started`: by `finalize`
+    - `on_step`: by `train`
+    - `on_report`: by `report`
+
+    >>> class Count(Observer):
+    ...     steps = 0
+    ...     def on_step(self, step, steps, loss):
+    ...         self.steps += 1
+    >>> count = Count()  # mpsearch.train("digits", "w4a4", observer=count)
+    >>> count.on_step(1, 10, 0.5)
+    >>> count.steps
+    1
     """
 
     def on_ready(self, problem: Problem, folder: RunFolder) -> None:

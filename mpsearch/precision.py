@@ -20,15 +20,25 @@ from typing import Any, Literal, cast
 
 from mpsearch.errors import PrecisionError, nearest
 
-QuantizerName = Literal["uniform", "shift", "apot", "float"]
+QuantizerName = Literal["uniform", "shift", "apot", "float16", "bfloat16", "float"]
 Granularity = str
 """What shares a scale: `channel`, `tensor`, or `groupN`: N input features of a channel, as `group128`."""
 
 FLOAT_BITS = 32
-BITS: Mapping[str, range] = {"uniform": range(1, 9), "shift": range(2, 6), "apot": range(2, 6), "float": range(32, 33)}
+BITS: Mapping[str, range] = {
+    "uniform": range(1, 17),
+    "shift": range(2, 6),
+    "apot": range(2, 6),
+    "float16": range(16, 17),
+    "bfloat16": range(16, 17),
+    "float": range(32, 33),
+}
 """The bit-widths that each quantizer has."""
 
-_TEXT = re.compile(r"(?P<quantizer>[a-z]+)(:(?P<bits>\d+))?(/(?P<granularity>[a-z]+\d*))?")
+CASTS = ("float16", "bfloat16")
+"""The quantizers that round to a floating-point format: there is no scale."""
+
+_TEXT = re.compile(r"(?P<quantizer>b?float16|[a-z]+)(:(?P<bits>\d+))?(/(?P<granularity>[a-z]+\d*))?")
 _SHORTHAND = re.compile(r"w(\d+)a(\d+)(/(?P<granularity>channel|tensor|group\d+))?", re.IGNORECASE)
 _GROUP = re.compile(r"group([1-9]\d*)")
 
@@ -62,9 +72,9 @@ class Precision:
             raise PrecisionError(
                 f"{self.quantizer} has no {self.bits}-bit form: give {widths.start} to {widths.stop - 1} bits"
                 if len(widths) > 1
-                else f"float is {FLOAT_BITS} bits wide, got {self.bits}: leave the bits out"
+                else f"{self.quantizer} is {widths.start} bits wide, got {self.bits}: leave the bits out"
             )
-        if self.quantizer == "float":  # has no scale to share: one form for it
+        if not self.has_scale:  # none that could be shared: one form for it
             object.__setattr__(self, "granularity", "tensor")
 
     @classmethod
@@ -78,10 +88,10 @@ class Precision:
         if match is None:
             raise PrecisionError(f"cannot read precision '{text}': write QUANTIZER:BITS, as in uniform:4, or float")
         quantizer = match["quantizer"]
-        if quantizer == "float":
-            return cls("float", int(match["bits"] or FLOAT_BITS), "tensor")
         if quantizer not in BITS:
             raise PrecisionError(f"unknown quantizer '{quantizer}' in '{text}': {nearest(quantizer, BITS)}")
+        if len(BITS[quantizer]) == 1:
+            return cls(cast(QuantizerName, quantizer), int(match["bits"] or BITS[quantizer].start), "tensor")
         if match["bits"] is None:
             raise PrecisionError(f"'{text}' names no bits: write {quantizer}:4")
         return cls(cast(QuantizerName, quantizer), int(match["bits"]), match["granularity"] or granularity)
@@ -97,8 +107,18 @@ class Precision:
         """Whether the tensor is left as it is."""
         return self.quantizer == "float"
 
+    @property
+    def is_cast(self) -> bool:
+        """Whether the tensor is rounded to a floating-point format of fewer bits."""
+        return self.quantizer in CASTS
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether there are codes and a scale: of floating-point numbers there are none."""
+        return not self.is_float and not self.is_cast
+
     def __str__(self) -> str:
-        return "float" if self.is_float else f"{self.quantizer}:{self.bits}/{self.granularity}"
+        return str(self.quantizer) if not self.has_scale else f"{self.quantizer}:{self.bits}/{self.granularity}"
 
 
 FLOAT = Precision("float", FLOAT_BITS, "tensor")
@@ -124,7 +144,13 @@ def group_count(features: int, size: int) -> int:
 
 @dataclass(frozen=True, order=True, slots=True)
 class LayerPrecision:
-    """The precision of a layer's weight and of its input activation."""
+    """The precision of a layer's weight and of its input activation.
+
+    >>> str(LayerPrecision.parse("shift:3", "uniform:6"))
+    'shift:3/channel x uniform:6/tensor'
+    >>> LayerPrecision.shorthand("w4a8") == LayerPrecision.parse("uniform:4", "uniform:8")
+    True
+    """
 
     weight: Precision
     activation: Precision
@@ -145,14 +171,18 @@ class LayerPrecision:
     def shorthand(cls, text: str) -> LayerPrecision:
         """Read `w4a8`, `w4a8/tensor` or `w4a8/group128`: uniform, activations per tensor; 32 bits mean float.
 
+        `float16`, `bfloat16` and `float` are both tensors in that format.
+
         Raises:
             PrecisionError: the text has another form, or bits that do not exist.
         """
+        if text.strip() in (*CASTS, "float"):
+            return cls.parse(text, text)
         match = _SHORTHAND.fullmatch(text.strip())
         if match is None:
             raise PrecisionError(
                 f"cannot read '{text}': write weight and activation bits as w4a8, w4a8/tensor for one scale a weight, "
-                "or w4a8/group128 for one for 128 input features"
+                "or w4a8/group128 for one for 128 input features; or float16, bfloat16, float"
             )
         weights = (match["granularity"] or "channel").lower()
 
@@ -177,6 +207,11 @@ class PrecisionConfig(Mapping[str, LayerPrecision]):
     """Layer name -> LayerPrecision for a whole network, in the network's layer order.
 
     Two configs are equal when every layer has the same precision, whatever order they were written in.
+
+    >>> config = PrecisionConfig.uniform(["conv", "fc"], LayerPrecision.shorthand("w4a8"))
+    >>> config = config.replace(fc=LayerPrecision.shorthand("w8a8"))
+    >>> config.mean_bits, str(config["conv"])
+    ((6.0, 8.0), 'uniform:4/channel x uniform:8/tensor')
     """
 
     __slots__ = ("_hash", "_layers")

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpsearch.cost.model import RelativeCost
-from mpsearch.errors import CostError, RunError, TaskError, WriteError
-from mpsearch.facts import ProblemFacts, read_facts
+from mpsearch.cost.device import cycles_model, function_model, table_model
+from mpsearch.cost.model import CostModel, RelativeCost
+from mpsearch.errors import CostError, HardwareError, RunError, TaskError, WriteError
+from mpsearch.facts import ProblemFacts, cost_key, price_study, read_facts
 from mpsearch.files import write_text
-from mpsearch.graph.inputs import tensors
+from mpsearch.graph.facts import LayerInfo
+from mpsearch.graph.inputs import samples_of, tensors
+from mpsearch.hardware.profile import Allowed, Profile, load_profile, profile_path, table_path
+from mpsearch.hardware.table import read_table
+from mpsearch.precision import LayerPrecision
 from mpsearch.private.torch import BatchNormNd
+from mpsearch.program import ROUNDING, program_of
 from mpsearch.quant.prepare import inspect_network
 from mpsearch.record import RunFolder
 from mpsearch.space.build import build_space
+from mpsearch.space.space import SearchSpace
 from mpsearch.space.spec import load_space
 from mpsearch.state_dict import digest
-from mpsearch.study import StudySpec, comparable, read_spec
+from mpsearch.study import StudySpec, comparable, names_function, read_spec
+from mpsearch.task.factory import find_function
 from mpsearch.task.load import load_task
 from mpsearch.task.scoring import comparison_of, evaluate, metric_of
 from mpsearch.task.task import Split, Task, Warns
-from mpsearch.train import batch_norm_gap, samples_of
+from mpsearch.train import batch_norm_gap
 from mpsearch.trust import require_trust
+from mpsearch.units import show
 
 logger = logging.getLogger(__name__)
 
@@ -104,18 +113,19 @@ def open_problem(spec: StudySpec) -> Problem:
     space_spec = load_space(spec.space)
     calibration = task.calibration_input(spec.trial.calibration_samples)
     graph = inspect_network(model, calibration, products=space_spec.products)
-    space = build_space(space_spec, graph.layers)
-    cost = RelativeCost(graph.layers, spec.cost.model, spec.cost.reference)
-    choices: dict[str, dict[str, Sequence[Any]]] = {name: {} for name in space.layers}
-    for slot in space.slots:
-        for name in slot.layers:
-            choices[name][slot.tensor] = slot.choices
-    cheapest, dearest = cost.bounds({name: (c["weight"], c["activation"]) for name, c in choices.items()})
+    hardware = load_profile(spec.hardware)
+    check_reference(spec, hardware, graph.layers)
+    models = own_models(spec, hardware)
+    main = models.get(cost_key(spec.cost.model, models))
+    space = build_space(space_spec, graph.layers, hardware, None if main is None else known_pairs(main))
+    cost, costs = price_study(spec, graph.layers, models)
+    cheapest, dearest = cost.bounds(space.options)
     if spec.cost.budget is not None and spec.cost.budget < cheapest:
         raise CostError(
             f"cost.budget is {spec.cost.budget:g}, but the cheapest config of space '{space.name}' costs "
             f"{cheapest:.4g} of {spec.cost.reference}: raise the budget, or allow lower precisions in the space"
         )
+    check_limits(spec, space, cost)
     return Problem(
         spec=spec,
         task_name=task.name,
@@ -123,11 +133,92 @@ def open_problem(spec: StudySpec) -> Problem:
         graph=graph,
         space=space,
         cost=cost,
+        costs=costs,
         cheapest=cheapest,
         dearest=dearest,
         float_digest=float_digest,
         task=task,
     )
+
+
+def own_models(spec: StudySpec, hardware: Profile) -> dict[str, CostModel]:
+    """The cost models that are no formula: of the hardware, and a function that the study names; by their names.
+
+    Raises:
+        MpsearchError: the table or the function cannot be used.
+    """
+    models: dict[str, CostModel] = {}
+    if hardware.cost is not None:
+        if hardware.cost.table is not None:
+            table = read_table(table_path(profile_path(spec.hardware), hardware))
+            models["latency_us"] = table_model(table, hardware.cost)
+        else:
+            models["latency_cycles"] = cycles_model(hardware.cost)
+    for name in dict.fromkeys([spec.cost.model, *spec.cost.limits]):
+        if names_function(name):
+            models[name] = function_model(name, find_function("cost.model", name))
+    return models
+
+
+def known_pairs(model: CostModel) -> Callable[[LayerInfo, LayerPrecision], bool]:
+    """Whether a cost model that knows some pairs alone has a number for a layer at a pair."""
+
+    def known(layer: LayerInfo, pair: LayerPrecision) -> bool:
+        try:
+            return all(part.of(layer, pair) >= 0 for part in model.parts)
+        except CostError:
+            return False
+
+    return known
+
+
+def check_reference(spec: StudySpec, hardware: Profile, layers: Sequence[LayerInfo]) -> None:
+    """Whether the hardware runs what costs are relative to, on some layer at least.
+
+    Raises:
+        HardwareError: it does not.
+    """
+    reference = LayerPrecision.shorthand(spec.cost.reference)
+    free = [layer for layer in layers if layer.reason is None]
+    if not any(Allowed(hardware.allowed(layer), hardware.granularity, layer)(reference) for layer in free):
+        raise HardwareError(
+            f"cost.reference is {spec.cost.reference}, which hardware '{hardware.name}' does not run: it runs "
+            f"{', '.join(hardware.pairs)}; give one of them as cost.reference"
+        )
+
+
+def check_limits(spec: StudySpec, space: SearchSpace, cost: RelativeCost) -> None:
+    """Whether some config keeps the study's limits, and its budget.
+
+    Raises:
+        CostError: none does; the message says what could be kept instead.
+    """
+    if not cost.limits:
+        return
+    for bound in cost.limits:
+        if bound.cost.combined_by in (sum, max):
+            cheapest, _ = bound.cost.bounds(space.options)
+            if cheapest > bound.most:
+                unit = bound.cost.reference.unit
+                raise CostError(
+                    f"cost.limits: no config of space '{space.name}' has {bound}; the least there is is "
+                    f"{show(cheapest * bound.cost.reference.total, unit)}: raise the limit, or allow lower precisions "
+                    "in the space"
+                )
+    program = program_of(space, cost)
+    if program is None:
+        return
+    excess, config = program.least_excess(math.inf if spec.cost.budget is None else spec.cost.budget)
+    if excess > 1 + ROUNDING:
+        nearest = [f"{b.name} <= {show(b.cost.absolute(config).total, b.cost.reference.unit)}" for b in cost.limits] + (
+            [] if spec.cost.budget is None else [f"cost.budget {cost(config):.4g}"]
+        )
+        raise CostError(
+            f"cost.limits: each can be kept, but no config of space '{space.name}' keeps all of them"
+            + (" and cost.budget" if spec.cost.budget is not None else "")
+            + f" ({'; '.join(map(str, cost.limits))}): the nearest config has {', '.join(nearest)}; raise some, or "
+            "allow lower precisions in the space"
+        )
 
 
 def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
@@ -169,6 +260,10 @@ def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
         except WriteError as error:  # of a folder that may only be read, a trial can be exported all the same
             logger.warning("%s", error)
         return problem
+    if facts.space.pairs != problem.space.pairs and facts.space.slots == problem.space.slots:
+        raise RunError(
+            f"{folder.hardware_yaml} does not give the pairs that the run began with: restore the file, {new}"
+        )
     if facts.space.slots != problem.space.slots:
         slots = [slot.name for slot in (*facts.space.slots, *problem.space.slots)]
         changed = sorted({slot.name for slot in {*facts.space.slots} ^ {*problem.space.slots}}, key=slots.index)

@@ -13,13 +13,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import logging
 import os
 import socket
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +36,8 @@ from mpsearch.precision import LayerPrecision, PrecisionConfig
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+progress = logging.getLogger("mpsearch.progress")
 
 TrialState = Literal["complete", "failed", "stopped"]
 Origin = Literal[
@@ -85,24 +88,25 @@ class TrialRecord:
     the longest that did not fail.
     """
 
-    config: PrecisionConfig
-    state: TrialState
-    score: float | None = None
-    cost: float | None = None
-    reason: str | None = None
+    config: PrecisionConfig  # layer name -> text form, as "uniform:4/channel x uniform:8/tensor"
+    state: TrialState  # complete, failed or stopped
+    score: float | None = None  # on val, in the metric's unit
+    cost: float | None = None  # relative
+    reason: str | None = None  # why it failed, in words
     number: int = -1  # position in the study; -1 outside one
-    origin: Origin = "manual"
-    seed: int = 0
-    start_loss: float | None = None  # training loss over the first and the last steps of the fine-tune
-    end_loss: float | None = None
+    origin: Origin = "manual"  # who proposed the config: uniform, ilp, descent, prescreen, sampler, import, manual
+    seed: int = 0  # of its batches
+    start_loss: float | None = None  # training loss over the first steps of the fine-tune
+    end_loss: float | None = None  # training loss over its last steps
     start_divergence: float | None = None  # from the float network on a sample of val before the fine-tune
     curve: tuple[tuple[int, float], ...] = ()  # (step, score), from before the fine-tune to its end
     divergence: float | None = None  # mean divergence from the float network on val (`Comparison`)
     values: str | None = None  # by sample of val, of which the score is the mean: `pack`
-    wall: WallTime = WallTime()
+    wall: WallTime = WallTime()  # prepare_s, train_s and evaluate_s
     started_s: float = 0.0  # seconds since the epoch
-    peak_memory_bytes: int = 0
-    rungs: tuple[RungScore, ...] = ()  # shortest first; none where all trials have one length
+    peak_memory_bytes: int = 0  # of the process that ran it, so far
+    costs: Mapping[str, float] = field(default_factory=dict, hash=False)  # of every cost model, each in its unit
+    rungs: tuple[RungScore, ...] = ()  # steps, score, divergence, wall_s, ended_s of each; none where one length is all
 
     @property
     def steps(self) -> int:
@@ -138,10 +142,10 @@ class FinalRecord:
     """One longer training of a picked trial's config: the scores on both splits."""
 
     number: int  # of the trial
-    seed: int
-    steps: int
-    val: float
-    test: float
+    seed: int  # of its batches
+    steps: int  # of the training
+    val: float  # score, in the metric's unit
+    test: float  # score, in the metric's unit
     values: str | None = None  # by sample of test: `pack`
 
 
@@ -149,10 +153,10 @@ class FinalRecord:
 class PrescreenRecord:
     """An untrained config that was scored before the trials."""
 
-    config: PrecisionConfig
+    config: PrecisionConfig  # as in TrialRecord
     cost: float  # relative
     divergence: float | None  # from the float network on training batches; None: no finite number
-    batches: int
+    batches: int  # that the divergence is the mean of
     source: str  # who proposed it: ladder, descent, ilp, neighbour, model, ...; again: it was scored before on fewer
 
 
@@ -169,6 +173,7 @@ def record_to_json(record: TrialRecord) -> str:
     document["config"] = {layer: str(precision) for layer, precision in record.config.items()}
     document["wall"] = asdict(record.wall)
     document["rungs"] = [asdict(rung) for rung in record.rungs]
+    document["costs"] = dict(record.costs)
     try:
         return json.dumps(document, allow_nan=False, ensure_ascii=False)
     except ValueError:
@@ -187,14 +192,22 @@ def prescreen_to_json(record: PrescreenRecord) -> str:
 
 def prescreen_from_json(text: str) -> PrescreenRecord:
     """Read what `prescreen_to_json` wrote. Raises RunError: the text is no such record."""
-    try:
-        document = json.loads(text)
+    with _none_of("a prescreen record"):
+        document = _document(text)
         document["config"] = PrecisionConfig(
             (layer, _layer_precision(precision)) for layer, precision in document["config"].items()
         )
+        _require_numbers(document, "cost", "batches")
+        _require_numbers(document, "divergence", may_miss=True)
         return PrescreenRecord(**document)
-    except (KeyError, ValueError, TypeError, AttributeError, PrecisionError) as error:
-        raise RunError(f"not a prescreen record: {error}") from None
+
+
+def final_from_json(text: str) -> FinalRecord:
+    """Read a line of `finals.jsonl`, today's or that of the first schema. Raises RunError: it is no such record."""
+    with _none_of("a final training"):
+        document = _renamed(_document(text))
+        _require_numbers(document, "number", "seed", "steps", "val", "test")
+        return FinalRecord(**document)
 
 
 def record_from_json(text: str) -> TrialRecord:
@@ -203,9 +216,8 @@ def record_from_json(text: str) -> TrialRecord:
     Raises:
         RunError: the text is not a record; the message says what is wrong with it.
     """
-    try:
-        document = json.loads(text)
-        document = _renamed(document)
+    with _none_of("a trial record"):
+        document = _renamed(_document(text))
         unknown = set(document) - set(_FIELDS)
         if unknown:
             raise ValueError(f"unknown key '{sorted(unknown)[0]}'")
@@ -217,11 +229,41 @@ def record_from_json(text: str) -> TrialRecord:
         document["wall"] = WallTime(**document.get("wall", {}))
         document["curve"] = tuple((int(step), float(score)) for step, score in document.get("curve", ()))
         document["rungs"] = tuple(RungScore(**rung) for rung in document.get("rungs", ()))
+        document["costs"] = {str(name): float(value) for name, value in document.get("costs", {}).items()}
+        _require_numbers(document, "number")
+        _require_numbers(document, "score", "cost", may_miss=document["state"] != "complete")
         return TrialRecord(**document)
+
+
+@contextlib.contextmanager
+def _none_of(what: str) -> Iterator[None]:
+    """Whatever is wrong with a text in the block is a RunError: it is not `what`."""
+    try:
+        yield
     except KeyError as error:
-        raise RunError(f"not a trial record: {error} is missing") from None
-    except (ValueError, TypeError, AttributeError, PrecisionError) as error:
-        raise RunError(f"not a trial record: {error}") from None
+        raise RunError(f"not {what}: {error} is missing") from None
+    except (ValueError, TypeError, AttributeError, RecursionError, PrecisionError) as error:
+        raise RunError(f"not {what}: {error}") from None
+
+
+def _document(text: str) -> dict[str, Any]:
+    """An object in JSON, whose numbers are finite. Raises ValueError."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"it has {name} where a number belongs")
+
+    document = json.loads(text, parse_constant=refuse)
+    if not isinstance(document, dict):
+        raise ValueError(f"expected an object, got {text[:20].strip()}")
+    return document
+
+
+def _require_numbers(document: Mapping[str, Any], *names: str, may_miss: bool = False) -> None:
+    """Raises ValueError: one of the values is no number."""
+    for name in names:
+        value = document.get(name)
+        if isinstance(value, bool) or (not isinstance(value, int | float) and not (may_miss and value is None)):
+            raise ValueError(f"'{name}' must be a number, got {value!r}")
 
 
 def _renamed(document: dict[str, Any]) -> dict[str, Any]:
@@ -273,6 +315,8 @@ class RunFolder:
         self._trouble: str | None = None
         self.study_yaml = path / "study.yaml"
         self.space_yaml = path / "space.yaml"
+        self.hardware_yaml = path / "hardware.yaml"
+        self.hardware_csv = path / "hardware.csv"
         self.trials_jsonl = path / "trials.jsonl"
         self.trials_parquet = path / "trials.parquet"
         self.finals_jsonl = path / "finals.jsonl"
@@ -291,12 +335,20 @@ class RunFolder:
         self._lock = filelock.FileLock(path / "driver.lock")
 
     @classmethod
-    def create(cls, path: str | Path, study_yaml: str, space_yaml: str | None = None, *, metric: Metric) -> RunFolder:
+    def create(
+        cls,
+        path: str | Path,
+        study_yaml: str,
+        space_yaml: str | None = None,
+        *,
+        metric: Metric,
+        hardware: tuple[str, str | None] | None = None,
+    ) -> RunFolder:
         """Make the folder of a new run of the resolved study `study_yaml`, whose search space was `space_yaml`.
 
-        `metric` is what its records' scores are.
+        `metric` is what its records' scores are, `hardware` the text of its profile and of the profile's table.
 
-        The space is copied because a run means the configs that there were when it began, whatever its file says later.
+        Both are copied because a run means the configs that there were when it began, whatever its file says later.
 
         Raises:
             RunError: the folder already holds a run, or cannot be made.
@@ -320,6 +372,10 @@ class RunFolder:
         write_text(folder.study_yaml, study_yaml, sync=True)
         if space_yaml is not None:
             write_text(folder.space_yaml, space_yaml, sync=True)
+        profile, table = hardware or (None, None)
+        for file, text in ((folder.hardware_yaml, profile), (folder.hardware_csv, table)):
+            if text is not None:
+                write_text(file, text, sync=True)
         write_text(folder._run_json, json.dumps(about) + "\n", sync=True)  # last: a folder with it is whole
         return folder
 
@@ -335,14 +391,20 @@ class RunFolder:
             about = json.loads(folder._run_json.read_text(encoding="utf-8"))
             schema = about["schema"]
         except FileNotFoundError:
+            if folder.trials_jsonl.exists():
+                raise RunError(
+                    f"{path} holds a run whose run.json is gone, which says what its scores are: restore the file from "
+                    f"a copy, or start a new run with `mpsearch run {folder.study_yaml} --out NEW_FOLDER`"
+                ) from None
             raise RunError(
                 f"{path} holds no run (no run.json): start one with `mpsearch run STUDY --out {path}`"
             ) from None
         except OSError as error:
-            raise RunError(f"cannot read {folder._run_json}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
+            raise _unreadable(folder._run_json, error) from None
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise RunError(
-                f'{folder._run_json} is not mpsearch\'s: expected an object with "schema": "{SCHEMA}"'
+                f'{folder._run_json} is not mpsearch\'s: expected an object with "schema": "{SCHEMA}"; restore the '
+                "file from a copy, or start a new run"
             ) from None
         if schema not in (SCHEMA, FIRST_SCHEMA):
             writer = f"mpsearch {about['mpsearch']}" if "mpsearch" in about else "something else"
@@ -385,6 +447,7 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"cannot write the run folder {self.path}: {error.strerror or error}: {action}") from None
         try:
+            self.records()  # before anything is cut off: a file that was damaged is refused as it is
             with _explained(f"cannot write the run folder {self.path}", action):
                 for path in (self.trials_jsonl, self.finals_jsonl, self.prescreen_jsonl):
                     _cut_torn_line(path)
@@ -411,17 +474,31 @@ class RunFolder:
         """Every trial that has ended, in the order of ending (of the first rung, where there are several).
 
         Raises:
-            RunError: a line is corrupt; the message gives its number.
+            RunError: a line is corrupt (the message gives its number), or the file has lost trials.
         """
-        records: list[TrialRecord] = []
-        place: dict[int, int] = {}
-        for record in _read_lines(self.trials_jsonl, record_from_json):
-            if len(record.rungs) > 1 and record.number in place:
-                records[place[record.number]] = record
-            else:
-                place[record.number] = len(records)
-                records.append(record)
+        recorded = self._recorded()  # before the file is read, to which another process may append meanwhile
+        records = _read_lines(
+            self.trials_jsonl,
+            record_from_json,
+            lambda record: record.number,
+            f"restore the file from a copy, or delete this line and {self.front_json.name} to lose that trial alone",
+        )
+        if len(records) < recorded:
+            raise RunError(
+                f"{self.trials_jsonl} has {len(records)} trials, and {recorded} had ended when {self.front_json.name} "
+                f"was written: restore the file from a copy, or delete {self.front_json} to go on with those that "
+                "are left"
+            )
         return records
+
+    def _recorded(self) -> int:
+        """How many trials had ended when `front.json` was written, which happens after each; 0: nothing is known."""
+        try:
+            document = json.loads(self.front_json.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return 0
+        count = document.get("trials") if isinstance(document, dict) else None
+        return count if isinstance(count, int) else 0
 
     def append_final(self, record: FinalRecord) -> None:
         """Put a final training that has ended on the disk. Raises RunError as `append` does."""
@@ -429,7 +506,12 @@ class RunFolder:
 
     def finals(self) -> list[FinalRecord]:
         """Every final training that has ended, in that order. Raises RunError as `records` does."""
-        return _read_lines(self.finals_jsonl, lambda line: FinalRecord(**_renamed(json.loads(line))))
+        return _read_lines(
+            self.finals_jsonl,
+            final_from_json,
+            lambda final: (final.number, final.seed, final.steps),
+            f"delete this line, and let `mpsearch finalize {self.path}` train it again",
+        )
 
     def append_prescreened(self, record: PrescreenRecord) -> None:
         """Put the score of an untrained config on the disk. Raises RunError as `append` does."""
@@ -437,7 +519,21 @@ class RunFolder:
 
     def prescreened(self) -> list[PrescreenRecord]:
         """Every score of an untrained config, in that order. Raises RunError as `records` does."""
-        return _read_lines(self.prescreen_jsonl, prescreen_from_json)
+        return _read_lines(
+            self.prescreen_jsonl,
+            prescreen_from_json,
+            lambda record: (record.config, record.batches),
+            f"delete the file, and let `mpsearch resume {self.path}` score these configs again",
+        )
+
+    def rebuild_prescreened(self) -> list[PrescreenRecord]:
+        """As `prescreened`, by a driver: a file that cannot be read is removed, for its scores are made again."""
+        try:
+            return self.prescreened()
+        except RunError as error:
+            progress.warning("%s: that is done now", error)
+            self.prescreen_jsonl.unlink()
+            return []
 
     def _append(self, path: Path, line: str, what: str) -> None:
         if not self._lock.is_locked:
@@ -450,6 +546,11 @@ class RunFolder:
                 f"cannot record {what} in {path}: {error.strerror}. The {safe} trials recorded before are safe: make "
                 f"room, then `mpsearch resume {self.path}`"
             ) from None
+
+    @property
+    def driving_here(self) -> bool:
+        """Whether this folder is inside its `driving`."""
+        return self._lock.is_locked
 
     @property
     def driven(self) -> bool:
@@ -493,13 +594,13 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise RunError(f"cannot read {path}: {error.strerror}") from None
+            raise _unreadable(path, error) from None
 
     def write_parquet(self) -> Path:
         """Write `trials.parquet` from the record: a row per trial, two text columns per layer.
 
-        Columns are the fields of TrialRecord, `steps`, `wall.*` in seconds, and `NAME.weight` and `NAME.activation` for
-        every layer. Raises WriteError where it cannot be written.
+        Columns are the fields of TrialRecord, `steps`, `wall.*` in seconds, `cost.*` in each cost's unit, and
+        `NAME.weight` and `NAME.activation` for every layer. Raises WriteError where it cannot be written.
         """
         import pandas as pd
 
@@ -535,23 +636,47 @@ def _append_line(path: Path, line: str) -> None:
         os.close(file)
 
 
-def _read_lines(path: Path, parse: Callable[[str], Record]) -> list[Record]:
-    """What the whole lines of a file stand for. Raises RunError with the number of a line that stands for nothing."""
+def _read_lines(
+    path: Path, parse: Callable[[str], Record], key: Callable[[Record], Hashable], advice: str
+) -> list[Record]:
+    """What the whole lines of a file stand for; a line that is there twice counts once.
+
+    A trial that failed, or that has ended a longer rung since, may be followed by one of the same number and config,
+    which takes its place.
+
+    Raises:
+        RunError: a line stands for nothing, or for what an earlier one gives otherwise; with its number and `advice`.
+    """
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from None
-    records = []
+        raise _unreadable(path, error) from None
+    records: dict[Hashable, Record] = {}
     for number, line in enumerate(text.split(b"\n")[:-1], start=1):  # after the last newline: nothing, or a torn line
         try:
-            records.append(parse(line.decode()))
+            record = parse(line.decode())
+            if (before := records.get(key(record), record)) != record and not _takes_the_place(before, record):
+                raise RunError("an earlier line gives it otherwise")
+            records[key(record)] = record
         except (RunError, ValueError, TypeError) as error:
-            raise RunError(
-                f"{path}, line {number}: {error}. Restore the file from a copy, or delete this line to lose it alone"
-            ) from None
-    return records
+            raise RunError(f"{path}, line {number}: {error}; {advice}") from None
+    return list(records.values())
+
+
+def _takes_the_place(before: object, record: object) -> bool:
+    """Whether a trial was tried again after it failed, or ended a longer rung."""
+    return (
+        isinstance(before, TrialRecord)
+        and isinstance(record, TrialRecord)
+        and (before.state == "failed" or len(record.rungs) > len(before.rungs) > 0)
+        and before.config == record.config
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> RunError:
+    return RunError(f"cannot read {path}: {error.strerror}; let it be read, or restore it from a copy")
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -562,9 +687,10 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
-    left_out = ("config", "wall", "curve", "values", "rungs")
+    left_out = ("config", "wall", "curve", "values", "costs", "rungs")
     row = {name: getattr(record, name) for name in _FIELDS if name not in left_out}
     row["steps"] = record.steps
+    row |= {f"cost.{name}": value for name, value in record.costs.items()}
     row["digest"] = record.config.digest
     row |= {f"wall.{name}": value for name, value in asdict(record.wall).items()}
     for name, layer in record.config.items():

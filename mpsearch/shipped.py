@@ -1,5 +1,5 @@
-"""The studies, search spaces, pages and weights that ship with mpsearch: beside the package in a checkout, in a wheel
-inside it.
+"""The studies, search spaces, hardware profiles, pages and weights that ship with mpsearch: beside the package in a
+checkout, in a wheel inside it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from typing import Literal
 
 from mpsearch.errors import MpsearchError, nearest
 
-Folder = Literal["studies", "search_spaces", "dashboards", "checkpoints"]
+Folder = Literal["studies", "search_spaces", "hardware", "dashboards", "checkpoints"]
 
 _KINDS: Mapping[Folder, tuple[str, str, str]] = {
     "studies": ("study", ".yaml", "a YAML file"),
     "search_spaces": ("search space", ".yaml", "a YAML file"),
+    "hardware": ("hardware profile", ".yaml", "a YAML file"),
     "dashboards": ("dashboard", ".yaml", "a YAML file"),
     "checkpoints": ("checkpoint", ".safetensors", "a file with a state dict"),
 }

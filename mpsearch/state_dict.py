@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mpsearch.errors import RunError
 from mpsearch.files import replacing
 from mpsearch.private.torch import carry_versions, without_compiled_prefix
 
@@ -54,6 +55,14 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool =
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a state dict to one safetensors file, whole or not at all. Raises WriteError."""
     save_tensors(state(model), path)
+
+
+def read_tensors(path: Path, advice: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file of a run. Raises RunError, which names it and ends with `advice`."""
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"cannot read the weights in {path} ({error}); {advice}") from None
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

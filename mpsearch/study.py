@@ -11,9 +11,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -26,12 +27,13 @@ from pydantic import (
 )
 
 from mpsearch.documents import YamlError, clip, explain, parse_yaml, read_yaml, to_yaml
-from mpsearch.errors import PrecisionError, RunError, StudyError
+from mpsearch.errors import PrecisionError, RunError, StudyError, nearest
 from mpsearch.precision import LayerPrecision
 from mpsearch.record import RunFolder
 from mpsearch.shipped import shipped, shipped_names
+from mpsearch.units import Amount, parse_amount
 
-CostModelName = Literal[
+COST_NAMES = (
     "shift_energy",
     "shift_energy_acc32",
     "bops",
@@ -39,7 +41,34 @@ CostModelName = Literal[
     "activation_bytes",
     "activation_bytes_peak",
     "memory_energy",
-]
+)
+"""The cost models that are formulas (`cost.model.COST_MODELS`)."""
+
+TABLE = "table"
+"""The cost model of the hardware profile: its table, or its MACs per cycle."""
+
+LATENCY = (TABLE, "latency", "latency_us", "latency_ms", "latency_s", "latency_cycles")
+"""What the cost of the hardware profile may be called in limits; the name may say a unit."""
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*:[A-Za-z_]\w*")
+
+
+def names_function(model: str) -> bool:
+    """Whether a cost model is a function of the user's: `module:function`."""
+    return _FUNCTION.fullmatch(model) is not None
+
+
+def _cost_name(others: tuple[str, ...]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name in COST_NAMES or name in others or names_function(name):
+            return name
+        raise ValueError(f"{nearest(name, [*COST_NAMES, *others])}; or module:function")
+
+    return AfterValidator(check)
+
+
+CostModelName = Annotated[str, _cost_name((TABLE,))]
+LimitName = Annotated[str, _cost_name(LATENCY)]
 
 
 OF_CLASSES = ("top1", "top5", "f1", "auroc")
@@ -165,12 +194,38 @@ class BoxesSpec(_Data):
 
     METRICS = ("map", "map50")
 
-    kind: Literal["coco", "voc"] = Field(description="how boxes are written: COCO's JSON, or Pascal VOC's XML")
-    root: str = Field(description="folder with images and annotations")
+    kind: Literal["coco", "voc", "shapes"] = Field(
+        description="how boxes are written: COCO's JSON, or Pascal VOC's XML; shapes: drawings, made here"
+    )
+    root: str | None = Field(default=None, description="folder with images and annotations")
     image_size: int | None = Field(
         default=None, gt=0, description="side that images are resized to, boxes with them; default: as they are"
     )
     augment: bool = Field(default=True, description="random flip of training images, left to right")
+
+    @model_validator(mode="after")
+    def _folder(self) -> Self:
+        return _reads(self, made="shapes")
+
+
+class PatchesSpec(_Data):
+    """Squares cut out of images, to be made again from smaller ones: super-resolution."""
+
+    METRICS = ("psnr", "ssim", "mse", "mae")
+
+    kind: Literal["patches"] = Field(description="patches: squares cut out of images")
+    root: str | None = Field(
+        default=None, description="folder with images; default: the two photographs that scikit-learn ships"
+    )
+    scale: int = Field(default=2, gt=1, description="how many times larger the output is, in each direction")
+    side: int = Field(default=32, gt=1, description="side of a square, a multiple of `scale`")
+    augment: bool = Field(default=True, description="random flip of training squares, left to right")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.side % self.scale:
+            raise ValueError(f"`side` is {self.side}, and must be a multiple of `scale`, {self.scale}")
+        return self
 
 
 class TextSpec(_Data):
@@ -179,8 +234,9 @@ class TextSpec(_Data):
     METRICS = ("perplexity", "bits_per_byte", "cross_entropy")
     LABELLED: ClassVar[tuple[str, ...]] = OF_CLASSES
 
-    kind: Literal["text", "jsonl", "csv", "arrow", "hf_dataset", "pydoc"] = Field(
-        description="files of plain text, tables, a data set of `datasets`, or pydoc: the topics of Python's help()"
+    kind: Literal["text", "jsonl", "csv", "arrow", "hf_dataset", "pydoc", "docstrings"] = Field(
+        description="files of plain text, tables, a data set of `datasets`, pydoc: the topics of Python's help(), or "
+        "docstrings: those of the standard library, with the columns `text` and `package`"
     )
     root: str | None = Field(default=None, description="a file, or a folder with files named as the splits")
     tokenizer: str = Field(default="bytes", description="bytes, or the folder of a Hugging Face tokenizer")
@@ -191,8 +247,8 @@ class TextSpec(_Data):
 
     @model_validator(mode="after")
     def _source(self) -> Self:
-        if (self.kind == "pydoc") != (self.root is None):
-            raise ValueError("pydoc reads no file: leave `root` out" if self.kind == "pydoc" else "give `root`")
+        if (made := self.kind in ("pydoc", "docstrings")) != (self.root is None):
+            raise ValueError(f"{self.kind} reads no file: leave `root` out" if made else "give `root`")
         if self.label is not None and self.kind in ("text", "pydoc"):
             raise ValueError(f"{self.kind} has no columns: leave `label` out, or write kind: csv, jsonl or arrow")
         if self.config is not None and self.kind != "hf_dataset":
@@ -211,12 +267,14 @@ class TextSpec(_Data):
 
 
 class AudioSpec(_Data):
-    """Sounds with a class each: a folder of files for each class."""
+    """Sounds with a class each: a folder of files for each class, or keywords of tones."""
 
     METRICS = OF_CLASSES
 
-    kind: Literal["audio"]
-    root: str = Field(description="folder with train/<class>/*.wav, or <class>/*.wav")
+    kind: Literal["audio", "melodies"] = Field(
+        description="audio: folders; melodies: keywords of three notes in noise, made here"
+    )
+    root: str | None = Field(default=None, description="folder with train/<class>/*.wav, or <class>/*.wav")
     rate: int | None = Field(
         default=None, gt=0, description="samples a second that sounds are resampled to; default: as is"
     )
@@ -224,11 +282,29 @@ class AudioSpec(_Data):
         default=None, gt=0, description="length of a sample, cut or padded; default: the first's"
     )
 
+    @model_validator(mode="after")
+    def _folder(self) -> Self:
+        if self.kind == "melodies" and (self.rate or self.seconds):
+            raise ValueError("melodies have a rate and a length of their own: leave `rate` and `seconds` out")
+        return _reads(self, made="melodies")
+
+
+_D = TypeVar("_D", bound=_Data)
+
+
+def _reads(data: _D, made: str) -> _D:
+    """`data`, after a look at whether it has a folder, or is made here and has none."""
+    kind, root = getattr(data, "kind", ""), getattr(data, "root", None)
+    if (kind == made) != (root is None):
+        raise ValueError(f"{made} reads no folder: leave `root` out" if kind == made else "give `root`")
+    return data
+
 
 AnyData = Annotated[
     Annotated[DataSpec, Tag("DataSpec")]
     | Annotated[MasksSpec, Tag("MasksSpec")]
     | Annotated[BoxesSpec, Tag("BoxesSpec")]
+    | Annotated[PatchesSpec, Tag("PatchesSpec")]
     | Annotated[TextSpec, Tag("TextSpec")]
     | Annotated[AudioSpec, Tag("AudioSpec")],
     Discriminator(lambda data: _spec_of(data)),
@@ -237,7 +313,7 @@ AnyData = Annotated[
 
 SPEC_OF_KIND: Mapping[str, str] = {
     kind: spec.__name__
-    for spec in (MasksSpec, BoxesSpec, TextSpec, AudioSpec)
+    for spec in (MasksSpec, BoxesSpec, PatchesSpec, TextSpec, AudioSpec)
     for kind in get_args(spec.model_fields["kind"].annotation)
 }
 """Kind of data -> the name of the class that checks it."""
@@ -255,13 +331,13 @@ class TaskSpec(_Section):
 
     model: str | None = Field(
         default=None,
-        description="cifar_resnet20/32/44/56, digits_cnn, unet, wave_cnn, a torchvision classifier's name, timm:NAME, "
-        "torchvision:NAME, hf:CLASS or hf:FOLDER, module:factory",
+        description="cifar_resnet20/32/44/56, digits_cnn, unet, wave_cnn, espcn, small_fcos, a torchvision "
+        "classifier's name, timm:NAME, torchvision:NAME, hf:CLASS or hf:FOLDER, module:factory",
     )
     checkpoint: str | None = Field(
         default=None, description="file with a state dict, or a shipped name; null: train the float model"
     )
-    data: AnyData | None = None
+    data: AnyData | None = Field(default=None, description="kind of data and where it is: see task.data")
     metric: str | None = Field(
         default=None,
         description="name of a metric that the data's kind has, or module:function that returns an object with "
@@ -271,7 +347,8 @@ class TaskSpec(_Section):
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the model's constructor")
     float_epochs: int = Field(default=30, gt=0, description="epochs of the float model where no checkpoint is given")
     factory: str | None = Field(
-        default=None, description="module:function that returns a Task, or lightning; replaces model and data"
+        default=None,
+        description="module:function that returns a Task, or lightning, or trainer; replaces model and data",
     )
     args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of that function")
 
@@ -307,11 +384,36 @@ def metrics_of(data: _Data) -> tuple[str, ...]:
 class CostSpec(_Section):
     """The hardware cost that is minimized, relative to the same network at `reference`."""
 
-    model: CostModelName = "shift_energy"
+    model: CostModelName = Field(
+        default="shift_energy",
+        description=f"{', '.join(COST_NAMES)}, table (the hardware's), or module:function of (layer, LayerPrecision)",
+    )
     reference: str = Field(default="w8a8", description="uniform config that costs 1.0, as w8a8")
     budget: float | None = Field(
         default=None, gt=0, description="hard bound on relative cost; configs above it are infeasible"
     )
+    limits: dict[LimitName, float | str] = Field(
+        default_factory=dict,
+        description="hard bounds on any costs, as {weight_bytes: 128 KiB}: a number with a unit; without one it is in "
+        "the unit that the cost's name says, or relative to the reference where it says none",
+    )
+
+    @field_validator("limits", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return {k: float(v) if type(v) is int else v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("limits")
+    @classmethod
+    def _amounts(cls, value: dict[str, float | str]) -> dict[str, float | str]:
+        for name, text in value.items():
+            parse_amount(name, text)
+        return value
+
+    @property
+    def amounts(self) -> dict[str, Amount]:
+        """The limits by the name of the cost."""
+        return {name: parse_amount(name, text) for name, text in self.limits.items()}
 
     @field_validator("reference")
     @classmethod
@@ -333,21 +435,26 @@ class WarmStartSpec(_Section):
     method: Literal["none", "gdnsq"] = Field(
         default="none", description="gdnsq: one training with learnable bit-widths under a falling budget"
     )
-    steps: int = Field(default=600, gt=0, description="batches of that training")
+    steps: int = Field(default=600, gt=0, description="training steps of it")
     budgets: tuple[float, ...] = Field(
-        default=(0.6, 0.4, 0.25, 0.15, 0.08), min_length=1, description="relative costs at which it is read off"
+        default=(0.6, 0.4, 0.25, 0.15, 0.08),
+        min_length=1,
+        description="relative costs at which its bits are kept",
     )
-    neighbours: int = Field(default=3, ge=0, description="whole-bit configs of each of these")
+    neighbours: int = Field(default=3, ge=0, description="configs in whole bits that are tried at each budget")
     spread: float = Field(
         default=0.01,
         ge=0,
-        description="bits that a tensor moves a step for each octave of its marginal; 0: all alike, as a baseline",
+        description="update size: bits per step per doubling of a tensor's marginal; 0: all tensors move alike, as a "
+        "baseline",
     )
     ilp: bool = Field(default=False, description="try sensitivity + ILP at these budgets too, as a second baseline")
     combinations: int = Field(
-        default=0, ge=0, description="so many global combinations (w3a4, shift:4 x uniform:5, ...) join the ladder"
+        default=0,
+        ge=0,
+        description="number of global combinations (w3a4, shift:4 x uniform:5, ...) that are tried beside the ladder",
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="seed of that training's batches")
 
     @model_validator(mode="before")
     @classmethod
@@ -394,7 +501,7 @@ class SearchSpec(_Section):
         description="with `trial.rungs`: one in so many of the configs that end a rung goes on, by stratum of cost",
     )
     concurrency: int = Field(default=2, gt=0, description="trials that run at the same time")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="seed of the sampler")
     time_limit_s: float | None = Field(default=None, gt=0, description="no new trial starts after this many seconds")
     stop_dominated: bool = Field(
         default=True, description="stop a trial that is dominated at its start or halfway; baselines never stop"
@@ -405,23 +512,28 @@ class SearchSpec(_Section):
 class TrialSpec(_Section):
     """The fine-tune that scores a config: of `steps`, or of as many as the rung that it is on."""
 
-    steps: int = Field(default=150, ge=0, description="0: score straight after range setting")
+    steps: int = Field(
+        default=150, ge=0, description="training steps of a trial; 0: score right after the ranges are set"
+    )
     rungs: tuple[int, ...] = Field(
         default=(),
         description="in place of `steps`: training steps in all at which a config is scored, as [60, 150, 400]; all "
         "train to the first, of those that end a rung one in `search.eta` goes on to the next",
     )
-    batch_size: int = Field(default=128, gt=0)
+    batch_size: int = Field(default=128, gt=0, description="training samples of a step")
     lr: float = Field(default=0.02, gt=0, description="peak of the one-cycle schedule")
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay of the fine-tune's optimizer")
     distill: bool = Field(default=True, description="Jeffreys divergence to the float model instead of the task's loss")
     precision: Literal["auto", "bf16", "fp32"] = Field(default="auto", description="arithmetic of the fine-tune")
-    compile: bool | Literal["auto"] = Field(default="auto", description="torch.compile; auto: where it pays and can")
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="compile the quantizers with torch.compile; auto: if worthwhile and a compiler exists",
+    )
     calibration_samples: int = Field(default=256, gt=0, description="training samples for range setting")
     bn_batches: int = Field(
         default=16, ge=0, description="batches that re-estimate BatchNorm statistics after the fine-tune"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="seed of the batches, the same for all trials")
 
     @model_validator(mode="before")
     @classmethod
@@ -463,16 +575,16 @@ class TrialSpec(_Section):
 class FinalSpec(_Section):
     """The longer training of the picked front, the only stage that sees the test split."""
 
-    pick: int = Field(default=6, gt=0, description="front points that are re-trained")
-    epochs: float = Field(default=5, gt=0)
-    seeds: int = Field(default=3, gt=0)
+    pick: int = Field(default=6, gt=0, description="number of front points that are trained longer")
+    epochs: float = Field(default=5, gt=0, description="passes over the training data")
+    seeds: int = Field(default=3, gt=0, description="trainings of each point, with seeds of their own")
     lr: float | None = Field(default=None, gt=0, description="default: the trial's")
 
 
 class EngineSpec(_Section):
     """Where trials run: `none` in this process, `local` under a Ray of our own, or an address of a Ray cluster."""
 
-    address: str = "local"
+    address: str = Field(default="local", description="none, local, auto, HOST:PORT or ray://HOST:PORT")
 
     @field_validator("address")
     @classmethod
@@ -485,9 +597,13 @@ class EngineSpec(_Section):
 class StudySpec(_Section):
     """A whole study: what is compressed, which configs exist, what they cost, how they are searched and trained."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="names the run folder, runs/NAME")
     task: TaskSpec
     space: str = Field(description="a name in search_spaces/, or the path of a YAML file")
+    hardware: str = Field(
+        default="generic",
+        description="a name in hardware/, or the path of a YAML file: which pairs of precisions there are",
+    )
     cost: CostSpec = CostSpec()
     warm_start: WarmStartSpec = WarmStartSpec()
     search: SearchSpec = SearchSpec()
@@ -537,11 +653,21 @@ class StudySpec(_Section):
         )
         if storage.startswith("sqlite:///") and not storage.startswith("sqlite:////"):
             storage = f"sqlite:///{Path(storage.removeprefix('sqlite:///')).absolute()}"
-        return self.model_copy(update={"task": task, "space": _absolute(self.space), "storage": storage})
+        return self.model_copy(
+            update={
+                "task": task,
+                "space": _absolute(self.space),
+                "hardware": _absolute(self.hardware),
+                "storage": storage,
+            }
+        )
 
+
+LAST_SECTION = "engine"
+"""Of a study that a run has written: it has every section."""
 
 MAY_CHANGE = (
-    *("search", "final", "engine", "storage", "space", "trial.compile"),
+    *("search", "final", "engine", "storage", "space", "hardware", "trial.compile"),
     *("task.checkpoint", "task.data.root", "task.data.download", "task.data.tokenizer"),
 )
 """Keys that say how much is searched, where, and where files are; they do not change what a trial means."""
@@ -579,8 +705,8 @@ def _absolute_model(model: str | None) -> str | None:
 
 
 def _absolute_args(task: TaskSpec) -> dict[str, Any]:
-    """A factory's arguments as they are; those of `lightning` name a file."""
-    if task.factory != "lightning" or not isinstance(checkpoint := task.args.get("checkpoint"), str):
+    """A factory's arguments as they are; those of `lightning` and `trainer` name a file."""
+    if task.factory not in ("lightning", "trainer") or not isinstance(checkpoint := task.args.get("checkpoint"), str):
         return task.args
     return task.args | {"checkpoint": _absolute(checkpoint)}
 
@@ -717,16 +843,23 @@ def reuses_weights(folder: RunFolder) -> bool:
 
 
 def read_spec(folder: RunFolder, overrides: Sequence[str] = ()) -> StudySpec:
-    """The resolved study of a run, with `key.path=value` set over it and the run's own copy of the search space.
+    """The resolved study of a run, with `key.path=value` set over it and the run's own copies of space and hardware.
 
     Raises:
         RunError: it cannot be read.
         StudyError: it is no study, or an override does not belong.
     """
-    document = read_yaml(folder.study_yaml, RunError)
+    restore = "restore it from a copy, or from the study that the run was begun with"
+    try:
+        document = read_yaml(folder.study_yaml, RunError)
+    except RunError as error:
+        raise RunError(f"{error}; {restore}") from None
     if not isinstance(document, dict):
+        raise RunError(f"{folder.study_yaml} holds no study: {restore}")
+    if LAST_SECTION not in document:  # a text that was cut is YAML all the same, and what it lacks would have defaults
         raise RunError(
-            f"{folder.study_yaml} holds no study: restore it from a copy, or from the study that the run was begun with"
+            f"{folder.study_yaml} was cut off: it lacks the section '{LAST_SECTION}', which ends the study of every "
+            "run; restore it from a copy, or write the missing sections as they were"
         )
     for override in overrides:
         _set(document, override)
@@ -735,5 +868,5 @@ def read_spec(folder: RunFolder, overrides: Sequence[str] = ()) -> StudySpec:
     if isinstance(section := document.get("warm_start"), dict):
         section.pop(REUSED, None)  # earlier versions write every key; `reuses_weights` says what it means
     spec = parse_study(document, source=str(folder.study_yaml), strict=False)
-    space = folder.space_yaml.absolute()
-    return spec.model_copy(update={"space": str(space)}) if space.exists() else spec
+    copies = {"space": folder.space_yaml.absolute(), "hardware": folder.hardware_yaml.absolute()}
+    return spec.model_copy(update={key: str(path) for key, path in copies.items() if path.exists()})

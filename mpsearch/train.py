@@ -512,16 +512,6 @@ def single_value_norms(model: nn.Module, x: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def samples_of(x: Any) -> int:
-    """How many samples a batch has: the length of its first tensor with an axis, or list of tensors; 0 without any."""
-    if isinstance(x, Tensor):
-        return len(x) if x.dim() else 0
-    if isinstance(x, list) and x and all(isinstance(item, Tensor) for item in x):
-        return len(x)  # images of different sizes, say
-    items = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else ()
-    return next((count for count in map(samples_of, items) if count), 0)
-
-
 def autocast(x: Any, bf16: bool) -> torch.autocast:
     """Mixed precision on the device where `x` is."""
     first = next(tensors(x), None)

@@ -8,6 +8,7 @@ user's cache, by the run and by all that its task says; nothing that a run folde
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ LIBRARIES = ("timm:", "torchvision:", "hf:")
 
 
 def imports(spec: StudySpec) -> tuple[str, ...]:
-    """Every `module:function` that the task of a study names, wherever it does."""
+    """Every `module:function` that the task of a study names, wherever it does, and those of its costs."""
 
     def strings(value: Any) -> Iterator[str]:
         if isinstance(value, str):
@@ -39,7 +40,7 @@ def imports(spec: StudySpec) -> tuple[str, ...]:
             for below in value:
                 yield from strings(below)
 
-    names = strings(spec.task.model_dump(mode="json"))
+    names = itertools.chain(strings(spec.task.model_dump(mode="json")), [spec.cost.model, *spec.cost.limits])
     return tuple(dict.fromkeys(name for name in names if _FUNCTION.fullmatch(name) and not name.startswith(LIBRARIES)))
 
 
@@ -72,7 +73,8 @@ def require_trust(folder: RunFolder, spec: StudySpec) -> None:
 def _note(folder: RunFolder, spec: StudySpec) -> Path:
     task = spec.task.model_dump(mode="json")
     data = {key: value for key, value in (task.get("data") or {}).items() if key not in ("root", "download")}
-    key = content_key(folder.id, {**task, "checkpoint": None, "data": data})
+    costs = [name for name in (spec.cost.model, *spec.cost.limits) if _FUNCTION.fullmatch(name)]
+    key = content_key(folder.id, {**task, "checkpoint": None, "data": data} | ({"costs": costs} if costs else {}))
     place = cache_folder() / "trusted"
     place.mkdir(mode=0o700, exist_ok=True)
     return place / f"{key}.json"

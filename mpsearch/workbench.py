@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mpsearch.compiler import compiler_missing
 from mpsearch.errors import TaskError
 from mpsearch.graph.facts import LayerInfo, ModelGraph
-from mpsearch.graph.inputs import call, evaluating, first_samples
+from mpsearch.graph.inputs import call, evaluating, first_samples, samples_of
 from mpsearch.graph.products import named_products
 from mpsearch.precision import Offer, PrecisionConfig
 from mpsearch.quant.fused import fuse
@@ -36,7 +36,6 @@ from mpsearch.train import (
     bf16_is_fast,
     fit,
     reestimate_batch_norm,
-    samples_of,
     single_value_norms,
     usual_device,
 )

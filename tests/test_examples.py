@@ -15,6 +15,7 @@ import torch
 import mpsearch
 from mpsearch.documents import parse_yaml
 from mpsearch.shipped import shipped_folder, shipped_names
+from mpsearch.space.spec import parse_space
 from mpsearch.study import load_study, parse_study
 from mpsearch.task.load import TASKS
 
@@ -34,27 +35,77 @@ def test_docstring_examples_hold() -> None:
     assert examples >= 2
 
 
-def test_readme_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+QUICK = ["trial.steps=2", "warm_start.steps=4", "search.trials=2", "search.prescreen=9", "trial.bn_batches=1"]
+GUIDES = [
+    path
+    for folder in ("tutorials", "concepts", "how-to")
+    for path in sorted((ROOT / "docs" / folder).glob("*.md"))
+    if "```python" in path.read_text(encoding="utf-8")
+]
+
+
+def python_blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def briefly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty working directory, and studies that take seconds."""
     monkeypatch.chdir(tmp_path)
-    quick = ["trial.steps=2", "warm_start.steps=4", "search.trials=2", "search.prescreen=9", "trial.bn_batches=1"]
     monkeypatch.setattr(
-        "mpsearch.study.load_study", lambda study, overrides=(): load_study(study, [*overrides, *quick])
+        "mpsearch.study.load_study", lambda study, overrides=(): load_study(study, [*overrides, *QUICK])
     )
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+
+
+@pytest.mark.usefixtures("briefly")
+def test_python_of_readme_and_of_the_page_on_the_report_runs() -> None:
+    report = python_blocks(ROOT / "docs" / "how-to" / "dashboard.md")
+    blocks = [*python_blocks(ROOT / "README.md"), *report]  # the report is of the run that README makes
+    assert len(blocks) == 3
     names = {"model": torch.nn.Sequential(torch.nn.Linear(4, 2)), "batch": torch.randn(8, 4), "mpsearch": mpsearch}
     for block in blocks:
         exec(re.sub(r"trials=\d+", "trials=3", block), names)
     assert names["quantized"](names["batch"]).shape == (8, 2)  # type: ignore[operator]
-    assert torch.equal(names["packed"].load(names["model"], "packed")(names["batch"]), names["expected"])  # type: ignore[attr-defined]
 
 
-def test_readme_names_every_command_and_no_other() -> None:
-    from mpsearch.cli import app
+@pytest.mark.usefixtures("briefly")
+@pytest.mark.parametrize("path", [path for path in GUIDES if path.stem != "dashboard"], ids=lambda path: path.stem)
+def test_python_of_a_guide_runs(path: Path) -> None:
+    names: dict[str, object] = {}
+    for block in python_blocks(path):
+        if "exporters import brevitas" in block:
+            pytest.importorskip("brevitas", reason="an export target's library: make test-all installs it")
+        exec(block, names)
 
-    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    named = set(re.findall(r"mpsearch ([a-z]+) (?:STUDY|RUN)", (ROOT / "README.md").read_text()))
-    assert named == commands
+
+def test_own_model_of_the_tutorial_is_checked_and_searched(tmp_path: Path) -> None:
+    from commands import mpsearch
+
+    page = ROOT / "docs" / "tutorials" / "own-model.md"
+    (tmp_path / "mynet.py").write_text(python_blocks(page)[0])
+    (study,) = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "mynet.yaml").write_text(study)
+    quick = ["task.float_epochs=1", "trial.steps=2", "search.trials=3", "engine.address=none", "search.prescreen=0"]
+    sets = [part for value in quick for part in ("--set", value)]
+    done = mpsearch("run", "mynet.yaml", "--out", "run", *sets, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "knee" in done.stdout
+
+
+def test_study_of_readme_is_valid() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    spec = parse_study(parse_yaml(text))
+    assert spec.space in shipped_names("search_spaces")
+
+
+def test_space_of_the_guide_is_valid() -> None:
+    page = (ROOT / "docs" / "how-to" / "space.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert [rule.depthwise for rule in parse_space(parse_yaml(text)).rules] == [None, True]
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_plain_loop_example_gains_by_training() -> None:

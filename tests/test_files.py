@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from commands import mpsearch as mpsearch_command
+from quick import QUICK
 from torch import nn
 
 import mpsearch
-from mpsearch.errors import WriteError
+from mpsearch.errors import MpsearchError, WriteError
 from mpsearch.exporters.export import export
 from mpsearch.exporters.packages import need
 from mpsearch.exporters.targets import TARGETS
@@ -204,3 +209,79 @@ def test_trial_whose_weights_find_no_room_ends_the_run_and_is_on_no_record(tmp_p
 
     with pytest.raises(WriteError):
         attempt(full, None)  # type: ignore[arg-type]
+
+
+@contextmanager
+def no_room_from(write: int, folder: Path) -> Iterator[list[str]]:
+    """The disk of `folder` is full from the so-manieth file on that is opened there to be written; yields their names.
+
+    The file that is being opened is still made, as on a disk that has inodes and no blocks left.
+    """
+    opened: list[str] = []
+    really = os.open
+
+    with ExitStack() as stack:
+
+        def opening(path: object, flags: int, *rest: object, **options: object) -> int:
+            name = Path(str(path))
+            if flags & (os.O_WRONLY | os.O_RDWR) and folder in name.parents and name.suffix != ".lock":
+                opened.append(name.name)
+                if len(opened) == write:
+                    stack.enter_context(filled(folder))
+            return really(path, flags, *rest, **options)  # type: ignore[arg-type]
+
+        stack.enter_context(patch.object(os, "open", opening))
+        yield opened
+
+
+@pytest.mark.parametrize("disk", ["tmpfs"], indirect=True)
+def test_search_whose_disk_is_full_at_any_write_tears_nothing_and_is_resumed(disk: Disk, monkeypatch):
+    """Of a search with a toy for a task, whose every write fails in its turn."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "search"))
+    drive = importlib.import_module("drive")
+    count = 0
+    while True:
+        count += 1
+        path = disk.path / f"run-{count}"
+        with suppress(MpsearchError), no_room_from(count, disk.path) as opened:
+            drive.drive(path, trials=3, storage="none")
+        assert not list(path.rglob("*.part"))
+        if len(opened) < count:
+            break
+        assert [record.number for record in RunFolder(path).records()] == list(range(len(RunFolder(path).records())))
+        drive.drive(path, trials=3, storage="none")
+        assert sorted(record.number for record in RunFolder.open(path).records()) == [0, 1, 2]
+    assert count > 10
+
+
+@pytest.mark.slow
+@pytest.mark.study
+@pytest.mark.parametrize("disk", ["tmpfs"], indirect=True)
+def test_study_whose_disk_is_full_at_any_write_says_so_and_is_resumed(disk: Disk):
+    """Of a whole command: study, facts, weights, front, table, report, log and the Optuna study."""
+    cold = ("warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0", "search.trials=2")
+    sets = [part for override in (*QUICK, *cold, "storage=sqlite") for part in ("--set", override)]
+    count, refused = 0, 0
+    while True:
+        count += 1
+        shutil.rmtree(disk.path / "run", ignore_errors=True)
+        with no_room_from(count, disk.path) as opened:
+            done = mpsearch_command("run", "digits", "--out", "run", *sets, cwd=disk.path)
+        if len(opened) < count:
+            break
+        assert "Traceback" not in done.stderr, done.stderr
+        assert not list(disk.path.rglob("*.part"))
+        if done.returncode:
+            refused += 1
+            assert done.returncode == 2, done.stderr
+            assert "No space left on device" in done.stderr, done.stderr
+        begun = (disk.path / "run" / "run.json").exists()
+        again = ["resume", "run"] if begun else ["run", "digits", "--out", "run", *sets]
+        done = mpsearch_command(*again, cwd=disk.path)
+        assert done.returncode == 0, done.stderr
+        folder = RunFolder.open(disk.path / "run")
+        assert [record.state for record in folder.records()] == ["complete", "complete"]
+        for file in (folder.front_json, folder.problem_json, folder.report_html, folder.trials_parquet):
+            assert file.stat().st_size
+    assert count > 10
+    assert refused > 5

@@ -193,3 +193,15 @@ def test_ray_replaces_the_handler_of_sigterm_and_we_put_it_back() -> None:
     with handler_of_sigterm_kept():
         signal.signal(signal.SIGTERM, lambda *_: None)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_libraries_with_private_parts_have_upper_bounds() -> None:
+    import tomllib
+
+    root = Path(mpsearch.__file__).parent
+    project = tomllib.loads((root.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [text for texts in project["optional-dependencies"].values() for text in texts]
+    for module in (path.stem.replace("_", "-") for path in (root / "private").glob("*.py") if path.stem != "__init__"):
+        named = [text for text in (*project["dependencies"], *extras) if re.match(rf"{module}(\[\w+\])?[<>=]", text)]
+        assert named, module
+        assert [text for text in named if "<" not in text] == []

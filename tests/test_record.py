@@ -90,7 +90,7 @@ def test_record_with_a_number_that_is_none_is_refused(bad):
         (lambda d: d.pop("config"), "'config' is missing"),
         (lambda d: d.update(colour=1), "unknown key 'colour'"),
         (lambda d: d.update(state="running"), "unknown state 'running'"),
-        (lambda d: d["config"].update(conv1="uniform:9 x uniform:8"), "uniform has no 9-bit form"),
+        (lambda d: d["config"].update(conv1="uniform:17 x uniform:8"), "uniform has no 17-bit form"),
         (lambda d: d["config"].update(conv1="uniform:8"), "cannot read layer precision"),
     ],
 )

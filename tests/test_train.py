@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import mpsearch
 from mpsearch.errors import TaskError
+from mpsearch.graph.inputs import samples_of
 from mpsearch.quant.shift import DEFAULT_SLOPE
 from mpsearch.train import (
     CLIP_NORM,
@@ -27,7 +28,6 @@ from mpsearch.train import (
     jeffreys,
     learning_rate,
     reestimate_batch_norm,
-    samples_of,
     single_value_norms,
     steps,
 )

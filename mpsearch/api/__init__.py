@@ -11,6 +11,6 @@ what to do, in the words of the command line.
 What is heavy (torch, Ray, plotly) is imported when a function needs it: looking at a run needs none of it.
 """
 
-from mpsearch.api import networks, results, runs, studies
+from mpsearch.api import hardware, networks, results, runs, studies
 
-__all__ = ["networks", "results", "runs", "studies"]
+__all__ = ["hardware", "networks", "results", "runs", "studies"]

@@ -121,8 +121,9 @@ class DebugResult:
     def layers(self) -> pd.DataFrame:
         """A row per layer, each quantized alone.
 
-        Columns: layer, kind, channel_ratio (max|w| of the largest output channel over that of the median one), and for
-        weight_ and activation_: precision, sqnr_db, drop (by how much the score is worse, as shown), divergence.
+        Columns: layer, kind, channel_ratio (max|w| of the largest output channel over that of the median one), and with
+        `weight_` and `activation_` before it: precision, sqnr_db, drop (by how much the score is worse, as shown) and
+        divergence.
         NaN where a tensor stays float.
         """
         from mpsearch.report.debug_page import sweep_table

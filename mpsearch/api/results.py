@@ -131,7 +131,8 @@ def export_run(
     Args:
         run: a run folder.
         out: folder to write.
-        pick: the trial: knee, best, trial:7, cost<=0.5, or by the metric: top1>=0.87, psnr>=28.5, bpc<=1.2.
+        pick: the trial: knee, best, trial:7, cost<=0.5, by the metric: top1>=0.87, psnr>=28.5, bpc<=1.2, or by any
+            cost: weight_bytes<=100KiB, or several with commas.
         to: format: native, packed, onnx, qonnx, brevitas, torchao, modelopt, aimet or mhaq.
         allow_lossy: convert what the format cannot hold, and list it, instead of refusing.
         verify: run it in its own runtime, in a process of its own, and compare its answers with the network's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,12 +37,17 @@ class Front:
         gains: trial number -> score minus that of the uniform baseline nearest in cost, in the metric's
             `difference_unit` with its 95 % interval, for trials of the front.
         hypervolume: as last written by the run (`mpsearch.search.front` says of what); None before that.
+        answer: in words, what the knee gains over the reference and float in every cost, and which of its layers have
+            how many bits; a line each, none for a run of an older version.
+        units: of every cost that the trials have, by its name.
     """
 
     pareto: ParetoFront
     records: tuple[TrialRecord, ...]
     gains: Mapping[int, str]
     hypervolume: float | None
+    answer: tuple[str, ...] = ()
+    units: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def trials(self) -> pd.DataFrame:
@@ -54,7 +60,10 @@ class Front:
         from mpsearch.report.tables import trials_table
 
         trials = trials_table(self.records, self.pareto.metric)
-        return trials.assign(gain=[self.gains.get(number, "") for number in trials.number])
+        trials = trials.assign(gain=[self.gains.get(number, "") for number in trials.number])
+        for name in self.units:
+            trials[f"cost.{name}"] = [record.costs.get(name) for record in self.records]
+        return trials
 
     @property
     def table(self) -> pd.DataFrame:
@@ -78,7 +87,14 @@ class Front:
             for trial in self.pareto.ladder
         ]
         metric = self.pareto.metric.to_json()
-        return {"metric": metric, "hypervolume": self.hypervolume, "front": front_rows(self.pareto), "uniform": ladder}
+        return {
+            "metric": metric,
+            "hypervolume": self.hypervolume,
+            "front": front_rows(self.pareto),
+            "uniform": ladder,
+            "units": dict(self.units),
+            "answer": list(self.answer),
+        }
 
 
 @dataclass(frozen=True)
@@ -475,11 +491,20 @@ def _result(folder: RunFolder) -> RunResult:
 
 
 def _front(folder: RunFolder) -> Front:
+    from mpsearch.facts import read_facts, with_costs
+    from mpsearch.search.answer import answer
     from mpsearch.search.front import gains_over_baselines, pareto_front
 
-    records = folder.records()
+    records, facts = folder.records(), None
+    with contextlib.suppress(MpsearchError):  # an older run, or one that was killed before it had them
+        facts = read_facts(folder)
+        records = with_costs(records, facts)
     front = pareto_front(records, folder.metric)
-    return Front(front, tuple(records), gains_over_baselines(front), _hypervolume(folder))
+    words: Sequence[str] = ()
+    if facts is not None and front.trials and facts.space.contains(front.knee.config):
+        words = answer(f"Trial {front.knee.number}, the knee", front.knee.config, facts)
+    units = {} if facts is None else {name: cost.reference.unit for name, cost in facts.costs.items()}
+    return Front(front, tuple(records), gains_over_baselines(front), _hypervolume(folder), tuple(words), units)
 
 
 def _counts(records: Sequence[TrialRecord]) -> dict[str, int]:

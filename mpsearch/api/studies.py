@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from mpsearch.metric import Metric
     from mpsearch.problem import Problem
+    from mpsearch.program import Allocation
     from mpsearch.study import StudySpec
-    from mpsearch.warmstart.allocate import Allocation
     from mpsearch.warmstart.table import SensitivityTable
 
 
@@ -280,6 +280,7 @@ def read_study(study: str | Path | StudySpec, set: Sequence[str] | None) -> Stud
 def _sensitivities(problem: Problem, proxy: str, samples: int) -> Sensitivities:
     import pandas as pd
 
+    from mpsearch.cost.model import affordable
     from mpsearch.task.scoring import comparison_of
     from mpsearch.warmstart.allocate import ilp_ladder
     from mpsearch.warmstart.sensitivity import measure
@@ -288,7 +289,7 @@ def _sensitivities(problem: Problem, proxy: str, samples: int) -> Sensitivities:
     x = task.calibration_input(samples)
     table = measure(proxy, task.float_model(), problem.graph.layers, space, x, comparison_of(task))
     budget = math.inf if problem.spec.cost.budget is None else problem.spec.cost.budget
-    rungs = [rung for rung in space.ladder() if cost(rung) <= budget]
+    rungs = [rung for rung in space.ladder() if affordable(cost, rung, budget)]
     steps = ilp_ladder(space, cost, table, [cost(rung) for rung in rungs])
     ladder = _ladder(rungs, steps, table)
     rows = [(*key, value) for key, value in table.items()]

@@ -143,8 +143,15 @@ def training_progress(name: str) -> Iterator[Observer]:
         yield Steps()
 
 
+class _LogFile(logging.FileHandler):
+    """A log that loses lines where the disk is full: that is said by whoever writes what matters."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def _log_to(folder: RunFolder) -> None:
-    handler = logging.FileHandler(folder.log_txt, encoding="utf-8")
+    handler = _LogFile(folder.log_txt, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("mpsearch")
     logger.addHandler(handler)

@@ -77,7 +77,8 @@ def export(
         str,
         typer.Option(
             "--pick",
-            help="Trial to export: knee, best, trial:7, cost<=0.5, or by the metric: top1>=0.87, psnr>=28.5, bpc<=1.2.",
+            help="Trial to export: knee, best, trial:7, cost<=0.5, by the metric: top1>=0.87, psnr>=28.5, "
+            "bpc<=1.2, or by any cost: weight_bytes<=100KiB.",
         ),
     ] = "knee",
     to: Annotated[

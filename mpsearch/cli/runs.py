@@ -16,6 +16,7 @@ from mpsearch.cli.base import Json, Run, Set, Study, Trust, app, ask_for_trust, 
 from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines
 from mpsearch.cli.progress import FinalProgress, RunProgress
 from mpsearch.errors import RunError
+from mpsearch.units import show
 
 
 @app.command()
@@ -102,6 +103,7 @@ def front(
     run: Run,
     json_: Json = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV for spreadsheets instead of text.")] = False,
+    costs: Annotated[bool, typer.Option("--costs", help="Print every cost of each trial, in its unit.")] = False,
 ) -> None:
     """Print the Pareto front, and the uniform ladder beside it."""
     front = api.runs.front(run)
@@ -110,7 +112,8 @@ def front(
     elif json_:
         print_json(front.to_json())
     else:
-        _print_front(front)
+        _print_front(front, costs)
+        print_lines(front.answer)
 
 
 @app.command()
@@ -195,7 +198,7 @@ def _follow(search: Callable[[RunProgress], api.runs.RunResult], json_: bool) ->
     print_lines([f"{trials} trials{others}; run folder {result.folder}", f"report: {result.report}"])
 
 
-def _print_front(front: api.runs.Front) -> None:
+def _print_front(front: api.runs.Front, costs: bool = False) -> None:
     """The front and the uniform ladder, by rising cost; without pandas, which takes a second to import."""
     pareto, metric = front.pareto, front.pareto.metric
     if not pareto.trials:
@@ -222,6 +225,14 @@ def _print_front(front: api.runs.Front) -> None:
             style=None if trial.number in on_front else "dim",
         )
     make_console().print(table)
+    if costs:
+        every = make_table(">trial", f">{metric.name}, val", *(f">{name}" for name in front.units))
+        for trial in pareto:
+            of_trial = (
+                show(trial.costs[name], unit) if name in trial.costs else "" for name, unit in front.units.items()
+            )
+            every.add_row(str(trial.number), metric.show(trial.score), *of_trial)
+        make_console().print(every)
 
 
 def _tau_text(row: Any) -> str:

@@ -2,7 +2,8 @@
 
 Sources:
 - M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014: integer add 0.03 pJ at 8 bit and
-  0.1 at 32, integer multiply 0.2 at 8 bit and 3.1 at 32, fp32 add 0.9, fp32 multiply 3.7.
+  0.1 at 32, integer multiply 0.2 at 8 bit and 3.1 at 32, fp16 add 0.4, fp16 multiply 1.1, fp32 add 0.9, fp32 multiply
+  3.7. bfloat16 is not in it and taken as fp16, which has the wider multiplier of the two.
 - The multiplier fit through those two points, linear in each operand's bits: QKeras qtools.
 - Ours: pricing a shifter as rows of multiplexers, the widths of what is added, and power-of-two times power-of-two.
 
@@ -41,6 +42,10 @@ costs 0.0225, 0.060, 0.150 pJ, against 0.024, 0.057, 0.13 published for 45 nm (S
 FP32_MULTIPLY_PJ = 3.7
 """pJ, Horowitz."""
 FP32_ADD_PJ = 0.9
+"""pJ, Horowitz."""
+FP16_MULTIPLY_PJ = 1.1
+"""pJ, Horowitz."""
+FP16_ADD_PJ = 0.4
 """pJ, Horowitz."""
 FIXED_ACCUMULATOR_BITS = 32
 """The accumulator of most integer accelerators."""
@@ -121,7 +126,8 @@ def mac_pj(
 ) -> float:
     """Energy of one MAC at any precision, pJ.
 
-    A float side makes the whole MAC one in fp32: the other side is expanded first.
+    A float side makes the whole MAC one in fp32, a side of 16-bit floating point one in fp16: the other side is
+    expanded first.
 
     Args:
         precision: of weight and activation; of a product of two activations the second takes the weight's place.
@@ -133,6 +139,8 @@ def mac_pj(
     weight, activation = precision.weight, precision.activation
     if weight.is_float or activation.is_float:
         return FP32_MULTIPLY_PJ + FP32_ADD_PJ
+    if weight.is_cast or activation.is_cast:
+        return FP16_MULTIPLY_PJ + FP16_ADD_PJ
     weight_terms, activation_terms = _terms(weight, signed_weight), _terms(activation, signed_input)
     if weight_terms and activation_terms:
         product_pj = exponent_product_pj(weight_terms, activation_terms)

@@ -88,7 +88,7 @@ def _second(layer: LayerInfo, precision: LayerPrecision) -> float:
 
 def _scales(layer: LayerInfo, weight: Precision) -> int:
     """How many scales a weight has."""
-    if weight.is_float:
+    if not weight.has_scale:
         return 0
     if weight.group is not None:
         rows = layer.weight_shape[1 if layer.kind.startswith("conv_transpose") else 0]

@@ -137,11 +137,15 @@ class Diagnosis:
         return tuple(names)
 
 
+WIDEST = 8
+"""Bits up to which a tensor is widened for a look at it; few targets have integers between this and float."""
+
+
 def widened(config: PrecisionConfig, names: Sequence[str]) -> PrecisionConfig:
     """The config with twice the bits for the layers named, or the most that their quantizer has, or else float."""
 
     def wider(precision: Precision) -> Precision:
-        bits = min(2 * precision.bits, max(BITS[precision.quantizer]))
+        bits = min(2 * precision.bits, max(BITS[precision.quantizer]), max(WIDEST, precision.bits))
         return FLOAT if bits == precision.bits else replace(precision, bits=bits)
 
     return config.replace(

@@ -36,7 +36,7 @@ from mpsearch.debug.diagnosis import (
 )
 from mpsearch.errors import PrecisionError, TaskError
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.graph.inputs import layer_input
+from mpsearch.graph.inputs import layer_input, samples_of
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import FLOAT, LayerPrecision, PrecisionConfig
 from mpsearch.ptq.bias import correct_bias_empirically
@@ -55,7 +55,7 @@ from mpsearch.quant.prepare import (
 )
 from mpsearch.task.scoring import comparison_of, evaluate, metric_of
 from mpsearch.task.task import Task
-from mpsearch.train import samples_of, usual_device
+from mpsearch.train import usual_device
 
 CALIBRATION_SAMPLES = 512
 BINS = 80

@@ -169,7 +169,7 @@ def _conversions(name: str, layer: QuantLayer, holds: Holds) -> list[Conversion]
         same = alternative.is_float or _keeps_values(layer.weight_quantizer, alternative)
         conversions.append(Conversion(name, "weight", weight, alternative, same, offset_w))
     if not _held(activation, holds.activation) or (offset_a and not holds.offset_grids):
-        alternative = _alternative(activation.bits, holds.activation)
+        alternative = FLOAT if activation.is_cast else _alternative(activation.bits, holds.activation)
         conversions.append(Conversion(name, "activation", activation, alternative, False, offset_a))
     return conversions
 
@@ -183,6 +183,8 @@ def _held(precision: Precision, widths: Widths) -> bool:
 
 
 def _weight_alternative(precision: Precision, holds: Holds) -> Precision:
+    if precision.is_cast:  # float has all its values
+        return FLOAT
     granularity = "channel" if precision.group is not None and not holds.groups else precision.granularity
     return replace(_alternative(_bits_of_same_values(precision), holds.weight), granularity=granularity)
 

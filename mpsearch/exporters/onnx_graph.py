@@ -148,7 +148,8 @@ def _marked(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         weight, activation = layer.precision.weight, layer.precision.activation
         layer.weight = nn.Parameter(values[name], requires_grad=False)  # its own, also where layers shared one
-        layer.weight_quantizer = _Marker(name, "weight") if weight.quantizer == "uniform" else nn.Identity()  # type: ignore[assignment]
+        marked = weight.quantizer == "uniform" or weight.is_cast
+        layer.weight_quantizer = _Marker(name, "weight") if marked else nn.Identity()  # type: ignore[assignment]
         layer.input_quantizer = nn.Identity() if activation.is_float else _Marker(name, "input")  # type: ignore[assignment]
     return model
 

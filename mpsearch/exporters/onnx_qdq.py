@@ -33,6 +33,10 @@ does not load, for want of a kernel (INT2, UINT4). onnxruntime 1.31 does all of 
     | 3, 4               | INT4      | 21          |
     | 5 to 8             | INT8      | 18 (what torch.onnx starts from) |
 
+- **Activations of 9 to 16 bits are UINT16** (since opset 21), for which there are no integer operators: their layers
+  compute in float, and their weights are Cast -> Mul. `float16` weights and inputs are FLOAT16 that is cast to float32
+  before its layer, so that sums are kept in float32.
+
 The true widths are in the metadata. Binary weights -s/2 and +s/2 are the codes -1 and 1 of the scale s/2.
 The opset is the lowest that has the containers in use.
 
@@ -65,6 +69,9 @@ if TYPE_CHECKING:
 SINCE = {2: 25, 4: 21, 8: 18}
 """Container bits -> the opset that has it."""
 
+SINCE_UINT16 = 21
+"""The opset since which QuantizeLinear has UINT16."""
+
 PAIR_BITS = 15
 """Bits of weight and input together, up to which two products fit into 16 bits with a sign."""
 
@@ -76,6 +83,11 @@ def container(bits: int) -> int:
     [2, 2, 4, 4, 8, 8]
     """
     return next(size for size in SINCE if size >= bits)
+
+
+def activation_container(bits: int) -> int:
+    """The bits of the container that holds an activation of `bits`."""
+    return 8 if bits <= 8 else 16
 
 
 def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
@@ -90,7 +102,11 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     for name, layer in layers.items():
         _check_zero_point(name, layer)
     uniform = {name: layer.weight.bits for name, layer in network.config.items() if layer.weight.quantizer == "uniform"}
-    proto = trace(network, max((SINCE[container(bits)] for bits in uniform.values()), default=SINCE[8]))
+    wide = any(
+        layer.activation.quantizer == "uniform" and layer.activation.bits > 8 for layer in network.config.values()
+    )
+    opsets = [SINCE[container(bits)] for bits in uniform.values()] + [SINCE_UINT16] * wide
+    proto = trace(network, max(opsets, default=SINCE[8]))
     _free_biases(proto)
     in_float = {
         name
@@ -98,11 +114,12 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
         if q.weight_quantizer.top is not None
         or q.input_quantizer.top is not None
         or q.precision.weight.group is not None
+        or q.precision.activation.bits > 8
     }
     replace_markers(proto, layers, partial(_quantizer, _integer_layers(proto) - in_float))
     proto.ir_version = max(proto.ir_version, helper.find_min_ir_version_for(proto.opset_import))
     sizes = {f"{name} weight": (bits, container(bits)) for name, bits in uniform.items()} | {
-        f"{name} activation": (layer.activation.bits, 8)
+        f"{name} activation": (layer.activation.bits, activation_container(layer.activation.bits))
         for name, layer in network.config.items()
         if layer.activation.quantizer == "uniform"
     }
@@ -114,10 +131,10 @@ def _check_zero_point(name: str, layer: QuantLayer) -> None:
     precision = layer.precision.activation
     if precision.quantizer != "uniform":
         return
-    zero = uniform_grid(layer.input_quantizer).zero_point  # 0 of an offset grid
-    if not 0 <= zero <= 255:
+    zero, most = uniform_grid(layer.input_quantizer).zero_point, 2 ** activation_container(precision.bits) - 1
+    if not 0 <= zero <= most:  # 0 of an offset grid
         raise ExportError(
-            f"layer '{name}': the zero point of its input is {zero:.0f}, ONNX holds 0 to 255 for {precision}: "
+            f"layer '{name}': the zero point of its input is {zero:.0f}, ONNX holds 0 to {most} for {precision}: "
             "export to qonnx, or set the range again so that it contains zero"
         )
 
@@ -163,6 +180,9 @@ def _weight(marker: NodeProto, layer: QuantLayer, integer: bool) -> tuple[list[N
 
     (w,), (y,) = marker.input, marker.output  # a layer that is used twice has two markers of one weight
     precision = layer.precision
+    if precision.weight.is_cast:
+        stored = numpy_helper.from_array(cast(Tensor, layer.weight).detach().cpu().half().numpy(), f"{w}_half")
+        return [helper.make_node("Cast", [stored.name], [y], to=TensorProto.FLOAT)], [stored]
     bits, axis = precision.weight.bits, layer.channel_axis
     grid = uniform_grid(layer.weight_quantizer)
     codes, step = weight_codes(layer).cpu(), grid.step.cpu()
@@ -258,15 +278,29 @@ def _offset_weight(
 
 
 def _activation(marker: NodeProto, layer: QuantLayer) -> tuple[list[NodeProto], list[TensorProto]]:
-    from onnx import helper, numpy_helper
+    from onnx import TensorProto, helper, numpy_helper
 
     (x,), (y,) = marker.input, marker.output
+    if layer.precision.activation.is_cast:
+        largest = np.float32(np.finfo(np.float16).max)
+        ends = [
+            numpy_helper.from_array(np.asarray(s * largest), f"{y}_{name}") for s, name in ((-1, "low"), (1, "top"))
+        ]
+        return [
+            helper.make_node("Clip", [x, *(end.name for end in ends)], [f"{y}_held"]),
+            helper.make_node("Cast", [f"{y}_held"], [f"{y}_half"], to=TensorProto.FLOAT16),
+            helper.make_node("Cast", [f"{y}_half"], [y], to=TensorProto.FLOAT),
+        ], ends
     grid = uniform_grid(layer.input_quantizer)
     step = grid.step.cpu().numpy().reshape(())
     top = np.asarray(step * np.float32(grid.high + grid.shift), dtype=np.float32)
     constants = [
         numpy_helper.from_array(step, f"{y}_scale"),
-        _integers(f"{y}_zero_point", "UINT8", np.asarray(grid.zero_point)),
+        _integers(
+            f"{y}_zero_point",
+            f"UINT{activation_container(layer.precision.activation.bits)}",
+            np.asarray(grid.zero_point),
+        ),
         numpy_helper.from_array(top, f"{y}_top"),
     ]
     scale, zero_point, most = (constant.name for constant in constants)

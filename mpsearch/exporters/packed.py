@@ -15,6 +15,7 @@ network's:
     uniform  code - n                        value = step * (code + shift)
     offset   code                            value = step * code + lower, where `lower` has a place in `scales`
     shift    sign << (bits-1) | field        value = step * +-2^exponents[field-1], field 0: zero
+    float16, bfloat16    the format's 16 bits
     apot     sign << (bits-1) | fields       value = step * +-(the sum of one such power per term), first term lowest
 
 A BatchNorm behind a layer with a scale per channel is folded into its scales and bias, as the cost model counts it.
@@ -39,6 +40,7 @@ from mpsearch.exporters.native import network_parts, restored
 from mpsearch.exporters.plain import per_channel
 from mpsearch.precision import FLOAT, Precision
 from mpsearch.ptq.fold import affine, foldable
+from mpsearch.quant.cast import FORMATS
 from mpsearch.quant.levels import apot_terms, shift_exponents
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.nearest import magnitudes
@@ -57,15 +59,17 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     >>> pack_bits(torch.tensor([1, 2, 3]), bits=3).tolist()
     [209, 0]
     """
-    ones = (codes.to(torch.uint8)[:, None] >> torch.arange(bits, dtype=torch.uint8)) & 1
-    ones = torch.nn.functional.pad(ones.flatten(), (0, -codes.numel() * bits % 8)).view(-1, 8)
+    dtype = torch.uint8 if bits <= 8 else torch.int32
+    ones = (codes.to(dtype)[:, None] >> torch.arange(bits, dtype=dtype)) & 1
+    ones = torch.nn.functional.pad(ones.to(torch.uint8).flatten(), (0, -codes.numel() * bits % 8)).view(-1, 8)
     return (ones << torch.arange(8, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The first `count` numbers that `pack_bits` packed, `(count,)` uint8."""
+    """The first `count` numbers that `pack_bits` packed, `(count,)`, int16 up to 8 bits, else int32."""
+    dtype = torch.int16 if bits <= 8 else torch.int32
     ones = ((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten()[: count * bits].view(count, bits)
-    return (ones << torch.arange(bits, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
+    return (ones.to(dtype) << torch.arange(bits, dtype=dtype)).sum(dim=1, dtype=dtype)
 
 
 def unsigned_codes(codes: Tensor, weight: Precision) -> Tensor:
@@ -205,6 +209,8 @@ class _Writer:
             if factor is not None:
                 weight = weight * per_channel(factor, weight, layer.channel_axis)
             codes = weight.float().contiguous().view(-1).view(torch.uint8)
+        elif precision.weight.is_cast:
+            codes = pack_bits(weight_codes(layer).flatten(), precision.weight.bits)
         else:
             codes = weight_codes(layer).flatten()
             scale = steps(layer.weight_quantizer)
@@ -259,8 +265,11 @@ def _read(layer: QuantLayer, weight: Precision, entry: Mapping[str, Any], tensor
     codes = _slice(tensors["codes"], entry["codes"])
     if weight.is_float:
         value = codes.clone().view(torch.float32).view(shape)
+    elif weight.is_cast:
+        bits = unpack_bits(codes, weight.bits, math.prod(shape))
+        value = bits.to(torch.int16).view(FORMATS[weight.quantizer]).float().view(shape)
     else:
-        unsigned = unpack_bits(codes, weight.bits, math.prod(shape)).to(torch.int16).view(shape)
+        unsigned = unpack_bits(codes, weight.bits, math.prod(shape)).view(shape)
         where = unsigned, layer.channel_axis, weight.group
         scale = per_channel(_slice(tensors["scales"], entry["scales"]), *where)
         if "lower" in entry:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from mpsearch.errors import RunError
 from mpsearch.exporters.export import VERIFIED_ON, Exported, export
 from mpsearch.exporters.targets import find_target
+from mpsearch.facts import read_facts, with_costs
 from mpsearch.metric import Metric
 from mpsearch.problem import reopen
 from mpsearch.quant.network import QuantizedNetwork
@@ -29,7 +32,12 @@ def export_run(
     """
     find_target(to)  # before anything is trained again
     folder = RunFolder.open(run)
-    record = pick_trial(folder.records(), pick, folder.metric)
+    records, references = folder.records(), {}
+    with contextlib.suppress(RunError):  # an older run has no facts yet, and a pick that needs none
+        facts = read_facts(folder)
+        records = with_costs(records, facts)
+        references = {name: cost.reference for name, cost in facts.costs.items()}
+    record = pick_trial(records, pick, folder.metric, references)
     problem = reopen(folder)
     model, measured = trained_model(problem, folder, record)
     spec = problem.spec
@@ -40,7 +48,8 @@ def export_run(
         task=problem.task.name,
         metric=problem.metric,
         score=measured,
-        cost={"model": spec.cost.model, "reference": spec.cost.reference, "relative": problem.cost(record.config)},
+        cost={"model": spec.cost.model, "reference": spec.cost.reference, "relative": problem.cost(record.config)}
+        | {"all": problem.priced(record.config)},
         example_input=problem.task.calibration_input(2),
         samples=problem.task.calibration_input(VERIFIED_ON),
         float_model=problem.task.float_model(),

@@ -22,9 +22,12 @@ from mpsearch.quant.network import QuantizedNetwork
 EVERY_KIND = frozenset(KIND_NAMES)
 WITH_WEIGHTS = EVERY_KIND - {"product"}
 WITH_INPUTS = WITH_WEIGHTS - {"embedding"}
-UNIFORM = {"uniform": BITS["uniform"]}
+UNIFORM = {"uniform": range(1, 9)}
 TWO_UP = {"uniform": range(2, 9)}  # their 1-bit grid is {-s, 0}, ours -s/2 and s/2
 ALL_TYPES = {name: widths for name, widths in BITS.items() if name != "float"}
+WEIGHTS = {"uniform": range(1, 9), "shift": BITS["shift"], "apot": BITS["apot"]}
+"""What is a constant in a file: uniform codes, or values on a grid of powers of two."""
+HALF = {"float16": BITS["float16"]}
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,11 @@ TARGETS: dict[str, Target] = {
     "native": Target(native.save, Holds(ALL_TYPES, ALL_TYPES, EVERY_KIND, offset_grids=True, groups=True)),
     "packed": Target(packed.save, Holds(ALL_TYPES, ALL_TYPES, EVERY_KIND, offset_grids=True, groups=True)),
     # Shift and APoT weights are constants on their grid. The lower end of an offset grid is added as a real number.
-    "qonnx": Target(qonnx.save, Holds(ALL_TYPES, UNIFORM, WITH_WEIGHTS, offset_grids=True)),
-    "onnx": Target(onnx_qdq.save, Holds(ALL_TYPES, UNIFORM, WITH_WEIGHTS, offset_grids=True, groups=True)),
+    "qonnx": Target(qonnx.save, Holds(WEIGHTS, UNIFORM, WITH_WEIGHTS, offset_grids=True)),
+    "onnx": Target(
+        onnx_qdq.save,
+        Holds(WEIGHTS | HALF, UNIFORM | HALF | {"uniform": range(1, 17)}, WITH_WEIGHTS, offset_grids=True, groups=True),
+    ),
     # Bits alone: MHAQ learns its own scales and lower ends.
     "mhaq": Target(mhaq.save, Holds(UNIFORM, UNIFORM, frozenset({"conv2d"}), mhaq.cannot, offset_grids=True)),
     "brevitas": Target(brevitas.save, Holds(UNIFORM, UNIFORM, WITH_INPUTS)),

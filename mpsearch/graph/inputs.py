@@ -100,3 +100,13 @@ def _takes_names(model: nn.Module, names: Mapping[str, Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def samples_of(x: Any) -> int:
+    """How many samples a batch has: the length of its first tensor with an axis, or list of tensors; 0 without any."""
+    if isinstance(x, Tensor):
+        return len(x) if x.dim() else 0
+    if isinstance(x, list) and x and all(isinstance(item, Tensor) for item in x):
+        return len(x)  # images of different sizes, say
+    items = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple, list)) else tensors(x)
+    return next((count for count in map(samples_of, items) if count), 0)

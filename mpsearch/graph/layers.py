@@ -20,7 +20,7 @@ from mpsearch.graph.agreement import holds, largest_subset, outputs
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo, ModelGraph
 from mpsearch.graph.groups import connected
-from mpsearch.graph.inputs import tensors
+from mpsearch.graph.inputs import samples_of, tensors
 from mpsearch.graph.kinds import (
     KINDS,
     adds_to_lookup,
@@ -124,12 +124,9 @@ def _check(model: nn.Module) -> None:
 
 
 def _batch_size(example_input: Any) -> int:
-    if isinstance(example_input, list):
-        return max(len(example_input), 1)
-    first = next(tensors(example_input), None)
-    if first is None:
+    if next(tensors(example_input), None) is None:
         raise TaskError(f"the example input holds no tensor, got {type(example_input).__name__}: give a batch of input")
-    return max(first.shape[0], 1) if first.ndim else 1
+    return max(samples_of(example_input), 1)
 
 
 def _layers(model: nn.Module, seen: Observation, samples: int, followers: Mapping[str, str]) -> list[LayerInfo]:

@@ -30,6 +30,15 @@ class QuantizedNetwork:
         example_input: one batch of model input, for the targets that trace (`onnx`, `qonnx`).
         samples: a batch of model input that an export is verified on, some 64 samples; default: `example_input`.
         float_model: what the network was made from, for verifying the targets that are loaded into PyTorch.
+
+    >>> import torch, mpsearch
+    >>> model, batch = nn.Sequential(nn.Linear(4, 2)), torch.randn(8, 4)
+    >>> layers = mpsearch.inspect_model(model, batch).layers
+    >>> config = mpsearch.PrecisionConfig.uniform(["0"], mpsearch.LayerPrecision.shorthand("w4a8"))
+    >>> prepared = mpsearch.prepare(model, config, batch, layers)
+    >>> network = mpsearch.QuantizedNetwork(prepared, layers, name="mine", task="random", example_input=batch)
+    >>> network.config == config
+    True
     """
 
     model: nn.Module

@@ -241,10 +241,10 @@ def prepare_for_training(
     prepared = prepare(model, config, calibration_input, layers)
     for layer in quant_layers(prepared).values():
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
-            kind = quantizer.precision.quantizer
-            quantizer.step.requires_grad_(kind != "float")
+            precision = quantizer.precision
+            quantizer.step.requires_grad_(precision.has_scale)
             if quantizer.beta is not None:
-                quantizer.beta.requires_grad_(kind == "uniform")
+                quantizer.beta.requires_grad_(precision.quantizer == "uniform")
     return prepared.train()
 
 

@@ -35,7 +35,7 @@ OCTAVES = 6
 
 @torch.no_grad()
 def weight_step(rows: Tensor, precision: Precision) -> Tensor:
-    """The step of least squared error for a weight.
+    """The step of least squared error for a weight; 1 where the precision has no scale.
 
     Args:
         rows: `(channels, n)`; per-tensor precision is searched over all rows together.
@@ -44,6 +44,8 @@ def weight_step(rows: Tensor, precision: Precision) -> Tensor:
     Returns:
         `(channels,)`, the same value in each entry for per-tensor precision; `(channels, groups)` for one of groups.
     """
+    if not precision.has_scale:
+        return rows.new_ones(rows.shape[0])
     if precision.group is not None:
         by_row = replace(precision, granularity="channel")
         return steps_of_groups(rows, precision.group, lambda some: weight_step(some, by_row))
@@ -78,7 +80,7 @@ def unit_step(precision: Precision, *, signed: bool) -> Tensor:
 
 @torch.no_grad()
 def activation_range(samples: Tensor, precision: Precision, *, signed: bool) -> tuple[Tensor, Tensor]:
-    """The step and offset of least squared error for an activation.
+    """The step and offset of least squared error for an activation; 1 and 0 where the precision has no scale.
 
     Args:
         samples: values that the activation takes, any shape.
@@ -89,6 +91,8 @@ def activation_range(samples: Tensor, precision: Precision, *, signed: bool) -> 
         step and beta, both of shape (); beta is 0 without an offset.
     """
     x = samples.reshape(1, -1).float()
+    if not precision.has_scale:
+        return x.new_ones(()), x.new_zeros(())
     if not x.any():  # dead in these samples: a range of one
         if precision.quantizer != "uniform":
             return unit_step(precision, signed=signed).to(x), x.new_zeros(())

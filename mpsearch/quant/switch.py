@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpsearch.precision import FLOAT, Precision
 from mpsearch.quant.apot import ApotQuantizer
+from mpsearch.quant.cast import BFloat16Quantizer, Float16Quantizer
 from mpsearch.quant.quantizer import Quantizer, not_offered
 from mpsearch.quant.shift import ShiftQuantizer
 from mpsearch.quant.uniform import UniformQuantizer
@@ -18,6 +19,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "uniform": UniformQuantizer,
     "shift": ShiftQuantizer,
     "apot": ApotQuantizer,
+    "float16": Float16Quantizer,
+    "bfloat16": BFloat16Quantizer,
 }
 """Every quantizer type. A type joins by one entry here and one in the contract tests."""
 
@@ -71,14 +74,15 @@ class SwitchQuantizer(Quantizer):
         for kind in kinds.values():
             kind.register_parameter("step", None)  # the state dict does not tell which kinds there were
             kind.register_parameter("beta", None)
-        self.kinds = nn.ModuleDict(kinds)
+        self.names = tuple(kinds)
+        self.kinds = nn.ModuleList(kinds.values())  # by position: `bfloat16` is an attribute of every module
 
     def _set_grid(self, precision: Precision) -> float:
-        if precision.quantizer not in self.kinds:
-            raise not_offered(precision, self.kinds)
+        if precision.quantizer not in self.names:
+            raise not_offered(precision, self.names)
         for kind in self._all():
             kind.set_precision(FLOAT)
-        quantizer = self._all()[list(self.kinds).index(precision.quantizer)]
+        quantizer = self._all()[self.names.index(precision.quantizer)]
         quantizer.set_precision(precision)
         return quantizer._set_grid(precision)
 
@@ -101,4 +105,4 @@ class SwitchQuantizer(Quantizer):
         return next(kind for kind in self._all() if not kind.precision.is_float)
 
     def _all(self) -> list[Quantizer]:
-        return [cast(Quantizer, kind) for kind in self.kinds.values()]
+        return [cast(Quantizer, kind) for kind in self.kinds]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from mpsearch.report.tables import (
 from mpsearch.report.weights import histograms, ranges_table
 from mpsearch.search.front import ParetoFront, ScoreRange, pareto_front, score_range, scores_of
 from mpsearch.search.values import read_values
+from mpsearch.warmstart.table import read_descent
 
 RANKED = 8  # complete trials from which the report says how well cheap scores rank them
 
@@ -142,10 +142,9 @@ def read_run(run: str | Path | RunFolder, facts: ProblemFacts | None = None) -> 
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
     facts = facts or read_facts(folder)
     records = folder.records()
-    log = folder.warmstart / "descent.json"
     descent = None
-    if log.exists():
-        descent = descent_table(json.loads(log.read_text(encoding="utf-8"))["log"], facts.space.slots)
+    if (folder.warmstart / "descent.json").exists():
+        descent = descent_table(read_descent(folder.warmstart)["log"], facts.space.slots)
     ranges, weights = None, None
     front, values = pareto_front(records, facts.metric), read_values(folder)
     if front.trials and values is not None and values.config == front.knee.config.digest:  # else of an earlier knee

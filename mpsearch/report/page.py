@@ -31,6 +31,7 @@ def write_report(
     remarks: Sequence[str] = (),
     commands: Sequence[str] = (),
     refresh_s: int | None = None,
+    answer: tuple[Sequence[str], Sequence[str]] = ((), ()),
 ) -> Path:
     """Write the report of a study; it may still be running.
 
@@ -42,11 +43,16 @@ def write_report(
         remarks: what follows from them, a paragraph each.
         commands: how to reproduce the run, a line each.
         refresh_s: the page loads itself again after so many seconds; None: never.
+        answer: what the knee gains in every cost, and which of its layers have how many bits, in words.
 
     Raises:
         RunError: the file cannot be written.
     """
-    parts = {**PARTS, "finalized": lambda _: _finalized(finalized, remarks)}
+    parts = {
+        **PARTS,
+        "finalized": lambda _: _finalized(finalized, remarks),
+        "answer": lambda run: _answer(run, *answer),
+    }
     bodies = [(shown, _body(shown, run, parts)) for shown in sections()]
     written = [section(words(shown.title, run), body, shown.id) for shown, body in bodies if body]
     embedded = data("run", _interactive(run)) if run.front.trials else ""
@@ -94,6 +100,18 @@ def _outcome(run: RunData) -> str:
         for name, value, about in tiles
     )
     return (f"<dl class='tiles'>{drawn}</dl>" if drawn else "") + paragraphs(lines)
+
+
+def _answer(run: RunData, gains: Sequence[str], layers: Sequence[str]) -> str:
+    """The knee in words: its gains in every cost, and what its layers have."""
+    if not run.front.trials or not gains:
+        return ""
+    knee = f"Trial {run.front.knee.number}, the knee"
+    lists = [
+        f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+        for lines in (gains, layers)
+    ]
+    return f"{note(f'{knee}, in each cost:')}{lists[0]}{note('Its layers:')}{lists[1]}"
 
 
 def _picker(run: RunData) -> str:

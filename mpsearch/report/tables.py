@@ -18,8 +18,11 @@ from mpsearch.record import FinalRecord, PrescreenRecord, TrialRecord
 from mpsearch.search.front import ScoreRange, hypervolume_over_time, objectives, pareto_front
 from mpsearch.space.space import Slot
 
-_MARKS = {"uniform": "", "shift": "s", "apot": "p"}
-MARKS_EXPLAINED = "4: uniform, 4 bits · 4s: shift (power of two) · 4p: APoT (sum of powers of two) · f: float"
+_MARKS = {"uniform": "", "shift": "s", "apot": "p", "float16": "f", "bfloat16": "b"}
+MARKS_EXPLAINED = (
+    "4: uniform, 4 bits · 4s: shift (power of two) · 4p: APoT (sum of powers of two) · f: float · "
+    "16f, 16b: float16, bfloat16"
+)
 
 
 def trials_table(records: Sequence[TrialRecord], metric: Metric) -> pd.DataFrame:

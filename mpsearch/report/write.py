@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from mpsearch.facts import ProblemFacts, read_facts
 from mpsearch.record import RunFolder
-from mpsearch.report.data import read_run
+from mpsearch.report.data import RunData, read_run
 from mpsearch.report.page import write_report
+from mpsearch.search.answer import gains_in_words, layers_in_words
 from mpsearch.search.finals import final_rows, final_table, proxies
 
 
@@ -43,7 +44,16 @@ def report_of(folder: RunFolder, facts: ProblemFacts | None = None, refresh_s: i
             f"mpsearch export {path} --pick knee --to native -o OUT",
         ],
         refresh_s=refresh_s,
+        answer=_answer(run, facts),
     )
+
+
+def _answer(run: RunData, facts: ProblemFacts) -> tuple[Sequence[str], Sequence[str]]:
+    """What the knee gains, and what its layers have, in words."""
+    if not run.front.trials or not facts.space.contains(run.front.knee.config):
+        return (), ()
+    config = run.front.knee.config
+    return gains_in_words(config, facts), layers_in_words(config, facts)
 
 
 def watch(

@@ -24,10 +24,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.precision import PrecisionConfig
+from mpsearch.program import program_of
 from mpsearch.search.surrogate import Children, JointSampler, front_of
 from mpsearch.space.space import SearchSpace
 from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design, Effects, Scores
-from mpsearch.warmstart.allocate import program_of
 from mpsearch.warmstart.propose import propose, variant
 from mpsearch.warmstart.table import SensitivityTable
 

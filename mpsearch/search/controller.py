@@ -10,9 +10,9 @@ What is known lives in the trial records; the sampler works on an Optuna study i
 latest of them, and is made anew from time to time. So its time and memory do not grow with the run, and a resumed run
 goes on as one that has just been made anew.
 
-Cost is known before training, hence a hard budget is never a trial's surprise: a config above it is moved towards one
-within it before it is proposed. Samplers are told of the budget as a constraint all the same, because records of an
-earlier run may lie above a budget that was lowered since.
+Costs are known before training, hence a hard budget or limit is never a trial's surprise: a config above one is moved
+towards one within all of them before it is proposed. Samplers are told of them as constraints all the same, because
+records of an earlier run may lie above a budget that was lowered since. The study's limits come with its `cost`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from mpsearch.cost.model import Bound, RelativeCost, affordable
 from mpsearch.errors import CostError
 from mpsearch.metric import Metric
 from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
 from mpsearch.private.optuna import generation_key
+from mpsearch.program import program_of
 from mpsearch.record import Origin, TrialRecord
 from mpsearch.search.additive import NOTHING, AdditiveSampler, Knowledge, attributes
 from mpsearch.search.front import BETTER
@@ -176,10 +178,11 @@ class _Point:
 class SearchController:
     """Proposes configs until the study is over; every config at most once, whatever became of it.
 
-    The order is: the uniform ladder of the space (the baseline), ends first, each of its configs followed by three
-    `initial_configs`, then the sampler. Those above `budget` are left out and counted in `over_budget`. `records` are
-    the trials that have ended before, when a run is resumed; they count towards `search.trials`, while failures in a
-    row and the time limit start anew.
+    First come trials of `records` that failed, under their old numbers: what they lacked may be there now. Then the
+    order is: the uniform ladder of the space (the baseline), ends first, each of its configs followed by three
+    `initial_configs`, then the sampler. Those above `budget` or a limit are left out and counted in `over_budget`.
+    `records` are the trials that have ended before, when a run is resumed; but for failed ones they count towards
+    `search.trials`, while failures in a row and the time limit start anew.
 
     Where trials train by rungs, a config that is good enough for a longer one goes before all new ones (`rungs.py`). It
     keeps its number, and counts as one trial. Samplers learn from the first rung alone, where all configs have been:
@@ -189,7 +192,7 @@ class SearchController:
 
     Args:
         space: the configs there are.
-        cost: relative cost of a config, more than 0.
+        cost: relative cost of a config, more than 0; a `RelativeCost` may have limits.
         search: sampler, trials, seed and limits.
         metric: what scores are.
         budget: the largest relative cost that is acceptable; None: any.
@@ -199,9 +202,10 @@ class SearchController:
         started: when the time limit began to run, by the clock; default: now.
         knowledge: what is known before the first trial, for the sampler `additive`.
         rungs: training steps in all of each rung (`TrialSpec.lengths`); one of them: all trials have one length.
+        priced: every cost of a config in its unit, by name, for its record.
 
     Raises:
-        CostError: not even the cheapest config is within the budget.
+        CostError: no config is within the budget and the limits.
     """
 
     stop_reason: str | None = None  # set once `ask` has returned None for good
@@ -220,9 +224,11 @@ class SearchController:
         started: float | None = None,
         knowledge: Knowledge = NOTHING,
         rungs: Sequence[int] = (0,),
+        priced: Callable[[PrecisionConfig], Mapping[str, float]] = lambda config: {},
     ) -> None:
         self._space = space
         self._cost = cost
+        self._priced = priced
         self._search = search
         self._metric = metric
         self._budget = math.inf if budget is None else budget
@@ -249,18 +255,22 @@ class SearchController:
         self._records: dict[int, TrialRecord] = {}  # theirs
         self._promoted: set[int] = set()  # of those asked: on a longer rung
 
+        self._again: deque[TrialRecord] = deque()
         for record in records:
             self._seen.add(record.config.digest)
             self._numbers.add(record.number)
-            self._remember(record.at_rung(0))
-            self._contend(record)
+            if record.state == "failed":
+                self._again.append(record)
+            else:
+                self._remember(record.at_rung(0))
+                self._contend(record)
         ladder: list[tuple[Origin, PrecisionConfig]] = [("uniform", config) for config in space.ladder()]
         self._initial_configs: deque[tuple[Origin, PrecisionConfig]] = deque()
         uniform = {config for _, config in ladder}  # baselines, whoever else asks for them
         others = [initial for initial in initial_configs if initial[1] not in uniform]
         in_turn = [others[i::INITIAL_CONFIGS_PER_UNIFORM] for i in range(INITIAL_CONFIGS_PER_UNIFORM)]
         for origin, config in _alternate(ends_first(ladder), *in_turn):
-            if cost(config) <= self._budget:
+            if self._affordable(config):
                 self._initial_configs.append((origin, config))
             else:
                 self.over_budget += 1
@@ -311,6 +321,9 @@ class SearchController:
         if self._ended + len(self._asked.keys() - self._promoted) >= self._search.trials:
             self._no_more = f"{self._search.trials} trials were wanted"
             return None
+        if self._again:
+            failed = self._again.popleft()
+            return self._propose(failed.config, failed.origin, None, failed.number)
         while self._initial_configs:
             origin, config = self._initial_configs.popleft()
             if config.digest not in self._seen:
@@ -332,10 +345,13 @@ class SearchController:
             # more repeats (NSGA-II and TPE weigh by count), so the question is closed and it draws again.
             self._study.tell(trial, state=TrialState.FAIL)
         for config in itertools.chain(self._beyond_sampler(), self._untried):
-            if config.digest not in self._seen and self._cost(config) <= self._budget:
+            if config.digest not in self._seen and self._affordable(config):
                 return self._propose(config, "sampler", None)
+        limits = bounds_of(self._cost)
+        bounds = [f"the budget of {self._budget:g}"] if self._budget < math.inf else []
+        bounds += ["the limits"] if limits else []
         self._no_more = f"no config is left to try after {len(self._seen)}" + (
-            f" within the budget of {self._budget:g}" if self._budget < math.inf else ""
+            f" within {' and '.join(bounds)}" if bounds else ""
         )
         return None
 
@@ -352,7 +368,7 @@ class SearchController:
             record = replace(record, score=None, cost=None)
             self._failures.append(record.reason or "no reason given")
         else:
-            record = replace(record, cost=proposal.cost)
+            record = replace(record, cost=proposal.cost, costs=self._priced(proposal.config))
             self._failures.clear()
         trial = self._asked.pop(proposal.number)
         if proposal.before is not None:
@@ -380,14 +396,17 @@ class SearchController:
             return f"the time limit of {limit:g} s is reached"
         return None
 
-    def _propose(self, config: PrecisionConfig, origin: Origin, trial: optuna.Trial | None) -> Proposal:
+    def _propose(
+        self, config: PrecisionConfig, origin: Origin, trial: optuna.Trial | None, number: int | None = None
+    ) -> Proposal:
         while self._next in self._numbers:  # the numbers of trials that never ended are given again
             self._next += 1
-        self._numbers.add(self._next)
+        number = self._next if number is None else number
+        self._numbers.add(number)
         self._seen.add(config.digest)
-        self._asked[self._next] = trial
+        self._asked[number] = trial
         cost = self._cost(config)
-        return Proposal(self._next, config, origin, cost, self._thresholds(origin, cost))
+        return Proposal(number, config, origin, cost, self._thresholds(origin, cost))
 
     def _thresholds(self, origin: Origin, cost: float) -> Thresholds:
         if not self._search.stop_dominated or origin in BASELINES:
@@ -400,9 +419,11 @@ class SearchController:
 
     def _remember(self, record: TrialRecord) -> _Point | None:
         self._ended += 1
-        self._stopping.learn(record)
+        within = self._space.contains(record.config)
+        if not within or affordable(self._cost, record.config, math.inf):  # what breaks a limit is no rival to stop for
+            self._stopping.learn(record)
         score = self._stopping.foreseen(record)
-        if score is None or record.cost is None or not self._space.contains(record.config):
+        if score is None or record.cost is None or not within:
             return None
         quality, now = self._metric.quality(score), datetime.now()
         value = self._value(record, quality)
@@ -420,11 +441,11 @@ class SearchController:
             system_attrs=dict(_GENERATION),
             intermediate_values={},
         )
-        for name, value in (budget_constraint(record.cost, self._budget) or {}).items():
+        for name, value in (constraints(record.cost, self._budget, self._cost, record.config) or {}).items():
             trial.set_constraint(name, value)
         point = _Point(record.config, quality, value, record.cost, trial)
         self._latest.append(point)
-        reached = record.state == "complete" and point.cost <= self._budget
+        reached = record.state == "complete" and self._affordable(record.config)
         if reached:
             front = [*self._front, point]
             self._front = [front[i] for i in non_dominated([(p.value, p.cost) for p in front], BETTER)]
@@ -439,7 +460,8 @@ class SearchController:
         if record.state == "stopped":
             values = (-math.inf,)
         self._records[record.number] = record
-        self._contenders[record.number] = Contender(record.number, record.cost, values, goes_on(record))
+        within = self._space.contains(record.config) and self._affordable(record.config)
+        self._contenders[record.number] = Contender(record.number, record.cost, values, goes_on(record) and within)
 
     def _value(self, record: TrialRecord, quality: float) -> float:
         """What the sampler improves: exp(-D), or the quality where there is no D or it is asked for."""
@@ -459,13 +481,16 @@ class SearchController:
         self._study.add_trials([point.trial for point in points])
         self._asked = dict.fromkeys(self._asked)  # their questions went with the old study
 
+    def _affordable(self, config: PrecisionConfig) -> bool:
+        return affordable(self._cost, config, self._budget)
+
     def _within_budget(self, params: dict[str, Any]) -> PrecisionConfig:
-        """The config of `params`, crossed over with one that is within the budget as far as the budget demands.
+        """The config of `params`, crossed over with one within budget and limits as far as these demand.
 
         The partner is of the front (else the cheapest config there is), and its slots are taken over in random order.
         """
         config = self._space.config_of(params)
-        if self._cost(config) <= self._budget:
+        if self._affordable(config):
             return config
         front = self._front
         partner = self._space.params_of(front[self._random.integers(len(front))].config) if front else self._cheapest
@@ -476,25 +501,34 @@ class SearchController:
         while within - above > 1:
             middle = (above + within) // 2
             config = self._space.config_of(params | {name: partner[name] for name in order[:middle]})
-            above, within = (above, middle) if self._cost(config) <= self._budget else (middle, within)
+            above, within = (above, middle) if self._affordable(config) else (middle, within)
         return self._space.config_of(params | {name: partner[name] for name in order[:within]})
 
     def _find_cheapest(self) -> dict[str, Any]:
-        """Parameters of the cheapest uniform config or, where that is above the budget, of the space's cheapest."""
+        """Parameters of the cheapest uniform config or, where that is above a bound, of a config within all."""
 
         def cost_of(params: dict[str, Any]) -> float:
             return self._cost(self._space.config_of(params))
 
+        def within(params: dict[str, Any]) -> bool:
+            return self._affordable(self._space.config_of(params))
+
         choices = self._choices()
         first = {name: values[0] for name, values in choices.items()}
-        params = min([first, *map(self._space.params_of, self._space.ladder())], key=cost_of)
-        if cost_of(params) > self._budget:
+        rungs = [first, *map(self._space.params_of, self._space.ladder())]
+        params = min(rungs, key=lambda params: (not within(params), cost_of(params)))
+        if not within(params):
             for name, values in choices.items():
                 params = min(({**params, name: value} for value in values), key=cost_of)
-        if cost_of(params) > self._budget:
+        if not within(params) and isinstance(self._cost, RelativeCost):
+            program = program_of(self._space, self._cost)
+            if program is not None and self._cost.limits:
+                params = self._space.params_of(program.least_excess(self._budget)[1])
+        if not within(params):
+            limits = "".join(f"; {bound}" for bound in bounds_of(self._cost))
             raise CostError(
-                f"cost.budget is {self._budget:g}, but the cheapest config costs {cost_of(params):g} of the reference: "
-                "raise the budget, or allow lower precisions in the search space"
+                f"cost.budget is {self._budget:g}{limits}, but the cheapest config costs {cost_of(params):g} of the "
+                "reference: raise the budget, or allow lower precisions in the search space"
             )
         return params
 
@@ -508,7 +542,7 @@ class SearchController:
 
     def _enumerate(self) -> Iterator[PrecisionConfig]:
         """Every config of a space that is not too large."""
-        if self._space.size <= ENUMERABLE:
+        if self._space.combined <= ENUMERABLE:
             choices = self._choices()
             for values in itertools.product(*choices.values()):
                 yield self._space.config_of(dict(zip(choices, values, strict=True)))
@@ -523,6 +557,20 @@ def _alternate(*groups: Sequence[_T]) -> Iterator[_T]:
         yield from (item for item in turn if item is not None)
 
 
-def budget_constraint(cost: float, budget: float) -> dict[str, float] | None:
-    """The budget as Optuna has it, in octaves: at most 0 where `cost` is within; None without a budget."""
-    return {"budget": math.log2(cost / budget)} if budget < math.inf else None
+def bounds_of(cost: object) -> tuple[Bound, ...]:
+    """The limits that come with a cost."""
+    return cost.limits if isinstance(cost, RelativeCost) else ()
+
+
+def constraints(cost: float, budget: float, limits: object, config: PrecisionConfig) -> dict[str, float] | None:
+    """Budget and limits as Optuna has them, in octaves: at most 0 is within; None where there are none.
+
+    Args:
+        cost: of the config, relative.
+        budget: the most that it may be; infinite: there is none.
+        limits: the cost that has the limits.
+        config: of the limits' network.
+    """
+    named = {"budget": math.log2(cost / budget)} if budget < math.inf else {}
+    named |= {bound.name: bound.octaves(config) for bound in bounds_of(limits)}
+    return named or None

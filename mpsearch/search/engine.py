@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.errors import MpsearchError, RunError, WriteError
+from mpsearch.files import no_room
 from mpsearch.observer import SILENT, Observer
 from mpsearch.private.ray import TUNE_HERE, files_in, handler_of_sigterm_kept, mute_workers, session_of_client
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, alive, this_process
@@ -81,13 +82,15 @@ def run_trials(
 
 
 def attempt(runner: Runner, proposal: Proposal) -> TrialRecord:
-    """The record of a trial, failed with its reason if `runner` raises. Raises WriteError where the disk is full."""
+    """The record of a trial, failed with its reason if `runner` raises. Raises WriteError where a disk is full."""
     started_s, clock = time.time(), time.perf_counter()
     try:
         return runner(proposal)
     except WriteError:  # says nothing of the config: the run ends, and a resumed one tries it again
         raise
     except Exception as error:  # of any kind: a failed trial is a result, and the search goes on
+        if no_room(error):  # of the task's own files, or of a compiler's
+            raise WriteError(f"{explain(error)}: make room on that disk, then go on with `mpsearch resume`") from None
         wall = WallTime(train_s=time.perf_counter() - clock)  # where it went is not known; most of it, usually
         return TrialRecord(proposal.config, "failed", reason=explain(error), wall=wall, started_s=started_s)
 

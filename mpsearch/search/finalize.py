@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mpsearch.errors import RunError
+from mpsearch.metric import Metric
 from mpsearch.observer import SILENT, Observer
 from mpsearch.problem import Problem, with_float_scores, write_facts
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord, checkpoint_path, final_path
 from mpsearch.search.finals import FinalRow, plan_finals, planned_rows
 from mpsearch.search.front import pareto_front
+from mpsearch.search.kept import train_again, trial_weights
 from mpsearch.search.knee import keep_values
-from mpsearch.state_dict import save_weights
+from mpsearch.state_dict import read_tensors, save_weights, state
 from mpsearch.workbench import Workbench
 
-logger = logging.getLogger(__name__)
+progress = logging.getLogger("mpsearch.progress")
 
 
 def finalize(
@@ -53,22 +54,25 @@ def finalize(
     steps = round(final.epochs * problem.task.steps_per_epoch(problem.spec.trial.batch_size))
     with folder.driving():
         done = {(f.number, f.seed): f for f in folder.finals() if f.steps == steps}
+        lost = {(best.number, best.seed) for best in _without_weights(folder, problem.metric, done.values())}
         jobs = [(trial, seed) for trial in plan for seed in range(1, final.seeds + 1)]
         workbench: Workbench | None = None
         for position, (trial, seed) in enumerate(jobs):
-            if (trial.number, seed) in done:
+            if (trial.number, seed) in done.keys() - lost:
                 continue
             observer.on_final_started(trial, seed, position, len(jobs))
             settings = problem.spec.trial.of_one_length(steps)
             workbench = workbench or Workbench(problem.task, settings, offers=problem.space.offers, graph=problem.graph)
-            checkpoint = checkpoint_path(folder.checkpoints, trial.number)
-            start = load_file(checkpoint) if checkpoint.exists() else None
+            start = trial_weights(folder, trial)
             if start is None:
-                logger.warning(
-                    "the weights of trial %d were not kept: its final training begins anew, with the float network's",
-                    trial.number,
-                )
+                brief = Workbench(problem.task, problem.spec.trial, offers=trial.config.offers, graph=problem.graph)
+                train_again(problem, folder, trial, brief)
+                save_weights(brief.model, checkpoint_path(folder.checkpoints, trial.number))
+                start = state(brief.model)
             record = _train(workbench, trial, seed, steps, final.lr, start)
+            if (trial.number, seed) in lost:  # its record is there, and stays as it is
+                save_weights(workbench.model, final_path(folder.checkpoints, trial.number))
+                continue
             others = [f.val for f in done.values() if f.number == trial.number]
             if not others or problem.metric.better(record.val, than=problem.metric.best_of(*others)):
                 save_weights(workbench.model, final_path(folder.checkpoints, trial.number))
@@ -90,25 +94,36 @@ def float_scores(problem: Problem, folder: RunFolder) -> Mapping[str, float]:
     return scored.float_scores
 
 
+def _without_weights(folder: RunFolder, metric: Metric, finals: Iterable[FinalRecord]) -> Iterator[FinalRecord]:
+    """Of each trial the final training whose weights should be there and are not, or cannot be read."""
+    best: dict[int, FinalRecord] = {}
+    for final in finals:
+        if final.number not in best or metric.better(final.val, than=best[final.number].val):
+            best[final.number] = final
+    for final in best.values():
+        try:
+            read_tensors(final_path(folder.checkpoints, final.number), "its final training is done again")
+        except RunError as error:
+            progress.warning("%s", error)
+            yield final
+
+
 def _train(
     workbench: Workbench,
     trial: TrialRecord,
     seed: int,
     steps: int,
     lr: float | None,
-    start: Mapping[str, Tensor] | None,
+    start: Mapping[str, Tensor],
 ) -> FinalRecord:
-    """Go on from what the trial ended its longest rung with, where it was kept; the better of start and end on val
-    counts.
-    """
+    """Go on from what the trial ended its longest rung with; the better of start and end on val counts."""
     workbench.reset(trial.config)
-    if start is not None:
-        workbench.restore(start)  # its ranges too
-    before, state = workbench.score("val").value, workbench.state()
+    workbench.restore(start)  # its ranges too
+    before, began = workbench.score("val").value, workbench.state()
     workbench.fit(steps, seed, lr)
     workbench.reestimate(seed)
     after = workbench.score("val").value
     if workbench.metric.better(before, than=after):
-        workbench.restore(state)
+        workbench.restore(began)
     test = workbench.score("test")
     return FinalRecord(trial.number, seed, steps, workbench.metric.best_of(before, after), test.value, test.values)

@@ -14,16 +14,18 @@ are compared over one range.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, isnan, log2
 from typing import Any
 
+from mpsearch.cost.model import Cost
 from mpsearch.errors import CostError, RunError
 from mpsearch.metric import TOP1, TOP5, Metric
 from mpsearch.pareto import non_dominated
 from mpsearch.record import Origin, TrialRecord
 from mpsearch.search.compare import paired
+from mpsearch.units import SHARE, parse_amount, show
 
 BETTER = (True, False)  # more quality, less cost
 
@@ -189,6 +191,7 @@ def front_rows(front: ParetoFront) -> list[dict[str, Any]]:
             "score": trial.score,
             "cost": trial.cost,
             "steps": trial.steps,
+            "costs": dict(trial.costs),
             "knee": trial is front.knee,
             "layers": trial.config.to_json(),
         }
@@ -264,27 +267,44 @@ def _ends(trial: TrialRecord) -> list[tuple[int, TrialRecord]]:
     return [(i, trial.at_rung(i)) for i, rung in enumerate(trial.rungs) if rung.score is not None]
 
 
-_PICK = re.compile(r"(?P<property>knee|best)|trial:(?P<number>\d+)|(?P<what>[\w.-]+?)(?P<sign><=|>=)(?P<value>[^<>=]+)")
+_PICK = re.compile(
+    r"(?P<property>knee|best)|trial:(?P<number>\d+)|(?P<what>[\w.:-]+?)(?P<sign><=|>=)(?P<value>[^<>=]+)"
+)
 
 
-def pick(records: Sequence[TrialRecord], text: str, metric: Metric) -> TrialRecord:
+def pick(
+    records: Sequence[TrialRecord], text: str, metric: Metric, references: Mapping[str, Cost] | None = None
+) -> TrialRecord:
     """The trial that a text names: `knee`, `best`, `trial:7`, `cost<=0.5`, and by the metric `top1>=0.87`, `bpc<=1.2`.
 
     A bound picks from the front: the best trial within a cost, the cheapest one with a score; the metric may also be
-    called `score`. A number picks any complete trial.
+    called `score`. A number picks any complete trial. `weight_bytes<=100KiB`, or several such with commas, picks the
+    best of all complete trials within these costs, the cheapest of several, on the front or not.
+
+    Args:
+        records: the trials.
+        text: what is picked.
+        metric: what scores are.
+        references: the reference's cost under every cost model, by its name.
 
     Raises:
         RunError: the text has another form, or there is no such trial.
     """
-    match = _PICK.fullmatch("".join(text.split()))
+    text = "".join(text.split())
+    match = _PICK.fullmatch(text)
+    costs = references or {}
+    bounds_on = [(part, _PICK.fullmatch(part)) for part in text.split(",")]
+    if all(m is not None and m["what"] in costs and m["sign"] == "<=" for _, m in bounds_on):
+        return _within(records, {m["what"]: m["value"] for _, m in bounds_on if m is not None}, metric, costs)
     value = _number(match["value"]) if match is not None and match["what"] else 0.0
     names = {metric.name, "score"} | ({"accuracy"} if metric in (TOP1, TOP5) else set())
     bounds = {"cost": "<="} | dict.fromkeys(names, metric.sign)
     if match is None or value is None or (match["what"] and bounds.get(match["what"]) != match["sign"]):
         way = "more" if metric.maximize else "less"
+        others = f"; a cost is one of {', '.join(costs)}, as {next(iter(costs))}<=50%" if costs else ""
         raise RunError(
             f"cannot pick '{text}': write knee, best, trial:7, cost<=0.5 or {metric.name}{metric.sign}X: {way} of "
-            f"{metric.name} is better"
+            f"{metric.name} is better{others}"
         )
     if match["number"] is not None:
         number = int(match["number"])
@@ -299,6 +319,33 @@ def pick(records: Sequence[TrialRecord], text: str, metric: Metric) -> TrialReco
     if match["what"]:
         return front.at_most(value) if match["what"] == "cost" else front.at_least(value)
     return front.knee if match["property"] == "knee" else front.best
+
+
+def _within(
+    records: Sequence[TrialRecord], most: Mapping[str, str], metric: Metric, references: Mapping[str, Cost]
+) -> TrialRecord:
+    """The best complete trial whose costs are within bounds; of several as good, the one that costs least."""
+    bounds = {}
+    for name, text in most.items():
+        try:
+            amount = parse_amount(name, text)
+        except ValueError as error:
+            raise RunError(f"cannot pick: {error}") from None
+        reference = references[name]
+        if amount.unit not in (SHARE, reference.unit):
+            raise RunError(f"cannot pick {name}<={text}: {name} is counted in {reference.unit}, or as a share: 50%")
+        bounds[name] = amount.value * (reference.total if amount.unit == SHARE else 1.0)
+    trials = [trial for trial in _complete(records) if all(name in trial.costs for name in bounds)]
+    affordable = [trial for trial in trials if all(trial.costs[name] <= bound for name, bound in bounds.items())]
+    if not affordable:
+        least = ", ".join(
+            f"{name} {show(min(trial.costs[name] for trial in trials), references[name].unit)}"
+            for name in bounds
+            if trials
+        )
+        asked = ", ".join(f"{name}<={text}" for name, text in most.items())
+        raise RunError(f"no trial has {asked}: the least of each is {least or 'not known, as no trial is complete'}")
+    return max(affordable, key=lambda trial: (metric.quality(objectives(trial)[0]), -objectives(trial)[1]))
 
 
 def _number(text: str) -> float | None:

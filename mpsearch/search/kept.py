@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
+from mpsearch.errors import RunError
 from mpsearch.problem import Problem
 from mpsearch.record import RunFolder, TrialRecord, checkpoint_path, final_path, rung_path, state_path
 from mpsearch.search.front import pareto_front, scores_of
 from mpsearch.search.rungs import goes_on
 from mpsearch.search.trial import run_trial
-from mpsearch.state_dict import load_tensors
+from mpsearch.state_dict import load_tensors, read_tensors
 from mpsearch.workbench import Workbench
 
-logger = logging.getLogger(__name__)
+progress = logging.getLogger("mpsearch.progress")
 
 
 class FrontWeights:
@@ -73,17 +73,51 @@ def trained_model(
     """
     workbench = Workbench(problem.task, problem.spec.trial, offers=record.config.offers, graph=problem.graph)
     finals = [f for f in folder.finals() if f.number == record.number]
-    final, brief = final_path(folder.checkpoints, record.number), checkpoint_path(folder.checkpoints, record.number)
     measured: dict[str, float | None] = {"val": record.score}
-    if finals and final.exists():
+    if finals:
+        again = f"`mpsearch finalize {folder.path}` trains it again"
+        tensors: Mapping[str, Tensor] | None = read_tensors(final_path(folder.checkpoints, record.number), again)
         best = max(finals, key=lambda f: problem.metric.quality(f.val))
-        brief, measured = final, {"val": best.val, "test": best.test}
-    if brief.exists():
+        measured = {"val": best.val, "test": best.test}
+    else:
+        if final_path(folder.checkpoints, record.number).exists():
+            progress.warning("nothing is recorded of trial %d's final training: its brief one is used", record.number)
+        tensors = trial_weights(folder, record)
+    if tensors is not None:
         workbench.reset(record.config)
-        load_tensors(workbench.model, load_file(brief))
+        load_tensors(workbench.model, tensors)
         return workbench.model.eval(), measured
-    logger.warning("the weights of trial %d were not kept (it is not on the front): it is trained again", record.number)
+    score = train_again(problem, folder, record, workbench)
+    return workbench.model.eval(), {"val": score}
+
+
+def trial_weights(folder: RunFolder, record: TrialRecord) -> dict[str, Tensor] | None:
+    """The weights that a trial left at its end; None where they were not kept, or are damaged and can be made again.
+
+    Raises:
+        RunError: they are damaged, and nobody here could train the network again.
+    """
+    path = checkpoint_path(folder.checkpoints, record.number)
+    imported = record.origin == "import"
+    if not path.exists() and not imported:
+        return None
+    try:
+        return read_tensors(path, "import the network again" if imported else "the trial is trained again")
+    except RunError as error:
+        if imported:
+            raise
+        progress.warning("%s", error)
+        return None
+
+
+def train_again(problem: Problem, folder: RunFolder, record: TrialRecord, workbench: Workbench) -> float | None:
+    """Run a trial whose weights are gone once more, as it was run; the workbench's model has its weights then.
+
+    Returns:
+        its score now.
+    """
+    progress.info("trial %d is trained again: its weights were not kept, or cannot be read", record.number)
     rung = max(0, sum(r.score is not None for r in record.rungs) - 1)
     before = record.at_rung(0) if rung else None
-    again = run_trial(problem.task, record.config, problem.spec.trial, workbench=workbench, rung=rung, before=before)
-    return workbench.model.eval(), {"val": again.score}
+    settings = problem.spec.trial
+    return run_trial(problem.task, record.config, settings, workbench=workbench, rung=rung, before=before).score

@@ -10,8 +10,6 @@ from typing import cast
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mpsearch.errors import RunError, WriteError
@@ -23,7 +21,7 @@ from mpsearch.record import RunFolder, checkpoint_path, final_path
 from mpsearch.search.front import ParetoFront
 from mpsearch.search.values import KneeValues, TensorRange, WeightHistogram, read_values, write_values
 from mpsearch.space.choices import TensorName
-from mpsearch.state_dict import load_tensors
+from mpsearch.state_dict import load_tensors, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +59,7 @@ def keep_values(problem: Problem, folder: RunFolder, front: ParetoFront, anew: b
         layers = quant_layers(network)
         for name, layer in layers.items():
             layer.set_precision(knee.config[name])
-        load_tensors(network, load_file(checkpoint))
+        load_tensors(network, read_tensors(checkpoint, "export or finalize makes it again"))
         values = KneeValues(
             config=knee.config.digest,
             checkpoint=checkpoint.name,
@@ -69,7 +67,7 @@ def keep_values(problem: Problem, folder: RunFolder, front: ParetoFront, anew: b
             histograms=histograms(layers),
         )
         write_values(folder, values)
-    except (OSError, SafetensorError, RuntimeError, ValidationError, WriteError) as error:
+    except (RunError, RuntimeError, ValidationError, WriteError) as error:
         logger.warning("the report will be without the weights of the knee (%s): %s", checkpoint, error)
 
 
@@ -89,7 +87,7 @@ def ranges(layers: dict[str, QuantLayer]) -> tuple[TensorRange, ...]:
             ("activation", layer.input_quantizer, torch.zeros(()), None, None),
         ]
         for tensor, quantizer, form, seen_low, seen_high in sides:
-            if not quantizer.precision.is_float:
+            if quantizer.precision.has_scale:
                 low, high = _ends(quantizer, form)
                 rows.append(
                     TensorRange(

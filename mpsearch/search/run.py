@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mpsearch.errors import GaveUpError, RunError, SpaceError, TaskError
-from mpsearch.files import write_text
+from mpsearch.files import make_folder, write_text
+from mpsearch.hardware.profile import profile_copy
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem, check_moved, open_problem, reopen, with_float_scores, write_facts
@@ -31,7 +31,7 @@ from mpsearch.search.knee import keep_values
 from mpsearch.search.trial import peak_memory_bytes, run_trial
 from mpsearch.search.view import open_view
 from mpsearch.shipped import shipped
-from mpsearch.state_dict import save_weights, state
+from mpsearch.state_dict import read_tensors, save_weights, state
 from mpsearch.study import REUSED, StudySpec, read_spec, reuses_weights
 from mpsearch.task.scoring import evaluate
 from mpsearch.train import FitSettings, TrainingState, threads
@@ -60,7 +60,13 @@ def run_study(spec: StudySpec, out: str | Path | None = None, observer: Observer
     problem = open_problem(spec)
     problem = replace(problem, notes=tuple(problem.warnings()))
     space_yaml = shipped("search_spaces", spec.space, SpaceError).read_text(encoding="utf-8")
-    folder = RunFolder.create(out or Path("runs") / spec.name, spec.to_yaml(), space_yaml, metric=problem.metric)
+    folder = RunFolder.create(
+        out or Path("runs") / spec.name,
+        spec.to_yaml(),
+        space_yaml,
+        metric=problem.metric,
+        hardware=profile_copy(spec.hardware),
+    )
     trust(folder, spec)
     return _search(problem, folder, observer)
 
@@ -121,7 +127,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             problem.cost,
             on_trouble=functools.partial(setattr, folder, "trouble"),
         )
-        folder.checkpoints.mkdir(exist_ok=True)
+        make_folder(folder.checkpoints)
         observer.on_ready(problem, folder)
         began = time.monotonic()
         initial_configs = warm_start(
@@ -140,6 +146,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             started=began,
             knowledge=_knowledge(folder),
             rungs=spec.trial.lengths,
+            priced=problem.priced,
         )
         front = _FrontKeeper(problem, folder, records, observer)
         make_runner = functools.partial(trial_runner, spec, str(folder.checkpoints.resolve()))
@@ -165,6 +172,9 @@ class _FrontKeeper(Observer):
     def __init__(self, problem: Problem, folder: RunFolder, records: Sequence[TrialRecord], observer: Observer) -> None:
         self._problem, self._folder, self._observer = problem, folder, observer
         self._weights = FrontWeights(folder, records)
+        if records:
+            write_front(problem, folder, self._weights.front, self._weights.scores, len(records))
+        self._ended = {record.number for record in records}
         keep_values(problem, folder, self._weights.front)
 
     def on_trial_started(self, trial: RunningTrial) -> None:
@@ -172,7 +182,8 @@ class _FrontKeeper(Observer):
 
     def on_trial_ended(self, record: TrialRecord) -> None:
         self._weights.keep(record)
-        write_front(self._problem, self._folder, self._weights.front, self._weights.scores)
+        self._ended.add(record.number)
+        write_front(self._problem, self._folder, self._weights.front, self._weights.scores, len(self._ended))
         keep_values(self._problem, self._folder, self._weights.front)
         self._observer.on_trial_ended(record)
 
@@ -272,7 +283,7 @@ def score_network(
 def _same_weights(path: Path, tensors: Mapping[str, Tensor]) -> bool:
     if not path.exists():
         return False
-    there = load_file(path)
+    there = read_tensors(path, "delete it, and import the network again")
     return there.keys() == tensors.keys() and all(torch.equal(there[name], value) for name, value in tensors.items())
 
 
@@ -280,8 +291,9 @@ def _put_on_record(
     problem: Problem, folder: RunFolder, records: Sequence[TrialRecord], record: TrialRecord, workbench: Workbench
 ) -> TrialRecord:
     """Give a trial that nobody proposed the next number, and put it and its weights into the run, which is driven."""
-    record = replace(record, number=max((r.number for r in records), default=-1) + 1)
-    folder.checkpoints.mkdir(exist_ok=True)
+    number = max((r.number for r in records), default=-1) + 1
+    record = replace(record, number=number, costs=problem.priced(record.config))
+    make_folder(folder.checkpoints)
     front = _FrontKeeper(problem, folder, records, SILENT)
     save_weights(workbench.model, checkpoint_path(folder.checkpoints, record.number))
     folder.append(record)
@@ -290,13 +302,24 @@ def _put_on_record(
     return record
 
 
-def write_front(problem: Problem, folder: RunFolder, front: ParetoFront, trials: Sequence[float]) -> None:
-    """Write `front.json`: current after every trial; `trials` are the scores of all that are complete."""
-    scores = score_range(trials, problem.metric, problem.float_scores.get("val"))
+def write_front(
+    problem: Problem, folder: RunFolder, front: ParetoFront, complete: Sequence[float], trials: int
+) -> None:
+    """Write `front.json`: current after every trial.
+
+    Args:
+        problem: the study.
+        folder: its run.
+        front: of its trials.
+        complete: the scores of all that are complete.
+        trials: that have ended, of any state.
+    """
+    scores = score_range(complete, problem.metric, problem.float_scores.get("val"))
     folder.write_front(
         {
             "schema": "mpsearch/front/2",
             "study": problem.spec.name,
+            "trials": trials,
             "metric": problem.metric.to_json(),
             "cost": {"model": problem.spec.cost.model, "reference": problem.spec.cost.reference},
             "hypervolume": front.hypervolume(problem.cheapest, scores),

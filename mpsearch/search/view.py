@@ -12,10 +12,12 @@ import json
 import logging
 import math
 import re
+import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -27,7 +29,7 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import RunError
 from mpsearch.metric import Metric
 from mpsearch.record import RunFolder, TrialRecord
-from mpsearch.search.controller import budget_constraint
+from mpsearch.search.controller import constraints
 from mpsearch.space.space import SearchSpace
 from mpsearch.study import expand
 
@@ -49,6 +51,7 @@ ARTIFACTS: Mapping[str, tuple[str, str]] = {
 MOST_WAITING = 16  # trials that are not shown because one before them has not ended
 
 _STATES = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "stopped": TrialState.PRUNED}
+_ENDED_WELL = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class OptunaView:
@@ -56,9 +59,9 @@ class OptunaView:
 
     Values are the score, in its unit and direction, and log2 of relative cost; a failed or stopped trial has none. User
     attributes hold the rest of the record, among it `number` and `rung`, by which a trial is known here: Optuna counts
-    in the order of adding. As Optuna's trials do not change once they have ended, each rung of ours is one of them. The
-    budget is a constraint, in octaves (at most 0 is within), under Optuna's key and the older one that optuna-dashboard
-    reads.
+    in the order of adding. As Optuna's trials do not change once they have ended, each rung of ours is one of them, and
+    a trial that failed and was tried again is there twice. Budget and limits are constraints, in octaves (at most 0 is
+    within), under Optuna's key and the older one that optuna-dashboard reads.
     """
 
     def __init__(
@@ -94,10 +97,13 @@ class OptunaView:
 
     def catch_up(self, records: Iterable[TrialRecord]) -> None:
         """Show those of the trials that are not shown yet."""
-        attributes = [trial.user_attrs for trial in self.study.get_trials(deepcopy=False)]
-        shown = {(of_trial.get("number"), of_trial.get("rung", 0)) for of_trial in attributes}
+        shown: dict[tuple[Any, int], TrialState] = {}  # by number and rung
+        for trial in self.study.get_trials(deepcopy=False):
+            one = (trial.user_attrs.get("number"), trial.user_attrs.get("rung", 0))
+            shown[one] = trial.state if shown.get(one, TrialState.FAIL) == TrialState.FAIL else shown[one]
         each = {(r.number, rung): r for r in records for rung in range(max(1, len(r.rungs)))}
-        missing = sorted(each.keys() - shown, key=lambda one: (one[1], one[0]))
+        behind = [one for one, r in each.items() if shown.get(one) not in (_state(r, one[1]), *_ENDED_WELL)]
+        missing = sorted(behind, key=lambda one: (one[1], one[0]))
         self.study.add_trials([self._trial(each[one], one[1]) for one in missing])
         self._next = len({number for number, _ in (*shown, *missing)})
 
@@ -139,8 +145,7 @@ class OptunaView:
         except Exception as error:  # of whatever database: a run does not end because nobody can watch it
             self._behind.append(record)
             self._retry_at = time.monotonic() + RETRY_S
-            said = f"{type(error).__name__}: {masked(_first_line(error))}"
-            words = f"the Optuna study is not updated ({said}); the run goes on, and it is tried again"
+            words = f"the Optuna study is not updated ({_said(error)}); the run goes on, and it is tried again"
             progress.warning(words)
             self._on_trouble(words)
 
@@ -159,21 +164,23 @@ class OptunaView:
 
     def _trial(self, record: TrialRecord, rung: int) -> FrozenTrial:
         """What Optuna is told of a trial at the end of one of its rungs."""
+        state = _state(record, rung)
         record = record.at_rung(rung)
-        failed = bool(record.rungs) and record.rungs[-1].score is None
         within = self._space.contains(record.config)
-        constraints = None if record.cost is None else budget_constraint(record.cost, self._budget)
+        kept = None
+        if record.cost is not None and (within or self._cost is None or not self._cost.limits):
+            kept = constraints(record.cost, self._budget, self._cost, record.config)
         values = None
-        if record.state == "complete" and record.score is not None and record.cost is not None and not failed:
+        if state == TrialState.COMPLETE and record.score is not None and record.cost is not None:
             values = [record.score, math.log2(record.cost)]
         trial = create_trial(
-            state=TrialState.FAIL if failed else _STATES[record.state],
+            state=state,
             values=values,
             params=dict(self._space.params_of(record.config)) if within else {},
             distributions=self._distributions if within else {},
             user_attrs=_attributes(record, rung) | self._breakdown(record),
-            system_attrs=_artifacts(record) | ({"constraints": [*constraints.values()]} if constraints else {}),
-            constraints=constraints,
+            system_attrs=_artifacts(record) | ({"constraints": [*kept.values()]} if kept else {}),
+            constraints=kept,
             intermediate_values=dict(record.curve),
         )
         wall_s = record.rungs[-1].wall_s if record.rungs else record.wall.total_s
@@ -217,6 +224,8 @@ def open_view(
         cost: prices the layers of each trial.
         on_trouble: told in words when the view cannot be written, and None when it can again.
 
+    A file in the run folder that is damaged is made again from `records`.
+
     Raises:
         RunError: the storage cannot be opened.
     """
@@ -225,21 +234,47 @@ def open_view(
     storage = expand(storage, "storage")  # what secrets a run has are not in its folder
     if storage not in ("sqlite", "journal"):
         name = f"{name}-{folder.id}"
-    with _explained(storage):
+        with _explained(storage):
+            return OptunaView(open_storage(storage), name, space, metric, budget, records, cost, on_trouble)
+    records = list(records)
+    try:
         return OptunaView(open_storage(storage, folder), name, space, metric, budget, records, cost, on_trouble)
+    except Exception as error:  # of SQLite, SQLAlchemy, Optuna or its journal
+        path = folder.study_db if storage == "sqlite" else folder.study_journal
+        _refuse_locked(path, error)
+        if folder.driven and not folder.driving_here:
+            raise RunError(
+                f"{path} is damaged ({_said(error)}): it is made again when the run is over and resumed, or looked at"
+            ) from None
+        progress.warning("%s is damaged (%s): it is made again from the trials' record", path, _said(error))
+    with _explained(storage):
+        for part in path.parent.glob(f"{path.name}*"):  # SQLite's write-ahead log, and the journal's lock, too
+            part.unlink()
+        return OptunaView(open_storage(storage, folder), name, space, metric, budget, records, cost, on_trouble)
+
+
+def _refuse_locked(path: Path, error: Exception) -> None:
+    """Raises RunError: the file is whole, but another program holds it, or it cannot be reached."""
+    said = str(error)
+    if "locked" in said or isinstance(error, RunError | OSError) or "unable to open" in said or "full" in said:
+        raise RunError(
+            f"cannot open {path} ({_said(error)}): end the program that holds it, or see that it can be written; or "
+            "go on without it with `--set storage=none`"
+        ) from None
 
 
 def open_storage(storage: str, folder: RunFolder | None = None) -> BaseStorage:
     """The Optuna storage that `sqlite` or `journal` (files in a run folder) or a URL means.
 
     Raises:
-        RunError: it cannot be opened.
+        RunError: a URL cannot be opened.
+        Exception: a file in a run folder cannot; of many kinds.
     """
+    if storage == "journal" and folder is not None:
+        return JournalStorage(JournalFileBackend(str(folder.study_journal)))
+    if storage == "sqlite" and folder is not None:
+        return _sqlite(f"sqlite:///{folder.study_db}")
     with _explained(storage):
-        if storage == "journal" and folder is not None:
-            return JournalStorage(JournalFileBackend(str(folder.study_journal)))
-        if storage == "sqlite" and folder is not None:
-            return _sqlite(f"sqlite:///{folder.study_db}")
         return _sqlite(storage) if storage.startswith("sqlite") else RDBStorage(storage)
 
 
@@ -256,10 +291,9 @@ def _explained(storage: str) -> Iterator[None]:
     except RunError:
         raise
     except Exception as error:  # every database has its own errors
-        said = f"{type(error).__name__}: {masked(_first_line(error))}"
         raise RunError(
-            f"cannot open the storage '{masked(storage)}' ({said}): check that it is there and may be written, or use "
-            "`--set storage=sqlite` or `--set storage=none`"
+            f"cannot open the storage '{masked(storage)}' ({_said(error)}): check that it is there and may be "
+            "written, or use `--set storage=sqlite` or `--set storage=none`"
         ) from None
 
 
@@ -271,6 +305,7 @@ def _attributes(record: TrialRecord, rung: int) -> dict[str, Any]:
         "origin": record.origin,
         "config": record.config.digest,
         "cost / reference": record.cost,
+        **record.costs,
         "reason": record.reason,
         "mean weight bits": _mean(layer.weight.bits for layer in record.config.values()),
         "mean activation bits": _mean(layer.activation.bits for layer in record.config.values()),
@@ -285,6 +320,12 @@ def _attributes(record: TrialRecord, rung: int) -> dict[str, Any]:
         "peak memory (MiB)": round(record.peak_memory_bytes / 2**20),
     }
     return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _state(record: TrialRecord, rung: int) -> TrialState:
+    """How a rung of a trial ended."""
+    failed = rung < len(record.rungs) and record.rungs[rung].score is None
+    return TrialState.FAIL if failed else _STATES[record.state]
 
 
 def _artifacts(record: TrialRecord) -> dict[str, str]:
@@ -307,8 +348,9 @@ def _mean(bits: Iterable[int]) -> float:
     return round(sum(values) / len(values), 3) if values else 0.0
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _said(error: Exception) -> str:
+    """What an error of whatever database says, in a line without passwords."""
+    return f"{type(error).__name__}: {masked(str(error).strip().partition(chr(10))[0])}"
 
 
 def _sqlite(url: str) -> RDBStorage:
@@ -320,6 +362,9 @@ def _sqlite(url: str) -> RDBStorage:
     def fast(connection: Any, _: object) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
+        (whole,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if whole != "ok":
+            raise sqlite3.DatabaseError(f"database disk image is malformed: {whole}")
 
     event.listen(storage.engine, "connect", fast)
     storage.engine.dispose()  # connections made before the listener

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,10 @@ class Slot:
         )
 
 
+COUNTABLE = 100_000
+"""Choices of the slots on one side of a component up to which its configs are counted one by one."""
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """Every config that a search may propose for one network."""
@@ -83,6 +87,8 @@ class SearchSpace:
     layers: tuple[str, ...]  # every quantizable layer, in execution order
     slots: tuple[Slot, ...]  # every tensor of every layer is in exactly one
     notes: tuple[str, ...] = ()  # what layers that must agree have lost of their own choices, in words
+    pairs: Mapping[str, frozenset[LayerPrecision]] = field(default_factory=dict, hash=False)
+    """The pairs that a layer may have, of its choices for both tensors; a layer that is not named may have all."""
 
     @cached_property
     def free(self) -> tuple[Slot, ...]:
@@ -100,8 +106,139 @@ class SearchSpace:
 
     @property
     def size(self) -> int:
-        """How many configs there are."""
+        """How many configs there are; at most so many where pairs are excluded in a way that cannot be counted."""
+        return math.prod(self._count(component) for component in self._components)
+
+    @property
+    def combined(self) -> int:
+        """How many ways there are to choose for each slot by itself, excluded pairs among them."""
         return math.prod(len(slot.choices) for slot in self.slots)
+
+    @cached_property
+    def options(self) -> Mapping[str, tuple[LayerPrecision, ...]]:
+        """Every pair of precisions that each layer may have."""
+        choices = {(name, slot.tensor): slot.choices for slot in self.slots for name in slot.layers}
+        return {
+            name: tuple(
+                pair
+                for pair in itertools.starmap(
+                    LayerPrecision, itertools.product(choices[name, "weight"], choices[name, "activation"])
+                )
+                if self.allows(name, pair)
+            )
+            for name in self.layers
+        }
+
+    def allows(self, layer: str, pair: LayerPrecision) -> bool:
+        """Whether a layer may have these two of its choices together."""
+        return layer not in self.pairs or pair in self.pairs[layer]
+
+    @cached_property
+    def _partners(self) -> list[dict[int, list[str]]]:
+        """Of each slot, the slots that it has a layer in common with, and these layers."""
+        slot_of = {(layer, slot.tensor): i for i, slot in enumerate(self.slots) for layer in slot.layers}
+        partners: list[dict[int, list[str]]] = [{} for _ in self.slots]
+        for layer in self.layers:
+            w, a = slot_of[layer, "weight"], slot_of[layer, "activation"]
+            partners[w].setdefault(a, []).append(layer)
+            partners[a].setdefault(w, []).append(layer)
+        return partners
+
+    @cached_property
+    def _components(self) -> list[list[int]]:
+        """The slots whose choices depend on each other, activations first; a slot that nothing restricts is alone."""
+        components, seen = [], set[int]()
+        for first in range(len(self.slots)):
+            if first in seen:
+                continue
+            component, waiting = [], [first]
+            while waiting:
+                slot = waiting.pop()
+                if slot not in seen:
+                    seen.add(slot)
+                    component.append(slot)
+                    restricted = (
+                        other
+                        for other, layers in self._partners[slot].items()
+                        if not self.pairs.keys().isdisjoint(layers)
+                    )
+                    waiting += restricted
+            components.append(sorted(component, key=lambda i: (self.slots[i].tensor, i)))
+        return components
+
+    def _agree(self, slot: int, choice: Precision, other: int, its_choice: Precision) -> bool:
+        """Whether two slots may have these choices."""
+        weight, activation = (choice, its_choice) if self.slots[slot].tensor == "weight" else (its_choice, choice)
+        pair = LayerPrecision(weight, activation)
+        return all(self.allows(layer, pair) for layer in self._partners[slot][other])
+
+    def _count(self, component: Sequence[int]) -> int:
+        """How many choices there are for the slots of a component together."""
+        if len(component) == 1:
+            return len(self.slots[component[0]].choices)
+        sides = [[i for i in component if self.slots[i].tensor == tensor] for tensor in TENSORS]
+        few, many = sorted(sides, key=lambda side: math.prod(len(self.slots[i].choices) for i in side))
+        if math.prod(len(self.slots[i].choices) for i in few) > COUNTABLE:
+            return math.prod(len(self.slots[i].choices) for i in component)
+        total = 0
+        for chosen in itertools.product(*(self.slots[i].choices for i in few)):
+            known = dict(zip(few, chosen, strict=True))
+            total += math.prod(
+                sum(
+                    all(self._agree(i, choice, other, known[other]) for other in self._partners[i] if other in known)
+                    for choice in self.slots[i].choices
+                )
+                for i in many
+            )
+        return total
+
+    def allowed(self, precisions: Sequence[Precision], pinned: int | None = None) -> list[Precision]:
+        """The choice of each slot, changed to near ones where a layer may not have the pair that it would get.
+
+        Args:
+            precisions: a choice for each slot.
+            pinned: the slot whose choice is the last that is changed; default: those of activations are.
+
+        Raises:
+            SpaceError: there is no config at all: whatever some layers have, another may not have it.
+        """
+        if not self.pairs:
+            return list(precisions)
+        chosen = list(precisions)
+        for component in self._components:
+            if len(component) > 1 and not self._agreed(component, chosen):
+                order = sorted(component, key=lambda i: (i != pinned, component.index(i)))
+                if not self._choose(order, 0, chosen, list(precisions)):
+                    names = ", ".join(self.slots[i].name for i in component[:4])
+                    raise SpaceError(
+                        f"space '{self.name}' has no config: the pairs allowed for {names} exclude each other"
+                    )
+        return chosen
+
+    def _agreed(self, component: Sequence[int], chosen: Sequence[Precision]) -> bool:
+        return all(
+            self._agree(i, chosen[i], other, chosen[other])
+            for i in component
+            if self.slots[i].tensor == "weight"
+            for other in self._partners[i]
+        )
+
+    def _choose(self, order: Sequence[int], at: int, chosen: list[Precision], wanted: Sequence[Precision]) -> bool:
+        """Fill `chosen` from the slot at position `at` of `order` on, the nearest choices first; whether it can be."""
+        if at == len(order):
+            return True
+        slot = order[at]
+        decided = [other for other in self._partners[slot] if other in order[:at]]
+        later = [other for other in self._partners[slot] if other in order[at:]]
+        for choice in sorted(self.slots[slot].choices, key=lambda c: _distance(c, wanted[slot])):
+            if not all(self._agree(slot, choice, other, chosen[other]) for other in decided):
+                continue
+            if not all(any(self._agree(slot, choice, other, c) for c in self.slots[other].choices) for other in later):
+                continue
+            chosen[slot] = choice
+            if self._choose(order, at + 1, chosen, wanted):
+                return True
+        return False
 
     @property
     def offers(self) -> dict[str, Offer]:
@@ -126,6 +263,9 @@ class SearchSpace:
 
     def config_of(self, params: Mapping[str, Any]) -> PrecisionConfig:
         """The config that Optuna parameters stand for: the inverse of `params_of`.
+
+        Samplers choose for each slot by itself: where a layer may not have the pair that it gets, a near one is taken
+        (`allowed`).
 
         Raises:
             SpaceError: a parameter is missing, is not of this space, or has a value that is no choice.
@@ -165,7 +305,7 @@ class SearchSpace:
         return True
 
     def sample(self, rng: np.random.Generator) -> PrecisionConfig:
-        """A config drawn uniformly: every slot for itself, every choice as likely."""
+        """A config drawn uniformly: every slot for itself, every choice as likely; then as `allowed`."""
         return self._config([slot.choices[rng.integers(len(slot.choices))] for slot in self.slots])
 
     def rung(self, bits: int) -> PrecisionConfig:
@@ -175,7 +315,7 @@ class SearchSpace:
     def everywhere(self, precision: LayerPrecision) -> PrecisionConfig:
         """One precision for every layer, on offer or not; only what the space fixes stays as it fixes it."""
         precisions = {"weight": precision.weight, "activation": precision.activation}
-        return self._config(
+        return self._as_is(
             [slot.choices[0] if len(slot.choices) == 1 else precisions[slot.tensor] for slot in self.slots]
         )
 
@@ -205,7 +345,7 @@ class SearchSpace:
         return list(configs)
 
     def neighbours(self, config: PrecisionConfig) -> list[PrecisionConfig]:
-        """The configs that differ in one slot by one step: a bit, or the type.
+        """The configs that differ in one slot by one step: a bit, or the type; and in what that step demands of others.
 
         Raises:
             SpaceError: the config is outside the space.
@@ -214,11 +354,15 @@ class SearchSpace:
         configs = []
         for i, slot in enumerate(self.slots):
             configs += [
-                self._config([*precisions[:i], step, *precisions[i + 1 :]]) for step in slot.steps(precisions[i])
+                self._config([*precisions[:i], step, *precisions[i + 1 :]], pinned=i)
+                for step in slot.steps(precisions[i])
             ]
-        return configs
+        return list(dict.fromkeys(other for other in configs if other != config)) if self.pairs else configs
 
-    def _config(self, precisions: Sequence[Precision]) -> PrecisionConfig:
+    def _config(self, precisions: Sequence[Precision], pinned: int | None = None) -> PrecisionConfig:
+        return self._as_is(self.allowed(precisions, pinned))
+
+    def _as_is(self, precisions: Sequence[Precision]) -> PrecisionConfig:
         precision = {
             (layer, slot.tensor): choice
             for slot, choice in zip(self.slots, precisions, strict=True)
@@ -251,7 +395,18 @@ class SearchSpace:
                         f"'{self.name}', got {precisions[0]} and {precision}: give both the same"
                     )
             values.append(precisions[0])
+        for layer, pair in config.items():
+            if not self.allows(layer, pair):
+                raise SpaceError(
+                    f"layer '{layer}' has {pair}, which the hardware does not run: choose from "
+                    f"{listing(self.options[layer])}"
+                )
         return values
+
+
+def _distance(choice: Precision, wanted: Precision) -> tuple[bool, bool, int, int]:
+    """Key to sort choices by how far they are from one; of two as far the one with more bits is first."""
+    return choice != wanted, choice.quantizer != wanted.quantizer, abs(choice.bits - wanted.bits), -choice.bits
 
 
 def _take(slot: Slot, precision: Precision | None) -> Precision:

@@ -6,6 +6,7 @@ averaged, and a sound is as long as all others: cut, or padded with silence.
 
 from __future__ import annotations
 
+import hashlib
 import wave
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.data import make_splits
 from mpsearch.task.imagefolder import list_folder, listing_key
 from mpsearch.task.libraries import Needs
+from mpsearch.task.made import MELODIES, melodies
 from mpsearch.task.own import OwnTask
 from mpsearch.task.study_task import StudyTask
 from mpsearch.task.task import Split
@@ -53,6 +55,8 @@ def audio_task(spec: TaskSpec, workers: int | None = None) -> OwnTask:
     """
     data = spec.data
     assert isinstance(data, AudioSpec)
+    if data.root is None:
+        return _melodies(spec)
     listing = list_folder(Path(data.root).expanduser(), SOUNDS, "a sound")
     first, first_rate = read_sound(listing.paths[0])
     rate = data.rate or first_rate
@@ -80,6 +84,15 @@ def audio_task(spec: TaskSpec, workers: int | None = None) -> OwnTask:
     if classes < len(listing.classes):
         raise TaskError(f"task.num_classes: got {classes}, the data has {len(listing.classes)} classes: give as many")
     return AudioTask(spec, listing.root.resolve().name, key, samples, classes).task()
+
+
+MELODY_COUNTS: Mapping[Split, int] = {"train": 1500, "val": 400, "test": 400}
+
+
+def _melodies(spec: TaskSpec) -> OwnTask:
+    samples = {split: melodies(count, seed) for seed, (split, count) in enumerate(MELODY_COUNTS.items())}
+    key = content_key("melodies", hashlib.sha256(samples["val"][0].numpy().data).hexdigest())
+    return AudioTask(spec, "melodies", key, samples, spec.num_classes or len(MELODIES)).task()
 
 
 def read_sound(path: Path) -> tuple[Tensor, int]:

@@ -8,6 +8,7 @@ their own scores pass over, are left out of both training and scores.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from mpsearch.task.cache import content_key
 from mpsearch.task.imagefolder import SUFFIXES, split_of
 from mpsearch.task.images import open_rgb
 from mpsearch.task.libraries import Needs
+from mpsearch.task.made import SHAPES, SIDE, shapes
 from mpsearch.task.own import OwnTask
 from mpsearch.task.scores import FROM_TORCHMETRICS, torchmetric
 from mpsearch.task.splitting import divided
@@ -52,7 +54,9 @@ Parts = dict[Split, list[Labelled]]
 class BoxesTask(StudyTask):
     """Detection: the loss is the detector's own, the score is mAP."""
 
-    def __init__(self, spec: TaskSpec, name: str, key: str, samples: Mapping[Split, Boxed], classes: int) -> None:
+    def __init__(
+        self, spec: TaskSpec, name: str, key: str, samples: Mapping[Split, Boxed | Drawn], classes: int
+    ) -> None:
         self._samples = samples
         super().__init__(spec, name, key, Needs("detection", classes, 3))
         if self.metric.name in FROM_TORCHMETRICS:
@@ -105,6 +109,7 @@ class Boxed(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return len(self._items)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """An image `(3, h, w)` and what is in it."""
         item = self._items[index]
         image = open_rgb(item.path)
         boxes = torch.tensor(item.boxes, dtype=torch.float32).reshape(-1, 4)
@@ -112,10 +117,43 @@ class Boxed(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             boxes = boxes * (self._side / torch.tensor([image.width, image.height] * 2))
             image = image.resize((self._side, self._side))
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-        if self._flip and torch.rand(()) < 0.5:
-            x = x.flip(-1)
-            boxes = torch.stack([x.shape[-1] - boxes[:, 2], boxes[:, 1], x.shape[-1] - boxes[:, 0], boxes[:, 3]], dim=1)
+        if self._flip:
+            x, boxes = perhaps_flipped(x, boxes)
         return x, {"boxes": boxes, "labels": torch.tensor(item.labels, dtype=torch.long)}
+
+
+class Drawn(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Drawings with their boxes, in memory."""
+
+    def __init__(self, count: int, seed: int, flip: bool) -> None:
+        self._pixels, self._boxes, self._labels = shapes(count, seed)
+        self._flip = flip
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def digest(self) -> str:
+        """Of the pixels, which are others with another numpy."""
+        return hashlib.sha256(self._pixels.numpy().data).hexdigest()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """An image `(3, 64, 64)` in [0, 1] and what is in it."""
+        x, boxes = self._pixels[index].float() / 255, self._boxes[index]
+        if self._flip:
+            x, boxes = perhaps_flipped(x, boxes)
+        return x, {"boxes": boxes, "labels": self._labels[index]}
+
+
+def perhaps_flipped(x: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """An image `(c, h, w)` and its boxes `(n, 4)`, every other time with left and right changed."""
+    if torch.rand(()) < 0.5:
+        return x, boxes
+    width = x.shape[-1]
+    return x.flip(-1), torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
+
+
+DRAWN: Mapping[Split, tuple[int, int]] = {"train": (800, 0), "val": (200, 1), "test": (200, 2)}
+"""Drawings of a split, and their seed."""
 
 
 def boxes_task(spec: TaskSpec, workers: int | None = None) -> OwnTask:
@@ -126,6 +164,8 @@ def boxes_task(spec: TaskSpec, workers: int | None = None) -> OwnTask:
     """
     data = spec.data
     assert isinstance(data, BoxesSpec)
+    if data.root is None:
+        return _drawn(spec, data)
     root = Path(data.root).expanduser()
     if not root.is_dir():
         raise TaskError(f"task.data.root: no folder {where(root)}: give the folder with images and annotations")
@@ -144,6 +184,14 @@ def boxes_task(spec: TaskSpec, workers: int | None = None) -> OwnTask:
     content = {s: [(str(i.path.relative_to(root)), i.boxes, i.labels) for i in part] for s, part in splits.items()}
     samples = {split: Boxed(part, data.image_size, data.augment and split == "train") for split, part in splits.items()}
     return BoxesTask(spec, root.resolve().name, content_key(facts, content), samples, classes).task()
+
+
+def _drawn(spec: TaskSpec, data: BoxesSpec) -> OwnTask:
+    if data.image_size not in (None, SIDE):
+        raise TaskError(f"task.data.image_size: shapes are {SIDE}x{SIDE}: leave it out")
+    drawn = {split: Drawn(count, seed, data.augment and split == "train") for split, (count, seed) in DRAWN.items()}
+    key = content_key("shapes", drawn["val"].digest(), data.model_dump(mode="json"))
+    return BoxesTask(spec, "shapes", key, drawn, spec.num_classes or len(SHAPES)).task()
 
 
 # --------------------------------------------------------------------------------------------------------------- COCO

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mpsearch.errors import TaskError, nearest
 
@@ -14,10 +14,24 @@ from mpsearch.errors import TaskError, nearest
 def call_factory(what: str, name: str, args: Mapping[str, Any]) -> Any:
     """Import the function that `name` (`module:function`) stands for and call it with keyword arguments `args`.
 
+    Raises:
+        TaskError: no such module or function, or it raised; the message says which.
+    """
+    function = find_function(what, name)
+    try:
+        return function(**args)
+    except Exception as error:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in args.items())
+        raise TaskError(f"{what}: {name}({arguments}) raised {_said(error)}") from error
+
+
+def find_function(what: str, name: str) -> Callable[..., Any]:
+    """Import the function that `name` (`module:function`) stands for.
+
     Modules are looked for where Python looks and in the working directory. `what` is the study key, for the messages.
 
     Raises:
-        TaskError: no such module or function, or it raised; the message says which.
+        TaskError: no such module or function; the message says which.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
@@ -42,11 +56,7 @@ def call_factory(what: str, name: str, args: Mapping[str, Any]) -> Any:
     if not callable(function):
         public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise TaskError(f"{what}: module '{module_name}' has no function '{attribute}': {nearest(attribute, public)}")
-    try:
-        return function(**args)
-    except Exception as error:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in args.items())
-        raise TaskError(f"{what}: {name}({arguments}) raised {_said(error)}") from error
+    return cast("Callable[..., Any]", function)
 
 
 def _said(error: Exception) -> str:

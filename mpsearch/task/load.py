@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpsearch.errors import TaskError
-from mpsearch.study import AudioSpec, BoxesSpec, DataSpec, MasksSpec, TaskSpec, TextSpec
+from mpsearch.study import AudioSpec, BoxesSpec, DataSpec, MasksSpec, PatchesSpec, TaskSpec, TextSpec
 from mpsearch.task.audio import audio_task
 from mpsearch.task.boxes import boxes_task
 from mpsearch.task.classification import ClassificationTask
@@ -15,8 +15,10 @@ from mpsearch.task.factory import call_factory
 from mpsearch.task.lightning_task import lightning_task
 from mpsearch.task.masks import masks_task
 from mpsearch.task.own import REQUIRED, OwnTask
+from mpsearch.task.patches import patches_task
 from mpsearch.task.task import Task
 from mpsearch.task.text import text_task
+from mpsearch.task.trainer_task import trainer_task
 
 
 def _images_task(spec: TaskSpec, workers: int | None = None) -> Task:
@@ -28,13 +30,17 @@ TASKS: Mapping[type, Callable[[TaskSpec, int | None], Task]] = {
     DataSpec: _images_task,
     MasksSpec: masks_task,
     BoxesSpec: boxes_task,
+    PatchesSpec: patches_task,
     TextSpec: text_task,
     AudioSpec: audio_task,
 }
 """What a study says of its data -> the task that it makes with a model."""
 
 
-FACTORIES: Mapping[str, Callable[[Mapping[str, Any]], Task]] = {"lightning": lightning_task}
+FACTORIES: Mapping[str, Callable[[Mapping[str, Any]], Task]] = {
+    "lightning": lightning_task,
+    "trainer": trainer_task,
+}
 """Name of a `task.factory` that is no module:function -> what makes the task of `task.args`."""
 
 

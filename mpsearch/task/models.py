@@ -12,7 +12,7 @@ from mpsearch.errors import TaskError, nearest
 from mpsearch.study import TaskSpec
 from mpsearch.task.factory import call_factory
 from mpsearch.task.libraries import LIBRARIES, Needs, Network
-from mpsearch.task.networks import CifarResNet, DigitsCNN, UNet, WaveCNN
+from mpsearch.task.networks import ESPCN, CifarResNet, DigitsCNN, UNet, WaveCNN, small_fcos
 
 OUR_MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "cifar_resnet20": partial(CifarResNet, 20),
@@ -23,8 +23,13 @@ OUR_MODELS: Mapping[str, Callable[..., nn.Module]] = {
 }
 """Classifiers of images: name -> constructor with keyword arguments `num_classes` and `in_channels`."""
 
-OUR_OTHERS: Mapping[str, Callable[..., nn.Module]] = {"unet": UNet, "wave_cnn": WaveCNN}
-"""The same for masks and for sounds."""
+OUR_OTHERS: Mapping[str, Callable[..., nn.Module]] = {
+    "unet": UNet,
+    "wave_cnn": WaveCNN,
+    "espcn": ESPCN,
+    "small_fcos": small_fcos,
+}
+"""The same for masks, sounds, larger images and boxes."""
 
 
 def model_name(model: str | None) -> str:
@@ -67,7 +72,7 @@ def build_network(spec: TaskSpec, needs: Needs) -> Network:
             raise TaskError(f"task.model: {name} must return a torch.nn.Module, got {type(model).__name__}")
         return Network(model)
     build = {**OUR_MODELS, **OUR_OTHERS}.get(name)
-    args: dict[str, Any] = {"num_classes": needs.classes}
+    args: dict[str, Any] = {} if needs.classes is None else {"num_classes": needs.classes}
     if build is not None:
         args["in_channels"] = needs.channels
     else:

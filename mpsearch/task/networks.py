@@ -178,6 +178,73 @@ class WaveCNN(nn.Module):
         return self.linear(x.mean(dim=2))  # type: ignore[no-any-return]
 
 
+class ESPCN(nn.Module):
+    """A small network for larger images (arXiv 1609.05158): what it computes at the small size, it spreads over pixels.
+
+    We differ: ReLU for tanh, one layer more, and it learns what bilinear interpolation lacks.
+    """
+
+    def __init__(self, in_channels: int = 3, scale: int = 2, width: int = 24) -> None:
+        super().__init__()
+        self.scale = scale
+        self.conv1 = nn.Conv2d(in_channels, width, kernel_size=5, padding=2)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1)
+        self.conv3 = nn.Conv2d(width, width, kernel_size=3, padding=1)
+        self.conv4 = nn.Conv2d(width, in_channels * scale**2, kernel_size=3, padding=1)
+        _kaiming(self)
+        nn.init.zeros_(self.conv4.weight)  # it begins as the interpolation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, in_channels, h, w)` in [0, 1] -> `(n, in_channels, scale h, scale w)`."""
+        y = F.relu(self.conv3(F.relu(self.conv2(F.relu(self.conv1(x))))))
+        return F.interpolate(x, scale_factor=float(self.scale), mode="bilinear") + F.pixel_shuffle(
+            self.conv4(y), self.scale
+        )
+
+
+class _Levels(nn.Module):
+    """Features of an image at an eighth and a sixteenth of its size, for `small_fcos`."""
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.out_channels = 2 * width
+        self.blocks = nn.ModuleList(
+            _TwoConvs(a, b) for a, b in pairwise((in_channels, width, width, 2 * width, 2 * width))
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """`(n, c, h, w)` -> level -> `(n, out_channels, h / 8, w / 8)` and half of that."""
+        levels = {}
+        for level, block in enumerate(self.blocks):
+            x = F.max_pool2d(block(x), 2)
+            if level >= 2:
+                levels[str(level)] = x
+        return levels
+
+
+def small_fcos(num_classes: int = 1, in_channels: int = 3, width: int = 16, size: int = 64) -> nn.Module:
+    """A small detector: torchvision's FCOS (arXiv 1904.01355) on a few convolutions, for pictures of `size` pixels.
+
+    Args:
+        num_classes: without the background.
+        in_channels: of pictures.
+        width: channels of the first half of the convolutions; the others have twice as many.
+        size: side that pictures are brought to.
+    """
+    from torchvision.models.detection import FCOS
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+    detector: nn.Module = FCOS(
+        _Levels(in_channels, width),
+        num_classes + 1,
+        min_size=size,
+        max_size=size,
+        anchor_generator=AnchorGenerator(sizes=((12,), (24,)), aspect_ratios=((1.0,), (1.0,))),
+        detections_per_img=10,
+    )
+    return detector
+
+
 @torch.no_grad()
 def _kaiming(model: nn.Module) -> None:
     for module in model.modules():

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import MpsearchError, TaskError
-from mpsearch.graph.inputs import call, map_tensors, tensors
+from mpsearch.graph.inputs import call, map_tensors, samples_of, tensors
 from mpsearch.metric import Metric, find_metric
 from mpsearch.state_dict import digest
 from mpsearch.task.cache import cached_tensors, content_key
@@ -46,7 +46,7 @@ from mpsearch.task.comparing import KIND_OF_METRIC, Comparison, comparison
 from mpsearch.task.samples import Samples, samples_in, seeded
 from mpsearch.task.scores import scorer
 from mpsearch.task.task import Batch, Measured, Split
-from mpsearch.train import samples_of, to_device
+from mpsearch.train import to_device
 
 logger = logging.getLogger(__name__)
 progress = logging.getLogger("mpsearch.progress")

@@ -33,6 +33,7 @@ from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.comparing import output_tensor
 from mpsearch.task.imagefolder import split_meant, split_of
 from mpsearch.task.libraries import Needs, imported
+from mpsearch.task.made import docstrings
 from mpsearch.task.own import OwnTask
 from mpsearch.task.scores import nats
 from mpsearch.task.splitting import divided
@@ -298,6 +299,8 @@ def _texts(data: TextSpec) -> Mapping[Split, Iterable[str]]:
 
 def _rows(data: TextSpec) -> Mapping[Split, Iterable[Row]]:
     """The rows of each split."""
+    if data.kind == "docstrings":
+        return {"train": [{"text": text, "package": package} for text, package in docstrings()]}
     root = Path(data.root or "").expanduser()
     if data.kind == "hf_dataset":
         return _from_datasets(data, root)

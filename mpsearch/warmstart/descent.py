@@ -17,6 +17,10 @@ their marginal, the loss that a bit saves per unit of cost, which at an optimum 
 E: exponential mean over steps; C: the study's own cost model, linear between whole numbers of bits. The budget falls
 geometrically, fast to the dearest requested one, where little is decided, then slowly; at every requested one the
 descent leaves a snapshot of bits and marginals. Its weights are not kept: trials that began with them were no better.
+
+Limits on other costs that are sums fall likewise, to their value by the time of the dearest budget. Where one binds,
+the slots that it prices go down further, and its gradient, as a share of its bound, joins that of C. Limits on a peak
+are left to the rounding, as are changes of precision between neighbours.
 """
 
 from __future__ import annotations
@@ -29,12 +33,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import SpaceError
-from mpsearch.files import write_text
+from mpsearch.files import make_folder, write_text
 from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.quant.fused import Elementwise
 from mpsearch.quant.gdnsq import clamp_and_round, grid_shift
@@ -42,6 +47,7 @@ from mpsearch.quant.modules import QuantEmbedding
 from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.train import steps as training_steps
+from mpsearch.warmstart.table import read_descent
 from mpsearch.workbench import Workbench
 
 MEMORY = 0.97
@@ -129,15 +135,15 @@ class Descent:
 
     def save(self, folder: Path) -> None:
         """Write `descent.json`. Raises WriteError."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         rows = [vars(snapshot) for snapshot in self.snapshots]
         document = {"seconds": self.seconds, "snapshots": rows, "log": list(self.log)}
         write_text(folder / "descent.json", json.dumps(document))
 
     @classmethod
     def load(cls, folder: Path) -> Descent:
-        """Read what `save` wrote."""
-        document = json.loads((folder / "descent.json").read_text(encoding="utf-8"))
+        """Read what `save` wrote. Raises RunError: it is missing or damaged."""
+        document = read_descent(folder)
         snapshots = tuple(Snapshot(**row) for row in document["snapshots"])
         return cls(snapshots, tuple(document["log"]), document["seconds"])
 
@@ -164,13 +170,18 @@ class BitCost:
         self._first = torch.tensor([slot_bits(slot)[0] for slot in space.slots], dtype=torch.float64)
         for index, name in enumerate(space.layers):
             w, a = at[name, "weight"], at[name, "activation"]
-            pairs = [
+            of_w, of_a = slot_bits(space.slots[w]), slot_bits(space.slots[a])
+            pairs = (
                 [
-                    cost.addend(name, LayerPrecision(_at_bits(space.slots[w], i), _at_bits(space.slots[a], j)))
-                    for j in slot_bits(space.slots[a])
+                    [
+                        cost.addend(name, LayerPrecision(_at_bits(space.slots[w], i), _at_bits(space.slots[a], j)))
+                        for j in of_a
+                    ]
+                    for i in of_w
                 ]
-                for i in slot_bits(space.slots[w])
-            ]
+                if name not in space.pairs and not cost.rows_only
+                else _between_pairs(cost, space, name, space.slots[w], space.slots[a])
+            )
             self._pairs[index, : len(pairs), : len(pairs[0])] = torch.tensor(pairs, dtype=torch.float64)
         self._last = torch.tensor([len(slot_bits(slot)) - 1 for slot in space.slots])
 
@@ -193,6 +204,32 @@ class BitCost:
         bits = bits.detach().clone().requires_grad_()
         (gradient,) = torch.autograd.grad(self(bits), bits)
         return gradient
+
+
+def _between_pairs(
+    cost: RelativeCost, space: SearchSpace, name: str, weight: Slot, activation: Slot
+) -> list[list[float]]:
+    """What a layer with excluded pairs costs at whole numbers of bits, (weight, activation).
+
+    At a pair that is excluded the layer runs as the cheapest one that is at least as wide in both, or the dearest there
+    is; between the widths on offer the cost is linear.
+    """
+    offered = [[c.bits for c in uniform_choices(slot)] for slot in (weight, activation)]
+    allowed = {
+        (pair.weight.bits, pair.activation.bits): cost.addend(name, pair)
+        for pair in space.options[name]
+        if pair.weight in uniform_choices(weight) and pair.activation in uniform_choices(activation)
+    } or {(max(offered[0]), max(offered[1])): max(cost.addend(name, pair) for pair in space.options[name])}
+
+    def price(w: int, a: int) -> float:
+        wider = [its_cost for (i, j), its_cost in allowed.items() if i >= w and j >= a]
+        return min(wider, default=max(allowed.values()))
+
+    corners = np.array([[price(w, a) for a in offered[1]] for w in offered[0]])
+    widths = [np.arange(bits[0], bits[-1] + 1) for bits in offered]
+    rows = np.stack([np.interp(widths[1], offered[1], row) for row in corners])
+    between = np.stack([np.interp(widths[0], offered[0], column) for column in rows.T], axis=1)
+    return [[float(value) for value in row] for row in between]
 
 
 def uniform_choices(slot: Slot) -> list[Precision]:
@@ -263,6 +300,8 @@ def descend(
             f"no budget of warm_start.budgets lies between the cheapest uniform config, {bottom:.3g}, and the dearest, "
             f"{top:.3g}: give some that do"
         )
+    limits = _limits(cost, space, high)
+    binding: list[tuple[_Limit, float]] = []
     quantizers = [q for group in by_slot for q in group]
     of_quantizers = {p for q in quantizers for p in q.parameters()}
     weights = [p for p in model.parameters() if p not in of_quantizers]
@@ -285,10 +324,13 @@ def descend(
         slopes = MEMORY * slopes + (1 - MEMORY) * fresh
         mean_loss = MEMORY * mean_loss + (1 - MEMORY) * value
         unbiased = 1 - MEMORY ** (step + 1)
-        marginals = _marginals(slopes / unbiased, price.gradient(bits))
+        gradient = price.gradient(bits)
+        for limit, bound in binding:
+            gradient = gradient + limit.price.gradient(bits) * (budget / bound)
+        marginals = _marginals(slopes / unbiased, gradient)
         free = (high > low) & (marginals > 0)
         pull = _pull(marginals, free)
-        bits = on_budget(price, bits + spread * pull, low, high, budget)
+        bits, binding = within_bounds(price, limits, bits + spread * pull, low, high, budget, (step + 1) / steps)
         for group, b in zip(by_slot, bits.tolist(), strict=True):
             for quantizer in group:
                 quantizer.bits.data.fill_(b)
@@ -367,6 +409,11 @@ def with_bit_quantizers(model: nn.Module, workbench: Workbench, space: SearchSpa
     return quantized
 
 
+def limit_at(progress: float, top: float, most: float) -> float:
+    """A limit when a share of the steps is done: geometrically from `top` to what it is, as the dearest budget."""
+    return most if top <= most else top * math.pow(most / top, min(1.0, progress / APPROACH))
+
+
 def on_budget(price: BitCost, bits: Tensor, low: Tensor, high: Tensor, budget: float) -> Tensor:
     """The bits `(slots,)` shifted by one number for all, within their ends, so that their cost is the budget."""
     least, most = float((low - bits).min()), float((high - bits).max())
@@ -377,6 +424,51 @@ def on_budget(price: BitCost, bits: Tensor, low: Tensor, high: Tensor, budget: f
         else:
             least = middle
     return torch.clamp(bits + least, low, high)
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A limit on a cost that is a sum, as the descent keeps it."""
+
+    price: BitCost
+    top: float  # the cost at the largest numbers of bits
+    most: float
+    priced: Tensor  # (slots,) whether a slot's bits change the cost
+
+    def at(self, progress: float) -> float:
+        """The limit when a share of the steps is done: as the budget, it has fallen by the dearest requested one."""
+        return (
+            self.most
+            if self.top <= self.most
+            else self.top * math.pow(self.most / self.top, min(1.0, progress / APPROACH))
+        )
+
+
+def _limits(cost: RelativeCost, space: SearchSpace, high: Tensor) -> list[_Limit]:
+    summed = [(BitCost(bound.cost, space), bound.most) for bound in cost.limits if bound.cost.combined_by is sum]
+    return [_Limit(price, float(price(high)), most, price.gradient(high) > 0) for price, most in summed]
+
+
+def within_bounds(
+    price: BitCost, limits: Sequence[_Limit], bits: Tensor, low: Tensor, high: Tensor, budget: float, progress: float
+) -> tuple[Tensor, list[tuple[_Limit, float]]]:
+    """The bits on the budget, those that a limit prices lower still where it is tighter.
+
+    Returns:
+        the bits `(slots,)`, and the limits that bind, each with what it is now.
+    """
+    bits = on_budget(price, bits, low, high, budget)
+    binding: dict[int, tuple[_Limit, float]] = {}
+    for _ in range(3):  # what a limit takes from some slots the budget gives to others, which another limit may price
+        for index, limit in enumerate(limits):
+            bound = limit.at(progress)
+            if float(limit.price(bits)) > bound:
+                binding[index] = limit, bound
+                top = torch.where(limit.priced, high, bits)
+                bits = on_budget(limit.price, bits, torch.where(limit.priced, low, bits), top, bound)
+                high = torch.where(limit.priced, bits, high)
+        bits = on_budget(price, bits, low, high, budget)
+    return bits, list(binding.values())
 
 
 def _marginals(slopes: Tensor, prices: Tensor) -> Tensor:

@@ -23,19 +23,20 @@ from itertools import pairwise, zip_longest
 import numpy as np
 import torch
 
-from mpsearch.cost.model import RelativeCost
+from mpsearch.cost.model import RelativeCost, affordable
 from mpsearch.errors import TaskError
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem
+from mpsearch.program import program_of
 from mpsearch.record import PrescreenRecord, RunFolder
 from mpsearch.space.order import ends_first
 from mpsearch.space.space import SearchSpace
 from mpsearch.study import StudySpec
 from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design
-from mpsearch.warmstart.allocate import ilp_ladder, program_of
+from mpsearch.warmstart.allocate import ilp_ladder
 from mpsearch.warmstart.propose import propose, variant
-from mpsearch.warmstart.start import InitialConfig, global_combinations, sensitivity_table
+from mpsearch.warmstart.start import InitialConfig, global_combinations, least_cost, sensitivity_table
 from mpsearch.warmstart.start_score import BATCHES, StartScorer
 from mpsearch.warmstart.table import SensitivityTable
 from mpsearch.workbench import Workbench
@@ -84,7 +85,7 @@ def prescreen(
         logger.warning("no prescreen: %s", reason)
         return list(initial_configs)
     table = sensitivity_table("kl", problem.task, problem.graph, space, folder.warmstart)
-    budgets = [b for b in spec.warm_start.budgets if problem.cheapest <= b <= limit] or [min(1.0, limit)]
+    budgets = [b for b in spec.warm_start.budgets if least_cost(space, cost) <= b <= limit] or [min(1.0, limit)]
     count, began = spec.search.prescreen, time.monotonic()
     logger.info("prescreen of %d configs in this process, with %d threads", count, torch.get_num_threads())
     observer.on_stage("prescreen", 0, count)
@@ -92,7 +93,7 @@ def prescreen(
     for source, config in proposals:
         if len(scores) >= count or time.monotonic() - began > 0.6 * time_s:
             break
-        if config not in scores and cost(config) <= limit:
+        if config not in scores and affordable(cost, config, limit):
             scores.add(config, source)
             observer.on_stage("prescreen", min(len(scores), count - 1), count)  # the last part is to score again
     picked = _picked(space, cost, budgets, scores, lambda: time.monotonic() - began > time_s)
@@ -113,7 +114,7 @@ class _Scores:
         self._scorer: StartScorer | None = None
         self._known: dict[tuple[PrecisionConfig, int], float] = {
             (record.config, record.batches): math.inf if record.divergence is None else record.divergence
-            for record in folder.prescreened()
+            for record in folder.rebuild_prescreened()
         }
         if not self._known:
             self._scorer = self._make()  # which refuses a task that cannot be compared

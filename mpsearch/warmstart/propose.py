@@ -7,10 +7,11 @@ from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 
+from mpsearch.cost.model import affordable
 from mpsearch.precision import PrecisionConfig
+from mpsearch.program import Program
 from mpsearch.space.space import SearchSpace
 from mpsearch.warmstart.additive import Effects
-from mpsearch.warmstart.allocate import Program
 from mpsearch.warmstart.table import SensitivityTable
 
 GAP = 0.01  # share by which a proposal may miss the best value of its draw
@@ -35,7 +36,7 @@ def propose(
         values = usable(effects.of_slots(space), space, table)
         allocations = program.solve(values, budget, gap=GAP)
         return allocations[0].config if allocations else None
-    drawn = [config for config in (space.sample(random) for _ in range(RANDOM)) if cost(config) <= budget]
+    drawn = [config for config in (space.sample(random) for _ in range(RANDOM)) if affordable(cost, config, budget)]
     return min(drawn, key=effects, default=None)
 
 
@@ -66,5 +67,5 @@ def variant(
         return None
     neighbours = space.neighbours(config)
     drawn = [neighbours[int(i)] for i in random.permutation(len(neighbours))[:NEIGHBOURS]]
-    new = [other for other in drawn if other not in known and cost(other) <= budget]
+    new = [other for other in drawn if other not in known and affordable(cost, other, budget)]
     return min(new, key=effects, default=None) if effects is not None else next(iter(new), None)

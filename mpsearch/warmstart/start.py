@@ -15,11 +15,14 @@ import numpy as np
 import torch
 
 from mpsearch.cost.model import RelativeCost
+from mpsearch.errors import RunError
+from mpsearch.files import make_folder
 from mpsearch.graph.facts import ModelGraph
 from mpsearch.graph.inputs import map_tensors
 from mpsearch.observer import SILENT, Observer
 from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
+from mpsearch.program import Allocation, program_of
 from mpsearch.record import Origin
 from mpsearch.space.order import ends_first
 from mpsearch.space.space import SearchSpace
@@ -27,13 +30,14 @@ from mpsearch.study import StudySpec
 from mpsearch.task.scoring import comparison_of
 from mpsearch.task.task import Task
 from mpsearch.train import usual_device
-from mpsearch.warmstart.allocate import Allocation, equivalent_bits, ilp_ladder, round_bits
+from mpsearch.warmstart.allocate import equivalent_bits, ilp_ladder, round_bits
 from mpsearch.warmstart.descent import Descent, Snapshot, descend
 from mpsearch.warmstart.sensitivity import measure
 from mpsearch.warmstart.table import SensitivityTable
 from mpsearch.workbench import Workbench, channels_last
 
 logger = logging.getLogger(__name__)
+progress = logging.getLogger("mpsearch.progress")
 
 InitialConfig = tuple[Origin, PrecisionConfig]
 
@@ -83,9 +87,12 @@ def warm_start(
     if descends:
         descent = _descent(spec, task, graph, space, cost, folder, observer)
         if count := settings.neighbours:
-            descended = [rounded(descent, s.budget, space, cost, count, table) for s in descent.snapshots]
+            least = least_cost(space, cost) if cost.limits else 0.0
+            descended = [
+                rounded(descent, s.budget, space, cost, count, table) for s in descent.snapshots if s.budget >= least
+            ]
     if settings.ilp and table is not None:
-        cheapest = min(map(cost, space.ladder()))
+        cheapest = least_cost(space, cost) if cost.limits else min(map(cost, space.ladder()))
         allocated = [a.config for a in ilp_ladder(space, cost, table, [b for b in settings.budgets if b >= cheapest])]
     grid: list[InitialConfig] = [("uniform", config) for config in ends_first(combined)]
     known: list[list[PrecisionConfig] | None] = [
@@ -129,6 +136,14 @@ def rounded(
     return [allocation.config for allocation in near(best, count)]
 
 
+def least_cost(space: SearchSpace, cost: RelativeCost) -> float:
+    """Relative cost of the cheapest config that keeps the study's limits, as far as a program can tell."""
+    cheapest, _ = cost.bounds(space.options)
+    if not cost.limits or (program := program_of(space, cost)) is None:
+        return cheapest
+    return cost(program.cheapest())
+
+
 def cheapest_combination(space: SearchSpace, cost: RelativeCost, table: SensitivityTable | None) -> PrecisionConfig:
     """The global combination that costs least; of those that cost the same, the least sensitive one."""
     return min(space.combinations(), key=lambda c: (cost(c), 0.0 if table is None else _known(table.total(c))))
@@ -168,7 +183,10 @@ def _descent(
     observer: Observer,
 ) -> Descent:
     if (folder / "descent.json").exists():
-        return Descent.load(folder)
+        try:
+            return Descent.load(folder)
+        except RunError as error:
+            progress.warning("%s: that is done now", error)
     settings = spec.warm_start
     torch.manual_seed(settings.seed)
     observer.on_stage("descent", 0, settings.steps)
@@ -196,12 +214,15 @@ def sensitivity_table(proxy: str, task: Task, graph: ModelGraph, space: SearchSp
     """
     path = folder / ("sensitivity.json" if proxy == "kl" else f"sensitivity-{proxy}.json")
     if path.exists():
-        return SensitivityTable.load(path)
+        try:
+            return SensitivityTable.load(path)
+        except RunError as error:
+            progress.warning("%s: that is done now", error)
     device = usual_device()
     x = map_tensors(lambda tensor: tensor.to(device), task.calibration_input(SENSITIVITY_SAMPLES))
     model = channels_last(task.float_model()).to(device)
     table = measure(proxy, model, graph.layers, space, x, comparison_of(task))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     table.save(path)
     logger.info("sensitivity (%s): %d entries in %.0f s", proxy, len(table), table.seconds)
     return table

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
+from mpsearch.documents import read_json
 from mpsearch.errors import MpsearchError, PrecisionError, RunError, nearest
 from mpsearch.files import replacing, write_json
 from mpsearch.precision import Precision, PrecisionConfig
@@ -113,8 +113,8 @@ class SensitivityTable(Mapping[Key, float]):
         try:
             if _ending(path) == ".parquet":
                 return cls.from_frame(pd.read_parquet(path))
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(document, dict) or not isinstance(document.get("rows"), list):
+            document: dict[Any, Any] = {**read_json(path, RunError, "measure it again")}
+            if not isinstance(document.get("rows"), list):
                 raise ValueError("it has no 'rows'")
             frame = pd.DataFrame(document.pop("rows"), columns=_COLUMNS)
             frame.attrs = document
@@ -123,6 +123,45 @@ class SensitivityTable(Mapping[Key, float]):
             raise RunError(f"cannot read {path}: {error.strerror or error}") from None
         except (ValueError, RunError) as error:
             raise RunError(f"{path} cannot be used: {error}") from None
+
+
+def advice(folder: Path) -> str:
+    """How files of a warm start, which are in `folder`, are made again."""
+    return f"`mpsearch resume {folder.parent}` makes it again"
+
+
+_OF_SNAPSHOT = {"budget": float, "step": int, "bits": dict, "marginals": dict, "slopes": dict, "loss": float}
+_OF_STEP = {"step": int, "loss": float, "cost": float, "bits": dict}
+
+
+def read_descent(folder: Path) -> dict[str, Any]:
+    """What `descent.json` in the folder of a warm start says, without the weights: `snapshots`, `log`, `seconds`.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    path = folder / "descent.json"
+    document = read_json(path, RunError, advice(folder))
+    try:
+        _require(document, {"snapshots": list, "log": list, "seconds": float})
+        if not document["snapshots"]:
+            raise ValueError("it has no snapshot")
+        for rows, kinds in ((document["snapshots"], _OF_SNAPSHOT), (document["log"], _OF_STEP)):
+            for row in rows:
+                _require(row, kinds)
+        if unknown := {key for row in document["snapshots"] for key in row} - _OF_SNAPSHOT.keys():
+            raise ValueError(f"unknown key '{min(unknown)}'")
+    except ValueError as error:
+        raise RunError(f"{path} cannot be used: {error}; {advice(folder)}") from None
+    return document
+
+
+def _require(row: Any, kinds: Mapping[str, type]) -> None:
+    """Raises ValueError: a row lacks a key, or has a value of another kind."""
+    for key, kind in kinds.items():
+        value = row.get(key) if isinstance(row, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
+            raise ValueError(f"'{key}' must be a {kind.__name__}, got {value!r:.40}")
 
 
 def check_proxy(proxy: str) -> None:

@@ -23,7 +23,7 @@ from mpsearch.task.load import load_task
 
 pytestmark = pytest.mark.study
 
-SHARED = {"__init__", "families", "mhaq_tasks", "__main__", "options", "printing", "rows", "stopwatch"}
+SHARED = {"__init__", "configs", "families", "mhaq_tasks", "__main__", "options", "printing", "rows", "stopwatch"}
 SETS = [part for override in QUICK for part in ("--set", override)]
 
 Bench = Callable[..., list[dict[str, Any]]]

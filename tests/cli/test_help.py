@@ -17,8 +17,21 @@ import mpsearch
 from mpsearch.cli import app
 
 GROUP: Any = typer.main.get_command(app)
-FUNCTIONS = {name: {"export": "export_run", "import": "import_config"}.get(name, name) for name in GROUP.commands}
-OF_THE_SHELL = {"json", "csv", "help", "trust", "token_file"}  # printing, and questions that Python does not ask
+COMMANDS: dict[str, Any] = {
+    f"{name}_{below}" if inner else name: (inner[below] if inner else command)
+    for name, command in GROUP.commands.items()
+    for inner in (getattr(command, "commands", {}),)
+    for below in (inner or [name])
+}
+FUNCTIONS = {name: {"export": "export_run", "import": "import_config"}.get(name, name) for name in COMMANDS}
+OF_THE_SHELL = {
+    "json",
+    "csv",
+    "costs",
+    "help",
+    "trust",
+    "token_file",
+}  # printing, and questions that Python does not ask
 EVENTS = {"observer"}  # and a command's observer is its progress bar
 
 
@@ -42,9 +55,9 @@ def module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.parametrize("name", GROUP.commands)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_says_what_it_is_and_its_default(name: str) -> None:
-    command = GROUP.commands[name]
+    command = COMMANDS[name]
     assert re.match(r"[A-Z].{20,}", command.help), name
     for option, parameter in parameters(command).items():
         text = parameter.help or ""
@@ -54,20 +67,20 @@ def test_every_option_says_what_it_is_and_its_default(name: str) -> None:
 
 
 def test_help_is_plain_words() -> None:
-    texts = [parameter.help or "" for command in GROUP.commands.values() for parameter in command.params]
-    texts += [command.help for command in GROUP.commands.values()]
+    texts = [parameter.help or "" for command in COMMANDS.values() for parameter in command.params]
+    texts += [command.help for command in COMMANDS.values()]
     quaint = re.compile(r"\bover (search|the study file)\b|\bwanted\b|without labels|\banchor|\bcontrols?\b")
     assert [text for text in texts if quaint.search(text)] == []
 
 
-@pytest.mark.parametrize("name", GROUP.commands)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_python_function_has_the_arguments_and_defaults_of_its_command(name: str) -> None:
     def plain(value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value if value not in ((), []) else None
 
     command = {
         option: "required" if parameter.required else plain(parameter.default)
-        for option, parameter in parameters(GROUP.commands[name]).items()
+        for option, parameter in parameters(COMMANDS[name]).items()
         if option not in OF_THE_SHELL
     }
     function = {

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from math import prod
-from typing import get_args
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from mpsearch.cost.model import COST_MODELS, RelativeCost, _LayerPrices, cost_of
 from mpsearch.errors import CostError, PrecisionError
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
-from mpsearch.study import CostModelName
+from mpsearch.study import COST_NAMES
 
 A = LayerInfo("a", "conv2d", (4, 2, 3, 3), (2, 8, 8), (4, 8, 8), 4608, 72, 18)
 B = LayerInfo("b", "linear", (10, 256), (256,), (10,), 2560, 2570, 256, signed_input=False)
@@ -77,7 +76,7 @@ def test_first_and_last_layer_count_at_the_width_they_have(resnet: list[LayerInf
 
 
 def test_every_named_model_is_there_and_no_other() -> None:
-    assert set(COST_MODELS) == set(get_args(CostModelName))
+    assert set(COST_MODELS) == set(COST_NAMES)
 
 
 @pytest.mark.parametrize(
@@ -153,19 +152,18 @@ def test_bounds_are_those_of_all_configs(model: str, data: st.DataObject) -> Non
     def side(granularity: str) -> list[Precision]:
         return [Precision.parse(text, "tensor" if granularity == "tensor" else "channel") for text in data.draw(sides)]
 
-    choices = {layer.name: (side("channel"), side("tensor")) for layer in PAIR}
+    choices = {
+        layer.name: [LayerPrecision(*pair) for pair in product(side("channel"), side("tensor"))] for layer in PAIR
+    }
     relative = RelativeCost(PAIR, model)
-    costs = [
-        relative(PrecisionConfig({"a": LayerPrecision(*a), "b": LayerPrecision(*b)}))
-        for a, b in product(product(*choices["a"]), product(*choices["b"]))
-    ]
+    costs = [relative(PrecisionConfig({"a": a, "b": b})) for a, b in product(choices["a"], choices["b"])]
     assert relative.bounds(choices) == (min(costs), max(costs))
 
 
 def test_cheapest_is_not_the_fewest_bits_where_shift_is_dearer() -> None:
     relative = RelativeCost((B,), "shift_energy")
-    wide, narrow = Precision.parse("uniform:6", "channel"), Precision.parse("shift:5", "channel")
-    low, _ = relative.bounds({"b": ([narrow, wide], [Precision.parse("uniform:4", "tensor")])})
+    pairs = [LayerPrecision.parse(weight, "uniform:4") for weight in ("shift:5", "uniform:6")]
+    low, _ = relative.bounds({"b": pairs})
     assert low == relative(PrecisionConfig({"b": LayerPrecision.parse("uniform:6", "uniform:4")}))
 
 
@@ -204,6 +202,5 @@ def test_refused() -> None:
         RelativeCost(PAIR, reference="8x8")
     with pytest.raises(CostError, match="the network costs nothing under bops"):
         RelativeCost((), "bops")
-    eight = [Precision.parse("uniform:8", "tensor")]
     with pytest.raises(CostError, match="layer 'b' has no precision to choose"):
-        RelativeCost(PAIR).bounds({"a": (eight, eight), "b": ([], eight)})
+        RelativeCost(PAIR).bounds({"a": [LayerPrecision.shorthand("w8a8")], "b": []})

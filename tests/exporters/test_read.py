@@ -81,7 +81,7 @@ def test_tables_are_read_in_json_and_yaml(tmp_path: Path) -> None:
     [
         ({"conv1": "four"}, ExportError, "layer 'conv1' has 'four'"),
         ({"conv1": {"bits": 4}}, ExportError, "input_bit_width and weight_bit_width"),
-        ({"conv1": 9}, PrecisionError, "layer 'conv1': uniform has no 9-bit form"),
+        ({"conv1": 17}, PrecisionError, "layer 'conv1': uniform has no 17-bit form"),
         ({"conv1": {"weight_bit_width": 4.0}}, PrecisionError, "whole number"),
         ([1, 2], ExportError, "no table of layers"),
         ({"param_encodings": {"a.weight": [{}]}}, ExportError, "layer 'a' are not of AIMET's format"),

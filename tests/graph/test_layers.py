@@ -588,3 +588,18 @@ def test_signs_are_those_of_all_samples():
     """B1: negative in the last sample alone."""
     rows = torch.cat([ROWS.abs().repeat(64, 1), -ROWS[:1]])
     assert inspect_model(nn.Sequential(nn.Linear(6, 2)), rows).layers[0].signed_input
+
+
+def test_macs_are_those_of_one_image_where_images_come_as_a_list_with_their_targets() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+
+        def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Tensor:
+            return self.conv(torch.stack(images))
+
+    images, targets = [torch.ones(3, 8, 8)] * 5, [{"boxes": torch.ones(2, 4)}] * 5
+    for batch in ((images, targets), ((images,), {"targets": targets})):
+        (layer,) = inspect_model(Detector(), batch).layers
+        assert layer.macs == 4 * 3 * 9 * 64

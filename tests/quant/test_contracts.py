@@ -20,7 +20,8 @@ from mpsearch.quant.shift import ShiftGradient, ShiftQuantizer
 from mpsearch.quant.switch import QUANTIZERS, make_quantizer
 
 KINDS = ("uniform", "shift", "apot")
-CASES = [(kind, bits) for kind in KINDS for bits in BITS[kind]]
+CASTS = ("float16", "bfloat16")  # no scale, no codes: their own tests are in test_cast.py
+CASES = [(kind, bits) for kind in KINDS for bits in BITS[kind] if bits <= 8]
 every_case = pytest.mark.parametrize(("kind", "bits"), CASES, ids=[f"{kind}{bits}" for kind, bits in CASES])
 
 
@@ -58,7 +59,7 @@ def quantizers(kind: Any, bits: int, offered: tuple[str, ...] = ()) -> list[tupl
 
 
 def test_every_quantizer_is_tested() -> None:
-    assert set(KINDS) == set(QUANTIZERS) == set(BITS) - {"float"}
+    assert {*KINDS, *CASTS} == set(QUANTIZERS) == set(BITS) - {"float"}
 
 
 @every_case

@@ -13,6 +13,7 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.metric import TOP1
 from mpsearch.precision import PrecisionConfig
+from mpsearch.program import Program
 from mpsearch.record import TrialRecord
 from mpsearch.search.additive import Knowledge
 from mpsearch.search.controller import SearchController
@@ -21,7 +22,6 @@ from mpsearch.space.build import build_space
 from mpsearch.space.space import SearchSpace
 from mpsearch.space.spec import parse_space
 from mpsearch.study import SearchSpec
-from mpsearch.warmstart.allocate import Program
 
 pytestmark = pytest.mark.study
 

@@ -239,15 +239,17 @@ def test_resumed_search_draws_anew():
     assert first.config != later.config
 
 
-def test_failed_config_is_not_proposed_again_and_counts_as_a_trial():
+def test_failed_config_counts_as_a_trial_and_is_tried_again_when_a_run_is_resumed():
     search = controller(make_space(1), trials=10)
     failed = fail(search)
     assert (failed.state, failed.reason, failed.cost) == ("failed", "no memory", None)
     records = run(search)
     assert failed.config not in {r.config for r in records}
     assert len(records) == 7  # of 8 configs
-    again = controller(make_space(1), trials=10, records=[failed])
-    assert failed.config not in {r.config for r in run(again)}
+    again = controller(make_space(1), trials=10, records=[*records, failed])
+    (retried,) = run(again)
+    assert (retried.number, retried.config, retried.state) == (failed.number, failed.config, "complete")
+    assert controller(make_space(1), trials=10, records=[*records, retried]).ask() is None
 
 
 def test_failures_in_a_row_stop_the_search_with_the_last_reason():

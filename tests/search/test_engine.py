@@ -1,5 +1,6 @@
 """Running trials: whatever befalls a trial, a worker or the driver, what had ended is there and counted once."""
 
+import errno
 import functools
 import os
 import shutil
@@ -18,7 +19,7 @@ import psutil
 import pytest
 from drive import make_space, relative_cost, truth
 
-from mpsearch.errors import RunError, TaskError
+from mpsearch.errors import RunError, TaskError, WriteError
 from mpsearch.metric import TOP1
 from mpsearch.observer import Observer
 from mpsearch.record import RunFolder, TrialRecord
@@ -74,13 +75,20 @@ def until(done: Callable[[], bool], timeout_s: float) -> None:
 
 
 def assert_whole(path: Path, trials: int) -> list[TrialRecord]:
-    """Nothing lost, nothing twice, and the Optuna study shows the same."""
+    """Nothing lost, nothing twice, and the Optuna study shows the same; of what was tried again, the failure too."""
     records = RunFolder.open(path).records()
     assert sorted(r.number for r in records) == list(range(trials))
     assert len({r.config for r in records}) == trials
     study = optuna.load_study(study_name="toy", storage=f"sqlite:///{path / 'study.db'}")
-    every = [(r.number, rung) for r in records for rung in range(max(1, len(r.rungs)))]
-    assert sorted((t.user_attrs["number"], t.user_attrs["rung"]) for t in study.trials) == sorted(every)
+    shown = [(t.user_attrs["number"], t.user_attrs["rung"], t.state.name) for t in study.trials]
+    ended_well = [one for one in shown if one[2] != "FAIL"]
+    assert len(set(ended_well)) == len(ended_well)
+    for record in records:
+        state = "COMPLETE" if record.state == "complete" else "FAIL"
+        assert {(record.number, rung, state) for rung in range(max(1, len(record.rungs)))} <= set(shown)
+    assert {(number, rung) for number, rung, _ in shown} == {
+        (record.number, rung) for record in records for rung in range(max(1, len(record.rungs)))
+    }
     assert {t.state.name for t in study.trials} <= {"COMPLETE", "FAIL"}
     assert RunFolder.open(path).running == []
     return records
@@ -128,6 +136,42 @@ def test_failed_trials_are_recorded_with_their_reason_and_the_search_goes_on(tmp
     assert failed[2].reason == "top1 is nan"
     assert failed[3].reason.startswith("ValueError: trial 3 will not do (drive.py, line ")
     assert failed[3].started_s > 1e9
+
+
+def test_failed_trials_are_tried_again_by_a_resumed_run(tmp_path):
+    """D7: what they lacked, room or memory, may be there now."""
+    fates(tmp_path, "raise-2", "raise-3")
+    drive.drive(tmp_path, trials=6)
+    first = {r.number: r for r in assert_whole(tmp_path, 6)}
+    (tmp_path / "fate" / "raise-2").unlink()
+    drive.drive(tmp_path, trials=6)
+    again = {r.number: r for r in assert_whole(tmp_path, 6)}
+    assert {number for number, r in again.items() if r.state == "failed"} == {3}
+    assert (again[2].config, again[2].origin, again[2].score) == (
+        first[2].config,
+        first[2].origin,
+        truth(first[2].config),
+    )
+    assert {number: r for number, r in again.items() if number not in (2, 3)} == {
+        number: r for number, r in first.items() if number not in (2, 3)
+    }
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EDQUOT])
+def test_trial_that_finds_no_room_for_its_own_files_is_on_no_record(tmp_path, monkeypatch, reason):
+    def full(path, sleep_s):
+        def run(proposal):
+            raise OSError(reason, os.strerror(reason), "/data/cache")
+
+        return run
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drive, "make_runner", full)
+        with pytest.raises(WriteError, match=r"OSError.*/data/cache.*make room .*mpsearch resume"):
+            drive.drive(tmp_path, trials=3)
+    assert recorded(tmp_path) == 0
+    drive.drive(tmp_path, trials=3)
+    assert_whole(tmp_path, 3)
 
 
 def test_reason_is_one_line_that_is_not_endless():

@@ -107,12 +107,6 @@ def test_storage_that_cannot_be_opened_is_refused_without_its_password(folder, u
     assert "secret" not in str(caught.value)
 
 
-def test_corrupt_database_is_refused(folder):
-    folder.study_db.write_text("no database at all, and long enough to be looked at" * 30)
-    with pytest.raises(RunError, match=r"cannot open the storage 'sqlite'.*not a database"):
-        open_view("sqlite", folder, "a", SPACE, TOP1)
-
-
 def test_optuna_numbers_trials_as_we_do_whatever_the_order_in_which_they_end(folder):
     view = open_view("sqlite", folder, "toy", SPACE, TOP1)
     for number in (1, 0, 3):

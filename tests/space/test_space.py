@@ -88,9 +88,9 @@ def test_a_named_granularity_holds_for_the_whole_range():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("uniform:0-4", "uniform has no 0-bit form: give 1 to 8 bits"),
-        ("uniform:4-9", "uniform has no 9-bit form"),
-        ("uniform:16", "uniform has no 16-bit form"),
+        ("uniform:0-4", "uniform has no 0-bit form: give 1 to 16 bits"),
+        ("uniform:4-17", "uniform has no 17-bit form"),
+        ("uniform:32", "uniform has no 32-bit form"),
         ("shift:1-4", "shift has no 1-bit form: give 2 to 5 bits"),
         ("uniform:8-2", "write the smaller first"),
         ("unifrom:2-4", "did you mean 'uniform'"),
@@ -319,11 +319,11 @@ def test_what_a_tie_takes_from_layers_is_noted_by_name():
     fixed = {"layer1.0.conv2": {"weight": "uniform:8", "activation": "uniform:8"}}
     (weight, activation) = space(STEM, A, B, C, HEAD, tied=[["layer1.*"]], fixed=fixed).notes
     assert weight == (
-        "2 layers must share one weight precision (`tied`) and have uniform:8/channel left, as 'layer1.0.conv2' has "
-        "uniform:8/channel; by the rules alone there is more for 'layer1.0.conv1' (7 choices): give 'layer1.0.conv2' "
-        "more choices, or take it out of `tied`"
+        "2 layers must share one weight precision (tied, by the space or the hardware) and have uniform:8/channel "
+        "left, as 'layer1.0.conv2' has uniform:8/channel; by the rules alone there is more for 'layer1.0.conv1' (7 "
+        "choices): give 'layer1.0.conv2' more choices, or take it out of the tie"
     )
-    assert "one activation precision (`tied`)" in activation
+    assert "one activation precision (tied, by the space or the hardware)" in activation
 
 
 def test_what_a_shared_tensor_takes_from_layers_is_noted_by_name():

@@ -14,11 +14,11 @@ from mpsearch.cost.model import COST_MODELS, RelativeCost
 from mpsearch.errors import CostError, PrecisionError, SpaceError
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import PrecisionConfig
+from mpsearch.program import Program
 from mpsearch.space.build import build_space
 from mpsearch.space.space import SearchSpace
 from mpsearch.space.spec import parse_space
 from mpsearch.warmstart.allocate import (
-    Program,
     allocate,
     equivalent_bits,
     ilp_ladder,
@@ -378,7 +378,7 @@ def test_leaving_out_what_relaxation_rules_out_changes_no_optimum(seed: int, mon
 
     def counted(program: Program, flat: np.ndarray, room: float) -> np.ndarray:
         left_out.append(int(beaten(program, flat, room).sum()))
-        return np.zeros(len(program._prices), dtype=bool)
+        return np.zeros(len(program._usable), dtype=bool)
 
     monkeypatch.setattr(Program, "_beaten", counted)
     assert [allocate(space, cost, table, budget)[0].value for budget in budgets] == pytest.approx(ours, rel=1e-9)

@@ -214,7 +214,7 @@ def level(bits: float) -> float:
 
 def _mean_level(widths: Sequence[int]) -> float:
     """Mean bits of the quantized layers of a run; the float level where there is none."""
-    quantized = [int(bits) for bits in widths if bits < FLOAT_BITS]
+    quantized = [min(int(bits), FLOAT_LEVEL) for bits in widths if bits < FLOAT_BITS]
     return sum(quantized) / len(quantized) if quantized else float(FLOAT_LEVEL)
 
 

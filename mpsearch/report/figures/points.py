@@ -162,7 +162,7 @@ def _add_finals(figure: go.Figure, finals: pd.DataFrame, metric: Metric) -> None
             marker={
                 "symbol": "square-open" if baseline else "circle-open",
                 "size": 11,
-                "color": STYLE["vermillion"] if baseline else STYLE["blue"],
+                "color": STYLE["vermilion"] if baseline else STYLE["blue"],
                 "line": {"width": 2},
             },
             hovertemplate=(

@@ -77,7 +77,7 @@ def best_so_far(best: pd.DataFrame, metric: Metric) -> go.Figure:
     unit, seconds = _unit(best.elapsed_s)
     figure = go.Figure(layout=layout(height=320))
     dashes = ("solid", "dash", "dot", "dashdot")
-    colours = (STYLE["blue"], STYLE["green"], STYLE["vermillion"], STYLE["pink"])
+    colours = (STYLE["blue"], STYLE["green"], STYLE["vermilion"], STYLE["pink"])
     for index, (bound, rows) in enumerate(best.groupby("bound", sort=False)):
         figure.add_scatter(
             x=(rows.elapsed_s / seconds).tolist(),

@@ -116,7 +116,7 @@ def before_after(edges: Sequence[float], before: Sequence[int], after: Sequence[
     figure = go.Figure(layout=layout(height=260))
     for name, counts, share, colour in (
         ("before", before, 1.0, STYLE["sky"]),
-        ("after", after, 0.4, STYLE["vermillion"]),
+        ("after", after, 0.4, STYLE["vermilion"]),
     ):
         marker = {"color": colour, "line": {"width": 0}, "opacity": 1}
         figure.add_bar(x=middles, y=counts, width=share * width, name=name, marker=marker)

@@ -1,0 +1,49 @@
+"""The front of a run of the digits study, as the README shows it.
+
+`mpsearch run digits --out RUN` (or `make demo`) makes the run, this keeps its front as rows: a row a line of what
+`mpsearch front RUN` prints, with the seconds that the whole run took. Rows of an earlier run are replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import mpsearch
+from benchmarks.options import RESULTS, Results
+from benchmarks.rows import Rows
+from mpsearch.record import RunFolder
+
+COLUMNS = ("trial", "origin", "score", "cost", "weight_bits", "activation_bits", "place", "over_uniform")
+
+
+def digits_front(
+    run: Annotated[Path, typer.Argument(help="folder of a run that has ended")],
+    results: Results = RESULTS / "digits_front.jsonl",
+) -> None:
+    folder = RunFolder.open(run)
+    front = mpsearch.front(run)
+    created_s = json.loads((run / "run.json").read_text(encoding="utf-8"))["created_s"]
+    ended_s = max(record.started_s + record.wall.total_s for record in folder.records())
+    about = {"study": mpsearch.status(run).study, "trials": len(folder.records()), "run_s": round(ended_s - created_s)}
+    rows = [
+        about
+        | {
+            "trial": int(row["number"]),
+            "origin": row["origin"],
+            "score": folder.metric.show(row["score"]),
+            "cost": round(row["relative_cost"], 4),
+            "weight_bits": round(row["weight_bits"], 1),
+            "activation_bits": round(row["activation_bits"], 1),
+            "place": "knee" if row["knee"] else "" if row["on_front"] else "dominated",
+            "over_uniform": row["gain"],
+        }
+        for row in front.table.to_dict("records")
+    ]
+    results.unlink(missing_ok=True)
+    Rows(results, key=("trial",)).append(*rows)
+    for row in rows:
+        print("  ".join(f"{row[name]!s}" for name in COLUMNS))

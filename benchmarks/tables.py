@@ -1,0 +1,485 @@
+"""Writes every table of figures in README and docs from the raw rows; `--check` fails where one is not what rows say.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->` in a Markdown file; `TABLES` has a function for each
+name. Nothing is measured, and no data are needed.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import configs
+from benchmarks.options import RESULTS
+from benchmarks.printing import spread
+from benchmarks.rows import ROOT, Row, Rows, RowsError
+from mpsearch.errors import nearest
+from mpsearch.files import write_text
+from mpsearch.precision import LayerPrecision
+
+BLOCK = re.compile(r"<!-- table (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+
+NETWORKS = {"resnet20-cifar10-jpeg": "ResNet-20", "mobilenetv2-cifar10-jpeg": "MobileNetV2"}
+BITS = (4, 3, 2)
+ARMS = (
+    "full",
+    "no weight reuse",
+    "no types",
+    "global types",
+    "ilp ladder",
+    "no warm start",
+    "tpe",
+    "random",
+    "uniform",
+)
+STAGES = ("inspect", "prepare", "fold", "ptq", "train", "native", "packed")
+
+
+def tables(
+    check: Annotated[bool, typer.Option("--check", help="write nothing; fail where a table is stale")] = False,
+) -> None:
+    stale = []
+    for path in pages():
+        before = path.read_text(encoding="utf-8")
+        after = filled(before, str(path.relative_to(ROOT)))
+        if after == before:
+            continue
+        stale.append(str(path.relative_to(ROOT)))
+        if not check:
+            write_text(path, after)
+    words = "stale: " if check else "written: "
+    print(words + ", ".join(stale) if stale else "every table is what the rows say")
+    if check and stale:
+        raise typer.Exit(1)
+
+
+def pages() -> list[Path]:
+    """The Markdown files that may have tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str, where: str) -> str:
+    """A page with every table written anew.
+
+    Raises:
+        RowsError: it names a table that there is not.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise RowsError(f"{where}: there is no table '{name}': {nearest(name, TABLES)}")
+        return f"<!-- table {name} -->\n{written(name)}\n<!-- end -->"
+
+    return BLOCK.sub(table, text)
+
+
+@cache
+def written(name: str) -> str:
+    """One table, in Markdown."""
+    return TABLES[name]()
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+@cache
+def rows(name: str) -> tuple[Row, ...]:
+    """The rows of a results file. Raises RowsError: there is none."""
+    read = tuple(Rows(RESULTS / name, key=()).read())
+    if not read:
+        raise RowsError(
+            f"{RESULTS / name} has no rows: make them by its benchmark, or take its tables out of the pages"
+        )
+    return read
+
+
+def measured(some: Sequence[Mapping[str, Any]]) -> str:
+    """Where and with what rows were measured, in a sentence."""
+    commits = sorted({str(row.get("commit", "")).partition("-")[0][:7] for row in some if row.get("commit")})
+    facts = [
+        ("commit", ", ".join(commits) if len(commits) <= 3 else f"{len(commits)} commits, named in the rows"),
+        ("processor", _only(some, "processor")),
+        ("torch", _only(some, "torch_version")),
+        ("Python", _only(some, "python_version")),
+        ("threads", _only(some, "threads")),
+    ]
+    days = sorted({str(row["date"])[:10] for row in some if row.get("date")})
+    when = [] if not days else [days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"]
+    said = [f"{name} {value}" for name, value in facts if value] + when
+    return f"Measured with {'; '.join(said)}." if said else "Measured before rows named commit and machine."
+
+
+def _only(some: Sequence[Mapping[str, Any]], name: str) -> str:
+    return ", ".join(sorted({str(row[name]) for row in some if row.get(name) is not None}))
+
+
+# The front of `make demo`
+
+
+def digits_front() -> str:
+    """As `mpsearch run digits` prints it, and what made it."""
+    front = rows("digits_front.jsonl")
+    heads = (
+        "trial",
+        "origin",
+        "top1, val",
+        "cost",
+        "weight bits",
+        "activation bits",
+        "",
+        "over uniform, points (95 %)",
+    )
+    cells = [
+        (
+            str(row["trial"]),
+            row["origin"],
+            row["score"],
+            f"{row['cost']:.4f}",
+            f"{row['weight_bits']:.1f}",
+            f"{row['activation_bits']:.1f}",
+            row["place"],
+            row["over_uniform"].replace(" at ", ", ", 1).replace("of trial", "the cost of trial"),
+        )
+        for row in front
+    ]
+    widths = [max(len(line[i]) for line in (heads, *cells)) for i in range(len(heads))]
+    right = (True, False, True, True, True, True, False, False)
+    text = "\n".join(
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
+        for line in (heads, *cells)
+    )
+    about = front[0]
+    return (
+        f"```text\n{text}\n```\n\n{about['trials']} trials in {about['run_s'] / 60:.0f} minutes, on a machine that was "
+        f"shared with other work. {measured(front)}"
+    )
+
+
+# Search
+
+
+def _points(study: str, arm: str) -> list[Row]:
+    kept = {"study": study, "minutes": 8.0, "epochs": 0.5, "arm": arm}
+    return [row for row in rows("search_quality.csv") if all(row[name] == value for name, value in kept.items())]
+
+
+@cache
+def budget(study: str, bits: int) -> float:
+    """Relative cost of the uniform config WxAx, whose first and last layer have 8 bits, as its row has it."""
+    ends, rung = (LayerPrecision.shorthand(f"w{b}a{b}") for b in (8, bits))
+    for row in rows("search_quality.csv"):
+        if row["study"] == study and {*configs.read(RESULTS)[row["config"]].values()} == {ends, rung}:
+            return float(row["cost"])
+    raise RowsError(f"search_quality.csv has no row of {study} at w{bits}a{bits}: its budget is not known")
+
+
+def _best(study: str, arm: str, cost: float) -> list[Row]:
+    """Of each seed the point of highest accuracy on val that costs no more."""
+    points = [row for row in _points(study, arm) if row["cost"] <= cost * (1 + 1e-9)]
+    seeds = sorted({row["seed"] for row in points})
+    return [max((row for row in points if row["seed"] == seed), key=lambda row: row["val"]) for seed in seeds]
+
+
+def _accuracies(best: Sequence[Row]) -> str:
+    if not best:
+        return "none trained"
+    return " / ".join(spread([100 * row[split] for row in best]) for split in ("val", "test"))
+
+
+def search() -> str:
+    """Full against uniform at three budgets of two networks."""
+
+    def lines() -> Iterator[list[str]]:
+        for study, name in NETWORKS.items():
+            for bits in BITS:
+                cost = budget(study, bits)
+                cells = [_best(study, "uniform", cost), _best(study, "full", cost), _best(study, "full", 0.8 * cost)]
+                yield [name, f"W{bits}A{bits}, {cost:.3f}", *map(_accuracies, cells)]
+
+    return markdown(("network", "budget", "uniform", "mpsearch within the budget", "within 0.8 of it"), lines())
+
+
+def search_short() -> str:
+    """The test accuracies of `search`, for README."""
+
+    def lines() -> Iterator[list[str]]:
+        for study, name in NETWORKS.items():
+            for bits in BITS:
+                cost = budget(study, bits)
+                both = (_best(study, arm, cost) for arm in ("uniform", "full"))
+                yield [name, f"W{bits}A{bits}", *(spread([100 * row["test"] for row in best]) for best in both)]
+
+    return markdown(("network", "budget: cost of", "uniform, test %", "mpsearch, test %"), lines())
+
+
+def search_arms() -> str:
+    """Test accuracy of every arm within the budgets."""
+
+    def line(arm: str) -> list[str]:
+        seeds = [len({row["seed"] for row in _points(study, arm)}) for study in NETWORKS]
+        best = [_best(study, arm, budget(study, bits)) for study in NETWORKS for bits in BITS]
+        means = [f"{statistics.fmean(100 * row['test'] for row in group):.2f}" if group else "" for group in best]
+        return ["mpsearch" if arm == "full" else arm, ", ".join(map(str, seeds)), *means]
+
+    budgets = [f"{name} W{bits}A{bits}" for name in NETWORKS.values() for bits in BITS]
+    return markdown(("arm", "seeds", *budgets), map(line, ARMS))
+
+
+def search_hypervolume() -> str:
+    """Hypervolume on test, from W2A2's cost to W8A8's, mean over seeds."""
+    from mpsearch.search.front import ScoreRange, share_dominated
+
+    def volume(study: str, arm: str) -> str:
+        points = _points(study, arm)
+        seeds = sorted({row["seed"] for row in points})
+        volumes = [
+            share_dominated(
+                [(row["test"], row["cost"]) for row in points if row["seed"] == seed],
+                budget(study, 2),
+                ScoreRange(0.0, 1.0),
+            )
+            for seed in seeds
+        ]
+        return spread(volumes, 3)
+
+    lines = ([*(["mpsearch"] if arm == "full" else [arm]), *(volume(study, arm) for study in NETWORKS)] for arm in ARMS)
+    return markdown(("arm", *NETWORKS.values()), lines)
+
+
+def search_time() -> str:
+    """Median seconds from trial to trial, and seconds until the cold search's final hypervolume on val."""
+
+    def of(study: str, arm: str) -> dict[int, list[Row]]:
+        some = [r for r in rows("search_quality-time.csv") if r["study"] == study and r["arm"] == arm]
+        return {seed: [r for r in some if r["seed"] == seed] for seed in sorted({r["seed"] for r in some})}
+
+    def cells(study: str, arm: str, goal: float) -> tuple[str, str]:
+        runs = of(study, arm)
+        times = [sorted({r["elapsed_s"] for r in run}) for run in runs.values()]
+        gaps = [statistics.median(b - a for a, b in pairwise(t)) for t in times if len(t) > 1]
+        there = [min((r["elapsed_s"] for r in run if r["hypervolume"] >= goal), default=None) for run in runs.values()]
+        reached = ", ".join("not reached" if t is None else f"{t:.0f}" for t in there)
+        return (f"{min(gaps):.0f} to {max(gaps):.0f}" if gaps else ""), reached
+
+    def line(arm: str) -> list[str]:
+        return [
+            "mpsearch" if arm == "full" else arm,
+            *(cell for study in NETWORKS for cell in cells(study, arm, goals[study])),
+        ]
+
+    goals = {
+        study: statistics.fmean(max(r["hypervolume"] for r in run) for run in of(study, "no warm start").values())
+        for study in NETWORKS
+    }
+    heads = [
+        head
+        for study, name in NETWORKS.items()
+        for head in (f"{name}: s from trial to trial", f"s to hypervolume {goals[study]:.3f} on val, by seed")
+    ]
+    return markdown(("arm", *heads), map(line, ARMS))
+
+
+# Methods
+
+
+def methods() -> str:
+    """What each method costs in accuracy, of the rows that there are."""
+    some = rows("methods.jsonl")
+    lines = [
+        (
+            f"`{row['row']}`",
+            *(f"{row[split] - row[f'float_{split}']:+.2f}" for split in ("val", "test")),
+            f"{row['epochs']:g}",
+            f"{row['minutes']:.1f}",
+            f"`python -m benchmarks methods --rows {row['row']}`",
+        )
+        for row in some
+    ]
+    table = markdown(("row", "val - float", "test - float", "epochs", "minutes", "command"), lines)
+    floats = f"Float: {some[0]['float_val']:.2f} / {some[0]['float_test']:.2f} % (val / test)."
+    return f"{table}\n\n{floats} {measured(some)}"
+
+
+# Exports
+
+
+def _exports() -> dict[tuple[str, str, str], Row]:
+    return {(row["target"], row["network"], row["config"]): row for row in rows("export_agreement.jsonl")}
+
+
+def _targets() -> list[str]:
+    return list(dict.fromkeys(row["target"] for row in rows("export_agreement.jsonl")))
+
+
+def exports() -> str:
+    """Same answers of every target, network and config."""
+    of = _exports()
+    cases = list(dict.fromkeys((row["network"], row["config"]) for row in rows("export_agreement.jsonl")))
+
+    def line(target: str) -> list[str]:
+        some = [of[target, *case] for case in cases if (target, *case) in of]
+        same = [str(of[target, *case]["same_answer"]) if (target, *case) in of else "-" for case in cases]
+        most = max(row["max_difference"] for row in some)
+        return [f"`{target}`", *same, f"{most:.1f}" if most else "0", _only(some, "version")]
+
+    head = ("`--to`", *(f"{network}, {config}" for network, config in cases), "largest difference of a logit", "with")
+    return f"{markdown(head, map(line, _targets()))}\n\n{measured(rows('export_agreement.jsonl'))}"
+
+
+def export_sizes() -> str:
+    """KiB of the mixed ResNet-20 and how many images are moved."""
+    of = _exports()
+    some = [of[target, "resnet20", "mixed"] for target in _targets() if (target, "resnet20", "mixed") in of]
+    lines = [
+        (
+            f"`{row['target']}`",
+            f"{row['bytes'] / 1024:.0f}",
+            f"{row['float_bytes'] / 1024:.0f}",
+            f"{100 * row['turned_over'] / row['images']:.1f} %",
+            f"{row['median_difference']:.1g}",
+            f"{row['max_preference']:.2f}",
+            f"{row['max_logit']:.0f}",
+        )
+        for row in some
+    ]
+    head = (
+        "`--to`",
+        "KiB",
+        "KiB in float32",
+        "images with a logit moved by 1e-3",
+        "median difference",
+        "preferred by",
+        "logits up to",
+    )
+    return markdown(head, lines)
+
+
+# Zoo
+
+
+def _zoo(family: str) -> tuple[dict[str, Row], dict[str, Row]]:
+    """The last row of each network of a family, of all stages but onnx, and of onnx."""
+    some = [row for row in rows("zoo-families.jsonl") if row["family"] == family]
+    return (
+        {row["network"]: row for row in some if "native" in row},
+        {row["network"]: row for row in some if "onnx" in row},
+    )
+
+
+def zoo() -> str:
+    """Networks of other people by family: how many pass."""
+
+    def line(family: str) -> list[str]:
+        stages, onnx = _zoo(family)
+        passed = sum(all(row.get(stage) == "ok" for stage in STAGES) for row in stages.values())
+        verified = sum(row["onnx"] == "ok" for row in onnx.values())
+        return [
+            family,
+            f"{passed} of {len(stages)}",
+            f"{verified} of {len(onnx)}",
+            f"`python -m benchmarks zoo --family {family}`",
+        ]
+
+    families = dict.fromkeys(row["family"] for row in rows("zoo-families.jsonl"))
+    head = ("family", "every stage", "onnxruntime answers alike, W8A8", "command")
+    return f"{markdown(head, map(line, families))}\n\n{measured(rows('zoo-families.jsonl'))}"
+
+
+def zoo_failures() -> str:
+    """What did not pass, with the reason."""
+    lines = [
+        (row["family"], f"`{row['network']}`", stage, " ".join(str(row[stage]).split())[:160])
+        for row in rows("zoo-families.jsonl")
+        for stage in (*STAGES, "onnx")
+        if row.get(stage, "ok") != "ok"
+    ]
+    return markdown(("family", "network", "stage", "what it says"), lines)
+
+
+# Cards, MHAQ, peers
+
+
+def gpu() -> str:
+    """Every check of the last run on a card."""
+    some = rows("gpu.jsonl")
+    lines = [
+        (
+            row["section"],
+            check["what"],
+            " ".join(str(check["figure"]).split())[:120],
+            check["goal"],
+            {True: "pass", False: "**fail**"}.get(check["passed"], ""),
+        )
+        for row in some
+        for check in row["checks"]
+    ]
+    card = f"On {_only(some, 'card')}, CUDA {_only(some, 'cuda_version')}."
+    return f"{markdown(('section', 'what', 'figure', 'goal', ''), lines)}\n\n{card} {measured(some)}"
+
+
+def mhaq() -> str:
+    """Targets and bits in use after training in MHAQ."""
+    row = rows("mhaq.jsonl")[-1]
+
+    def cells(layer: Mapping[str, Any]) -> list[str]:
+        single = layer["true_act"] is None  # the input stays as it is
+        return [
+            str(layer["weight_bit"]),
+            f"{layer['true_weight']:.3f}",
+            "float" if single else str(layer["act_bit"]),
+            "" if single else f"{layer['true_act']:.3f}",
+        ]
+
+    lines = [[name, *cells(layer)] for name, layer in row["layers"].items()]
+    head = ("layer", "weight target", "bits in use", "input target", "bits in use")
+    return (
+        f"{markdown(head, lines)}\n\n{row['steps_done']} steps of {row['batch']} images in {row['seconds']} s; top-1 "
+        f"{100 * row['test']['Accuracy_top1']:.1f} % of {row['images']} images (float {100 * row['float_val']:.1f} %); "
+        f"imported, {row['same_answers']} of {row['samples']} answers are the same, and logits differ by at most "
+        f"{row['max_difference']:.1e}. {measured([row])}"
+    )
+
+
+def peers() -> str:
+    """Other tools on the same ResNet-20, beside the best of ours within their BOPs."""
+    import torch
+
+    from benchmarks.peers import COLUMNS, beside, priced
+    from mpsearch.graph.layers import inspect_model
+    from mpsearch.study import TaskSpec
+    from mpsearch.task.models import build_model
+
+    study = "resnet20-cifar10-jpeg"
+    spec = TaskSpec.model_validate({"model": "cifar_resnet20", "data": {"kind": "digits"}})  # data are not read
+    layers = inspect_model(build_model(spec, 10).eval(), torch.rand(2, 3, 32, 32)).layers
+    ours = priced(RESULTS / "search_quality.csv", "full", study, layers)
+    return markdown(COLUMNS, beside(ours))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "digits-front": digits_front,
+    "search": search,
+    "search-short": search_short,
+    "search-arms": search_arms,
+    "search-hypervolume": search_hypervolume,
+    "search-time": search_time,
+    "methods": methods,
+    "exports": exports,
+    "export-sizes": export_sizes,
+    "zoo": zoo,
+    "zoo-failures": zoo_failures,
+    "gpu": gpu,
+    "mhaq": mhaq,
+    "peers": peers,
+}
