@@ -208,7 +208,7 @@ def _type(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(_type(part) for part in arguments if part is not type(None)))
     if origin in (tuple, list):
-        return f"list of {_type(arguments[0])}"
+        return f"list of {_type(arguments[0])}s".replace("texts", "text")
     if origin is dict or origin is Mapping:
         return "keys and values"
     if origin is not None and arguments:  # Annotated
@@ -362,7 +362,7 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "Precisions": ("From tensor to network.", ("Precision", "LayerPrecision", "PrecisionConfig")),
-    "Studies and hardware": ("", ("load_study", "run_study", "hardware_list", "hardware_show")),
+    "Studies and hardware": ("", ("load_study", "run_study", "hardware_list", "hardware_show", "measure")),
     "Scores, events, errors": ("", ("Metric", "Observer", "MpsearchError")),
 }
 RETURNED = {

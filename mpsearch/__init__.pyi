@@ -1,4 +1,4 @@
-from .api.hardware import hardware_list, hardware_show
+from .api.hardware import hardware_list, hardware_show, measure
 from .api.networks import debug, ptq, train
 from .api.results import dashboard, export_run, import_config, report
 from .api.runs import finalize, front, rank, resume, run, status, trust
@@ -44,6 +44,7 @@ __all__ = [
     "inspect_model",
     "load",
     "load_study",
+    "measure",
     "open_attention",
     "prepare",
     "prepare_for_training",

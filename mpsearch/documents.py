@@ -41,7 +41,7 @@ _RULES = [(f"tag:yaml.org,2002:{tag}", rule) for tag, rule in _PLAIN.items()]
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain scalars by the core schema, and stops at a level that nobody writes."""
+    """Reads plain scalars by the core schema, and stops where nesting is deeper than any person writes."""
 
     level = 0
 

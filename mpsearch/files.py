@@ -59,7 +59,7 @@ def replacing(path: str | Path, *, sync: bool = False) -> Iterator[Path]:
         try:
             mode = temporary.stat().st_mode
             yield temporary
-            temporary.chmod(mode)  # safetensors replaces the file by one that nobody else may read
+            temporary.chmod(mode)  # safetensors replaces the file by one that no other user may read
             if sync:
                 with temporary.open("rb+") as file:
                     os.fsync(file.fileno())

@@ -197,6 +197,7 @@ METRICS: Mapping[str, Metric] = {
         _share("map"),
         _share("map50"),
         _share("auroc"),
+        _share("within_50_cents", per_sample=True),
         _share("wer", direction="minimize", high=math.inf),
         _share("cer", direction="minimize", high=math.inf),
         Metric("psnr", unit="dB", format=".2f", per_sample=True),

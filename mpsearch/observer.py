@@ -64,4 +64,4 @@ class Observer:
 
 
 SILENT = Observer()
-"""The default: nobody is told."""
+"""The default: no observer."""

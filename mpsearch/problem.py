@@ -10,7 +10,7 @@ from typing import Any
 
 from mpsearch.cost.device import cycles_model, function_model, table_model
 from mpsearch.cost.model import CostModel, RelativeCost
-from mpsearch.errors import CostError, HardwareError, RunError, TaskError, WriteError
+from mpsearch.errors import CostError, HardwareError, MpsearchError, RunError, TaskError, WriteError
 from mpsearch.facts import ProblemFacts, cost_key, price_study, read_facts
 from mpsearch.files import write_text
 from mpsearch.graph.facts import LayerInfo
@@ -245,7 +245,13 @@ def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
             f"comparable:\n{changes}\nWrite the old values again, {new}"
         )
     require_trust(folder, spec)
-    problem = open_problem(spec)
+    try:
+        problem = open_problem(spec)
+    except MpsearchError as error:
+        copies = (folder.space_yaml, folder.hardware_yaml, folder.hardware_csv)
+        if any(str(path.absolute()) in str(error) for path in copies):  # nobody wrote it but us
+            raise RunError(f"{error}; restore the file from a copy, {new}") from None
+        raise
     was, now = folder.metric, problem.metric
     if (was.name, was.direction) != (now.name, now.direction):
         raise RunError(

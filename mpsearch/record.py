@@ -481,7 +481,7 @@ class RunFolder:
             self.trials_jsonl,
             record_from_json,
             lambda record: record.number,
-            f"restore the file from a copy, or delete this line and {self.front_json.name} to lose that trial alone",
+            f"restore the file from a copy, or delete this line and {self.front_json.name} (only that trial is lost)",
         )
         if len(records) < recorded:
             raise RunError(

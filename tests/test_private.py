@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from optuna.trial import create_trial
 from torch import nn
 
 import mpsearch
+from mpsearch.private import ray_watchdog
 from mpsearch.private.optuna import generation_key, storage_of, study_id, trial_id
 from mpsearch.private.optuna_dashboard import replace_trial_note
 from mpsearch.private.ray import TUNE_HERE, files_in, handler_of_sigterm_kept, mute_workers, session_of_client
@@ -32,6 +38,36 @@ from mpsearch.private.torch import (
     tree_map_only,
     without_compiled_prefix,
 )
+
+SLEEP = "import sys, time; print(flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_ray_watchdog_ends_what_a_killed_driver_left_and_nothing_that_is_younger(tmp_path: Path, killed: bool):
+    def start(*arguments: object) -> subprocess.Popen[bytes]:
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    (tmp_path / "driver.json").write_text(json.dumps({"pid": os.getpid()}))
+    processes = [start("-c", SLEEP, tmp_path), start("-c", SLEEP, tmp_path.with_name("another"))]
+    watchdog = start(ray_watchdog.__file__, tmp_path, 3)
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()
+        assert watchdog.stdin is not None
+        if not killed:
+            watchdog.stdin.write(b"in good order")
+        watchdog.stdin.close()
+        time.sleep(1.0)
+        processes.append(start("-c", SLEEP, tmp_path))  # of the next driver of the run
+        assert watchdog.wait(60) == 0
+        assert [process.poll() for process in processes] == [-signal.SIGKILL if killed else None, None, None]
+        assert tmp_path.exists() != killed
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def test_optuna_nsga2_takes_its_parents_from_trials_with_the_generation_key():

@@ -1,10 +1,19 @@
-"""Hardware: the profiles that there are."""
+"""Hardware: the profiles that there are, and measuring one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mpsearch.api.studies import read_study
+from mpsearch.observer import SILENT, Observer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mpsearch.study import StudySpec
 
 
 @dataclass(frozen=True)
@@ -63,3 +72,76 @@ def hardware_show(hardware: str | Path) -> Hardware:
         lines = table_path(path, profile).read_text(encoding="utf-8").splitlines()
         rows = max(0, sum(bool(line) and not line.startswith("#") for line in lines) - 1)
     return Hardware(path.stem, profile.about, profile.source, path.read_text(encoding="utf-8"), rows)
+
+
+@dataclass(frozen=True)
+class MeasuredTable:
+    """A table that was measured.
+
+    Attributes:
+        path: the CSV; a profile of its name, ending in .yaml, is beside it.
+        header: what it was measured on, in words.
+        rows: columns op, in_shape, out_shape, kernel, stride, groups, fused_with, weight, activation, median_us, mad_us
+            and n (rounds).
+        checks: columns network (float, w8a8, mixed), whole_us, sum_us (of its rows), error (of the sum, as a share) and
+            reason (why it was not compared).
+        left_out: layers for which the runtime has no kernels here.
+    """
+
+    path: Path
+    header: dict[str, str]
+    rows: pd.DataFrame
+    checks: pd.DataFrame
+    left_out: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What `mpsearch measure --json` prints."""
+        checks = self.checks.astype(object).where(self.checks.notna(), None)
+        return {
+            "path": str(self.path),
+            "header": self.header,
+            "rows": self.rows.to_dict("records"),
+            "checks": checks.to_dict("records"),
+            "left_out": list(self.left_out),
+        }
+
+
+def measure(
+    study: str | Path | StudySpec,
+    runtime: str = "onnxruntime",
+    out: str | Path = "table.csv",
+    threads: int = 1,
+    set: Sequence[str] = (),
+    observer: Observer = SILENT,
+) -> MeasuredTable:
+    """Measure what each layer of a study's network takes on this machine, at each pair that a runtime has kernels for.
+
+    The sum of the rows is then compared with the whole network. Called again, it goes on where it was.
+
+    Args:
+        study: a shipped study by name, the path of a study file, or a StudySpec.
+        runtime: onnxruntime (float, W8A8) or torch (float, bfloat16).
+        out: the table to write, CSV; a profile is written beside it, for `hardware: PATH` and `cost.model: table`.
+        threads: that the runtime may use.
+        set: `key.path=value` to override values of the study file.
+        observer: told of every row as of a stage.
+
+    Raises:
+        MpsearchError: the study cannot be used, no such runtime, or the table is of another machine.
+    """
+    spec = read_study(study, set)
+    import pandas as pd
+
+    from mpsearch.hardware.table import COLUMNS
+    from mpsearch.measure.measure import measure_study
+
+    measured = measure_study(spec, runtime, Path(out), threads, observer)
+    rows = [(*key, *pair, row.median_us, row.mad_us, row.n) for (key, pair), row in measured.table.rows.items()]
+    checks = [(c.name, c.whole_us, c.sum_us, c.error, c.reason) for c in measured.checks]
+    return MeasuredTable(
+        Path(out),
+        dict(measured.table.header),
+        pd.DataFrame(rows, columns=list(COLUMNS)),
+        pd.DataFrame(checks, columns=["network", "whole_us", "sum_us", "error", "reason"]),
+        measured.left_out,
+    )

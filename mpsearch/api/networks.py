@@ -226,14 +226,14 @@ def train(
     set: Sequence[str] = (),
     observer: Observer = SILENT,
 ) -> TrainScores:
-    """Train one config, the study's fixed layers aside, and score val and test: no search.
+    """Train one config without a search and score val and test; layers that the space fixes keep their precision.
 
     Args:
         study: a shipped study by name, the path of a study file, or a StudySpec.
         target: w4a4, 'apot:4 x uniform:4' (weight x activation), or the path of a precision config.
         method: qat (any quantizer, arXiv 2106.08295) or gdnsq (learned bit-widths, uniform only).
         epochs: passes over the training data.
-        seed: of the batches and of whatever is random.
+        seed: of the batches and of everything else that is random.
         recipe: mhaq, for gdnsq as its authors' library trains, in some thousands of steps (default: ours, for a few
             epochs).
         out: folder for a native export, which must not exist (default: none is written).

@@ -101,7 +101,7 @@ def dashboard(
         run: a run folder, which may be driven by another process, or the URL of an Optuna storage.
         host: address to listen on; one that is reached from beyond this machine needs a token.
         port: port to listen on; 0 for any that is free.
-        token: what visitors must give (default: none is asked for, and only this machine can visit).
+        token: access token that a browser has to send (default: none; then only this machine has access).
         open: open it in the browser.
 
     Raises:

@@ -50,7 +50,8 @@ Set = Annotated[
 Trust = Annotated[
     bool,
     typer.Option(
-        "--trust", help="Import and run what the study of a run names that was made elsewhere; read that code first."
+        "--trust",
+        help="Import the code that the study of a run names, though the run was made elsewhere; read it first.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]

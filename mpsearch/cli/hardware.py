@@ -1,14 +1,18 @@
-"""Commands about hardware profiles: hardware list, hardware show."""
+"""Commands about hardware: measure, hardware list, hardware show."""
 
 from __future__ import annotations
 
+import math
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mpsearch import api
-from mpsearch.cli.base import Json, app
+from mpsearch.cli.base import Json, Set, Study, app
 from mpsearch.cli.printing import make_console, make_table, print_json, print_lines
+from mpsearch.observer import Observer
 
 hardware = typer.Typer(no_args_is_help=True, help="Hardware profiles: which pairs of precisions a device runs.")
 app.add_typer(hardware, name="hardware")
@@ -33,3 +37,55 @@ def show(
 ) -> None:
     """Print a hardware profile, with the source of its numbers."""
     print_lines([api.hardware.hardware_show(hardware).text.rstrip()])
+
+
+@app.command()
+def measure(
+    study: Study,
+    runtime: Annotated[
+        str,
+        typer.Option("--runtime", help="Runtime: onnxruntime (float, W8A8) or torch (float, bfloat16)."),
+    ] = "onnxruntime",
+    out: Annotated[Path, typer.Option("-o", "--out", help="CSV to write; a profile is written beside it.")] = Path(
+        "table.csv"
+    ),
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Number of threads of the runtime.")] = 1,
+    set_: Set = None,
+    json_: Json = False,
+) -> None:
+    """Measure what each layer takes on this machine, at each pair that a runtime has kernels for, and check the sum."""
+
+    class Told(Observer):
+        def on_stage(self, stage: str, done: int, of: int) -> None:
+            print(f"[{done}/{of}] {stage}", file=sys.stderr, flush=True)
+
+    measured = api.hardware.measure(study, runtime, out, threads, set_ or (), Told())
+    if json_:
+        print_json(measured.to_json())
+        return
+    table = make_table("layer", "shapes", "kernel", "pair", ">median, us", ">MAD, us", ">rounds")
+    for row in measured.rows.to_dict("records"):
+        groups = f", {row['groups']} groups" if row["groups"] not in ("", "1") else ""
+        kernel = f"{row['kernel']} / {row['stride']}{groups}"
+        table.add_row(
+            row["op"] + (" + " + row["fused_with"] if row["fused_with"] else ""),
+            f"{row['in_shape']} to {row['out_shape']}" if row["in_shape"] else "",
+            kernel if row["kernel"] else "",
+            f"{row['weight']} x {row['activation']}",
+            f"{row['median_us']:.4g}",
+            f"{row['mad_us']:.2g}",
+            str(row["n"]),
+        )
+    console = make_console()
+    console.print(table)
+    lines = [f"No kernels here: {', '.join(measured.left_out)}."] if measured.left_out else []
+    for check in measured.checks.to_dict("records"):
+        if check["error"] is None or math.isnan(check["error"]):
+            lines.append(f"{check['network']}: not compared, as {check['reason']}")
+        else:
+            lines.append(
+                f"{check['network']}: the whole network takes {check['whole_us']:.4g} us, the sum of its rows is "
+                f"{check['sum_us']:.4g} us ({check['error']:+.1%})"
+            )
+    profile = measured.path.with_suffix(".yaml")
+    print_lines([*lines, f"written to {measured.path}; use it by `hardware: {profile}`"], console)

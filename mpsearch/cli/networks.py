@@ -69,20 +69,22 @@ def train(
         str, typer.Option("--method", help="Training method: qat, or gdnsq (learned bit-widths, uniform only).")
     ] = "qat",
     epochs: Annotated[float, typer.Option("--epochs", min=0.01, help="Passes over the training data.")] = 5.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the batches and of whatever is random.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Seed of the batches and of everything else that is random.")
+    ] = 0,
     recipe: Annotated[
         str | None,
         typer.Option(
             "--recipe",
-            help="Recipe of a library: mhaq, for gdnsq as its authors train, in some thousands of steps (default: "
-            "ours, for a few epochs).",
+            help="Training recipe: mhaq, that of GDNSQ's authors, which takes some thousands of steps (default: ours, "
+            "which takes a few epochs).",
         ),
     ] = None,
     out: Out = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
-    """Train one config, the study's fixed layers aside, and score val and test: no search."""
+    """Train one config without a search and score val and test; layers that the space fixes keep their precision."""
     name = f"{method} {target}" if recipe is None else f"{method} {target}, {recipe}'s recipe"
     with training_progress(name) as progress:
         result = api.networks.train(study, target, method, epochs, seed, recipe, out, set_ or (), progress)

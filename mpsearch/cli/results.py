@@ -18,7 +18,7 @@ from mpsearch.observer import Observer
 def report(
     run: Run,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Write it again after every trial, until the run is over.")
+        bool, typer.Option("--watch", help="Write the report again after every trial, until the run is over.")
     ] = False,
 ) -> None:
     """Write `report.html` in the run folder: one file that opens without a network."""
@@ -44,12 +44,12 @@ def dashboard(
         typer.Option(
             "--token",
             envvar="MPSEARCH_DASHBOARD_TOKEN",
-            help="Secret that visitors must give (default: none, only this machine can visit).",
+            help="Access token that a browser has to send (default: none; then only this machine has access).",
         ),
     ] = None,
     token_file: Annotated[
         Path | None,
-        typer.Option("--token-file", help="File whose first line is that secret (default: none is read)."),
+        typer.Option("--token-file", help="File whose first line is the access token (default: none is read)."),
     ] = None,
     open_: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = True,
 ) -> None:
@@ -89,7 +89,7 @@ def export(
         bool, typer.Option("--allow-lossy", help="Convert what the format cannot hold, and list it.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Run it in its own runtime and compare its answers.")
+        bool, typer.Option("--verify/--no-verify", help="Run the export in its own runtime and compare its answers.")
     ] = True,
     trust: Trust = False,
 ) -> None:

@@ -54,8 +54,8 @@ def resume(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Value for one key of the run's study that says where files are or how much is searched, as "
-            "task.data.root=/new/place; may be repeated, and is kept (default: the run's values).",
+            help="Value for one key of the run's study, as task.data.root=/new/place; only keys that say where files "
+            "are or how much is searched; may be repeated, and is kept (default: the run's values).",
         ),
     ] = None,
     trust: Trust = False,
@@ -127,7 +127,9 @@ def rank(
     ] = 3,
     against: Annotated[
         Literal["trial", "final"],
-        typer.Option("--against", help="What is to be foretold: the score after a trial, or on test after finalize."),
+        typer.Option(
+            "--against", help="What a proxy should predict: the score after a trial, or the test score after finalize."
+        ),
     ] = "trial",
     trust: Trust = False,
     json_: Json = False,

@@ -126,7 +126,7 @@ def _uniform(bits: Any, granularity: Any) -> Precision:
 
 
 def complete(config: PrecisionConfig, layers: list[str]) -> PrecisionConfig:
-    """The config with the layers that it says nothing of as float, in the order of `layers`.
+    """The config with the layers that it does not name as float, in the order of `layers`.
 
     Raises:
         ExportError: it names a layer that is none of these.

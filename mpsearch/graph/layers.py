@@ -271,7 +271,7 @@ def _dead(layers: Sequence[LayerInfo], seen: Observation, samples: int) -> Itera
 
 
 def _with_groups(layers: list[LayerInfo], model: nn.Module, seen: Observation) -> tuple[LayerInfo, ...]:
-    """The layers with the groups of those that can be quantized; the others stay float and bind nobody."""
+    """The layers with the groups of those that can be quantized; the others stay float and tie no other layer."""
     modules = dict(model.named_modules())
     free = [layer for layer in layers if layer.reason is None]
     by_input = connected([seen.usages[layer.name].inputs for layer in free])

@@ -7,7 +7,7 @@ and every operation that torch can count is credited to exactly one place:
 1. the innermost running layer, whatever it computes;
 2. else the module whose matrix is multiplied (not the one whose bias is added): functional code that takes
    `layer.weight`, as it is, transposed or copied, without calling the layer;
-3. else nobody's: an operation between activations, as in attention.
+3. else no module's: an operation between activations, as in attention.
 """
 
 from __future__ import annotations

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from mpsearch.private import ray_watchdog
 
 TUNE_HERE: dict[str, Any] = {"_remote": False}
 """For `tune.run`: with ray:// too, the controller runs in this process, where the run folder is."""
@@ -23,6 +27,23 @@ def files_in(folder: Path) -> dict[str, Any]:
 def mute_workers(ray: Any) -> None:
     """Do not print what the workers of a cluster print, their deaths too: we report those."""
     ray._private.worker._worker_logs_enabled = False
+
+
+@contextlib.contextmanager
+def watched(folder: Path) -> Iterator[None]:
+    """For the time of the block a watchdog sees that the cluster in `folder` ends with this process, even if killed."""
+    watchdog = subprocess.Popen(
+        [sys.executable, ray_watchdog.__file__, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C, and whoever ends the driver's process group, must not end it first
+    )
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it was killed
+            watchdog.communicate(b"in good order")
 
 
 @contextlib.contextmanager

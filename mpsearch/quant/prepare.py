@@ -195,8 +195,8 @@ def check_names(config: Mapping[str, Any], layers: Mapping[str, Any]) -> None:
     missing = [name for name in layers if name not in config]
     if missing:
         raise PrecisionError(
-            f"the config says nothing of {len(missing)} of the model's {len(layers)} layers, '{missing[0]}' first: "
-            "give each layer a precision, float:32 to leave it alone"
+            f"the config has no precision for {len(missing)} of the model's {len(layers)} layers, '{missing[0]}' "
+            "first: give each layer a precision, float:32 to leave it alone"
         )
 
 

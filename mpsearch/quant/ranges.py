@@ -53,7 +53,7 @@ def weight_step(rows: Tensor, precision: Precision) -> Tensor:
     if not rows.any():
         return unit_step(precision, signed=True).to(rows).expand(channels).clone()
     if not (alive := rows.any(dim=1)).all() and precision.granularity != "tensor":
-        # A channel of zeros says nothing of its range: if training revives it, it will be like the others.
+        # A channel of zeros has no range of its own: if training revives it, it will be like the others.
         steps = weight_step(rows[alive], precision)
         return steps.new_full((channels,), float(steps.median())).masked_scatter(alive, steps)
     if precision.granularity == "tensor":

@@ -1,8 +1,8 @@
 """The Optuna dashboard of a run: its study with notes, our figures and artifacts, kept current while the run goes on.
 
 The study is the view that the search writes (`search/view.py`); here it gets what only a spectator needs: a note, the
-figures that `dashboards/layout.yaml` puts on the dashboard, and a note for each trial. optuna-dashboard asks nobody who
-they are and lets them delete studies, so beyond this machine it is only served behind a token.
+figures that `dashboards/layout.yaml` puts on the dashboard, and a note for each trial. optuna-dashboard has no login
+and lets anybody delete studies, so beyond this machine it is only served behind a token.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ def _kept_current(folder: RunFolder, facts: ProblemFacts) -> Iterator[optuna.Stu
     """The study of a run, prepared, and followed in the background for the time of the block."""
     view = _view(folder, facts)
     prepared = Prepared(view.study, folder, facts)
-    catch_up = facts.spec.storage == "none"  # nobody else writes to a study in memory
+    catch_up = facts.spec.storage == "none"  # no other process writes to a study in memory
     prepared.refresh()
     ended = threading.Event()
 

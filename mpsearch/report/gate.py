@@ -1,4 +1,4 @@
-"""Who may see a web application that asks nobody: a token, or this machine alone; and a small server for it."""
+"""Access to a web application that has no login of its own: by a token, or from this machine alone; and its server."""
 
 from __future__ import annotations
 

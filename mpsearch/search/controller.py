@@ -105,7 +105,7 @@ _GENERATION = {generation_key(): 0}
 
 
 class _Breed:
-    """How NSGA-II makes a child: `Children` of two parents that win against another one each."""
+    """How NSGA-II makes a child: `Children` of two parents, each the winner of a tournament of two."""
 
     def __init__(self, space: SearchSpace, seed: int) -> None:
         self._children = Children(space, seed)

@@ -28,7 +28,14 @@ from typing import Any
 from mpsearch.errors import MpsearchError, RunError, WriteError
 from mpsearch.files import no_room
 from mpsearch.observer import SILENT, Observer
-from mpsearch.private.ray import TUNE_HERE, files_in, handler_of_sigterm_kept, mute_workers, session_of_client
+from mpsearch.private.ray import (
+    TUNE_HERE,
+    files_in,
+    handler_of_sigterm_kept,
+    mute_workers,
+    session_of_client,
+    watched,
+)
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, alive, this_process
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.view import OptunaView
@@ -86,7 +93,7 @@ def attempt(runner: Runner, proposal: Proposal) -> TrialRecord:
     started_s, clock = time.time(), time.perf_counter()
     try:
         return runner(proposal)
-    except WriteError:  # says nothing of the config: the run ends, and a resumed one tries it again
+    except WriteError:  # not the fault of the config: the run ends, and a resumed one tries it again
         raise
     except Exception as error:  # of any kind: a failed trial is a result, and the search goes on
         if no_room(error):  # of the task's own files, or of a compiler's
@@ -287,7 +294,7 @@ _OWNER = "driver.json"
 
 @contextlib.contextmanager
 def _tune_folder(folder: RunFolder) -> Iterator[Path]:
-    """Where Tune keeps what nobody reads: beside the run, because the nodes of a cluster must all see it."""
+    """Where Tune keeps files of its own: beside the run, because all nodes of a cluster must see them."""
     path = folder.path.resolve() / "ray"
     shutil.rmtree(path, ignore_errors=True)  # of a driver that was killed
     try:
@@ -310,6 +317,7 @@ def _ray(address: str, folder: RunFolder) -> Iterator[Any]:
     mute_workers(ray)
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     temporary = None
+    watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if address == "local":
         # Short, because sockets live there; the run's own, so that what a killed driver left is found and removed.
         temporary = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), f"mpsearch-{folder.id}")
@@ -317,26 +325,28 @@ def _ray(address: str, folder: RunFolder) -> Iterator[Any]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(mode=0o700)
         (temporary / _OWNER).write_text(json.dumps(this_process()), encoding="utf-8")
+        watch = watched(temporary)
         options |= {"include_dashboard": False, **files_in(temporary), "object_store_memory": 2**27}
         # A cluster listens on the network: it gets a secret of its own, and so needs no home to keep one in.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    try:
+    with watch:
         try:
-            _knock(address)
-            with handler_of_sigterm_kept():
-                ray.init(**options)
-        except Exception as error:  # Ray has many
-            doing = "start Ray" if address == "local" else f"reach a Ray cluster at '{address}'"
-            raise RunError(
-                f"cannot {doing} ({explain(error)}): check engine.address, or run the trials in this process with "
-                "`--set engine.address=none`"
-            ) from None
-        with session_of_client(ray):
-            yield ray
-    finally:
-        ray.shutdown()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                _knock(address)
+                with handler_of_sigterm_kept():
+                    ray.init(**options)
+            except Exception as error:  # Ray has many
+                doing = "start Ray" if address == "local" else f"reach a Ray cluster at '{address}'"
+                raise RunError(
+                    f"cannot {doing} ({explain(error)}): check engine.address, or run the trials in this process with "
+                    "`--set engine.address=none`"
+                ) from None
+            with session_of_client(ray):
+                yield ray
+        finally:
+            ray.shutdown()
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_leftovers(place: Path) -> None:

@@ -52,7 +52,7 @@ class FrontWeights:
         known = {trial.number: trial for trial in (*others, record)}
         self.front = pareto_front(list(known.values()), self._metric)
         for number in known.keys() - {trial.number for trial in (*self.front.trials, *self.front.ladder)}:
-            if known[number].origin != "import":  # nobody here could train it again
+            if known[number].origin != "import":  # it cannot be trained again here
                 checkpoint_path(self._folder, number).unlink(missing_ok=True)
 
     def _take_over(self, record: TrialRecord) -> None:

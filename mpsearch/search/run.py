@@ -223,7 +223,7 @@ def trial_runner(spec: StudySpec, checkpoints: str) -> Callable[[Proposal], Tria
 
 
 def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -> TrialRecord:
-    """Run a config that nobody proposed as a trial of a run, and put it on the record; known configs are not run again.
+    """Run a config that the search did not propose as a trial of a run, and record it; a known one is not run again.
 
     Raises:
         MpsearchError: the run is being driven by another process, or the config does not fit the network.
@@ -290,7 +290,7 @@ def _same_weights(path: Path, tensors: Mapping[str, Tensor]) -> bool:
 def _put_on_record(
     problem: Problem, folder: RunFolder, records: Sequence[TrialRecord], record: TrialRecord, workbench: Workbench
 ) -> TrialRecord:
-    """Give a trial that nobody proposed the next number, and put it and its weights into the run, which is driven."""
+    """Give a trial that the search did not propose the next number; put it and its weights into the driven run."""
     number = max((r.number for r in records), default=-1) + 1
     record = replace(record, number=number, costs=problem.priced(record.config))
     make_folder(folder.checkpoints)

@@ -56,7 +56,8 @@ def run_trial(
     A sample of it is scored at the start and, where `thresholds` ask for it, halfway.
 
     At the start BatchNorm's statistics are estimated anew, unless the network is `near` the float one. The better of
-    start and end is what counts and what the workbench's model is left at: at many bits a brief fine-tune can do harm.
+    start and end is what counts and what the workbench's model is left at: at many bits a brief fine-tune can lower the
+    score.
     A config that answers as the float network does (`settled`) is not trained at all. `Comparison` says what is near
     and settled; where outputs are not compared, every trial trains from the statistics that there are.
 

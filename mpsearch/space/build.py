@@ -48,7 +48,7 @@ def build_space(
     pairs = {} if hardware is None else _pairs(spec, hardware, free, choices, priced)
     ties = [*spec.tied, *([] if hardware is None else hardware.ties(free))]
     slots = [slot for tensor in TENSORS for slot in _slots(tensor, spec.name, ties, free, choices)]
-    notes = tuple(note for slot in slots if (note := _forced(slot, choices, ties)))
+    notes = tuple(note for slot in slots if (note := _forced(slot, choices, spec.tied, ties)))
     if pairs:
         slots, pairs = _consistent(spec.name, slots, pairs)
     position = {layer.name: index for index, layer in enumerate(free)}
@@ -231,7 +231,9 @@ def _slots(
         yield Slot(tensor, tuple(names), tuple(sorted(common - doubled, key=precision_order)))
 
 
-def _forced(slot: Slot, choices: _ChoicesOf, ties: Sequence[Sequence[str]]) -> str:
+def _forced(
+    slot: Slot, choices: _ChoicesOf, ties: Sequence[Sequence[str]], of_hardware: Sequence[Sequence[str]]
+) -> str:
     """In words, what layers lose of their own choices by having to agree with others; empty if nothing."""
     options = {name: choices[name, slot.tensor] for name in slot.layers}
     common = set.intersection(*map(set, options.values()))
@@ -240,13 +242,14 @@ def _forced(slot: Slot, choices: _ChoicesOf, ties: Sequence[Sequence[str]]) -> s
         return ""
     least = min(options, key=lambda name: len(options[name]))
     tied = any(matches(least, tie) for tie in ties)
+    by_hardware = not tied and any(matches(least, tie) for tie in of_hardware)
     same = "the same weight" if slot.tensor == "weight" else "the same input tensor"
-    why = "tied, by the space or the hardware" if tied else same
+    why = "`tied`" if tied else "tied by the hardware" if by_hardware else same
     of_their_own = listing(f"'{name}' ({_count(options[name])})" for name in losing)
     return (
         f"{len(options)} layers must share one {slot.tensor} precision ({why}) and have {_count(slot.choices)} left, "
         f"as '{least}' has {_count(options[least])}; by the rules alone there is more for {of_their_own}: "
-        f"give '{least}' more choices" + (", or take it out of the tie" if tied else "")
+        f"give '{least}' more choices" + (", or take it out of `tied`" if tied else "")
     )
 
 

@@ -379,7 +379,7 @@ class SearchSpace:
                 raise SpaceError(f"space '{self.name}' has no layer '{layer}': {near(layer, self.layers)}")
         for layer in self.layers:
             if layer not in config:
-                raise SpaceError(f"the config says nothing of layer '{layer}': give all {len(self.layers)} layers")
+                raise SpaceError(f"the config has no precision for layer '{layer}': give all {len(self.layers)} layers")
         values = []
         for slot in self.slots:
             precisions = [getattr(config[layer], slot.tensor) for layer in slot.layers]

@@ -65,7 +65,7 @@ class ClassificationTask:
                 "or give as many"
             )
         if self._top is not None and self._top >= images.num_classes:
-            raise TaskError(f"task.metric: top5 of {images.num_classes} classes says nothing: write top1")
+            raise TaskError(f"task.metric: top5 of {images.num_classes} classes is always 100 %: write top1")
         with _seeded(FLOAT_SEED):
             channels, *size = images.input_shape
             needs = Needs("classification", self._classes, channels, (size[0], size[1]))

@@ -49,7 +49,7 @@ class Comparison:
         divergence: of rows from the float network's, a scalar; 0 where they are the same.
         unit: of a divergence.
         classes: whether a row is the logits of one decision, so that an answer is the largest of it.
-        settled: divergence below which brief training only does harm.
+        settled: divergence below which brief training only makes a network worse.
         near: divergence below which BatchNorm's own statistics are better than estimates of them.
     """
 
@@ -91,7 +91,7 @@ def comparison(name: str, kind: str | None, pick: Callable[[Any], Any] | None = 
 
 
 SETTLED = 0.01
-"""Nats from the float network's answers below which brief training only does harm.
+"""Nats from the float network's answers below which brief training only makes a network worse.
 
 A ResNet-20 at W8A8 and W7A7 starts at 0.002 and 0.006; 100 steps of distillation take W8A8 to 0.02.
 """

