@@ -76,7 +76,7 @@ def descended(
     if not (folder / "descent.json").exists():
         say(f"seed {seed}")
         torch.manual_seed(seed)
-        workbench = Workbench(problem.task, problem.spec.trial.model_copy(update={"steps": steps}))
+        workbench = Workbench(problem.task, problem.spec.trial.of_one_length(steps))
         descend(workbench, problem.space, problem.cost, list(budgets), steps, seed, spread=spread).save(folder)
     return Descent.load(folder)
 

@@ -75,7 +75,7 @@ class Progress(Observer):
 
 
 def show(name: str, front: Front) -> None:
-    """The front, and the rungs of the uniform ladder, by rising cost."""
+    """The front, and the uniform ladder, by rising cost."""
     metric = front.pareto.metric
     ended = front.trials
     complete = int((ended.state == "complete").sum())

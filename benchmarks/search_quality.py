@@ -13,7 +13,7 @@ W8A8): what is cheaper counts as if it cost that, or one trial at the very cheap
 IGD+ is against the front of all arms' points together: 0 is best.
 
 A final training that another run in `--work` did already, of the same config from the same bytes of weights, is not
-done twice: arms that share the ladder and a seed share its rungs.
+done twice: arms that share the ladder and a seed share its points.
 """
 
 from __future__ import annotations
@@ -52,13 +52,18 @@ from mpsearch.task.cache import content_key
 WARM = ["warm_start.method=gdnsq"]
 COLD = ["warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0"]
 
+RUNGS = "trial.rungs=[60, 150, 400]"
+
 UNIFORM = {"resnet20-cifar10-jpeg": "resnet_uniform", "mobilenetv2-cifar10-jpeg": "uniform"}
 """The space without other quantizer types, by study."""
 
 ARMS: dict[str, list[str]] = {
     "full": WARM,
     "no warm start": COLD,
-    "no weight reuse": [*WARM, "warm_start.reuse_weights=false"],
+    "rungs": [*WARM, RUNGS],
+    "rungs without prescreen": [*WARM, RUNGS, "search.prescreen=0"],
+    "rungs with additive sampler": [*WARM, RUNGS, "search.sampler=additive"],
+    "additive sampler": [*WARM, "search.sampler=additive"],
     "no prescreen": [*WARM, "search.prescreen=0"],
     "no surrogate": [*WARM, "search.sampler=nsga2"],
     "no stopping": [*WARM, "search.stop_dominated=false"],
@@ -66,23 +71,17 @@ ARMS: dict[str, list[str]] = {
     "random": [*COLD, "search.sampler=random"],
     "tpe": [*COLD, "search.sampler=tpe"],
     "ilp ladder": [*COLD, "warm_start.ilp=true", "search.prescreen=0", "search.sampler=none"],
-    # The fair baseline: every global combination, from the weights of a descent in which all tensors move alike.
+    # The fair baseline: every global combination.
     "uniform": [
-        *WARM,
+        *COLD,
         "space=UNIFORM",
-        "warm_start.spread=0",
-        "warm_start.neighbours=0",
-        "warm_start.ilp=false",
         "warm_start.combinations=4",
         "search.prescreen=0",
         "search.sampler=none",
     ],
     # As `uniform`, with global combinations of all types: shift:3 x uniform:4 everywhere, and so on.
     "global types": [
-        *WARM,
-        "warm_start.spread=0",
-        "warm_start.neighbours=0",
-        "warm_start.ilp=false",
+        *COLD,
         "warm_start.combinations=12",
         "search.prescreen=0",
         "search.sampler=none",

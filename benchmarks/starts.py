@@ -26,7 +26,7 @@ from mpsearch.record import RunFolder
 from mpsearch.search.trial import run_trial
 from mpsearch.study import read_spec
 from mpsearch.warmstart.descent import Descent
-from mpsearch.warmstart.start import StartWeights, rounded, sensitivity_table
+from mpsearch.warmstart.start import rounded, sensitivity_table
 from mpsearch.workbench import Workbench
 
 SHOWN = {
@@ -51,7 +51,6 @@ def starts(
     table = sensitivity_table("kl", problem.task, problem.graph, problem.space, folder.warmstart)
     near = rounded(Descent.load(folder.warmstart), budget, problem.space, problem.cost, 4, table)
     picked = moved(problem, near, budget, configs)
-    weights = StartWeights(folder.warmstart).at(budget)
     workbench = Workbench(problem.task, problem.spec.trial, offers=problem.space.offers)
     rows = Rows(results, key=("run", "budget", "digest", "repeat", *MEASURED))
     cases = [
@@ -62,7 +61,7 @@ def starts(
     for case in rows.missing(cases):
         config = picked[case["config"]]
         began = time.perf_counter()
-        record = run_trial(problem.task, config, problem.spec.trial, weights, workbench=workbench)
+        record = run_trial(problem.task, config, problem.spec.trial, workbench=workbench)
         row = {
             "cost": problem.cost(config),
             "kl": table.total(config),

@@ -20,7 +20,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +55,7 @@ Record = TypeVar("Record")
 class WallTime:
     """Where a trial's wall time went, in seconds."""
 
-    prepare_s: float = 0.0  # setting precisions, loading start weights, range setting
+    prepare_s: float = 0.0  # setting precisions, range setting
     train_s: float = 0.0
     evaluate_s: float = 0.0  # BatchNorm re-estimation and scoring
 
@@ -66,12 +66,26 @@ class WallTime:
 
 
 @dataclass(frozen=True, slots=True)
+class RungScore:
+    """What a config was worth at the end of one rung."""
+
+    steps: int  # of training in all, since the float network; 0: it was not trained, being as good as float
+    score: float | None  # None: the rung failed
+    divergence: float | None = None
+    wall_s: float = 0.0
+    ended_s: float = 0.0  # seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
 class TrialRecord:
     """One config and what became of it: everything that is known of a trial once it has ended.
 
     `score` is the task's metric on the validation split, in the metric's own unit (`RunFolder.metric` says which).
     `cost` is relative to the study's reference config. A failed trial has neither and gives its `reason`; a stopped one
     has the score at which it was stopped, and no more than that.
+
+    Where trials train by rungs, `rungs` has what it was worth after each, and `score`, `divergence` and `values` are of
+    the longest that did not fail.
     """
 
     config: PrecisionConfig  # layer name -> text form, as "uniform:4/channel x uniform:8/tensor"
@@ -92,6 +106,35 @@ class TrialRecord:
     started_s: float = 0.0  # seconds since the epoch
     peak_memory_bytes: int = 0  # of the process that ran it, so far
     costs: Mapping[str, float] = field(default_factory=dict, hash=False)  # of every cost model, each in its unit
+    rungs: tuple[RungScore, ...] = ()  # steps, score, divergence, wall_s, ended_s of each; none where one length is all
+
+    @property
+    def steps(self) -> int:
+        """Training steps behind the score."""
+        done = [rung.steps for rung in self.rungs if rung.score is not None]
+        return done[-1] if done else self.curve[-1][0] if self.curve else 0
+
+    @property
+    def ended_s(self) -> float:
+        """When it ended, its longest rung included, in seconds since the epoch."""
+        return self.rungs[-1].ended_s if self.rungs else self.started_s + self.wall.total_s
+
+    def at_rung(self, index: int) -> TrialRecord:
+        """The record as it was at the end of a rung; values by sample are known of the longest alone."""
+        if index >= len(self.rungs) - 1:
+            return self
+        rung = self.rungs[index]
+        share = sum(r.wall_s for r in self.rungs[: index + 1]) / (self.wall.total_s or 1.0)
+        return replace(
+            self,
+            score=rung.score,
+            divergence=rung.divergence,
+            values=None,
+            reason=None,
+            curve=tuple(point for point in self.curve if point[0] <= rung.steps),
+            wall=WallTime(*(share * seconds for seconds in asdict(self.wall).values())),
+            rungs=self.rungs[: index + 1],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +172,7 @@ def record_to_json(record: TrialRecord) -> str:
     document: dict[str, Any] = {name: getattr(record, name) for name in _FIELDS}
     document["config"] = {layer: str(precision) for layer, precision in record.config.items()}
     document["wall"] = asdict(record.wall)
+    document["rungs"] = [asdict(rung) for rung in record.rungs]
     document["costs"] = dict(record.costs)
     try:
         return json.dumps(document, allow_nan=False, ensure_ascii=False)
@@ -184,6 +228,7 @@ def record_from_json(text: str) -> TrialRecord:
         )
         document["wall"] = WallTime(**document.get("wall", {}))
         document["curve"] = tuple((int(step), float(score)) for step, score in document.get("curve", ()))
+        document["rungs"] = tuple(RungScore(**rung) for rung in document.get("rungs", ()))
         document["costs"] = {str(name): float(value) for name, value in document.get("costs", {}).items()}
         _require_numbers(document, "number")
         _require_numbers(document, "score", "cost", may_miss=document["state"] != "complete")
@@ -253,6 +298,7 @@ class RunningTrial:
     origin: Origin
     cost: float  # relative
     started_s: float  # seconds since the epoch
+    rung: int = 0  # that it trains to, from 0
 
 
 class RunFolder:
@@ -417,13 +463,15 @@ class RunFolder:
     def append(self, record: TrialRecord) -> None:
         """Put a trial that has ended on the disk; when this returns, it is there.
 
+        Of a trial that was on the disk already, and has ended a longer rung, this record takes the place.
+
         Raises:
             RunError: it could not be written (disk full?); the earlier trials are safe and the file stays readable.
         """
         self._append(self.trials_jsonl, record_to_json(record), f"trial {record.number}")
 
     def records(self) -> list[TrialRecord]:
-        """Every trial that has ended, in the order of ending.
+        """Every trial that has ended, in the order of ending (of the first rung, where there are several).
 
         Raises:
             RunError: a line is corrupt (the message gives its number), or the file has lost trials.
@@ -551,8 +599,8 @@ class RunFolder:
     def write_parquet(self) -> Path:
         """Write `trials.parquet` from the record: a row per trial, two text columns per layer.
 
-        Columns are the fields of TrialRecord, `wall.*` in seconds, `cost.*` in each cost's unit, and `NAME.weight` and
-        `NAME.activation` for every layer. Raises WriteError where it cannot be written.
+        Columns are the fields of TrialRecord, `steps`, `wall.*` in seconds, `cost.*` in each cost's unit, and
+        `NAME.weight` and `NAME.activation` for every layer. Raises WriteError where it cannot be written.
         """
         import pandas as pd
 
@@ -593,7 +641,8 @@ def _read_lines(
 ) -> list[Record]:
     """What the whole lines of a file stand for; a line that is there twice counts once.
 
-    A trial that failed may be followed by one of the same number and config, which takes its place.
+    A trial that failed, or that has ended a longer rung since, may be followed by one of the same number and config,
+    which takes its place.
 
     Raises:
         RunError: a line stands for nothing, or for what an earlier one gives otherwise; with its number and `advice`.
@@ -608,7 +657,7 @@ def _read_lines(
     for number, line in enumerate(text.split(b"\n")[:-1], start=1):  # after the last newline: nothing, or a torn line
         try:
             record = parse(line.decode())
-            if (before := records.get(key(record), record)) != record and not _tried_again(before, record):
+            if (before := records.get(key(record), record)) != record and not _takes_the_place(before, record):
                 raise RunError("an earlier line gives it otherwise")
             records[key(record)] = record
         except (RunError, ValueError, TypeError) as error:
@@ -616,12 +665,12 @@ def _read_lines(
     return list(records.values())
 
 
-def _tried_again(before: object, record: object) -> bool:
-    """Whether a trial took the place of one that failed."""
+def _takes_the_place(before: object, record: object) -> bool:
+    """Whether a trial was tried again after it failed, or ended a longer rung."""
     return (
         isinstance(before, TrialRecord)
         and isinstance(record, TrialRecord)
-        and before.state == "failed"
+        and (before.state == "failed" or len(record.rungs) > len(before.rungs) > 0)
         and before.config == record.config
     )
 
@@ -638,9 +687,9 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
-    row = {
-        name: getattr(record, name) for name in _FIELDS if name not in ("config", "wall", "curve", "values", "costs")
-    }
+    left_out = ("config", "wall", "curve", "values", "costs", "rungs")
+    row = {name: getattr(record, name) for name in _FIELDS if name not in left_out}
+    row["steps"] = record.steps
     row |= {f"cost.{name}": value for name, value in record.costs.items()}
     row["digest"] = record.config.digest
     row |= {f"wall.{name}": value for name, value in asdict(record.wall).items()}
@@ -702,6 +751,16 @@ def unpack(text: str) -> NDArray[Any]:
 def checkpoint_path(folder: Path, number: int) -> Path:
     """Where the weights and scales of a trial are, as long as it is on the front."""
     return folder / f"trial-{number}.safetensors"
+
+
+def rung_path(folder: Path, number: int, rung: int) -> Path:
+    """Where the weights and scales of a trial are from the end of a longer rung until that is on the record."""
+    return folder / f"trial-{number}.rung-{rung}.safetensors"
+
+
+def state_path(folder: Path, number: int, rung: int) -> Path:
+    """Where the training of a trial is as a rung left it, from which the next one goes on."""
+    return folder / f"trial-{number}.state-{rung}.safetensors"
 
 
 def final_path(folder: Path, number: int) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
@@ -435,8 +436,12 @@ class CostSpec(_Section):
         return value
 
 
+REUSED = "reuse_weights"
+"""A key of `warm_start` in studies of earlier versions: whether trials began with the weights of its descent."""
+
+
 class WarmStartSpec(_Section):
-    """Where the first configs beside the uniform ladder come from, and the weights that trials start from."""
+    """Where the first configs beside the uniform ladder come from."""
 
     method: Literal["none", "gdnsq"] = Field(
         default="none", description="gdnsq: one training with learnable bit-widths under a falling budget"
@@ -445,18 +450,15 @@ class WarmStartSpec(_Section):
     budgets: tuple[float, ...] = Field(
         default=(0.6, 0.4, 0.25, 0.15, 0.08),
         min_length=1,
-        description="relative costs at which bits and weights are kept",
+        description="relative costs at which its bits are kept",
     )
-    neighbours: int = Field(
-        default=3, ge=0, description="configs in whole bits that are tried at each budget; 0: only the weights are used"
-    )
+    neighbours: int = Field(default=3, ge=0, description="configs in whole bits that are tried at each budget")
     spread: float = Field(
         default=0.01,
         ge=0,
         description="update size: bits per step per doubling of a tensor's marginal; 0: all tensors move alike, as a "
         "baseline",
     )
-    reuse_weights: bool = Field(default=True, description="trials start from its weights at the nearest cost")
     ilp: bool = Field(
         default=False, description="also try the ILP on sensitivities at these budgets, as a second baseline"
     )
@@ -466,6 +468,16 @@ class WarmStartSpec(_Section):
         description="number of global combinations (w3a4, shift:4 x uniform:5, ...) that are tried beside the ladder",
     )
     seed: int = Field(default=0, ge=0, description="seed of that training's batches")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _retired(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and REUSED in value:
+            raise ValueError(
+                f"`{REUSED}` is no more: trials that began with the descent's weights were no better than those that "
+                "begin with the float network's, which all do now; leave the key out"
+            )
+        return value
 
     @field_validator("budgets", mode="before")
     @classmethod
@@ -493,7 +505,14 @@ class SearchSpec(_Section):
     prescreen: int = Field(
         default=300, ge=0, description="untrained configs that the warm start scores; the best are tried first; 0: none"
     )
-    trials: int = Field(default=60, gt=0, description="finished trials, the uniform ladder included")
+    trials: int = Field(
+        default=60, gt=0, description="configs that are trained, the uniform ladder included; longer rungs not counted"
+    )
+    eta: int = Field(
+        default=3,
+        gt=1,
+        description="with `trial.rungs`: one in so many of the configs that end a rung goes on, by stratum of cost",
+    )
     concurrency: int = Field(default=2, gt=0, description="trials that run at the same time")
     seed: int = Field(default=0, ge=0, description="seed of the sampler")
     time_limit_s: float | None = Field(default=None, gt=0, description="no new trial starts after this many seconds")
@@ -504,10 +523,15 @@ class SearchSpec(_Section):
 
 
 class TrialSpec(_Section):
-    """The short fine-tune that scores a config."""
+    """The fine-tune that scores a config: of `steps`, or of as many as the rung that it is on."""
 
     steps: int = Field(
         default=150, ge=0, description="training steps of a trial; 0: score right after the ranges are set"
+    )
+    rungs: tuple[int, ...] = Field(
+        default=(),
+        description="in place of `steps`: training steps in all at which a config is scored, as [60, 150, 400]; all "
+        "train to the first, of those that end a rung one in `search.eta` goes on to the next",
     )
     batch_size: int = Field(default=128, gt=0, description="training samples of a step")
     lr: float = Field(default=0.02, gt=0, description="peak of the one-cycle schedule")
@@ -523,6 +547,42 @@ class TrialSpec(_Section):
         default=16, ge=0, description="batches that re-estimate BatchNorm statistics after the fine-tune"
     )
     seed: int = Field(default=0, ge=0, description="seed of the batches, the same for all trials")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_rungs(cls, value: Any) -> Any:
+        """`steps` are those of the first rung, where there are rungs."""
+        if not isinstance(value, Mapping) or not isinstance(rungs := value.get("rungs"), list | tuple) or not rungs:
+            return value
+        if "steps" in value and value["steps"] != rungs[0]:
+            raise ValueError(
+                f"`steps` is {clip(value['steps'])} and `rungs` begins with {clip(rungs[0])}: leave `steps` out where "
+                "there are rungs, or write `rungs: []`"
+            )
+        return {**value, "rungs": tuple(rungs), "steps": rungs[0]}
+
+    @field_validator("rungs", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("rungs")
+    @classmethod
+    def _rising(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(value) == 1:
+            raise ValueError("one rung is no choice: write `steps`, or two or more rungs")
+        if value and (value[0] < 2 or any(after <= before for before, after in pairwise(value))):
+            raise ValueError("rungs are numbers of steps, from 2 on, each more than the one before: as [60, 150, 400]")
+        return value
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Steps in all of each rung; of the one that there is without rungs."""
+        return self.rungs or (self.steps,)
+
+    def of_one_length(self, steps: int) -> TrialSpec:
+        """These settings for a training of so many steps, without rungs."""
+        return self.model_copy(update={"steps": steps, "rungs": ()})
 
 
 class FinalSpec(_Section):
@@ -748,7 +808,12 @@ def _set(document: dict[str, Any], override: str) -> None:
             raise StudyError(f"--set {override}: '{parent}' holds the value {clip(below)}, not keys")
         section = below
     section[last] = value
+    if (instead := INSTEAD.get(key.strip())) is not None:
+        section.pop(instead, None)
 
+
+INSTEAD = {"trial.steps": "rungs", "trial.rungs": "steps"}
+"""What an override takes the place of, beside the old value of its own key."""
 
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
@@ -783,6 +848,13 @@ def study_names() -> list[str]:
     return shipped_names("studies")
 
 
+def reuses_weights(folder: RunFolder) -> bool:
+    """Whether trials of a run began with the weights of its descent, as those of earlier versions may have."""
+    document = read_yaml(folder.study_yaml, RunError)
+    section = document.get("warm_start") if isinstance(document, dict) else None
+    return isinstance(section, dict) and section.get("method") == "gdnsq" and section.get(REUSED) is True
+
+
 def read_spec(folder: RunFolder, overrides: Sequence[str] = ()) -> StudySpec:
     """The resolved study of a run, with `key.path=value` set over it and the run's own copies of space and hardware.
 
@@ -806,6 +878,8 @@ def read_spec(folder: RunFolder, overrides: Sequence[str] = ()) -> StudySpec:
         _set(document, override)
     if overrides:
         _refuse_password(document)
+    if isinstance(section := document.get("warm_start"), dict):
+        section.pop(REUSED, None)  # earlier versions write every key; `reuses_weights` says what it means
     spec = parse_study(document, source=str(folder.study_yaml), strict=False)
     copies = {"space": folder.space_yaml.absolute(), "hardware": folder.hardware_yaml.absolute()}
     return spec.model_copy(update={key: str(path) for key, path in copies.items() if path.exists()})

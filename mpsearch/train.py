@@ -17,17 +17,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
 from mpsearch.graph.inputs import call as call
 from mpsearch.graph.inputs import evaluating, layer_input, map_tensors, tensors
-from mpsearch.private.torch import BatchNormNd
+from mpsearch.private.torch import BatchNormNd, without_compiled_prefix
 from mpsearch.quant.quantizer import Quantizer
 from mpsearch.quant.shift import DEFAULT_SLOPE, ShiftQuantizer, SlopeSchedule, set_slope
+from mpsearch.state_dict import load_tensors, save_tensors, state
 
 logger = logging.getLogger(__name__)
 
@@ -43,17 +46,79 @@ Loss = Callable[[int, Any, Any, Any], Tensor]
 """(step, input, output, target) -> scalar loss of one batch."""
 
 
+FALLING = 0.5
+"""Share of a rung's steps in which its learning rate falls. A longer rung goes on from where that began."""
+
+
 @dataclass(frozen=True, slots=True)
 class FitSettings:
-    """How `fit` trains: SGD with Nesterov momentum 0.9 under a one-cycle learning rate."""
+    """How `fit` trains: SGD with Nesterov momentum 0.9 under a one-cycle learning rate.
 
-    steps: int
+    Where the training is one rung of several, the rate stays at its peak between rise and fall, so that the network
+    that is scored is a branch: the training before its fall is what the next rung goes on with.
+    """
+
+    steps: int  # in all, those that a shorter rung has done included
     lr: float
     weight_decay: float = 0.0
     bf16: bool = False
     warmup: float = 0.2  # share of the steps in which the rate rises
     range_lr: float = 0.1  # learning rate of quantizer steps and offsets, as a share of `lr`
     slope: SlopeSchedule = DEFAULT_SLOPE  # of soft shift quantizers, where there are any
+    lengths: tuple[int, ...] = ()  # steps of every rung, where this is one of several
+
+    @property
+    def rise(self) -> int:
+        """Steps in which the rate rises."""
+        return max(1, round(self.warmup * (self.lengths[0] if self.lengths else self.steps)))
+
+    @property
+    def fall(self) -> int:
+        """The step from which it falls."""
+        return max(self.rise, self.steps - round(FALLING * self.steps)) if self.lengths else self.rise
+
+    def slope_at(self, step: int) -> float:
+        """The slope at a step. Before the fall it is that of the longest rung, in the fall it goes to its end."""
+        if not self.lengths:
+            return self.slope.at(step / max(1, self.steps - 1))
+        held = min(step, self.fall) / (self.lengths[-1] - 1)
+        fallen = max(0, step - self.fall) / max(1, self.steps - 1 - self.fall)
+        return self.slope.at(held + (1 - held) * fallen)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """A training before its learning rate falls: what it takes to go on with it."""
+
+    steps: int  # done
+    weights: Mapping[str, Tensor]  # of the model, ranges and statistics included
+    momentum: Mapping[str, Tensor]  # of SGD, by parameter
+
+    def save(self, path: Path, owner: str) -> None:
+        """Write it to one file that names its `owner`, whole or not at all. Raises WriteError."""
+        tensors = {f"weights/{name}": value for name, value in self.weights.items()}
+        tensors |= {f"momentum/{name}": value for name, value in self.momentum.items()}
+        save_tensors(tensors, path, {"steps": str(self.steps), "owner": owner})
+
+    @classmethod
+    def load(cls, path: Path, owner: str) -> TrainingState | None:
+        """Read what `save` wrote for this owner; None where there is no such file, or it cannot be read."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            if about["owner"] != owner:
+                return None
+            parts: dict[str, dict[str, Tensor]] = {"weights": {}, "momentum": {}}
+            for name, value in tensors.items():
+                part, _, key = name.partition("/")
+                parts[part][key] = value
+            return cls(int(about["steps"]), parts["weights"], parts["momentum"])
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            logger.warning("%s cannot be read, so that a training begins anew: %s", path, error)
+            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +127,7 @@ class FitResult:
 
     start_loss: float
     end_loss: float
+    state: TrainingState | None = None  # from which a longer rung can go on; where there are rungs
 
 
 def jeffreys(output: Tensor, teacher: Tensor) -> Tensor:
@@ -236,8 +302,9 @@ def fit(
     loss: Loss,
     settings: FitSettings,
     on_step: Callable[[int, float], None] | None = None,
+    begun: TrainingState | None = None,
 ) -> FitResult:
-    """Train `model` in place on `settings.steps` batches.
+    """Train `model` in place on `settings.steps` batches; of a training that has begun, on as many as are left.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite.
@@ -246,21 +313,46 @@ def fit(
     groups = _parameter_groups(model, settings)
     optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
     soft = [m for m in model.modules() if isinstance(m, ShiftQuantizer)]
+    done = 0
+    if begun is not None:
+        _go_on(model, optimizer, begun)
+        done = begun.steps
 
     def schedule(step: int) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = group["share"] * one_cycle(step, settings)
-        set_slope(soft, settings.slope.at(step / max(1, settings.steps - 1)))
+            group["lr"] = group["share"] * learning_rate(done + step, settings)
+        set_slope(soft, settings.slope_at(done + step))
 
     losses: list[float] = []
+    left = begun if begun is not None and begun.steps == settings.fall else None
     for step, value in steps(
-        model, batches, loss, [optimizer], settings.steps, schedule, bf16=settings.bf16, capture=True
+        model, batches, loss, [optimizer], settings.steps - done, schedule, bf16=settings.bf16, capture=True
     ):
         losses.append(value)
+        if settings.lengths and done + step + 1 == settings.fall:
+            left = _training_state(model, optimizer, settings.fall)
         if on_step is not None:
-            on_step(step, value)
+            on_step(done + step, value)
     tenth = max(1, len(losses) // 10)
-    return FitResult(sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth) if losses else FitResult(0.0, 0.0)
+    ends = (sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth) if losses else (0.0, 0.0)
+    return FitResult(*ends, left)
+
+
+def _training_state(model: nn.Module, optimizer: torch.optim.Optimizer, done: int) -> TrainingState:
+    momentum = {
+        without_compiled_prefix(name): optimizer.state[parameter]["momentum_buffer"].detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if "momentum_buffer" in optimizer.state.get(parameter, {})
+    }
+    return TrainingState(done, state(model), momentum)
+
+
+def _go_on(model: nn.Module, optimizer: torch.optim.Optimizer, begun: TrainingState) -> None:
+    """Put model and optimizer where they were."""
+    load_tensors(model, begun.weights)
+    for name, parameter in model.named_parameters():
+        if (momentum := begun.momentum.get(without_compiled_prefix(name))) is not None:
+            optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device, parameter.dtype, copy=True)
 
 
 def steps(
@@ -338,12 +430,18 @@ def _parameter_groups(model: nn.Module, settings: FitSettings) -> list[dict[str,
     ]
 
 
-def one_cycle(step: int, settings: FitSettings) -> float:
-    """The learning rate of a step: up in a straight line to `lr`, then down half a cosine to zero."""
-    rise = max(1, round(settings.warmup * settings.steps))
-    if step < rise:
-        return settings.lr * (step + 1) / rise
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step + 1 - rise) / (settings.steps - rise + 1)))
+def learning_rate(step: int, settings: FitSettings) -> float:
+    """The rate of a step: up in a straight line to `lr`, there until the fall, then down half a cosine to zero.
+
+    One-cycle, where it falls as soon as it has risen.
+    """
+    if step < settings.rise:
+        return settings.lr * (step + 1) / settings.rise
+    if step < settings.fall:
+        return settings.lr
+    return (
+        settings.lr * 0.5 * (1 + math.cos(math.pi * (step + 1 - settings.fall) / (settings.steps - settings.fall + 1)))
+    )
 
 
 @torch.no_grad()

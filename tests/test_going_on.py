@@ -68,8 +68,8 @@ def test_workers_get_absolute_paths_alone(tmp_path: Path, home: Path, monkeypatc
     spec = load_study("digits", [*COLD, "task.checkpoint=files/net.safetensors", "space=files/space.yaml"])
     run_study(spec, "new")
     resume_study("run")
-    for spec, checkpoints, warmstart in handed:
-        for path in (spec.space, spec.task.checkpoint, checkpoints, warmstart):
+    for spec, *folders in handed:
+        for path in (spec.space, spec.task.checkpoint, *folders):
             assert Path(path).is_absolute(), path
     assert len(handed) == 2
 
@@ -125,6 +125,21 @@ def test_a_change_after_which_trials_could_not_be_compared_is_refused(home: Path
     refused(mpsearch("resume", "run", "--set", override, cwd=home), words)
     assert (home / "run" / "study.yaml").read_bytes() == before
     assert (home / "run" / "trials.jsonl").read_bytes() == trials
+
+
+def test_a_run_whose_trials_began_with_the_descents_weights_is_read_and_not_gone_on_with(home: Path) -> None:
+    study = home / "run" / "study.yaml"
+    document = yaml.safe_load(study.read_text())
+    document["warm_start"] |= {"method": "gdnsq", "reuse_weights": True}  # as earlier versions write it
+    study.write_text(yaml.safe_dump(document))
+    facts = json.loads((home / "run" / "problem.json").read_text())
+    facts["study"] |= {"warm_start.method": "gdnsq", "warm_start.reuse_weights": True}
+    (home / "run" / "problem.json").write_text(json.dumps(facts))
+    for command in ("status", "front", "report"):
+        done = mpsearch(command, "run", cwd=home)
+        assert done.returncode == 0, done.stderr
+    refused(mpsearch("resume", "run", "--trials", "3", cwd=home), "began with the weights of its descent", "status")
+    refused(mpsearch("run", "run/study.yaml", "--out", "new", cwd=home), "reuse_weights", "leave the key out")
 
 
 def test_an_edited_study_or_space_is_seen(home: Path) -> None:

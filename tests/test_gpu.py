@@ -35,8 +35,8 @@ from mpsearch.task.scoring import comparison_of
 from mpsearch.train import ForwardPass, Teacher, autocast
 from mpsearch.warmstart.descent import descend
 from mpsearch.warmstart.sensitivity import measure
-from mpsearch.warmstart.start_score import AGREES_NATS, AGREES_SHARE, StartScorer
-from mpsearch.workbench import Workbench
+from mpsearch.warmstart.start_score import StartScorer
+from mpsearch.workbench import AGREES_NATS, AGREES_SHARE, Workbench
 
 pytestmark = pytest.mark.gpu
 
@@ -254,7 +254,6 @@ def test_descent_ends_on_its_budgets(problem: Problem) -> None:
     workbench = Workbench(problem.task, problem.spec.trial, CUDA, graph=problem.graph)
     descent = descend(workbench, problem.space, problem.cost, [0.4, 0.3], 12)
     assert [snapshot.budget for snapshot in descent.snapshots] == [0.4, 0.3]
-    assert {value.device.type for snapshot in descent.snapshots for value in snapshot.weights.values()} == {"cpu"}
 
 
 METHODS = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +16,17 @@ from torch import Tensor, nn
 import mpsearch
 from mpsearch.errors import TaskError
 from mpsearch.graph.inputs import samples_of
+from mpsearch.quant.shift import DEFAULT_SLOPE
 from mpsearch.train import (
     CLIP_NORM,
+    FitResult,
     FitSettings,
     Teacher,
+    TrainingState,
     batch_norm_gap,
     fit,
     jeffreys,
-    one_cycle,
+    learning_rate,
     reestimate_batch_norm,
     single_value_norms,
     steps,
@@ -56,9 +61,57 @@ def test_fit_is_the_same_for_the_same_seed() -> None:
     assert torch.equal(*weights)
 
 
+def test_a_longer_rung_is_one_training_with_the_shorter_one_before_its_fall(tmp_path: Path) -> None:
+    lengths, all_batches = (4, 10), [*batches(20)]
+    first, second = all_batches[:4], [*all_batches[:2], *all_batches[10:18]]
+
+    def rung(model: nn.Module, steps: int, data: Any, begun: TrainingState | None = None) -> FitResult:
+        return fit(model, data, cross_entropy, FitSettings(steps, lr=0.5, lengths=lengths), begun=begun)
+
+    whole = nn.Linear(4, 2)
+    begins = copy.deepcopy(whole.state_dict())
+    rung(whole, 10, second)
+    short = nn.Linear(4, 2)
+    short.load_state_dict(begins)
+    left = rung(short, 4, first).state
+    assert left is not None
+    assert left.steps == 2  # its last two steps are a branch
+    left.save(tmp_path / "state.safetensors", "config 7")
+    assert TrainingState.load(tmp_path / "state.safetensors", "config 8") is None  # a number that was given again
+    begun = TrainingState.load(tmp_path / "state.safetensors", "config 7")
+    longer = nn.Linear(4, 2)
+    rung(longer, 10, second[2:], begun)
+    assert torch.equal(longer.weight, whole.weight)
+    assert not torch.equal(short.weight, whole.weight)
+
+
+def test_a_state_that_is_missing_or_damaged_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "state.safetensors"
+    assert TrainingState.load(path, "a") is None
+    assert not caplog.text
+    path.write_bytes(b"half a fi")
+    assert TrainingState.load(path, "a") is None
+    assert "begins anew" in caplog.text
+
+
+def test_between_rise_and_fall_a_rung_holds_its_rate_and_the_slope_goes_on() -> None:
+    short, long = (FitSettings(steps, lr=0.3, lengths=(50, 100)) for steps in (50, 100))
+    assert (short.rise, short.fall, long.rise, long.fall) == (10, 25, 10, 50)
+    rates = [learning_rate(step, long) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.03 * (step + 1) for step in range(10)])
+    assert rates[9:50] == pytest.approx([0.3] * 41)
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+    assert rates[-1] < 0.001
+    assert [learning_rate(step, short) for step in range(25)] == rates[:25]
+    slopes = [[settings.slope_at(step) for step in range(settings.steps)] for settings in (short, long)]
+    assert slopes[0][:25] == slopes[1][:25]
+    assert slopes[0] == sorted(slopes[0])
+    assert slopes[0][-1] == slopes[1][-1] == DEFAULT_SLOPE.end
+
+
 def test_one_cycle_rises_to_the_peak_and_falls_to_nothing() -> None:
     settings = FitSettings(100, lr=0.3)
-    rates = [one_cycle(step, settings) for step in range(100)]
+    rates = [learning_rate(step, settings) for step in range(100)]
     peak = rates.index(max(rates))
     assert max(rates) == pytest.approx(0.3)
     assert rates[: peak + 1] == sorted(rates[: peak + 1])

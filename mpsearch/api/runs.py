@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -53,8 +54,8 @@ class Front:
         """A row per record.
 
         Columns: number, origin, state, score (on val, in the metric's unit), relative_cost, weight_bits and
-        activation_bits (means over the layers), on_front, knee, reason, gain (as in `gains`; empty off the front), and
-        `cost.NAME` for every cost, in its unit (`units`).
+        activation_bits (means over the layers), on_front, knee, reason, steps (of training, behind the score), gain (as
+        in `gains`; empty off the front).
         """
         from mpsearch.report.tables import trials_table
 
@@ -66,7 +67,7 @@ class Front:
 
     @property
     def table(self) -> pd.DataFrame:
-        """The rows of `trials` that are on the front or complete rungs of the uniform ladder, by rising cost."""
+        """The rows of `trials` that are on the front or complete ones of the uniform ladder, by rising cost."""
         trials = self.trials
         shown = trials.on_front | ((trials.origin == "uniform") & (trials.state == "complete"))
         return trials[shown].sort_values("relative_cost", ignore_index=True)
@@ -81,7 +82,10 @@ class Front:
         """What `mpsearch front --json` prints."""
         from mpsearch.search.front import front_rows
 
-        ladder = [{"number": trial.number, "score": trial.score, "cost": trial.cost} for trial in self.pareto.ladder]
+        ladder = [
+            {"number": trial.number, "score": trial.score, "cost": trial.cost, "steps": trial.steps}
+            for trial in self.pareto.ladder
+        ]
         metric = self.pareto.metric.to_json()
         return {
             "metric": metric,
@@ -106,6 +110,7 @@ class Status:
         pareto: the front so far; empty before the first complete trial.
         hypervolume: as in `Front`.
         prescreened: untrained configs that were scored.
+        rungs: where trials train by rungs, training steps -> how many complete trials have had so many, and no more.
         trouble: what goes wrong beside the search now, in words: a storage that cannot be reached; None: nothing.
     """
 
@@ -118,6 +123,7 @@ class Status:
     hypervolume: float | None
     prescreened: int = 0
     trouble: str | None = None
+    rungs: Mapping[int, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """What `mpsearch status --json` prints."""
@@ -130,6 +136,7 @@ class Status:
             "stopped": self.counts["stopped"],
             "running": len(self.running),
             "prescreened": self.prescreened,
+            "rungs": {str(steps): count for steps, count in self.rungs.items()},
             "trouble": self.trouble,
             "metric": self.pareto.metric.to_json(),
             "best": best and {"number": best.number, "score": best.score, "cost": best.cost},
@@ -356,6 +363,7 @@ def status(run: str | Path) -> Status:
         hypervolume=_hypervolume(folder),
         prescreened=len({record.config for record in folder.prescreened()}),
         trouble=folder.trouble,
+        rungs=dict(sorted(Counter(r.steps for r in records if r.rungs).items())),
     )
 
 
@@ -392,7 +400,8 @@ def rank(
 
     Returns:
         A row per stratum and proxy: `start` (the divergence before training), `additive` (the additive model's, of
-        configs it did not see), `before`, `halfway`, `divergence` (after the trial), against final trainings
+        configs it did not see), `before`, `halfway`, `rung N` (the divergence after a rung of N steps, where trials
+        train by rungs), `divergence` (after the trial), against final trainings
         `quality` too (of the trial's score), and those measured. Columns: stratum (`all`, or its costs as `0.1-0.25`),
         proxy, tau (1: the same order, 0: none), n (trials), low and high (95 % interval by bootstrap); NaN where
         nothing can be ranked.

@@ -35,7 +35,7 @@ class RunProgress(Observer):
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._ended: list[TrialRecord] = []
+        self._ended: dict[int, TrialRecord] = {}  # by number
         self._earlier = 0
         self._began = time.monotonic()
 
@@ -45,7 +45,7 @@ class RunProgress(Observer):
         self._metric = problem.metric
         self._name, self._trials = problem.spec.name, problem.spec.search.trials
         _log_to(folder)
-        self._ended = folder.records()
+        self._ended = {record.number: record for record in folder.records()}
         self._earlier = len(self._ended)
         self._began = time.monotonic()
         for line in problem.summary():
@@ -69,23 +69,26 @@ class RunProgress(Observer):
         from mpsearch.report.terminal import sketch
         from mpsearch.search.front import pareto_front
 
-        self._ended.append(record)
-        done = len(self._ended)
-        left_s = (time.monotonic() - self._began) / (done - self._earlier) * (self._trials - done)
-        front = pareto_front(self._ended, self._metric)
+        self._ended[record.number] = record
+        records = list(self._ended.values())
+        done = len(records)
+        left_s = (time.monotonic() - self._began) / max(1, done - self._earlier) * (self._trials - done)
+        front = pareto_front(records, self._metric)
         best = f"best {self._metric.show(front.best.score)}, {len(front)} on the front" if front.trials else ""
-        self._progress.sketch = sketch(self._ended, self._metric)
+        self._progress.sketch = sketch(records, self._metric)
         self._progress.update(self._bar, completed=done, best=best, eta=f"{duration(left_s)} left")
         if self._progress.disable or record.state == "failed":
             outcome = (
                 f"failed: {record.reason}"
                 if record.state == "failed"
                 else f"{self._metric.show(record.score)} at cost {record.cost:.4f}"
+                + (f" after {record.steps} steps" if record.rungs else "")
                 + (", stopped" if record.state == "stopped" else "")
+                + (f"; {record.reason}" if record.state == "complete" and record.reason else "")
             )
             self._console.print(
                 f"[{done}/{self._trials}] trial {record.number} ({record.origin}): {outcome}, "
-                f"{record.wall.total_s:.1f} s",
+                f"{record.rungs[-1].wall_s if record.rungs else record.wall.total_s:.1f} s",
                 style="yellow" if record.state == "failed" else None,
                 highlight=False,
                 markup=False,
@@ -102,7 +105,8 @@ class FinalProgress(Observer):
 
     def on_final_started(self, trial: TrialRecord, seed: int, done: int, total: int) -> None:
         """A training starts."""
-        line = f"[{done + 1}/{total}] trial {trial.number} (cost {trial.cost:.3f}), seed {seed}"
+        trained = f", {trial.steps} steps so far" if trial.rungs else ""
+        line = f"[{done + 1}/{total}] trial {trial.number} (cost {trial.cost:.3f}{trained}), seed {seed}"
         make_console(stderr=True).print(line, highlight=False, markup=False)
 
 

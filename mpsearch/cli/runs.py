@@ -79,11 +79,15 @@ def status(run: Run, json_: Json = False) -> None:
         f"{status.counts['failed']} failed, {status.counts['stopped']} stopped, {len(status.running)} running"
         + (f", {status.prescreened} untrained configs scored" if status.prescreened else "")
     )
+    if status.rungs:
+        ended = ", ".join(f"{count} to {steps}" for steps, count in status.rungs.items())
+        console.print(f"  complete trials by the training steps that they had: {ended}", highlight=False)
     if status.trouble:
         console.print(f"  {status.trouble}", style="yellow", soft_wrap=True, markup=False)
     for trial in status.running:
         runs_s = max(0.0, time.time() - trial.started_s)
-        console.print(f"  trial {trial.number} ({trial.origin}), cost {trial.cost:.3f}, for {duration(runs_s)}")
+        rung = f", rung {trial.rung + 1}" if status.rungs else ""
+        console.print(f"  trial {trial.number} ({trial.origin}){rung}, cost {trial.cost:.3f}, for {duration(runs_s)}")
     for record in status.failures[-5:]:
         console.print(f"  trial {record.number} failed: {record.reason}", style="yellow", soft_wrap=True, markup=False)
     if status.pareto.trials:
@@ -197,13 +201,15 @@ def _follow(search: Callable[[RunProgress], api.runs.RunResult], json_: bool) ->
 
 
 def _print_front(front: api.runs.Front, costs: bool = False) -> None:
-    """The front and the rungs of the uniform ladder, by rising cost; without pandas, which takes a second to import."""
+    """The front and the uniform ladder, by rising cost; without pandas, which takes a second to import."""
     pareto, metric = front.pareto, front.pareto.metric
     if not pareto.trials:
         raise RunError("no trial is complete: there is no front yet; see why with `mpsearch status RUN`")
     on_front = {trial.number for trial in pareto}
     dominated = [trial for trial in pareto.ladder if trial.number not in on_front]
-    columns = (">trial", "origin", f">{metric.name}, val", ">cost", ">weight bits", ">activation bits", "")
+    several = any(trial.rungs for trial in (*pareto, *pareto.ladder))  # lengths of training
+    columns = [">trial", "origin", f">{metric.name}, val", *([">steps"] if several else []), ">cost"]
+    columns += [">weight bits", ">activation bits", ""]
     over = f"over uniform, {metric.difference_unit}" if metric.difference_unit else "over uniform"
     table = make_table(*columns, f"{over} (95 %)")
     for trial in sorted((*pareto, *dominated), key=lambda trial: trial.cost or 0.0):
@@ -212,6 +218,7 @@ def _print_front(front: api.runs.Front, costs: bool = False) -> None:
             str(trial.number),
             trial.origin,
             metric.show(trial.score),
+            *([str(trial.steps)] if several else []),
             f"{trial.cost:.4f}",
             f"{weight_bits:.1f}",
             f"{activation_bits:.1f}",

@@ -92,7 +92,7 @@ def train_one(
     task = problem.task
     config, fixed = target_config(problem.space, target)
     steps = max(1, round(epochs * task.steps_per_epoch(problem.spec.trial.batch_size)))
-    settings = problem.spec.trial.model_copy(update={"steps": steps, "seed": seed})
+    settings = problem.spec.trial.of_one_length(steps).model_copy(update={"seed": seed})
     train = METHODS[method] if recipe is None else RECIPES[method][recipe]
     trained = train(problem, config, settings, lambda step, loss: observer.on_step(step + 1, steps, loss))
     float_model = task.float_model()

@@ -166,7 +166,7 @@ class Prepared:
             if record is None or record.number not in numbers:
                 continue
             note = trial_note(record, run, self._folder)
-            if self._changed(f"trial {record.number}", note):
+            if self._changed(f"trial {record.number}, rung {trial.user_attrs.get('rung', 0)}", note):
                 replace_trial_note(self._study, trial, note, ours=_TRIAL_NOTE)
 
 
@@ -254,7 +254,9 @@ def trial_note(record: TrialRecord, run: RunData, folder: RunFolder) -> str:
     weight, inputs = record.config.mean_bits
     lines = [f"{_TRIAL_NOTE}{record.number}**, proposed by {record.origin}: {place}.", ""]
     if record.score is not None and record.cost is not None:
-        lines.append(f"- {run.metric.name} on val {run.metric.show(record.score)}, relative cost {record.cost:.4f}")
+        trained = f" after {record.steps} training steps" if record.rungs else ""
+        score = f"{run.metric.show(record.score)}{trained}"
+        lines.append(f"- {run.metric.name} on val {score}, relative cost {record.cost:.4f}")
     lines += [
         f"- mean bits: weights {weight:.2f}, inputs {inputs:.2f}",
         f"- {record.wall.total_s:.1f} s, of which {record.wall.train_s:.1f} s training",

@@ -179,7 +179,8 @@ def _ranking(folder: RunFolder, records: Sequence[TrialRecord], facts: ProblemFa
     foreseen = foreseen_divergence(complete, start_scores(folder.prescreened()), facts.space)
     trials = trials_frame(complete, facts.metric, (), foreseen, finals)
     final = int(trials.final.notna().sum()) >= LEAST_RANKED
-    proxies = ["start", "additive", "divergence", *(["quality"] if final else [])]
+    rungs = [name for name in trials.columns if name.startswith("rung ")]
+    proxies = ["start", "additive", *rungs, "divergence", *(["quality"] if final else [])]
     shown = [name for name in proxies if trials[name].notna().any()]
     against = "final" if final else "quality"
     ranking = proxy_tau(trials, shown, against=against, more_is_better=SCORES, strata=2, resamples=200, seed=0)

@@ -27,6 +27,7 @@ FIGURES: Mapping[str, Callable[[RunData], go.Figure | None]] = {
     "input-bits": lambda run: figures.bits_heatmap(run.bits, "activation") if len(run.bits) else None,
     "proxy": lambda run: figures.proxy(run.finals, run.metric) if len(run.finals) else None,
     "hypervolume": lambda run: figures.hypervolume(run.progress) if len(run.progress) else None,
+    "origins": lambda run: figures.added_by_origin(run.progress) if run.progress.origin.nunique() > 1 else None,
     "best": lambda run: figures.best_so_far(run.best, run.metric) if len(run.best) else None,
     "prescreen": lambda run: figures.prescreen(run.prescreen) if len(run.prescreen) else None,
     "descent-weight": lambda run: figures.descent(run.descent, "weight") if len(run.descent) else None,

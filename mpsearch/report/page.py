@@ -15,7 +15,7 @@ from mpsearch.report import figures
 from mpsearch.report.data import RunData
 from mpsearch.report.gallery import FIGURES, Section, ShownFigure, sections, words
 from mpsearch.report.parts import chip, data, figure, note, paragraphs, section, table, write_page
-from mpsearch.report.tables import mark, rows_of
+from mpsearch.report.tables import last_initial, mark, origins_table, rows_of
 from mpsearch.search.front import objectives
 
 _CODES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -159,7 +159,10 @@ def _layers(run: RunData) -> str:
 
 
 def _front(run: RunData) -> str:
-    columns = ("number", "origin", run.metric.label, "relative cost", "mean weight bits", "mean activation bits", "")
+    several = any(record.rungs for record in run.records)  # lengths of training
+    steps = ["training steps"] if several else []
+    columns = ["number", "origin", run.metric.label, *steps, "relative cost"]
+    columns += ["mean weight bits", "mean activation bits", ""]
     trials = list(run.trials[run.trials.on_front].sort_values("relative_cost").pipe(rows_of))
     if not trials:
         return ""
@@ -168,6 +171,7 @@ def _front(run: RunData) -> str:
             str(trial.number),
             str(trial.origin),
             run.metric.number(trial.score),
+            *([str(trial.steps)] if several else []),
             f"{trial.relative_cost:.4f}",
             f"{trial.weight_bits:.2f}",
             f"{trial.activation_bits:.2f}",
@@ -176,7 +180,7 @@ def _front(run: RunData) -> str:
         for trial in trials
     ]
     marked = next(index for index, trial in enumerate(trials) if trial.knee)
-    return f"<div class='scroll' tabindex='0'>{table(columns, rows, texts={1, 6}, marked=marked)}</div>"
+    return f"<div class='scroll' tabindex='0'>{table(columns, rows, texts={1, len(columns) - 1}, marked=marked)}</div>"
 
 
 def _finalized(finalized: Sequence[Mapping[str, object]], remarks: Sequence[str]) -> str:
@@ -226,12 +230,42 @@ def _ranking(run: RunData) -> str:
         f"Kendall's tau of each to the score {target}, with its 95 % interval: 1 is the same order, 0 none. The "
         "additive model foretells a trial from the others."
     )
-    columns = ["cost", "trials", *(_PROXIES[name] for name in proxies)]
+    columns = ["cost", "trials", *(_PROXIES.get(name, f"{name} steps") for name in proxies)]
     return about + table(columns, rows, texts={0})
 
 
 def _tau(row: Any) -> str:
     return "–" if isnan(row.tau) else f"{row.tau:+.2f} ({row.low:.1f} to {row.high:.1f})"
+
+
+def _origins(run: RunData) -> str:
+    """Who added how much to the hypervolume, and what of it came after the initial configs."""
+    if run.progress.origin.nunique() < 2:
+        return ""
+    origins = origins_table(run.progress)
+    several = any(record.rungs for record in run.records)
+    columns = ["origin", "trials", "added by first rungs", "added by longer rungs", "added in all", "of that, late"]
+    rows = [
+        [
+            str(row.origin),
+            str(row.trials),
+            *map("{:+.4f}".format, (row.first, row.longer, row.first + row.longer, row.late)),
+        ]
+        for row in rows_of(origins)
+    ]
+    if not several:
+        columns = [*columns[:2], *columns[4:]]
+        rows = [[*row[:2], *row[4:]] for row in rows]
+    last = last_initial(run.progress)
+    late = origins.late.sum()
+    sampler = origins.late[origins.origin == "sampler"].sum()
+    share = f", {sampler / late:.0%} of it with configs of the sampler" if late > 0 else ""
+    reached = run.progress.hypervolume.iloc[last] if last >= 0 else 0.0
+    about = note(
+        f"When the last initial config had ended its first rung, the hypervolume was {reached:.4f}; late is what came "
+        f"after that, {late:+.4f}{share}."
+    )
+    return about + table(columns, rows, texts={0})
 
 
 PARTS: Mapping[str, Callable[[RunData], str]] = {
@@ -241,6 +275,7 @@ PARTS: Mapping[str, Callable[[RunData], str]] = {
     "front-table": _front,
     "histograms": _histograms,
     "ranking": _ranking,
+    "origins": _origins,
 }
 
 
@@ -290,13 +325,16 @@ def _interactive(run: RunData) -> dict[str, Any]:
 
 def _option(trial: TrialRecord, metric: Metric) -> str:
     score, cost = objectives(trial)
-    return f"{trial.number}: {metric.show(score)}, cost {cost:.3g} ({trial.origin})"
+    trained = f" after {trial.steps} steps" if trial.rungs else ""
+    return f"{trial.number}: {metric.show(score)}{trained}, cost {cost:.3g} ({trial.origin})"
 
 
 def _point(trial: TrialRecord, metric: Metric) -> str:
     if trial.score is None or trial.cost is None:
         return f"trial {trial.number} ({trial.origin})"
-    return f"trial {trial.number} ({trial.origin}), {metric.show(trial.score)} at relative cost {trial.cost:.3g}"
+    trained = f" after {trial.steps} steps" if trial.rungs else ""
+    score = f"{metric.show(trial.score)}{trained}"
+    return f"trial {trial.number} ({trial.origin}), {score} at relative cost {trial.cost:.3g}"
 
 
 def _shown(value: object) -> str:

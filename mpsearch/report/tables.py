@@ -29,7 +29,7 @@ def trials_table(records: Sequence[TrialRecord], metric: Metric) -> pd.DataFrame
     """A row per trial, in the order of `records`.
 
     Columns: number, origin, state, score (in the metric's unit), relative_cost, weight_bits and activation_bits
-    (`PrecisionConfig.mean_bits`), on_front, knee, reason.
+    (`PrecisionConfig.mean_bits`), on_front, knee, reason, steps (of training, behind the score).
     """
     front = pareto_front(records, metric)
     knee = front.knee if front.trials else None
@@ -44,10 +44,11 @@ def trials_table(records: Sequence[TrialRecord], metric: Metric) -> pd.DataFrame
             any(trial is member for member in front),  # by identity: numbers may repeat outside a study
             trial is knee,
             trial.reason,
+            trial.steps,
         )
         for trial in records
     ]
-    columns = "number origin state score relative_cost weight_bits activation_bits on_front knee reason"
+    columns = "number origin state score relative_cost weight_bits activation_bits on_front knee reason steps"
     return pd.DataFrame(rows, columns=columns.split()).astype(
         {"score": float, "relative_cost": float, "on_front": bool, "knee": bool}
     )
@@ -181,7 +182,7 @@ def best_table(records: Sequence[TrialRecord], cheapest: float, metric: Metric) 
     started_s = min((record.started_s for record in records), default=0.0)
     complete = [record for record in records if record.state == "complete" and record.score is not None]
     ended = pd.DataFrame(
-        sorted((r.started_s + r.wall.total_s - started_s, r.number, *objectives(r)) for r in complete),
+        sorted((r.ended_s - started_s, r.number, *objectives(r)) for r in complete),
         columns=["elapsed_s", "number", "score", "cost"],
     )
     ended = ended.assign(quality=ended.score.map(metric.quality))
@@ -225,7 +226,10 @@ def prescreen_table(scores: Sequence[PrescreenRecord]) -> pd.DataFrame:
 
 
 def progress_table(records: Sequence[TrialRecord], cheapest: float, metric: Metric, scores: ScoreRange) -> pd.DataFrame:
-    """A row per complete trial in the order of ending; columns: trials, elapsed_s, hypervolume.
+    """A row per complete trial, and longer rung of one, in the order of ending.
+
+    Columns: trials (complete so far), elapsed_s, hypervolume, added (to it by this end: of two trials that are as good,
+    the first has added it all), origin (of the trial), rung (that ended, from 0).
 
     Args:
         records: the trials of a study.
@@ -234,10 +238,36 @@ def progress_table(records: Sequence[TrialRecord], cheapest: float, metric: Metr
         scores: the hypervolume's other axis.
     """
     steps = [
-        (step.trials, step.elapsed_s, step.hypervolume)
+        (step.trials, step.elapsed_s, step.hypervolume, step.origin, step.rung)
         for step in hypervolume_over_time(records, cheapest, metric, scores)
     ]
-    return pd.DataFrame(steps, columns=["trials", "elapsed_s", "hypervolume"])
+    table = pd.DataFrame(steps, columns=["trials", "elapsed_s", "hypervolume", "origin", "rung"])
+    return table.assign(added=table.hypervolume.diff().fillna(table.hypervolume))
+
+
+def origins_table(progress: pd.DataFrame) -> pd.DataFrame:
+    """Who added how much to the hypervolume: a row per origin, in the order of first ends.
+
+    Columns: origin, trials, first (added by first rungs), longer (by longer ones), late (of both, what came after the
+    last config that was not the sampler's had ended its first rung).
+
+    Args:
+        progress: as from `progress_table`.
+    """
+    late = progress.index > last_initial(progress)
+    columns = {
+        "trials": (progress.rung == 0).astype(int),
+        "first": progress.added.where(progress.rung == 0, 0.0),
+        "longer": progress.added.where(progress.rung > 0, 0.0),
+        "late": progress.added.where(late, 0.0),
+    }
+    return progress[["origin"]].assign(**columns).groupby("origin", sort=False).sum().reset_index()
+
+
+def last_initial(progress: pd.DataFrame) -> int:
+    """The row of a `progress_table` where the last config that was not the sampler's had ended; -1: there was none."""
+    initial = progress.index[(progress.origin != "sampler") & (progress.rung == 0)]
+    return int(initial[-1]) if len(initial) else -1
 
 
 def rows_of(table: pd.DataFrame) -> Iterator[Any]:

@@ -34,7 +34,7 @@ class FrontProgress(Progress):
 def sketch(records: Sequence[TrialRecord], metric: Metric, width: int = WIDTH, height: int = HEIGHT) -> Text | None:
     """Score (better upwards) over log cost (to the right) in characters; None before two trials can be compared.
 
-    `●` is on the front, `■` a rung of the uniform ladder (`□`: dominated), `·` any other trial.
+    `●` is on the front, `■` of the uniform ladder (`□`: dominated), `·` any other trial.
     """
     front = pareto_front(records, metric)
     points = [(objectives(r), _mark(r, front.trials)) for r in records if r.state == "complete"]

@@ -24,7 +24,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -45,7 +45,8 @@ from mpsearch.program import program_of
 from mpsearch.record import Origin, TrialRecord
 from mpsearch.search.additive import NOTHING, AdditiveSampler, Knowledge, attributes
 from mpsearch.search.front import BETTER
-from mpsearch.search.stopping import BASELINES, NO_THRESHOLDS, Stopping, Thresholds
+from mpsearch.search.rungs import Contender, ended_first_rung, ended_next_rung, goes_on, promotion, strata
+from mpsearch.search.stopping import BASELINES, NO_THRESHOLDS, UNWATCHED, Stopping, Thresholds
 from mpsearch.search.surrogate import Children, SurrogateSampler
 from mpsearch.space.order import ends_first
 from mpsearch.space.space import SearchSpace
@@ -53,7 +54,7 @@ from mpsearch.study import SearchSpec
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study and trial on stderr
 
-INITIAL_CONFIGS_PER_RUNG = 3  # what a warm start has paid for comes before most of the baseline
+INITIAL_CONFIGS_PER_UNIFORM = 3  # what a warm start has paid for comes before most of the baseline
 _T = TypeVar("_T")
 
 Cost = Callable[[PrecisionConfig], float]  # relative to the study's reference
@@ -159,6 +160,8 @@ class Proposal:
     origin: Origin
     cost: float
     thresholds: Thresholds = NO_THRESHOLDS  # what its trial must pass to go on
+    rung: int = 0  # that it is to train to
+    before: TrialRecord | None = field(default=None, repr=False)  # what came of the shorter rungs
 
 
 @dataclass(frozen=True)
@@ -176,10 +179,14 @@ class SearchController:
     """Proposes configs until the study is over; every config at most once, whatever became of it.
 
     First come trials of `records` that failed, under their old numbers: what they lacked may be there now. Then the
-    order is: the uniform ladder of the space (the baseline), ends first, each rung followed by three
-    `initial_configs`, then the sampler. Rungs and initial configs above `budget` or a limit are left out and counted in
-    `over_budget`. `records` are the trials that have ended before, when a run is resumed; but for failed ones they
-    count towards `search.trials`, while failures in a row and the time limit start anew.
+    order is: the uniform ladder of the space (the baseline), ends first, each of its configs followed by three
+    `initial_configs`, then the sampler. Those above `budget` or a limit are left out and counted in `over_budget`.
+    `records` are the trials that have ended before, when a run is resumed; but for failed ones they count towards
+    `search.trials`, while failures in a row and the time limit start anew.
+
+    Where trials train by rungs, a config that is good enough for a longer one goes before all new ones (`rungs.py`). It
+    keeps its number, and counts as one trial. Samplers learn from the first rung alone, where all configs have been:
+    they compare like with like.
 
     The same arguments and the same order of asks and tells give the same proposals.
 
@@ -194,14 +201,15 @@ class SearchController:
         clock: seconds, monotonic.
         started: when the time limit began to run, by the clock; default: now.
         knowledge: what is known before the first trial, for the sampler `additive`.
+        rungs: training steps in all of each rung (`TrialSpec.lengths`); one of them: all trials have one length.
         priced: every cost of a config in its unit, by name, for its record.
 
     Raises:
         CostError: no config is within the budget and the limits.
     """
 
-    stop_reason: str | None = None  # set once `ask` has returned None
-    over_budget: int = 0  # rungs and initial configs that were left out
+    stop_reason: str | None = None  # set once `ask` has returned None for good
+    over_budget: int = 0  # uniform and initial configs that were left out
 
     def __init__(
         self,
@@ -215,6 +223,7 @@ class SearchController:
         clock: Callable[[], float] = time.monotonic,
         started: float | None = None,
         knowledge: Knowledge = NOTHING,
+        rungs: Sequence[int] = (0,),
         priced: Callable[[PrecisionConfig], Mapping[str, float]] = lambda config: {},
     ) -> None:
         self._space = space
@@ -237,8 +246,14 @@ class SearchController:
         self._stopping = Stopping(metric)
         self._latest: deque[_Point] = deque(maxlen=self._sampler.memory)
         self._ended = 0
-        self._asked: dict[int, optuna.Trial | None] = {}  # proposals without a record, by number
+        self._asked: dict[int, optuna.Trial | None] = {}  # proposals that have not ended, by number
         self._untried = self._enumerate()  # the last resort, gone through once
+        self._no_more: str | None = None  # why no new config is proposed
+
+        self._rungs = tuple(rungs)
+        self._contenders: dict[int, Contender] = {}  # for longer rungs, by number
+        self._records: dict[int, TrialRecord] = {}  # theirs
+        self._promoted: set[int] = set()  # of those asked: on a longer rung
 
         self._again: deque[TrialRecord] = deque()
         for record in records:
@@ -247,18 +262,20 @@ class SearchController:
             if record.state == "failed":
                 self._again.append(record)
             else:
-                self._remember(record)
+                self._remember(record.at_rung(0))
+                self._contend(record)
         ladder: list[tuple[Origin, PrecisionConfig]] = [("uniform", config) for config in space.ladder()]
         self._initial_configs: deque[tuple[Origin, PrecisionConfig]] = deque()
-        rungs = {config for _, config in ladder}  # baselines, whoever else asks for them
-        others = [initial for initial in initial_configs if initial[1] not in rungs]
-        in_turn = [others[i::INITIAL_CONFIGS_PER_RUNG] for i in range(INITIAL_CONFIGS_PER_RUNG)]
+        uniform = {config for _, config in ladder}  # baselines, whoever else asks for them
+        others = [initial for initial in initial_configs if initial[1] not in uniform]
+        in_turn = [others[i::INITIAL_CONFIGS_PER_UNIFORM] for i in range(INITIAL_CONFIGS_PER_UNIFORM)]
         for origin, config in _alternate(ends_first(ladder), *in_turn):
             if self._affordable(config):
                 self._initial_configs.append((origin, config))
             else:
                 self.over_budget += 1
         self._cheapest = self._find_cheapest()
+        self._strata = strata(cost(space.config_of(self._cheapest)), min(1.0, self._budget))
         self._renew()
 
     @property
@@ -272,9 +289,37 @@ class SearchController:
         return len(self._asked)
 
     def ask(self) -> Proposal | None:
-        """The next config to try; None: there is none and there will be none, for `stop_reason`."""
+        """The next config to try, or to train longer.
+
+        None: there is none and there will be none, for `stop_reason`; or, without a `stop_reason`, there is none before
+        a trial that is running has ended, which may send a config to a longer rung.
+        """
         self.stop_reason = self.stop_reason or self._limit()
         if self.stop_reason:
+            return None
+        if (proposal := self._promote() or (None if self._no_more else self._new())) is not None:
+            return proposal
+        if len(self._rungs) == 1 or not self._asked:
+            self.stop_reason = self._no_more
+        return None
+
+    def _promote(self) -> Proposal | None:
+        """A config that goes on to a longer rung, if one does."""
+        if len(self._rungs) == 1:
+            return None
+        running = tuple(self._promoted)
+        best = promotion(tuple(self._contenders.values()), len(self._rungs), self._search.eta, self._strata, running)
+        if best is None:
+            return None
+        self._promoted.add(best.number)
+        self._asked[best.number] = None
+        record = self._records[best.number]
+        return Proposal(best.number, record.config, record.origin, best.cost, rung=best.rung + 1, before=record)
+
+    def _new(self) -> Proposal | None:
+        """A config that has not been tried; None: there is none, for the reason `_no_more`."""
+        if self._ended + len(self._asked.keys() - self._promoted) >= self._search.trials:
+            self._no_more = f"{self._search.trials} trials were wanted"
             return None
         if self._again:
             failed = self._again.popleft()
@@ -284,10 +329,10 @@ class SearchController:
             if config.digest not in self._seen:
                 return self._propose(config, origin, None)
         if self._search.sampler == "none":
-            self.stop_reason = "all baselines and initial configs have been tried, and there is no sampler"
+            self._no_more = "all baselines and initial configs have been tried, and there is no sampler"
             return None
         if not self._space.free:
-            self.stop_reason = "the space leaves nothing to choose, and its one config has been tried"
+            self._no_more = "the space leaves nothing to choose, and its one config has been tried"
             return None
         for _ in range(self._sampler.draws):
             trial = self._study.ask()
@@ -305,7 +350,7 @@ class SearchController:
         limits = bounds_of(self._cost)
         bounds = [f"the budget of {self._budget:g}"] if self._budget < math.inf else []
         bounds += ["the limits"] if limits else []
-        self.stop_reason = f"no config is left to try after {len(self._seen)}" + (
+        self._no_more = f"no config is left to try after {len(self._seen)}" + (
             f" within {' and '.join(bounds)}" if bounds else ""
         )
         return None
@@ -313,7 +358,8 @@ class SearchController:
     def tell(self, proposal: Proposal, record: TrialRecord) -> TrialRecord:
         """Learn what became of a proposal; the record with its number, origin and cost, as it belongs on the disk.
 
-        A trial that ended well but whose score is no finite number comes back as failed.
+        A trial that ended well but whose score is no finite number comes back as failed. Of a longer rung, the record
+        is that of the whole trial; where the rung failed, the trial is worth what it was before.
         """
         record = replace(record, number=proposal.number, origin=proposal.origin, config=proposal.config)
         if record.state != "failed" and not (record.score is not None and math.isfinite(record.score)):
@@ -325,6 +371,14 @@ class SearchController:
             record = replace(record, cost=proposal.cost, costs=self._priced(proposal.config))
             self._failures.clear()
         trial = self._asked.pop(proposal.number)
+        if proposal.before is not None:
+            self._promoted.remove(proposal.number)
+            record = ended_next_rung(proposal.before, record, self._rungs[proposal.rung])
+            self._contend(record)
+            return record
+        if len(self._rungs) > 1 and record.state == "complete":
+            record = ended_first_rung(record)
+        self._contend(record)
         if trial is not None:  # the question is closed; the answer is added below, as that of any record
             self._study.tell(trial, state=TrialState.FAIL)
         point = self._remember(record)
@@ -337,8 +391,6 @@ class SearchController:
     def _limit(self) -> str | None:
         if self.broken:
             return f"{len(self._failures)} trials failed in a row, the last one because of: {self._failures[-1]}"
-        if self._ended + len(self._asked) >= self._search.trials:
-            return f"{self._search.trials} trials were wanted"
         limit = self._search.time_limit_s
         if limit is not None and self._clock() - self._start >= limit:
             return f"the time limit of {limit:g} s is reached"
@@ -358,9 +410,12 @@ class SearchController:
 
     def _thresholds(self, origin: Origin, cost: float) -> Thresholds:
         if not self._search.stop_dominated or origin in BASELINES:
-            return NO_THRESHOLDS
+            return UNWATCHED
         best = max((p.quality for p in self._front if p.cost <= cost), default=None)
-        return self._stopping.thresholds(cost, None if best is None else self._metric.quality(best))
+        thresholds = self._stopping.thresholds(cost, None if best is None else self._metric.quality(best))
+        if len(self._rungs) > 1:  # a short rung is no dearer than half of one that is long enough to be stopped
+            return replace(thresholds, halfway=None, watched=False)
+        return thresholds
 
     def _remember(self, record: TrialRecord) -> _Point | None:
         self._ended += 1
@@ -395,6 +450,18 @@ class SearchController:
             front = [*self._front, point]
             self._front = [front[i] for i in non_dominated([(p.value, p.cost) for p in front], BETTER)]
         return point
+
+    def _contend(self, record: TrialRecord) -> None:
+        """Let a trial that has ended compete for longer rungs."""
+        if len(self._rungs) == 1 or record.cost is None or record.state == "failed" or record.origin == "import":
+            return
+        ended = [record.at_rung(i) for i, rung in enumerate(record.rungs) if rung.score is not None] or [record]
+        values = tuple(self._value(r, self._metric.quality(r.score)) for r in ended if r.score is not None)
+        if record.state == "stopped":
+            values = (-math.inf,)
+        self._records[record.number] = record
+        within = self._space.contains(record.config) and self._affordable(record.config)
+        self._contenders[record.number] = Contender(record.number, record.cost, values, goes_on(record) and within)
 
     def _value(self, record: TrialRecord, quality: float) -> float:
         """What the sampler improves: exp(-D), or the quality where there is no D or it is asked for."""
@@ -438,7 +505,7 @@ class SearchController:
         return self._space.config_of(params | {name: partner[name] for name in order[:within]})
 
     def _find_cheapest(self) -> dict[str, Any]:
-        """Parameters of the cheapest rung of the ladder or, where that is above a bound, of a config within all."""
+        """Parameters of the cheapest uniform config or, where that is above a bound, of a config within all."""
 
         def cost_of(params: dict[str, Any]) -> float:
             return self._cost(self._space.config_of(params))

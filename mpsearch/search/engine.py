@@ -127,14 +127,19 @@ class _Book:
         self._running: dict[int, RunningTrial] = {}
 
     def start(self) -> Proposal | None:
-        """The next trial, noted as running; None: there is no more."""
+        """The next trial, noted as running; None: there is no more, or none before one that runs has ended."""
         proposal = self._controller.ask()
         if proposal is not None:
-            trial = RunningTrial(proposal.number, proposal.origin, proposal.cost, time.time())
+            trial = RunningTrial(proposal.number, proposal.origin, proposal.cost, time.time(), proposal.rung)
             self._running[proposal.number] = trial
             self._folder.running = tuple(self._running.values())
             self._observer.on_trial_started(trial)
         return proposal
+
+    @property
+    def over(self) -> bool:
+        """Whether no trial starts any more."""
+        return self._controller.stop_reason is not None
 
     def finish(self, proposal: Proposal, record: TrialRecord) -> None:
         """Record what became of a trial; when this returns, it is on the disk."""
@@ -197,7 +202,7 @@ def _run_on_ray(
                 with failure_noted():
                     proposal = None if failure else book.start()
                 if proposal is None:
-                    return Searcher.FINISHED
+                    return Searcher.FINISHED if failure or book.over else None  # None: ask again later
                 asked[trial_id] = proposal
                 return {"proposal": proposal}
 

@@ -61,7 +61,7 @@ def finalize(
             if (trial.number, seed) in done.keys() - lost:
                 continue
             observer.on_final_started(trial, seed, position, len(jobs))
-            settings = problem.spec.trial.model_copy(update={"steps": steps})
+            settings = problem.spec.trial.of_one_length(steps)
             workbench = workbench or Workbench(problem.task, settings, offers=problem.space.offers, graph=problem.graph)
             start = trial_weights(folder, trial)
             if start is None:
@@ -116,8 +116,8 @@ def _train(
     lr: float | None,
     start: Mapping[str, Tensor],
 ) -> FinalRecord:
-    """Go on from what the trial ended with; the better of start and end on val counts."""
-    workbench.reset(trial.config, start)
+    """Go on from what the trial ended its longest rung with; the better of start and end on val counts."""
+    workbench.reset(trial.config)
     workbench.restore(start)  # its ranges too
     before, began = workbench.score("val").value, workbench.state()
     workbench.fit(steps, seed, lr)

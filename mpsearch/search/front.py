@@ -23,7 +23,7 @@ from mpsearch.cost.model import Cost
 from mpsearch.errors import CostError, RunError
 from mpsearch.metric import TOP1, TOP5, Metric
 from mpsearch.pareto import non_dominated
-from mpsearch.record import TrialRecord
+from mpsearch.record import Origin, TrialRecord
 from mpsearch.search.compare import paired
 from mpsearch.units import SHARE, parse_amount, show
 
@@ -138,11 +138,13 @@ class ParetoFront:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a study was when a trial had ended."""
+    """How far a study was when a trial, or a longer rung of one, had ended."""
 
     trials: int  # complete, this one included
     elapsed_s: float  # since the first trial of any state started
     hypervolume: float
+    origin: Origin  # of the trial
+    rung: int  # that ended
 
 
 def objectives(trial: TrialRecord) -> tuple[float, float]:
@@ -181,13 +183,14 @@ def score_range(scores: Sequence[float], metric: Metric, float_score: float | No
 
 
 def front_rows(front: ParetoFront) -> list[dict[str, Any]]:
-    """The front as plain values, by rising cost: number, origin, score, costs and config of each trial."""
+    """The front as plain values, by rising cost: number, origin, score, cost, steps and config of each trial."""
     return [
         {
             "number": trial.number,
             "origin": trial.origin,
             "score": trial.score,
             "cost": trial.cost,
+            "steps": trial.steps,
             "costs": dict(trial.costs),
             "knee": trial is front.knee,
             "layers": trial.config.to_json(),
@@ -198,7 +201,7 @@ def front_rows(front: ParetoFront) -> list[dict[str, Any]]:
 
 def gains_over_baselines(front: ParetoFront) -> dict[int, str]:
     """Front trial -> its score minus that of the uniform baseline nearest in cost, on the same samples, and the ratio
-    of their costs.
+    of their costs; where they were trained for different numbers of steps, these, because that is another matter.
 
     Trials that are baselines themselves, and those without values by sample, are left out.
     """
@@ -209,6 +212,11 @@ def gains_over_baselines(front: ParetoFront) -> dict[int, str]:
         if baseline is None or baseline is trial or baseline.values is None or trial.values is None:
             continue
         ratio = cost / objectives(baseline)[1]
+        if baseline.steps != trial.steps and min(baseline.steps, trial.steps) > 0:  # 0: it is as good as float
+            gains[trial.number] = (
+                f"none: {trial.steps} steps, and {baseline.steps} of trial {baseline.number} at {ratio:.2f}x"
+            )
+            continue
         difference = paired([trial.values], [baseline.values], front.metric)
         gains[trial.number] = f"{difference.show(front.metric)} at {ratio:.2f}x of trial {baseline.number}"
     return gains
@@ -225,22 +233,38 @@ def hypervolume_over_time(
 ) -> list[Progress]:
     """The hypervolume over the score axis `scores` after every complete trial, in the order in which they ended.
 
+    A longer rung of a trial is an end of its own; its score takes the place of the shorter one's.
+
     Raises:
         CostError: `cheapest` is no cost.
     """
     started_s = min((trial.started_s for trial in records), default=0.0)
-    points: list[tuple[float, float]] = []
+    points: dict[int, tuple[float, float]] = {}  # non-dominated ones, by place in `ends`
+    known: dict[int, tuple[float, float]] = {}  # of trials that have ended longer rungs, all of them are needed
     progress: list[Progress] = []
     hypervolume = share_dominated([], cheapest, scores)
-    for trial in sorted(_complete(records), key=_ended_s):
-        points.append(objectives(trial))
-        on_front = non_dominated(points, (metric.maximize, False))
-        reached = on_front[-1] == len(points) - 1
-        points = [points[i] for i in on_front]
-        if reached:
-            hypervolume = share_dominated(points, cheapest, scores)
-        progress.append(Progress(len(progress) + 1, _ended_s(trial) - started_s, hypervolume))
+    several = any(len(trial.rungs) > 1 for trial in records)
+    ends = sorted(
+        ((end.ended_s, i, rung, end) for i, trial in enumerate(_complete(records)) for rung, end in _ends(trial)),
+        key=lambda end: end[:3],
+    )
+    for ended_s, i, rung, trial in ends:
+        known[i] = objectives(trial)
+        points = {**(known if several else points), i: known[i]}
+        numbers = list(points)
+        on_front = [numbers[j] for j in non_dominated([points[n] for n in numbers], (metric.maximize, False))]
+        points = {n: points[n] for n in on_front}
+        if several or i in points:
+            hypervolume = share_dominated(list(points.values()), cheapest, scores)
+        progress.append(Progress(len(known), ended_s - started_s, hypervolume, trial.origin, rung))
     return progress
+
+
+def _ends(trial: TrialRecord) -> list[tuple[int, TrialRecord]]:
+    """The rungs that a trial ended well, and what it was then."""
+    if not trial.rungs:
+        return [(0, trial)]
+    return [(i, trial.at_rung(i)) for i, rung in enumerate(trial.rungs) if rung.score is not None]
 
 
 _PICK = re.compile(
@@ -336,10 +360,6 @@ def _number(text: str) -> float | None:
 def _complete(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     complete = [trial for trial in records if trial.state == "complete"]
     return [trial for trial in complete if all(isfinite(value) for value in objectives(trial))]
-
-
-def _ended_s(trial: TrialRecord) -> float:
-    return trial.started_s + trial.wall.total_s
 
 
 def share_dominated(points: Sequence[tuple[float, float]], cheapest: float, scores: ScoreRange) -> float:

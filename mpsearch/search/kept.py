@@ -9,33 +9,59 @@ from torch import Tensor, nn
 
 from mpsearch.errors import RunError
 from mpsearch.problem import Problem
-from mpsearch.record import RunFolder, TrialRecord, checkpoint_path, final_path
+from mpsearch.record import RunFolder, TrialRecord, checkpoint_path, final_path, rung_path, state_path
 from mpsearch.search.front import pareto_front, scores_of
+from mpsearch.search.rungs import goes_on
 from mpsearch.search.trial import run_trial
 from mpsearch.state_dict import load_tensors, read_tensors
-from mpsearch.warmstart.start import start_weights
 from mpsearch.workbench import Workbench
 
 progress = logging.getLogger("mpsearch.progress")
 
 
 class FrontWeights:
-    """Keeps the weights of front trials, of the uniform ladder and of imports; deletes those of dominated trials."""
+    """Keeps the weights of front trials, of the uniform ladder and of imports; deletes those of dominated trials.
+
+    Of trials that may go on to a longer rung it keeps the state of the training too, and no older one.
+    """
 
     def __init__(self, folder: RunFolder, records: Sequence[TrialRecord]) -> None:
-        self._folder = folder.checkpoints
+        self._run, self._folder = folder, folder.checkpoints
         self._metric = folder.metric
         self.front = pareto_front(records, self._metric)
-        self.scores = scores_of(records)  # of every complete trial
+        self._scores = {record.number: score for record in records for score in scores_of([record])}
+        for record in records:
+            self._take_over(record)
+        states = {state_path(self._folder, r.number, len(r.rungs) - 1) for r in records if goes_on(r)}
+        for path in [*self._folder.glob("trial-*.state-*"), *self._folder.glob("trial-*.rung-*")]:
+            if path not in states:  # of a trial that was killed, or whose next rung is on the record
+                path.unlink(missing_ok=True)
+
+    @property
+    def scores(self) -> list[float]:
+        """Of every complete trial."""
+        return list(self._scores.values())
 
     def keep(self, record: TrialRecord) -> None:
-        """Take a record in; whatever is now dominated loses its weights."""
-        self.scores += scores_of([record])
-        known = {trial.number: trial for trial in (*self.front.trials, *self.front.ladder, record)}
+        """Take a record in that is on the disk; whatever is now dominated loses its weights."""
+        self._take_over(record)
+        for score in scores_of([record]):
+            self._scores[record.number] = score
+        # A longer rung may be worse than a shorter one; then what that one dominated may come back.
+        others = self._run.records() if len(record.rungs) > 1 else (*self.front.trials, *self.front.ladder)
+        known = {trial.number: trial for trial in (*others, record)}
         self.front = pareto_front(list(known.values()), self._metric)
         for number in known.keys() - {trial.number for trial in (*self.front.trials, *self.front.ladder)}:
             if known[number].origin != "import":  # it cannot be trained again here
                 checkpoint_path(self._folder, number).unlink(missing_ok=True)
+
+    def _take_over(self, record: TrialRecord) -> None:
+        """Make the weights of the longest rung those of the trial, and remove the state that it went on from."""
+        last = len(record.rungs) - 1
+        if last > 0:
+            if (path := rung_path(self._folder, record.number, last)).exists():
+                path.replace(checkpoint_path(self._folder, record.number))
+            state_path(self._folder, record.number, last - 1).unlink(missing_ok=True)
 
 
 def trained_model(
@@ -91,5 +117,7 @@ def train_again(problem: Problem, folder: RunFolder, record: TrialRecord, workbe
         its score now.
     """
     progress.info("trial %d is trained again: its weights were not kept, or cannot be read", record.number)
-    start = start_weights(problem.spec, folder.warmstart)(record.cost or 1.0)
-    return run_trial(problem.task, record.config, problem.spec.trial, start, workbench=workbench).score
+    rung = max(0, sum(r.score is not None for r in record.rungs) - 1)
+    before = record.at_rung(0) if rung else None
+    settings = problem.spec.trial
+    return run_trial(problem.task, record.config, settings, workbench=workbench, rung=rung, before=before).score

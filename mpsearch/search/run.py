@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpsearch.errors import GaveUpError, SpaceError, TaskError
+from mpsearch.errors import GaveUpError, RunError, SpaceError, TaskError
 from mpsearch.files import make_folder, write_text
 from mpsearch.hardware.profile import profile_copy
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem, check_moved, open_problem, reopen, with_float_scores, write_facts
-from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path
+from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path, rung_path, state_path
 from mpsearch.search.additive import Knowledge
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.engine import run_trials
@@ -32,13 +32,13 @@ from mpsearch.search.trial import peak_memory_bytes, run_trial
 from mpsearch.search.view import open_view
 from mpsearch.shipped import shipped
 from mpsearch.state_dict import read_tensors, save_weights, state
-from mpsearch.study import StudySpec, read_spec
+from mpsearch.study import REUSED, StudySpec, read_spec, reuses_weights
 from mpsearch.task.scoring import evaluate
-from mpsearch.train import threads
+from mpsearch.train import FitSettings, TrainingState, threads
 from mpsearch.trust import trust
 from mpsearch.warmstart.additive import start_scores
 from mpsearch.warmstart.prescreen import prescreen, prescreens
-from mpsearch.warmstart.start import start_weights, warm_start
+from mpsearch.warmstart.start import warm_start
 from mpsearch.warmstart.table import SensitivityTable
 from mpsearch.workbench import Workbench
 
@@ -96,6 +96,12 @@ def resume_study(
         trust(folder, spec)
     if trials is not None:
         spec = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": trials})})
+    if reuses_weights(folder) and len(folder.records()) < spec.search.trials:
+        raise RunError(
+            f"the trials of {folder.path} began with the weights of its descent (warm_start.{REUSED}), which is no "
+            "more, so that further ones could not be compared with them: look at it with status, front and report, "
+            "or start a new run"
+        )
     return _search(replace(problem, spec=spec), folder, observer)
 
 
@@ -139,12 +145,11 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             records,
             started=began,
             knowledge=_knowledge(folder),
+            rungs=spec.trial.lengths,
             priced=problem.priced,
         )
         front = _FrontKeeper(problem, folder, records, observer)
-        make_runner = functools.partial(
-            trial_runner, spec, str(folder.checkpoints.resolve()), str(folder.warmstart.resolve())
-        )
+        make_runner = functools.partial(trial_runner, spec, str(folder.checkpoints.resolve()))
         try:
             run_trials(controller, folder, view, make_runner, spec.engine, spec.search.concurrency, front)
         finally:
@@ -183,20 +188,35 @@ class _FrontKeeper(Observer):
         self._observer.on_trial_ended(record)
 
 
-def trial_runner(spec: StudySpec, checkpoints: str, warmstart: str) -> Callable[[Proposal], TrialRecord]:
-    """What a worker process does with proposals: called once there, it loads the task and sets up a workbench."""
+def trial_runner(spec: StudySpec, checkpoints: str) -> Callable[[Proposal], TrialRecord]:
+    """What a worker process does with proposals: called once there, it loads the task and sets up a workbench.
+
+    A training that a longer rung may go on with leaves its state in `checkpoints`, and its weights.
+    """
     problem = open_problem(spec)
     task = problem.task
     workbench = Workbench(task, spec.trial, offers=problem.space.offers, graph=problem.graph)
 
-    start = start_weights(spec, Path(warmstart))
+    folder = Path(checkpoints)
 
     def run(proposal: Proposal) -> TrialRecord:
+        number, rung, owner = proposal.number, proposal.rung, proposal.config.digest
+        begun = TrainingState.load(state_path(folder, number, rung - 1), owner) if rung else None
         record = run_trial(
-            task, proposal.config, spec.trial, start(proposal.cost), workbench=workbench, thresholds=proposal.thresholds
+            task,
+            proposal.config,
+            spec.trial,
+            workbench=workbench,
+            thresholds=proposal.thresholds,
+            rung=rung,
+            before=proposal.before,
+            begun=begun,
+            on_state=lambda state: state.save(state_path(folder, number, rung), owner),
         )
         if record.state == "complete":
-            save_weights(workbench.model, checkpoint_path(Path(checkpoints), proposal.number))
+            # What the record has is not overwritten before the record has this: `FrontWeights` takes it over then.
+            path = rung_path(folder, number, rung) if rung else checkpoint_path(folder, number)
+            save_weights(workbench.model, path)
         return record
 
     return run
@@ -213,8 +233,7 @@ def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -
         if known := [r for r in records if r.config == config and r.state == "complete"]:
             return known[0]
         workbench = Workbench(problem.task, problem.spec.trial, offers=config.offers, graph=problem.graph)
-        start = start_weights(problem.spec, folder.warmstart)(problem.cost(config))
-        record = run_trial(problem.task, config, problem.spec.trial, start, workbench=workbench, cost=problem.cost)
+        record = run_trial(problem.task, config, problem.spec.trial, workbench=workbench, cost=problem.cost)
         return _put_on_record(problem, folder, records, record, workbench)
 
 
@@ -313,6 +332,8 @@ def write_front(
 def estimate_trial_s(problem: Problem, steps: int = 6) -> float:
     """Seconds that one trial should take in a process of its own: measured on a few eager steps, scoring included.
 
+    Where trials train by rungs, with its share of the longer ones.
+
     With as many threads as a worker has, and by the quickest step: on a machine that is busy with other things the mean
     of a few steps says more of these, above all where threads wait for each other.
     """
@@ -327,7 +348,21 @@ def estimate_trial_s(problem: Problem, steps: int = 6) -> float:
         workbench.fit(steps, seed=0, on_step=lambda step, loss: ended.append(time.perf_counter()))
         step_s = min(after - before for before, after in itertools.pairwise(ended))
         evaluate_s = min(_evaluation_s(problem, workbench) for _ in range(2))
-    return step_s * (spec.trial.steps + spec.trial.bn_batches / 3) + 3 * evaluate_s
+    return step_s * (steps_a_config(spec) + spec.trial.bn_batches / 3) + 3 * evaluate_s
+
+
+def steps_a_config(spec: StudySpec) -> float:
+    """Training steps that a config takes on average: all of them to the first rung, one in `search.eta` to the next.
+
+    >>> from mpsearch.study import load_study
+    >>> steps_a_config(load_study("digits", ["trial.rungs=[60, 150, 400]"]))  # 60 + 120/3 + 325/9
+    136.1111111111111
+    """
+    lengths, steps, done = spec.trial.lengths, 0.0, 0
+    for rung, length in enumerate(lengths):
+        steps += (length - done) / spec.search.eta**rung
+        done = FitSettings(length, spec.trial.lr, lengths=lengths).fall
+    return steps
 
 
 def _evaluation_s(problem: Problem, workbench: Workbench) -> float:

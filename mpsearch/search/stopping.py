@@ -44,9 +44,11 @@ class Thresholds:
 
     start: float | None = None  # the largest divergence at the start
     halfway: float | None = None  # the worst score halfway
+    watched: bool = True  # whether a score is taken halfway: it costs time, and nothing but stopping needs it
 
 
 NO_THRESHOLDS = Thresholds()
+UNWATCHED = Thresholds(watched=False)
 
 
 class Stopping:
@@ -54,7 +56,7 @@ class Stopping:
 
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
-        self._gains: deque[tuple[float, float, float]] = deque(maxlen=MEMORY)  # log2 cost, gain from start and halfway
+        self._gains: deque[tuple[float, float, float | None]] = deque(maxlen=MEMORY)  # log2 cost, from start, halfway
         self._ratios: deque[tuple[float, float]] = deque(maxlen=MEMORY)  # log2 cost, divergence at the end over start
         self._starts: list[tuple[float, float]] = []  # (cost, divergence) that nothing cheaper undercuts, by cost
 
@@ -67,11 +69,12 @@ class Stopping:
             if record.divergence is not None and record.start_divergence > 0:
                 self._ratios.append((math.log2(record.cost), record.divergence / record.start_divergence))
         halfway = score_halfway(record)
-        if record.state == "complete" and halfway is not None:
+        if record.state == "complete" and len(record.curve) > 1:
             whole, half = (
-                max(0.0, self._metric.gain(record.score, before)) for before in (record.curve[0][1], halfway)
+                None if before is None else max(0.0, self._metric.gain(record.score, before))
+                for before in (record.curve[0][1], halfway)
             )
-            self._gains.append((math.log2(record.cost), whole, half))
+            self._gains.append((math.log2(record.cost), whole or 0.0, half))
 
     def thresholds(self, cost: float, best: float | None) -> Thresholds:
         """What a trial must pass.
@@ -81,19 +84,21 @@ class Stopping:
             best: the best score known at no higher cost; None: there is none.
         """
         start = min((divergence for its_cost, divergence in self._starts if its_cost <= cost), default=None)
-        nearest = self._nearest(cost)
+        gains = [half for _, half in self._nearest(cost, watched=True) if half is not None]
         halfway = None
-        if best is not None and len(nearest) >= LEAST:
-            halfway = self._metric.improved(best, by=-OPTIMISM * max(gain for _, gain in nearest))
+        if best is not None and len(gains) >= LEAST:
+            halfway = self._metric.improved(best, by=-OPTIMISM * max(gains))
         return Thresholds(None if start is None else SLACK * start, halfway)
 
     def foreseen(self, record: TrialRecord) -> float | None:
         """The score that a stopped trial might have reached: what it had, and the usual gain at its cost."""
-        nearest = [] if record.cost is None or record.state != "stopped" else self._nearest(record.cost)
-        if record.score is None or not nearest:
+        if record.cost is None or record.state != "stopped":
             return record.score
         at_start = len(record.curve) == 1
-        gain = statistics.median(whole if at_start else half for whole, half in nearest)
+        nearest = self._nearest(record.cost, watched=not at_start)
+        if record.score is None or not nearest:
+            return record.score
+        gain = statistics.median(whole if at_start or half is None else half for whole, half in nearest)
         return self._metric.clamped(self._metric.improved(record.score, by=gain))
 
     def foreseen_divergence(self, record: TrialRecord) -> float | None:
@@ -104,8 +109,10 @@ class Stopping:
         nearest = sorted(self._ratios, key=lambda item: abs(item[0] - octaves))[:NEAREST]
         return record.start_divergence * (statistics.median(ratio for _, ratio in nearest) if nearest else 1.0)
 
-    def _nearest(self, cost: float) -> list[tuple[float, float]]:
-        by_distance = sorted(self._gains, key=lambda item: abs(item[0] - math.log2(cost)))
+    def _nearest(self, cost: float, watched: bool) -> list[tuple[float, float | None]]:
+        """Gains of the trials nearest in cost, of those with a score halfway if `watched`."""
+        known = [item for item in self._gains if item[2] is not None] if watched else self._gains
+        by_distance = sorted(known, key=lambda item: abs(item[0] - math.log2(cost)))
         return [(whole, half) for _, whole, half in by_distance[:NEAREST]]
 
     def _learn_start(self, cost: float, divergence: float) -> None:

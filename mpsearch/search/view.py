@@ -58,9 +58,10 @@ class OptunaView:
     """An Optuna study that shows a run.
 
     Values are the score, in its unit and direction, and log2 of relative cost; a failed or stopped trial has none. User
-    attributes hold the rest of the record, among it `number`, by which a trial is known here: Optuna counts in the
-    order of adding. A trial that failed and was tried again is there twice. Budget and limits are constraints, in
-    octaves (at most 0 is within), under Optuna's key and the older one that optuna-dashboard reads.
+    attributes hold the rest of the record, among it `number` and `rung`, by which a trial is known here: Optuna counts
+    in the order of adding. As Optuna's trials do not change once they have ended, each rung of ours is one of them, and
+    a trial that failed and was tried again is there twice. Budget and limits are constraints, in octaves (at most 0 is
+    within), under Optuna's key and the older one that optuna-dashboard reads.
     """
 
     def __init__(
@@ -90,35 +91,47 @@ class OptunaView:
         self._retry_at = 0.0
         self._on_trouble = on_trouble
         self._waiting: dict[int, TrialRecord] = {}  # by number: ended, but not one before them
+        self._longer: dict[int, list[TrialRecord]] = {}  # those of them that ended a longer rung meanwhile
         self._next = 0
         self.catch_up(records)
 
     def catch_up(self, records: Iterable[TrialRecord]) -> None:
         """Show those of the trials that are not shown yet."""
-        shown: dict[Any, TrialState] = {}
+        shown: dict[tuple[Any, int], TrialState] = {}  # by number and rung
         for trial in self.study.get_trials(deepcopy=False):
-            number = trial.user_attrs.get("number")
-            shown[number] = trial.state if shown.get(number, TrialState.FAIL) == TrialState.FAIL else shown[number]
-        behind = [r for r in records if shown.get(r.number) not in (_STATES[r.state], *_ENDED_WELL)]
-        missing = sorted(behind, key=lambda record: record.number)
-        self.study.add_trials(map(self._trial, missing))
-        self._next = len(shown.keys() | {record.number for record in missing})
+            one = (trial.user_attrs.get("number"), trial.user_attrs.get("rung", 0))
+            shown[one] = trial.state if shown.get(one, TrialState.FAIL) == TrialState.FAIL else shown[one]
+        each = {(r.number, rung): r for r in records for rung in range(max(1, len(r.rungs)))}
+        behind = [one for one, r in each.items() if shown.get(one) not in (_state(r, one[1]), *_ENDED_WELL)]
+        missing = sorted(behind, key=lambda one: (one[1], one[0]))
+        self.study.add_trials([self._trial(each[one], one[1]) for one in missing])
+        self._next = len({number for number, _ in (*shown, *missing)})
 
     def add(self, record: TrialRecord) -> None:
         """Show a trial that has ended and is on the disk, once those before it are shown, or many are waiting.
 
         Optuna numbers trials as they are added; so its numbers are ours, unless a run was killed or a trial is slow.
         """
+        if len(record.rungs) > 1:
+            if record.number in self._waiting:
+                self._longer.setdefault(record.number, []).append(record)
+            else:
+                self._show(record)
+            return
         self._waiting[record.number] = record
         while self._waiting and (min(self._waiting) <= self._next or len(self._waiting) > MOST_WAITING):
-            self._show(self._waiting.pop(min(self._waiting)))
+            self._show_waiting(min(self._waiting))
 
     def flush(self) -> None:
         """Show every trial that waits."""
         for number in sorted(self._waiting):
-            self._show(self._waiting.pop(number))
+            self._show_waiting(number)
         if self._behind:
             self._reconnect()
+
+    def _show_waiting(self, number: int) -> None:
+        for record in (self._waiting.pop(number), *self._longer.pop(number, ())):
+            self._show(record)
 
     def _show(self, record: TrialRecord) -> None:
         self._next = max(self._next, record.number + 1)
@@ -128,7 +141,7 @@ class OptunaView:
                 self._reconnect()
             return
         try:
-            self.study.add_trial(self._trial(record))
+            self.study.add_trial(self._trial(record, max(0, len(record.rungs) - 1)))
         except Exception as error:  # of whatever database: a run does not end because nobody can watch it
             self._behind.append(record)
             self._retry_at = time.monotonic() + RETRY_S
@@ -149,26 +162,30 @@ class OptunaView:
         progress.info("the Optuna study is up to date again")
         self._on_trouble(None)
 
-    def _trial(self, record: TrialRecord) -> FrozenTrial:
+    def _trial(self, record: TrialRecord, rung: int) -> FrozenTrial:
+        """What Optuna is told of a trial at the end of one of its rungs."""
+        state = _state(record, rung)
+        record = record.at_rung(rung)
         within = self._space.contains(record.config)
         kept = None
         if record.cost is not None and (within or self._cost is None or not self._cost.limits):
             kept = constraints(record.cost, self._budget, self._cost, record.config)
         values = None
-        if record.state == "complete" and record.score is not None and record.cost is not None:
+        if state == TrialState.COMPLETE and record.score is not None and record.cost is not None:
             values = [record.score, math.log2(record.cost)]
         trial = create_trial(
-            state=_STATES[record.state],
+            state=state,
             values=values,
             params=dict(self._space.params_of(record.config)) if within else {},
             distributions=self._distributions if within else {},
-            user_attrs=_attributes(record) | self._breakdown(record),
+            user_attrs=_attributes(record, rung) | self._breakdown(record),
             system_attrs=_artifacts(record) | ({"constraints": [*kept.values()]} if kept else {}),
             constraints=kept,
             intermediate_values=dict(record.curve),
         )
-        trial.datetime_start = datetime.fromtimestamp(record.started_s)
-        trial.datetime_complete = trial.datetime_start + timedelta(seconds=record.wall.total_s)
+        wall_s = record.rungs[-1].wall_s if record.rungs else record.wall.total_s
+        trial.datetime_complete = datetime.fromtimestamp(record.ended_s)
+        trial.datetime_start = trial.datetime_complete - timedelta(seconds=wall_s)
         return trial
 
     def _breakdown(self, record: TrialRecord) -> dict[str, Any]:
@@ -280,9 +297,11 @@ def _explained(storage: str) -> Iterator[None]:
         ) from None
 
 
-def _attributes(record: TrialRecord) -> dict[str, Any]:
+def _attributes(record: TrialRecord, rung: int) -> dict[str, Any]:
     attributes = {
         "number": record.number,
+        "rung": rung,
+        "steps": record.steps,
         "origin": record.origin,
         "config": record.config.digest,
         "cost / reference": record.cost,
@@ -301,6 +320,12 @@ def _attributes(record: TrialRecord) -> dict[str, Any]:
         "peak memory (MiB)": round(record.peak_memory_bytes / 2**20),
     }
     return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _state(record: TrialRecord, rung: int) -> TrialState:
+    """How a rung of a trial ended."""
+    failed = rung < len(record.rungs) and record.rungs[rung].score is None
+    return TrialState.FAIL if failed else _STATES[record.state]
 
 
 def _artifacts(record: TrialRecord) -> dict[str, str]:

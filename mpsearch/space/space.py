@@ -320,7 +320,7 @@ class SearchSpace:
         )
 
     def ladder(self) -> list[PrecisionConfig]:
-        """The uniform ladder, the baseline of every study: a rung for each bit-width on offer, from high to low.
+        """The uniform ladder, the baseline of every study: a config for each bit-width on offer, from high to low.
 
         Bit-widths are those of uniform quantizers; a space without any has a ladder of what it has. Widths that lead to
         the same config give one rung.

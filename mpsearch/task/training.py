@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.private.torch import BatchNormNd
-from mpsearch.train import FitSettings, one_cycle, steps
+from mpsearch.train import FitSettings, learning_rate, steps
 
 progress = logging.getLogger("mpsearch.progress")
 """What a person waits for, before there is a run to show it: the command line prints it."""
@@ -50,7 +50,7 @@ def train_adamw(
 
     def schedule(step: int) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = one_cycle(step, settings)
+            group["lr"] = learning_rate(step, settings)
 
     taken = steps(model, batches, lambda _step, _x, output, target: loss(output, target), [optimizer], count, schedule)
     for step, value in taken:

@@ -16,7 +16,7 @@ their marginal, the loss that a bit saves per unit of cost, which at an optimum 
 
 E: exponential mean over steps; C: the study's own cost model, linear between whole numbers of bits. The budget falls
 geometrically, fast to the dearest requested one, where little is decided, then slowly; at every requested one the
-descent leaves a snapshot of bits, marginals and weights.
+descent leaves a snapshot of bits and marginals. Its weights are not kept: trials that began with them were no better.
 
 Limits on other costs that are sums fall likewise, to their value by the time of the dearest budget. Where one binds,
 the slots that it prices go down further, and its gradient, as a share of its bound, joins that of C. Limits on a peak
@@ -46,9 +46,8 @@ from mpsearch.quant.gdnsq import clamp_and_round, grid_shift
 from mpsearch.quant.modules import QuantEmbedding
 from mpsearch.quant.prepare import insert_quantizers, quant_layers, weight_rows
 from mpsearch.space.space import SearchSpace, Slot
-from mpsearch.state_dict import read_tensors, save_tensors
 from mpsearch.train import steps as training_steps
-from mpsearch.warmstart.table import advice, read_descent
+from mpsearch.warmstart.table import read_descent
 from mpsearch.workbench import Workbench
 
 MEMORY = 0.97
@@ -118,7 +117,6 @@ class Snapshot:
     marginals: Mapping[str, float]  # loss that a bit saves per unit of relative cost, by slot name
     slopes: Mapping[str, float]  # -dLoss/dbit, by slot name
     loss: float  # exponential mean of the training loss
-    weights: Mapping[str, Tensor]  # a state dict with the float model's names
 
     @property
     def imbalance(self) -> float:
@@ -135,28 +133,18 @@ class Descent:
     log: tuple[Mapping[str, Any], ...]  # step, loss, cost, imbalance, bits by slot
     seconds: float
 
-    def nearest(self, cost: float) -> Snapshot:
-        """The snapshot nearest in log cost."""
-        return min(self.snapshots, key=lambda snapshot: abs(math.log(snapshot.budget / cost)))
-
     def save(self, folder: Path) -> None:
-        """Write `descent.json` and a safetensors file a snapshot. Raises WriteError."""
+        """Write `descent.json`. Raises WriteError."""
         make_folder(folder)
-        rows = []
-        for index, snapshot in enumerate(self.snapshots):
-            save_tensors(snapshot.weights, folder / f"snapshot-{index}.safetensors")
-            rows.append({k: v for k, v in vars(snapshot).items() if k != "weights"})
+        rows = [vars(snapshot) for snapshot in self.snapshots]
         document = {"seconds": self.seconds, "snapshots": rows, "log": list(self.log)}
-        write_text(folder / "descent.json", json.dumps(document))  # last: a folder with this file is whole
+        write_text(folder / "descent.json", json.dumps(document))
 
     @classmethod
     def load(cls, folder: Path) -> Descent:
-        """Read what `save` wrote. Raises RunError: a file of it is missing or damaged."""
+        """Read what `save` wrote. Raises RunError: it is missing or damaged."""
         document = read_descent(folder)
-        snapshots = tuple(
-            Snapshot(**row, weights=read_tensors(folder / f"snapshot-{index}.safetensors", advice(folder)))
-            for index, row in enumerate(document["snapshots"])
-        )
+        snapshots = tuple(Snapshot(**row) for row in document["snapshots"])
         return cls(snapshots, tuple(document["log"]), document["seconds"])
 
 
@@ -355,14 +343,13 @@ def descend(
             {n: m for n, m, i in zip(names, marginals.tolist(), inside.tolist(), strict=True) if i},
             dict(zip(names, (slopes / unbiased).tolist(), strict=True)),
             mean_loss / unbiased,
-            {},
         )
         if step % max(1, steps // 200) == 0 or step == steps - 1:
             log.append(
                 {"step": step, "loss": value, "cost": budget, "imbalance": state.imbalance, "bits": dict(state.bits)}
             )
         while len(snapshots) < len(targets) and budget <= targets[len(snapshots)] * (1 + 1e-9):
-            snapshots.append(Snapshot(**{**vars(state), "budget": targets[len(snapshots)], "weights": _weights(model)}))
+            snapshots.append(replace(state, budget=targets[len(snapshots)]))
         if on_step is not None:
             on_step(step, value)
     return Descent(tuple(snapshots), tuple(log), time.perf_counter() - began)
@@ -508,9 +495,3 @@ def _quantizers_of(model: nn.Module, space: SearchSpace) -> list[list[BitQuantiz
     layers: Mapping[str, Any] = quant_layers(model)
     attribute = {"weight": "weight_quantizer", "activation": "input_quantizer"}
     return [[getattr(layers[name], attribute[slot.tensor]) for name in slot.layers] for slot in space.slots]
-
-
-@torch.no_grad()
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without quantizers: the float model's names."""
-    return {k: v.detach().clone().cpu() for k, v in model.state_dict().items() if "_quantizer." not in k}

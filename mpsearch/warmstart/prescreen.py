@@ -210,7 +210,7 @@ def _proposals(
 def _picked(
     space: SearchSpace, cost: RelativeCost, budgets: Sequence[float], scores: _Scores, late: Callable[[], bool]
 ) -> list[PrecisionConfig]:
-    """The best of each budget, those of the ends first, then the second of each; rungs of the ladder are left out."""
+    """The best of each budget, those of the ends first, then the second of each; those of the ladder are left out."""
     ladder = set(space.ladder())
     distance = min(DISTANCE, max(1, len(space.free) // 4))
     by_score = sorted((score, i, config) for i, (config, score) in enumerate(scores.items()) if math.isfinite(score))

@@ -36,7 +36,8 @@ def trials_frame(
 ) -> pd.DataFrame:
     """A row per complete trial: `cost`, `quality`, `final` (mean quality on test), and what might foretell them.
 
-    Columns beside these: `before` and `halfway`, the qualities before and in the middle of the fine-tune; `start` and
+    Columns beside these: `before` and `halfway`, the qualities before and in the middle of the fine-tune (NaN where
+    that was not scored); `rung N`, after a rung of N steps, the divergence (or quality, negated); `start` and
     `divergence`, from the float network before and after it; `additive`, that after it as `foreseen` has it by trial
     number; for each table, the sum of the sensitivities, by proxy.
     """
@@ -45,10 +46,15 @@ def trials_frame(
     for record in records:
         if record.state != "complete" or record.score is None:
             continue
-        curve = dict(
-            zip(("before", "halfway"), (metric.quality(score) for _, score in record.curve[:-1]), strict=False)
-        )
-        row = {"cost": record.cost, "quality": metric.quality(record.score), "before": nan, "halfway": nan} | curve
+        row = {"cost": record.cost, "quality": metric.quality(record.score), "before": nan, "halfway": nan}
+        if len(record.curve) > 1 and record.curve[0][0] == 0:
+            row["before"] = metric.quality(record.curve[0][1])
+        if len(record.curve) == 3 and not record.rungs:
+            row["halfway"] = metric.quality(record.curve[1][1])
+        for rung in record.rungs:
+            if rung.score is not None:
+                worse = -metric.quality(rung.score) if rung.divergence is None else rung.divergence
+                row[f"rung {rung.steps}"] = worse
         row["start"] = nan if record.start_divergence is None else record.start_divergence
         row["divergence"] = nan if record.divergence is None else record.divergence
         row["additive"] = foreseen.get(record.number, nan)
@@ -60,6 +66,7 @@ def trials_frame(
                 row[table.proxy] = nan
         rows.append(row)
     columns = ["cost", "quality", "final", "before", "halfway", "start", "additive", "divergence"]
+    columns += sorted({name for row in rows for name in row if name.startswith("rung ")}, key=lambda n: int(n[5:]))
     columns += [table.proxy for table in tables]
     return pd.DataFrame(rows, columns=columns).astype(float)
 

@@ -1,6 +1,6 @@
-"""What a study starts from: configs to try first, and weights that trials start from.
+"""What a study starts from: configs to try first.
 
-Both come from one descent (`descent.py`); a sensitivity table (`sensitivity.py`, `allocate.py`) gives the baseline.
+They come from one descent (`descent.py`); a sensitivity table (`sensitivity.py`, `allocate.py`) gives the baseline.
 All of it is kept in the run folder's `warmstart/`, so that a resumed run finds it there and pays once.
 """
 
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import RunError
@@ -97,9 +95,12 @@ def warm_start(
         cheapest = least_cost(space, cost) if cost.limits else min(map(cost, space.ladder()))
         allocated = [a.config for a in ilp_ladder(space, cost, table, [b for b in settings.budgets if b >= cheapest])]
     grid: list[InitialConfig] = [("uniform", config) for config in ends_first(combined)]
-    known: list[list[PrecisionConfig] | None] = [None, *descended]  # the dear end is a rung, which is tried before
+    known: list[list[PrecisionConfig] | None] = [
+        None,
+        *descended,
+    ]  # the dear end is uniform, and tried before
     first: list[InitialConfig] = [("descent", configs[0]) for configs in ends_first(known) if configs]
-    # With several types the cheap end is no rung of the ladder.
+    # With several types the cheap end is none of the ladder's.
     cheap_end: list[InitialConfig] = [("uniform", cheapest_combination(space, cost, table))] if first else []
     baseline: list[InitialConfig] = [("ilp", config) for config in allocated]
     by_rank = zip_longest(*(configs[1:] for configs in descended))
@@ -172,21 +173,6 @@ def _known(sensitivity: float) -> float:
     return math.inf if math.isnan(sensitivity) else sensitivity
 
 
-class StartWeights:
-    """The weights that a trial starts from: those of the snapshot nearest in log cost.
-
-    The float network counts as the snapshot at the reference's cost, 1; it is what None stands for.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._descent = Descent.load(folder)
-
-    def at(self, cost: float) -> Mapping[str, Tensor] | None:
-        """For a config of this relative cost."""
-        nearest = self._descent.nearest(cost)
-        return None if abs(math.log(cost)) < abs(math.log(nearest.budget / cost)) else nearest.weights
-
-
 def _descent(
     spec: StudySpec,
     task: Task,
@@ -204,7 +190,7 @@ def _descent(
     settings = spec.warm_start
     torch.manual_seed(settings.seed)
     observer.on_stage("descent", 0, settings.steps)
-    workbench = Workbench(task, spec.trial.model_copy(update={"steps": settings.steps}), graph=graph)
+    workbench = Workbench(task, spec.trial.of_one_length(settings.steps), graph=graph)
     descent = descend(
         workbench,
         space,
@@ -240,14 +226,3 @@ def sensitivity_table(proxy: str, task: Task, graph: ModelGraph, space: SearchSp
     table.save(path)
     logger.info("sensitivity (%s): %d entries in %.0f s", proxy, len(table), table.seconds)
     return table
-
-
-def start_weights(spec: StudySpec, warmstart: Path) -> Callable[[float], Mapping[str, Tensor] | None]:
-    """Relative cost -> the weights that a trial of this study starts from; None: the float model's.
-
-    Raises:
-        RunError: the study has its trials start from a descent, and this is missing or damaged.
-    """
-    if not spec.warm_start.reuse_weights or spec.warm_start.method == "none":
-        return lambda cost: None
-    return StartWeights(warmstart).at

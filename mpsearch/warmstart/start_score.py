@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -32,7 +32,7 @@ from mpsearch.quant.modules import QuantEmbedding, QuantLayer
 from mpsearch.quant.prepare import RangeSetter, check_names, insert_quantizers, quant_layers, weight_rows
 from mpsearch.task.comparing import Comparison
 from mpsearch.train import autocast, to_device
-from mpsearch.workbench import Workbench, channels_last
+from mpsearch.workbench import Workbench, agrees, channels_last
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +41,6 @@ BATCH = 64
 again. BatchNorm has statistics enough."""
 BATCHES = 4
 """Batches of a score."""
-
-AGREES_NATS, AGREES_SHARE = 0.02, 0.05
-"""A bfloat16 score agrees with the float32 one within this, plus this share of it."""
 
 
 class StartScorer:
@@ -145,17 +142,6 @@ def compared_of(workbench: Workbench) -> Comparison:
     if workbench.comparison is None:
         raise TaskError(f"{workbench.task.name}: outputs of kind detection are not compared with the float network's")
     return workbench.comparison
-
-
-def agrees(pairs: Sequence[tuple[float, float]]) -> bool:
-    """Whether scores in another arithmetic are as good: each close to the first one, and in the same order.
-
-    Args:
-        pairs: (score, score in the other arithmetic).
-    """
-    close = all(abs(a - b) <= AGREES_NATS + AGREES_SHARE * abs(a) for a, b in pairs)  # NaN is close to nothing
-    by_one, by_other = (sorted(range(len(pairs)), key=lambda i: pairs[i][side]) for side in (0, 1))
-    return close and by_one == by_other
 
 
 class _Weights(nn.Module):

@@ -12,7 +12,7 @@ from pictured import CHEAPEST, COST, FINALS, INFOS, LAYERS, RECORDS, infos, run_
 from mpsearch.cost.model import RelativeCost
 from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
-from mpsearch.record import TrialRecord
+from mpsearch.record import RungScore, TrialRecord
 from mpsearch.report import figures
 from mpsearch.report.tables import (
     best_table,
@@ -23,6 +23,7 @@ from mpsearch.report.tables import (
     finals_table,
     front_table,
     layers_table,
+    origins_table,
     progress_table,
     trials_table,
 )
@@ -307,6 +308,39 @@ def test_proxy_compares_the_trial_with_the_final_training() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- progress
+
+
+def climbing() -> list[TrialRecord]:
+    """A uniform trial that went on to a longer rung, an ILP one, and two of the sampler's; cost 1/4, in this order."""
+    rungs = (RungScore(60, 0.4, ended_s=10.0), RungScore(150, 0.6, ended_s=50.0))
+    return [
+        trial(0, 1 / 4, 0.6, origin="uniform", rungs=rungs, started_s=0.0),
+        trial(1, 1 / 4, 0.5, origin="ilp", rungs=(RungScore(60, 0.5, ended_s=20.0),)),
+        trial(2, 1 / 4, 0.5, rungs=(RungScore(60, 0.5, ended_s=30.0),)),  # as good as that of the ILP, and later
+        trial(3, 1 / 4, 0.8, rungs=(RungScore(60, 0.8, ended_s=60.0),)),
+    ]
+
+
+def test_origins_say_who_added_what_and_what_came_late() -> None:
+    progress = progress_table(climbing(), CHEAPEST, TOP1, SHARES)
+    assert list(progress.added) == pytest.approx([0.2, 0.05, 0.0, 0.05, 0.1])
+    table = origins_table(progress).set_index("origin")
+    assert list(table.trials) == [1, 1, 2]
+    assert list(table["first"]) == pytest.approx([0.2, 0.05, 0.1])
+    assert list(table["longer"]) == pytest.approx([0.05, 0.0, 0.0])
+    assert list(table["late"]) == pytest.approx([0.05, 0.0, 0.1])  # since the ILP config, the last initial one
+    assert table["first"].sum() + table["longer"].sum() == pytest.approx(progress.hypervolume.iloc[-1])
+
+
+def test_added_by_origin_ends_at_what_each_has_added_first_and_longer_rungs_apart() -> None:
+    figure = figures.added_by_origin(progress_table(climbing(), CHEAPEST, TOP1, SHARES))
+    assert {trace.name: trace.y[-1] for trace in figure.data} == {
+        "uniform ladder": pytest.approx(0.2),
+        "ilp": pytest.approx(0.05),
+        "sampler": pytest.approx(0.1),
+        "uniform ladder, longer rungs": pytest.approx(0.05),
+    }
+    assert {trace.x[-1] for trace in figure.data} == {60.0}
 
 
 def test_best_so_far_is_within_each_cost_and_never_falls() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pictured import FINALS, LAYERS, RECORDS, run_data
+from pictured import FINALS, LAYERS, RECORDS, run_data, trial
 from plotly.offline import get_plotlyjs
 
 from mpsearch.errors import WriteError
@@ -74,8 +74,16 @@ def test_report_says_what_was_asked_and_what_came_out(tmp_path: Path) -> None:
     assert "Uniform baseline nearest to the knee&#x27;s cost: trial 1 (uniform)" in text
 
 
+def test_report_says_how_much_came_from_the_sampler(tmp_path: Path) -> None:
+    sampled = [*RECORDS, trial(6, 0.125, 0.80)]
+    text = report(tmp_path, run_data(sampled))
+    found = "the hypervolume was 0.4125; late is what came after that, +0.2000, 100% of it with configs of the sampler."
+    assert found in text
+    assert ["sampler", "2", "+0.4125", "+0.2000"] in Cells(text).rows
+
+
 def test_report_has_the_figures_for_which_there_is_data(tmp_path: Path) -> None:
-    always = {"front", "network", "cost", "weight-bits", "input-bits", "hypervolume", "best"}
+    always = {"front", "network", "cost", "weight-bits", "input-bits", "hypervolume", "best", "origins"}
     assert set(re.findall(r'<div id="figure-([\w-]+)"', report(tmp_path))) == always
     finalized = report(tmp_path, run_data(finals=FINALS))
     assert set(re.findall(r'<div id="figure-([\w-]+)"', finalized)) == always | {"proxy"}
@@ -84,7 +92,9 @@ def test_report_has_the_figures_for_which_there_is_data(tmp_path: Path) -> None:
 
 def test_table_of_the_front_is_by_rising_cost_and_marks_the_knee(tmp_path: Path) -> None:
     text = report(tmp_path)
-    assert Cells(text).rows[-4:] == [
+    rows = Cells(text).rows
+    first = next(index for index, row in enumerate(rows) if row[0] == "number")
+    assert rows[first : first + 4] == [
         ["number", "origin", "top1, %", "relative cost", "mean weight bits", "mean activation bits", ""],
         ["3", "manual", "40.00", "0.1250", "2.00", "8.00", ""],
         ["2", "sampler", "81.25", "0.2500", "4.00", "8.00", "knee"],
@@ -128,7 +138,9 @@ def test_a_report_that_is_watched_loads_itself_again(tmp_path: Path) -> None:
 def test_finalized_rows_and_commands_are_shown_where_given(tmp_path: Path) -> None:
     rows = [{"pick": "knee", "test_mean": 0.87654}, {"pick": "uniform", "test_mean": 0.86, "note": None}]
     text = report(tmp_path, finalized=rows, commands=["mpsearch run digits", "mpsearch finalize runs/digits"])
-    assert Cells(text).rows[-3:] == [
+    cells = Cells(text).rows
+    first = next(index for index, row in enumerate(cells) if row[0] == "pick")
+    assert cells[first : first + 3] == [
         ["pick", "test mean", "note"],
         ["knee", "0.8765", ""],
         ["uniform", "0.86", ""],

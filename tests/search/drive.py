@@ -1,10 +1,11 @@
-"""A search in a process of its own, for tests that kill it: `python drive.py FOLDER ADDRESS TRIALS SLEEP_S`.
+"""A search in a process of its own, for tests that kill it: `python drive.py FOLDER ADDRESS TRIALS SLEEP_S RUNGS`.
 
 The problem is a toy whose accuracy is known: `truth(config)`. What befalls trials is set by files in the folder
 `FOLDER/fate`: `nan-3`, `raise-3`, `die-3` (each attempt), `die_once-3` for trial 3.
 """
 
 import functools
+import math
 import os
 import signal
 import sys
@@ -69,7 +70,8 @@ def make_runner(path: Path, sleep_s: float) -> Callable[[Proposal], TrialRecord]
         if (fate / f"die-{number}").exists():
             os.kill(os.getpid(), signal.SIGKILL)
         accuracy = float("nan") if (fate / f"nan-{number}").exists() else truth(proposal.config)
-        return TrialRecord(proposal.config, "complete", score=accuracy, started_s=time.time())
+        curve = ((100 * (proposal.rung + 1), accuracy),) if math.isfinite(accuracy) else ()
+        return TrialRecord(proposal.config, "complete", score=accuracy, started_s=time.time(), curve=curve)
 
     return run
 
@@ -90,6 +92,7 @@ def drive(
     concurrency: int = 2,
     storage: str = "sqlite",
     observer: Observer = SILENT,
+    rungs: Sequence[int] = (0,),
 ) -> SearchController:
     """Start a run in `path`, or go on with it."""
     there = (path / "run.json").exists()
@@ -97,7 +100,9 @@ def drive(
     with folder.driving():
         records = folder.records()
         space = make_space()
-        controller = SearchController(space, relative_cost, SearchSpec(trials=trials), TOP1, records=records)
+        controller = SearchController(
+            space, relative_cost, SearchSpec(trials=trials), TOP1, records=records, rungs=rungs
+        )
         view = open_view(storage, folder, "toy", space, TOP1, None, records)
         runner = functools.partial(make_runner, path, sleep_s)
         run_trials(controller, folder, view, runner, EngineSpec(address=address), concurrency, observer)
@@ -116,4 +121,5 @@ class Printed(Observer):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever starts tests in the background has it ignored
-    drive(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), observer=Printed())
+    lengths = [int(steps) for steps in (sys.argv[5] if len(sys.argv) > 5 else "0").split(",")]
+    drive(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), observer=Printed(), rungs=lengths)

@@ -15,7 +15,7 @@ from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import TrialRecord
 from mpsearch.search.controller import SAMPLERS, Proposal, SearchController
-from mpsearch.search.stopping import NO_THRESHOLDS, OPTIMISM, SLACK
+from mpsearch.search.stopping import OPTIMISM, SLACK, UNWATCHED
 from mpsearch.space.order import ends_first
 from mpsearch.study import SearchSpec
 
@@ -359,7 +359,7 @@ def test_without_a_sampler_the_controls_and_anchors_are_all():
 def test_a_trial_is_told_the_bars_it_must_pass_and_a_control_is_not():
     search = controller(trials=LADDER + 2)
     while (proposal := search.ask()).origin == "uniform":
-        assert proposal.thresholds == NO_THRESHOLDS
+        assert proposal.thresholds == UNWATCHED
         end = truth(proposal.config)
         ended = TrialRecord(proposal.config, "complete", score=end, start_divergence=1 - end)
         search.tell(proposal, replace(ended, curve=((0, 0.1), (75, end - 0.125), (150, end))))
@@ -367,7 +367,17 @@ def test_a_trial_is_told_the_bars_it_must_pass_and_a_control_is_not():
     assert proposal.thresholds.halfway == pytest.approx(best - OPTIMISM * 0.125)
     assert proposal.thresholds.start == pytest.approx(SLACK * (1 - best))
     off = controller(trials=LADDER + 2, stop_dominated=False, records=[answer_of(search, proposal)])
-    assert all(p.thresholds == NO_THRESHOLDS for p in iter(off.ask, None))
+    assert all(p.thresholds == UNWATCHED for p in iter(off.ask, None))
+
+
+@pytest.mark.parametrize(("more", "rungs"), [({"stop_dominated": False}, (0,)), ({}, (60, 150))])
+def test_no_score_is_asked_for_halfway_where_no_trial_stops_there(more, rungs):
+    search = SearchController(make_space(), relative_cost, SearchSpec(trials=12, **more), TOP1, rungs=rungs)
+    proposals = []
+    while len(proposals) < 12 and (proposal := search.ask()) is not None:
+        proposals.append(proposal)
+        search.tell(proposal, TrialRecord(proposal.config, "complete", score=0.5, curve=((60, 0.5),)))
+    assert not any(proposal.thresholds.watched for proposal in proposals if not proposal.rung)
 
 
 def test_a_stopped_trial_is_never_on_the_front_that_bars_are_made_from():

@@ -39,10 +39,12 @@ def fates(path: Path, *names: str) -> None:
         (path / "fate" / name).touch()
 
 
-def start(path: Path, address: str, trials: int, sleep_s: float, **environment: str) -> subprocess.Popen:
+def start(
+    path: Path, address: str, trials: int, sleep_s: float, rungs: str = "0", **environment: str
+) -> subprocess.Popen:
     """A driver of its own, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, drive.__file__, str(path), address, str(trials), str(sleep_s)],
+        [sys.executable, drive.__file__, str(path), address, str(trials), str(sleep_s), rungs],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -78,10 +80,15 @@ def assert_whole(path: Path, trials: int) -> list[TrialRecord]:
     assert sorted(r.number for r in records) == list(range(trials))
     assert len({r.config for r in records}) == trials
     study = optuna.load_study(study_name="toy", storage=f"sqlite:///{path / 'study.db'}")
-    shown = {(t.user_attrs["number"], t.state.name) for t in study.trials}
-    assert len({n for n, state in shown if state != "FAIL"}) == sum(t.state.name != "FAIL" for t in study.trials)
-    assert shown >= {(r.number, "COMPLETE" if r.state == "complete" else "FAIL") for r in records}
-    assert {number for number, _ in shown} == set(range(trials))
+    shown = [(t.user_attrs["number"], t.user_attrs["rung"], t.state.name) for t in study.trials]
+    ended_well = [one for one in shown if one[2] != "FAIL"]
+    assert len(set(ended_well)) == len(ended_well)
+    for record in records:
+        state = "COMPLETE" if record.state == "complete" else "FAIL"
+        assert {(record.number, rung, state) for rung in range(max(1, len(record.rungs)))} <= set(shown)
+    assert {(number, rung) for number, rung, _ in shown} == {
+        (record.number, rung) for record in records for rung in range(max(1, len(record.rungs)))
+    }
     assert {t.state.name for t in study.trials} <= {"COMPLETE", "FAIL"}
     assert RunFolder.open(path).running == []
     return records
@@ -229,7 +236,7 @@ def test_every_storage_gives_the_same_trials(tmp_path, storage):
 def test_driver_ended_at_any_time_is_resumed_with_nothing_lost_and_a_second_one_is_refused(tmp_path):
     path = tmp_path / "run"
     for count, how in ((3, signal.SIGKILL), (9, signal.SIGINT)):  # in the ladder, and while the sampler proposes
-        driver = start(path, "none", trials=14, sleep_s=0.2)
+        driver = start(path, "none", trials=14, sleep_s=0.2, rungs="100,200,300")
         wait_for_records(path, count, driver)
         with pytest.raises(RunError, match=f"driven by process {driver.pid} "):
             drive.drive(path, trials=14)
@@ -239,8 +246,8 @@ def test_driver_ended_at_any_time_is_resumed_with_nothing_lost_and_a_second_one_
         assert ("KeyboardInterrupt" in errors) == (how == signal.SIGINT)
         assert count <= recorded(path) < 14
         assert RunFolder.open(path).running == []
-    drive.drive(path, trials=14)
-    assert_whole(path, 14)
+    drive.drive(path, trials=14, rungs=(100, 200, 300))
+    assert any(len(record.rungs) > 1 for record in assert_whole(path, 14))
 
 
 def test_time_limit_lets_running_trials_end(tmp_path):
@@ -280,7 +287,7 @@ def test_ray_takes_its_workers_along_when_its_driver_is_killed(tmp_path):
 def test_ray_runs_the_same_trials_and_survives_its_workers(tmp_path):
     path = tmp_path / "run"
     fates(path, "nan-2", "raise-3", "die_once-5")
-    driver = start(path, "local", trials=12, sleep_s=0.05)
+    driver = start(path, "local", trials=12, sleep_s=0.05, rungs="100,200,300")
     output, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
     records = {r.number: r for r in assert_whole(path, 12)}
@@ -290,6 +297,7 @@ def test_ray_runs_the_same_trials_and_survives_its_workers(tmp_path):
     }
     assert records[3].reason.startswith("ValueError: trial 3 will not do")
     assert all(r.score == truth(r.config) for r in records.values() if r.state == "complete")
+    assert any(len(record.rungs) > 1 for record in records.values())
     assert len(worker_pids(path)) <= 5  # two, and some for the death: workers keep their runner
     assert {line.partition(" ")[0] for line in output.splitlines()} == {"started", "ended"}  # and no word of Ray's
     assert errors == ""

@@ -85,7 +85,7 @@ def test_final_training_goes_on_from_the_trial_and_is_never_worse_on_val(tmp_pat
     mpsearch.run_study(spec, tmp_path / "run")
     folder = RunFolder.open(tmp_path / "run")
     problem = open_problem(spec)
-    trained = [r for r in pareto_front(folder.records(), TOP1) if len(r.curve) == 3][:2]
+    trained = [r for r in pareto_front(folder.records(), TOP1) if len(r.curve) > 1][:2]
     assert trained
     finalize(problem, folder, trials=trained)
     assert [f.number for f in folder.finals()] == [r.number for r in trained]

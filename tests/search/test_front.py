@@ -118,9 +118,9 @@ def test_hypervolume_over_time_follows_the_order_of_ending() -> None:
         broken(3),
     ]
     assert hypervolume_over_time(records, 1 / 16, TOP1, SHARES) == [
-        Progress(1, 3.0, pytest.approx(0.6 * 1 / 4)),
-        Progress(2, 5.0, pytest.approx(0.6 * 1 / 4)),
-        Progress(3, 9.0, pytest.approx(0.8 * 2 / 4)),
+        Progress(1, 3.0, pytest.approx(0.6 * 1 / 4), "sampler", 0),
+        Progress(2, 5.0, pytest.approx(0.6 * 1 / 4), "sampler", 0),
+        Progress(3, 9.0, pytest.approx(0.8 * 2 / 4), "sampler", 0),
     ]
 
 

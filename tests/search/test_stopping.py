@@ -94,6 +94,13 @@ def test_a_stopped_trial_is_foreseen_to_gain_what_others_of_its_cost_did() -> No
     assert known.foreseen(replace(at_start, score=0.7)) == 1.0
 
 
+def test_gains_from_the_start_are_learned_without_scores_halfway() -> None:
+    unwatched = [replace(r, curve=(r.curve[0], r.curve[2])) for r in (ended(i, 0.5, 0.6, 0.7) for i in range(LEAST))]
+    known = learned(*unwatched)
+    assert known.thresholds(0.5, 0.8).halfway is None
+    assert known.foreseen(ended(9, 0.5, 0.0, 0.3, state="stopped", curve=((0, 0.3),))) == pytest.approx(0.3 + 0.6)
+
+
 def test_replay_saves_the_whole_training_of_what_starts_too_far_from_float() -> None:
     near = ended(0, 0.5, 0.8, 0.9, start_divergence=0.2)
     far = ended(1, 0.6, 0.8, 0.85, start_divergence=0.7)

@@ -12,7 +12,7 @@ from scipy.stats import kendalltau
 from mpsearch.errors import RunError
 from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
-from mpsearch.record import FinalRecord, TrialRecord
+from mpsearch.record import FinalRecord, RungScore, TrialRecord
 from mpsearch.space.choices import parse_choices
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.warmstart.rank import foreseen_divergence, proxy_tau, trials_frame
@@ -110,6 +110,19 @@ def test_what_a_study_knows_of_its_trials_is_ranked() -> None:
     assert len(frame) == 3
     assert frame.halfway.isna().tolist() == [False, True, False]
     assert frame.kl.isna().tolist() == [False, False, True]
+
+
+def test_each_rung_is_a_column_and_no_score_halfway() -> None:
+    config = PrecisionConfig({"fc": LayerPrecision.shorthand("w4a4")})
+    rungs = (RungScore(60, 0.5, 0.4), RungScore(150, 0.6, 0.3))
+    curve = ((0, 0.2), (60, 0.5), (150, 0.6))
+    longer = TrialRecord(config, "complete", 0.6, 0.3, rungs=rungs, curve=curve, divergence=0.3)
+    short = TrialRecord(config, "complete", 0.5, 0.3, number=1, rungs=rungs[:1], curve=curve[:2], divergence=0.4)
+    frame = trials_frame([longer, short], TOP1)
+    assert frame["rung 60"].tolist() == [0.4, 0.4]
+    assert frame["rung 150"].isna().tolist() == [False, True]
+    assert frame.before.tolist() == [0.2, 0.2]
+    assert frame.halfway.isna().all()
 
 
 def test_the_additive_model_ranks_trials_by_the_others_and_finals_are_means_over_seeds() -> None:

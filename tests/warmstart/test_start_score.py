@@ -12,8 +12,8 @@ from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.problem import Problem, open_problem
 from mpsearch.quant.prepare import prepare
 from mpsearch.train import jeffreys
-from mpsearch.warmstart.start_score import BATCH, StartScorer, agrees
-from mpsearch.workbench import Workbench, channels_last
+from mpsearch.warmstart.start_score import BATCH, StartScorer
+from mpsearch.workbench import Workbench, agrees, channels_last
 
 pytestmark = pytest.mark.study
 

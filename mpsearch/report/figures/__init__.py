@@ -9,10 +9,11 @@ Whatever is too much to be seen is aggregated or left out, and the figure says s
 
 from mpsearch.report.figures.layers import bits_heatmap, cost_by_layer, network
 from mpsearch.report.figures.points import front, proxy
-from mpsearch.report.figures.progress import best_so_far, descent, hypervolume, prescreen, training
+from mpsearch.report.figures.progress import added_by_origin, best_so_far, descent, hypervolume, prescreen, training
 from mpsearch.report.figures.values import before_after, ranges, sweep
 
 __all__ = [
+    "added_by_origin",
     "before_after",
     "best_so_far",
     "bits_heatmap",

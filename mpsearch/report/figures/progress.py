@@ -42,6 +42,31 @@ def hypervolume(progress: pd.DataFrame) -> go.Figure:
     return figure
 
 
+def added_by_origin(progress: pd.DataFrame) -> go.Figure:
+    """What the configs of each origin have added to the hypervolume, over wall time: first rungs, and longer ones.
+
+    Args:
+        progress: as from `progress_table`.
+    """
+    unit, seconds = _unit(progress.elapsed_s)
+    figure = go.Figure(layout=layout(height=320))
+    for (origin, longer), rows in progress.groupby(["origin", progress.rung > 0], sort=False):
+        style = STYLE["origins"].get(str(origin), STYLE["origins"]["other"])
+        last_s = progress.elapsed_s.iloc[-1]
+        sums = rows.added.cumsum()
+        figure.add_scatter(
+            x=[*(rows.elapsed_s / seconds), last_s / seconds],
+            y=[*sums, sums.iloc[-1]],
+            name=style["label"] + (", longer rungs" if longer else ""),
+            mode="lines",
+            line={"shape": "hv", "width": 2, "color": style["color"], "dash": "dot" if longer else "solid"},
+            hovertemplate=f"%{{y:.4f}} after %{{x:.1f}} {unit}",
+        )
+    figure.update_xaxes(title=f"time since the first trial started, {unit}", rangemode="tozero")
+    figure.update_yaxes(title="added to the hypervolume")
+    return figure
+
+
 def best_so_far(best: pd.DataFrame, metric: Metric) -> go.Figure:
     """The best score so far within some bounds on cost, over wall time.
 
