@@ -102,13 +102,15 @@ def test_the_rest_makes_float_agree_and_errors_are_of_the_sum() -> None:
     times = ((FLOAT32, 10.0), (W8A8, 4.0))
     rows = {(key_of(layer), pair_of(pair)): Row(us, 0.1, 9) for layer in layers for pair, us in times}
     table = Table(rows, {"change_us": "1.5"}, "t.csv")
-    whole = {"float": ([FLOAT32] * 3, Timing(36.0, 0.1, 9))}
+    whole = {"float": ([FLOAT32] * 3, Timing(36.0, 0.1, 9)), "w8a8": ([W8A8] * 3, Timing(15.0, 0.1, 9))}
     table = _with_rest(table, layers, whole)
-    assert table.rest_us == pytest.approx(6.0)
-    assert _check("float", table, layers, *whole["float"]).error == pytest.approx(0.0)
+    assert table.rest_us(FLOAT32) == pytest.approx((36 - 30) / 3)
+    assert table.rest_us(W8A8) == pytest.approx((15 - 12) / 3)
+    for name in whole:
+        assert _check(name, table, layers, *whole[name]).error == pytest.approx(0.0)
     mixed = _check("mixed", table, layers, [W8A8, FLOAT32, W8A8], Timing(20.0, 0.1, 9))
-    assert mixed.sum_us == pytest.approx(4 + 10 + 4 + 6 + 2 * 1.5)
-    assert mixed.error == pytest.approx(27 / 20 - 1)
+    assert mixed.sum_us == pytest.approx(4 + 10 + 4 + 1 + 2 + 1 + 2 * 1.5)
+    assert mixed.error == pytest.approx(25 / 20 - 1)
     assert _check("w8a8", table, layers, [W8A8] * 3, "there is no kernel").reason == "there is no kernel"
 
 

@@ -31,9 +31,9 @@ def table_model(table: Table, price: PriceSpec) -> CostModel:
                 f"the table {table.source} has no row for layer '{layer.name}' ({key}) "
                 f"at {pair}: measure it (`mpsearch measure STUDY -o TABLE`), or leave that pair out"
             )
-        return row.median_us + price.layer
+        return row.median_us + table.rest_us(pair) + price.layer
 
-    return CostModel("us", (Part(of),), change=price.change, fixed=table.rest_us, rows_only=True)
+    return CostModel("us", (Part(of),), change=price.change, rows_only=True)
 
 
 def cycles_model(price: PriceSpec) -> CostModel:

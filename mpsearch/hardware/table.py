@@ -3,12 +3,12 @@
     # device: ...      lines that begin with # say what was measured on: device, runtime, version, threads, date
     op,in_shape,out_shape,kernel,stride,groups,fused_with,weight,activation,median_us,mad_us,n
     conv2d,3x32x32,16x32x32,3x3,1x1,1,bn,uniform:8,uniform:8,41.2,0.6,200
-    rest,,,,,,,float,float,85.0,2.1,200
+    rest,,,,,,,float,float,4.1,0.2,200
 
 A row holds for every layer with this key: kind, shapes of one sample, kernel, stride (the extents of the input over
-those of the output, rounded), groups, and `bn` where a BatchNorm is part of it. Rows with the op `rest` are what the
-network takes outside its layers, whatever their precision: the largest of them is added once. A layer and pair without
-a row is not allowed: nothing is interpolated. Any device's numbers can be written so.
+those of the output, rounded), groups, and `bn` where a BatchNorm is part of it. A row with the op `rest` is what comes
+beside each layer of its pair: additions, pooling, moving data, the network's share for one layer. A layer and pair
+without a row is not allowed: nothing is interpolated. Any device's numbers can be written so.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ COLUMNS = (
 )
 KEY = COLUMNS[:7]
 REST = "rest"
+REST_KEY = (REST, *[""] * 6)
+"""The key of what comes beside the layers."""
 
 Key = tuple[str, ...]
 """The texts of the key columns."""
@@ -68,10 +70,10 @@ class Table:
         """The row of a layer at a pair; None where there is none."""
         return self.rows.get((key_of(layer), pair_of(pair)))
 
-    @property
-    def rest_us(self) -> float:
-        """What is outside the layers."""
-        return max((row.median_us for (key, _), row in self.rows.items() if key[0] == REST), default=0.0)
+    def rest_us(self, pair: LayerPrecision) -> float:
+        """What comes beside each layer of a pair."""
+        row = self.rows.get((REST_KEY, pair_of(pair)))
+        return 0.0 if row is None else row.median_us
 
 
 def key_of(layer: LayerInfo) -> Key:

@@ -1,9 +1,10 @@
 """Measuring a table: every distinct layer of a network at each pair that a runtime has kernels for, and a check.
 
-The check compares the sum of the rows with the whole network, run at once: all float, all W8A8, and a mix. What the
-whole float network takes beyond its layers (additions, pooling, moving data) is the row `rest`; so float agrees by
-construction, and the other two say how far the sum can be trusted. Rows are on the disk as soon as they are measured:
-called again, the command goes on.
+The check compares the sum of the rows with the whole network, run at once: all float, all W8A8, and a mix. What a whole
+network of one pair takes beyond its layers (additions, pooling, moving data) is shared out among them, as the row
+`rest` of that pair: what follows a layer runs in its precision. So these agree by construction, unless the layers alone
+take longer than the whole; the mix says how far the sum can be trusted. Rows are on the disk as soon as they are
+measured: called again, the command goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mpsearch.errors import HardwareError
 from mpsearch.files import write_text
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.inputs import map_tensors
-from mpsearch.hardware.table import REST, Key, Pair, Row, Table, key_of, pair_of, read_table, write_table
+from mpsearch.hardware.table import REST, REST_KEY, Key, Pair, Row, Table, key_of, pair_of, read_table, write_table
 from mpsearch.measure.runtimes import FLOAT32, W8A8, Runtime, find_runtime
 from mpsearch.measure.timing import Timing, clock_of, device_name, timed
 from mpsearch.observer import SILENT, Observer
@@ -159,13 +160,16 @@ def _configs(run: Runtime, layers: Sequence[LayerInfo]) -> Iterator[tuple[str, l
 
 
 def _with_rest(table: Table, layers: Sequence[LayerInfo], wholes: Mapping[str, Whole]) -> Table:
-    """The table with what the float network takes outside its layers."""
-    precisions, whole = wholes["float"]
-    total = None if isinstance(whole, str) else _sum(replace(table, rows=_layers_only(table)), layers, precisions)
-    if total is None or isinstance(whole, str):
-        return table
-    row = Row(max(0.0, whole.median_us - total), whole.mad_us, whole.n)
-    rows = {**_layers_only(table), ((REST, *[""] * 6), pair_of(FLOAT32)): row}
+    """The table with what a network of one pair takes beside its layers, for each of them."""
+    table = replace(table, rows=_layers_only(table))
+    rows = dict(table.rows)
+    for precisions, whole in wholes.values():
+        total = _sum(table, layers, precisions)
+        if isinstance(whole, str) or total is None or len(set(precisions)) > 1:
+            continue
+        count = len(precisions)
+        beside = max(0.0, whole.median_us - total) / count
+        rows[REST_KEY, pair_of(precisions[0])] = Row(beside, whole.mad_us / count, whole.n)
     return replace(table, rows=rows)
 
 
@@ -177,11 +181,12 @@ def _sum(table: Table, layers: Sequence[LayerInfo], precisions: Sequence[LayerPr
     """What the table says of a network, each call of a layer counted; None where a row is missing."""
     called = [layer for layer in layers for _ in range(layer.calls)]
     rows = [table.row(layer, pair) for layer, pair in zip(called, precisions, strict=True)]
+    beside = sum(map(table.rest_us, precisions))
     changes = sum(a.activation != b.activation for a, b in pairwise(precisions))
     if any(row is None for row in rows):
         return None
     of_changes = changes * float(table.header.get(CHANGE, "0"))
-    return sum(row.median_us for row in rows if row is not None) + table.rest_us + of_changes
+    return sum(row.median_us for row in rows if row is not None) + beside + of_changes
 
 
 def _check(

@@ -49,7 +49,7 @@ ROWS = [
     (LAYERS[2], W8A8, 4.0),
     (LAYERS[2], HALF, 9.0),
 ]
-REST = "rest,,,,,,,float,float,3.5,0.1,50\n"
+REST = "rest,,,,,,,uniform:8,uniform:8,3.5,0.1,50\n"
 
 
 def space_for(model, hardware: Profile = PROFILE) -> SearchSpace:
@@ -64,14 +64,14 @@ def every_config(space: SearchSpace) -> list[PrecisionConfig]:
     return list(dict.fromkeys(space.config_of(dict(zip(names, chosen, strict=True))) for chosen in product(*values)))
 
 
-def test_a_table_prices_layers_by_their_key_and_adds_what_is_outside() -> None:
+def test_a_table_prices_layers_by_their_key_and_adds_what_comes_beside() -> None:
     table = parse_table(text(*ROWS) + REST)
     assert table.header == {"device": "a test"}
     assert parse_table(write_table(table)).rows == table.rows
     cost = RelativeCost(LAYERS, table_model(table, PriceSpec(table="t.csv", layer=0.5)))
-    assert cost.reference.total == 10 + 12 + 4 + 10 + 4 * 0.5 + 3.5
+    assert cost.reference.total == 10 + 12 + 4 + 10 + 4 * 0.5 + 4 * 3.5
     config = PrecisionConfig({"a": HALF, "b": W4A8, "c": W8A8, "d": W8A8})
-    assert cost.absolute(config).total == 25 + 7 + 4 + 10 + 2 + 3.5
+    assert cost.absolute(config).total == 25 + 7 + 4 + 10 + 2 + 2 * 3.5  # beside c and d
     assert cost.absolute(config).unit == "us"
     with pytest.raises(CostError, match=r"no row for layer 'a' \(conv2d, 4x6x6, .*\) at uniform:4.*measure it"):
         cost(PrecisionConfig.uniform("abcd", W4A8))
@@ -96,7 +96,7 @@ def test_changes_between_neighbours_are_counted_and_the_program_is_exact() -> No
     model = table_model(parse_table(text(*ROWS) + REST), PriceSpec(table="t.csv", change=6.0))
     space, cost = space_for(model), RelativeCost(LAYERS, model)
     config = PrecisionConfig({"a": HALF, "b": W4A8, "c": HALF, "d": HALF})
-    assert cost.absolute(config).total == 25 + 7 + 9 + 25 + 2 * 6 + 3.5
+    assert cost.absolute(config).total == 25 + 7 + 9 + 25 + 2 * 6
     values = [[-choice.bits * (i + 1.0) for choice in slot.choices] for i, slot in enumerate(space.slots)]
 
     def value(config: PrecisionConfig) -> float:
