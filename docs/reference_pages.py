@@ -41,6 +41,7 @@ def setup(sphinx: Sphinx) -> dict[str, bool]:
 
 def write(folder: Path) -> None:
     """Write every page that has changed."""
+    folder.mkdir(exist_ok=True)
     for name, text in pages().items():
         path = folder / f"{name}.md"
         if not path.exists() or path.read_text(encoding="utf-8") != text:

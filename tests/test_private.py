@@ -237,7 +237,13 @@ def test_libraries_with_private_parts_have_upper_bounds() -> None:
     root = Path(mpsearch.__file__).parent
     project = tomllib.loads((root.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [text for texts in project["optional-dependencies"].values() for text in texts]
-    for module in (path.stem.replace("_", "-") for path in (root / "private").glob("*.py") if path.stem != "__init__"):
-        named = [text for text in (*project["dependencies"], *extras) if re.match(rf"{module}(\[\w+\])?[<>=]", text)]
-        assert named, module
-        assert [text for text in named if "<" not in text] == []
+    libraries = {re.split(r"[\[<>=~! ]", text)[0] for text in (*project["dependencies"], *extras)}
+    for path in (root / "private").glob("*.py"):
+        module = path.stem.replace("_", "-")
+        fitting = [name for name in libraries if module == name or module.startswith(f"{name}-")]
+        if path.stem == "__init__":
+            continue
+        assert fitting, f"{path.name} is named after no dependency"
+        library = max(fitting, key=len)
+        named = [text for text in (*project["dependencies"], *extras) if re.match(rf"{library}(\[\w+\])?[<>=]", text)]
+        assert [text for text in named if "<" not in text] == [], f"{library} has private parts in use"

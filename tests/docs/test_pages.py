@@ -38,6 +38,13 @@ def reference() -> dict[str, str]:
     return pages
 
 
+def test_reference_is_written_into_a_folder_that_is_made(tmp_path: Path, reference: dict[str, str]) -> None:
+    import reference_pages
+
+    reference_pages.write(tmp_path / "reference")
+    assert {path.stem for path in (tmp_path / "reference").glob("*.md")} == set(reference)
+
+
 def test_reference_has_every_command_with_every_option(reference: dict[str, str]) -> None:
     for name, command in COMMANDS.items():
         section = reference["cli"].partition(f"\n## {name}\n")[2].partition("\n## ")[0]
