@@ -223,7 +223,7 @@ def no_room_from(write: int, folder: Path) -> Iterator[list[str]]:
     with ExitStack() as stack:
 
         def opening(path: object, flags: int, *rest: object, **options: object) -> int:
-            name = Path(str(path))
+            name = Path(os.path.abspath(str(path)))
             if flags & (os.O_WRONLY | os.O_RDWR) and folder in name.parents and name.suffix != ".lock":
                 opened.append(name.name)
                 if len(opened) == write:
@@ -261,9 +261,8 @@ def test_study_whose_disk_is_full_at_any_write_says_so_and_is_resumed(disk: Disk
     """Of a whole command: study, facts, weights, front, table, report, log and the Optuna study."""
     cold = ("warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0", "search.trials=2")
     sets = [part for override in (*QUICK, *cold, "storage=sqlite") for part in ("--set", override)]
-    count, refused = 0, 0
-    while True:
-        count += 1
+    tried, refused = 0, 0
+    for count in range(1, 100, 2):  # every second one: each takes seconds
         shutil.rmtree(disk.path / "run", ignore_errors=True)
         with no_room_from(count, disk.path) as opened:
             done = mpsearch_command("run", "digits", "--out", "run", *sets, cwd=disk.path)
@@ -283,5 +282,6 @@ def test_study_whose_disk_is_full_at_any_write_says_so_and_is_resumed(disk: Disk
         assert [record.state for record in folder.records()] == ["complete", "complete"]
         for file in (folder.front_json, folder.problem_json, folder.report_html, folder.trials_parquet):
             assert file.stat().st_size
-    assert count > 10
-    assert refused > 5
+        tried += 1
+    assert tried > 5
+    assert refused > 3

@@ -275,7 +275,7 @@ def open_storage(storage: str, folder: RunFolder | None = None) -> BaseStorage:
     if storage == "sqlite" and folder is not None:
         return _sqlite(f"sqlite:///{folder.study_db}")
     with _explained(storage):
-        return _sqlite(storage) if storage.startswith("sqlite") else RDBStorage(storage)
+        return _sqlite(storage) if storage.startswith("sqlite") else RDBStorage(storage, {"pool_pre_ping": True})
 
 
 def masked(text: str) -> str:

@@ -103,7 +103,8 @@ def drive(
         controller = SearchController(
             space, relative_cost, SearchSpec(trials=trials), TOP1, records=records, rungs=rungs
         )
-        view = open_view(storage, folder, "toy", space, TOP1, None, records)
+        said = functools.partial(setattr, folder, "trouble")
+        view = open_view(storage, folder, "toy", space, TOP1, records=records, on_trouble=said)
         runner = functools.partial(make_runner, path, sleep_s)
         run_trials(controller, folder, view, runner, EngineSpec(address=address), concurrency, observer)
     return controller
