@@ -165,7 +165,7 @@ def test_study_has_named_objectives_a_note_and_our_figures(address: str, folder:
     assert f"mpsearch export {folder.path} --pick knee" in study["note"]["body"]
     assert {"key": "cost model", "value": "shift_energy"} in study["user_attrs"]
     figures = {plot["id"]: json.loads(plot["graph_object"]) for plot in study["plotly_graph_objects"]}
-    assert set(figures) == {"front", "network", "cost", "weight-bits", "input-bits", "hypervolume", "best"}
+    assert set(figures) == {"front", "network", "cost", "weight-bits", "input-bits", "hypervolume", "best", "origins"}
     assert figures["front"]["layout"]["title"]["text"] == "top1 against cost"
     drawn = [point for trace in figures["front"]["data"] for point in trace.get("customdata", [])]
     assert sorted(point[0] for point in drawn) == [record.number for record in folder.records()]
