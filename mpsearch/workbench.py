@@ -55,7 +55,7 @@ QUICK_SCORE_SAMPLES = 1000
 AGREES_NATS, AGREES_SHARE = 0.02, 0.05
 """A bfloat16 divergence agrees with the float32 one within this, plus this share of it."""
 CHECKED = 3
-"""Quick scores that are taken in both arithmetics before bfloat16 is trusted with the others."""
+"""Quick scores that are taken in both kinds of arithmetic before bfloat16 is trusted with the others."""
 
 
 class Workbench:
