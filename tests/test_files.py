@@ -38,7 +38,7 @@ from mpsearch.warmstart.table import SensitivityTable
 
 CONFIG = PrecisionConfig.uniform(["0", "3"], LayerPrecision.parse("uniform:4", "uniform:8"))
 TABLE = SensitivityTable("kl", {("0", "weight", Precision("uniform", 4, "channel")): 0.5}, 8, 1.0)
-SNAPSHOT = Snapshot(0.5, 1, {"0": 4.0}, {}, {}, 0.1, {"0.weight": torch.ones(64, 64)})
+SNAPSHOT = Snapshot(0.5, 1, {"0": 4.0}, {}, {}, 0.1)
 
 
 def network() -> mpsearch.QuantizedNetwork:

@@ -355,8 +355,8 @@ def steps_a_config(spec: StudySpec) -> float:
     """Training steps that a config takes on average: all of them to the first rung, one in `search.eta` to the next.
 
     >>> from mpsearch.study import load_study
-    >>> steps_a_config(load_study("digits", ["trial.rungs=[60, 150, 400]"]))  # 60 + 120/3 + 325/9
-    136.1111111111111
+    >>> round(steps_a_config(load_study("digits", ["trial.rungs=[60, 150, 400]"])), 3)  # 60 + 120/3 + 325/9
+    136.111
     """
     lengths, steps, done = spec.trial.lengths, 0.0, 0
     for rung, length in enumerate(lengths):

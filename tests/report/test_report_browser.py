@@ -67,7 +67,7 @@ def counted(page: Any, figure: str, selector: str) -> int:
 def test_every_figure_is_drawn_without_an_error(wide: tuple[Any, list[str]]) -> None:
     page, errors = wide
     figures = page.eval_on_selector_all(".plotly-graph-div", "all => all.map(one => one.id)")
-    assert len(figures) == 12 + len(LAYERS)
+    assert len(figures) == 13 + len(LAYERS)
     for figure in figures:
         assert counted(page, figure.removeprefix("figure-"), ".main-svg") > 0, figure
     assert errors == []

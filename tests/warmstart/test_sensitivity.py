@@ -214,7 +214,7 @@ def _json(change: Callable[[dict], object]) -> Callable[[str], str]:
     ("edit", "reason"),
     [
         (lambda text: text[:40], "cannot be used"),
-        (lambda text: "[]", "has no 'rows'"),
+        (lambda text: "[]", "must hold an object"),
         (_json(lambda d: d.update(schema="x")), "expected 'mpsearch/sensitivity/1'"),
         (_json(lambda d: d.pop("proxy")), "'proxy' is missing"),
         (_json(lambda d: d["rows"][0].update(precision="uniform:99")), "99-bit"),
