@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -167,7 +168,7 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], opset: int, shapes: tuple[Any, ...] | None
 ) -> ModelProto:
     # The fused kernel gives other strides than its decomposition in the graph, in which a view of it may not exist.
-    with _quiet(), sdpa_kernel(SDPBackend.MATH), one_onnx_registry():
+    with _quiet(), sdpa_kernel(SDPBackend.MATH), _four_axes(), one_onnx_registry():
         program = torch.onnx.export(
             model, args, kwargs=kwargs, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False
         )
@@ -180,6 +181,29 @@ def _export(
         for node in part.node:
             del node.metadata_props[:]  # stack traces with the paths of this machine
     return proto
+
+
+@contextlib.contextmanager
+def _four_axes() -> Iterator[None]:
+    """Attention of five axes, as of windows, is traced with four, which is all that torch's exporter knows."""
+    functions: Any = F
+    attention = functions.scaled_dot_product_attention
+
+    def flattened(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
+        batch = query.shape[:-3]
+        if query.dim() <= 4 or key.shape[:-3] != batch or value.shape[:-3] != batch:
+            unchanged: Tensor = attention(query, key, value, attn_mask, **more)
+            return unchanged
+        if attn_mask is not None and attn_mask.dim() > 2:
+            attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
+        answer: Tensor = attention(*(x.flatten(0, -4) for x in (query, key, value)), attn_mask, **more)
+        return answer.reshape(*batch, *answer.shape[1:])
+
+    functions.scaled_dot_product_attention = flattened
+    try:
+        yield
+    finally:
+        functions.scaled_dot_product_attention = attention
 
 
 def _is_open(sizes: Any) -> bool:

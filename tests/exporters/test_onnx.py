@@ -310,3 +310,29 @@ def test_shift_activations_and_strange_zero_points_are_refused(tmp_path: Path) -
     network = mpsearch.QuantizedNetwork(network.model, network.layers, "small", "noise")
     with pytest.raises(ExportError, match="give QuantizedNetwork an example_input"):
         mpsearch.export(network, "qonnx", tmp_path / "c")
+
+
+def test_attention_of_five_axes_is_traced_with_four(tmp_path: Path) -> None:
+    """Networks with windows attend over (batch, windows, heads, tokens, features)."""
+
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, windows, tokens, _ = x.shape
+            q, k, v = self.qkv(x).reshape(n, windows, tokens, 3, 2, 4).permute(3, 0, 1, 4, 2, 5).unbind(0)
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(y.transpose(2, 3).reshape(n, windows, tokens, 8))
+
+    torch.manual_seed(0)
+    model, x = Windows().eval(), torch.randn(4, 3, 5, 8)
+    layers = mpsearch.inspect_model(model, x).layers
+    config = PrecisionConfig.uniform(["qkv", "out"], LayerPrecision.shorthand("w8a8"))
+    prepared = mpsearch.prepare(model, config, x, layers).eval()
+    network = mpsearch.QuantizedNetwork(prepared, layers, "windows", "noise", example_input=x)
+    before = nn.functional.scaled_dot_product_attention
+    verified = mpsearch.export(network, "onnx", tmp_path / "out").verified
+    assert isinstance(verified, Verified)
+    assert nn.functional.scaled_dot_product_attention is before
