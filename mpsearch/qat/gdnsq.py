@@ -92,8 +92,8 @@ A weight of 1 bit counts by its sign alone, so that it has to be moved as far as
 steps of one size for all layers do that in fewer of them. digits_cnn at w1a1, 45 epochs, seed 0, top-1 on val (359
 images) and training loss: Adam 0.003 68.5 %, 4.9; 0.01 77.2 %, 3.4; 0.03 84.1 %, 2.9; SGD 0.05 81.3 %, 3.2.
 
-`mpsearch train digits --method gdnsq --target w1a1`, seed 0, with all layers at 1 bit, the pixels and the classifier too:
-`--epochs 90` 86.9 % on val, 81.6 % on test; `--epochs 200` 89.7 %, 89.7 % (float 98.6 %, 99.2 %). The same of
+`mpsearch train digits --method gdnsq --target w1a1`, seed 0, with all layers at 1 bit, the pixels and the classifier
+too: `--epochs 90` 86.9 % on val, 81.6 % on test; `--epochs 200` 89.7 %, 89.7 % (float 98.6 %, 99.2 %). The same of
 resnet20-cifar10-jpeg, whose first and last layer the space fixes at 8 bits, `--epochs 2`: 65.4 %, 67.6 % (float 88.5 %,
 88.2 %; published after hundreds of epochs, of another float network: 86.5 % of 92.8 %).
 """
