@@ -110,7 +110,7 @@ def test_a_run_keeps_to_the_space_that_it_began_with(home: Path) -> None:
     text = (home / "run" / "space.yaml").read_text()
     (home / "space.yaml").write_text(text)
     (home / "own.yaml").write_text(
-        QUICK.replace("space: digits", "space: space.yaml").replace("trials: 9", "trials: 8")
+        QUICK.replace("space: digits", "space: space.yaml").replace("trials: 9", "trials: 8") + "storage: none\n"
     )
     assert mpsearch("run", "own.yaml", "--out", "own", cwd=home).returncode == 0
     (home / "space.yaml").write_text(text.replace("1-8", "4-8"))

@@ -138,7 +138,9 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("command", ["status", "front", "front --json", "report", "dashboard"])
+@pytest.mark.parametrize(
+    "command", ["status", "front", "front --json", "report", pytest.param("dashboard", marks=pytest.mark.slow)]
+)
 def test_looking_imports_no_torch_and_nothing_that_the_study_names(tmp_path: Path, command: str) -> None:
     (tmp_path / "trap.py").write_text(TRAP)
     printed, process = look(command, *(run_of(tmp_path / name, task) for name, task in TASKS.items()))

@@ -156,6 +156,7 @@ def test_a_cold_search_has_none() -> None:
     assert prescreens(mpsearch.load_study("digits"))
 
 
+@pytest.mark.slow  # its parts are above; README's example, which runs with all, has a prescreen too
 def test_a_run_tries_what_was_prescreened_counts_it_and_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
