@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import mpsearch
 from mpsearch.errors import ExportError, VerificationError
+from mpsearch.exporters import onnx_graph
 from mpsearch.exporters import verify as verification
 from mpsearch.exporters.answers import Reference, answers, difference, same_answers
 from mpsearch.exporters.verify import Verified
@@ -61,12 +63,33 @@ def prepared(
     return mpsearch.QuantizedNetwork(quantized, graph.layers, "mine", "noise", example_input=x, samples=samples)
 
 
+@pytest.fixture
+def as_torch_export_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its refusal, which takes it tens of seconds of these networks; that it is one, a slow test asks torch itself."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Could not guard on data-dependent expression")
+
+    monkeypatch.setattr(onnx_graph, "_exported", refuse)
+
+
 def run(folder: Path, images: list[Tensor]) -> tuple[Tensor, ...]:
     session = ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     names = [argument.name for argument in session.get_inputs()]
     return tuple(map(torch.from_numpy, session.run(None, dict(zip(names, [x.numpy() for x in images], strict=True)))))
 
 
+@pytest.mark.slow
+def test_torch_export_refuses_a_detector_which_is_then_traced(tmp_path: Path) -> None:
+    network = prepared(detector(), pictures(1), pictures(12))
+    with patch.object(onnx_graph, "trace_sizes", wraps=onnx_graph.trace_sizes) as trace_sizes:
+        exported = mpsearch.export(network, "onnx", tmp_path / "out")
+    assert trace_sizes.call_count == 1
+    assert isinstance(exported.verified, Verified)
+    assert exported.verified.samples == 12
+
+
+@pytest.mark.usefixtures("as_torch_export_answers")
 def test_a_detector_answers_any_number_of_boxes_and_any_size_right(tmp_path: Path) -> None:
     """At 4 bits, whose opset the exporter that traces does not know; inputs are float, so that no code flips."""
     network = prepared(detector(), pictures(2), pictures(20), LayerPrecision.parse("uniform:4", "float"))
@@ -111,6 +134,7 @@ class Finds(nn.Module):
         return {"scores": found, "boxes": torch.stack([found] * 4, 1)}
 
 
+@pytest.mark.usefixtures("as_torch_export_answers")
 @pytest.mark.parametrize(
     ("form", "message"),
     [
@@ -129,6 +153,7 @@ def test_what_a_trace_makes_a_constant_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("as_torch_export_answers")
 def test_a_detector_that_finds_as_many_boxes_in_everything_is_refused(tmp_path: Path) -> None:
     model = detector()
     model.score_thresh = 1.0
