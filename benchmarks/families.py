@@ -213,6 +213,38 @@ def prepared(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+@torch.no_grad()
+def finding_some(model: nn.Module, images: list[Tensor]) -> nn.Module:
+    """A detector of random weights as if it had been trained: what it finds depends on the image.
+
+    Each layer's output is brought to vary by 1 over an image, where it else fades from layer to layer until all boxes
+    have one score, and the threshold of scores lets half of the boxes pass.
+    """
+    seen: set[nn.Module] = set()
+
+    def spread(layer: Any, _: Any, y: Tensor) -> Tensor:
+        rows = y.movedim(1, -1).flatten(0, -2)
+        if layer in seen or len(rows) < 16:  # an attention of channels, say, of one number an image
+            return y
+        seen.add(layer)
+        bias = layer.bias.view(-1, *[1] * (y.dim() - 2)) if isinstance(layer.bias, Tensor) else torch.zeros(())
+        by = rows.std(0).mean().clamp_min(1e-6)
+        layer.weight.data /= by
+        return (y - bias) / by + bias
+
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(spread) for layer in layers]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    decides: Any = next(module for module in model.modules() if hasattr(module, "score_thresh"))
+    decides.score_thresh = 0.0
+    scores = torch.cat([found["scores"] for found in model(images)]).sort().values
+    middle = len(scores) // 2
+    decides.score_thresh = float(scores[middle - 1 : middle + 1].mean())
+    return model
+
+
 def _images(size: int, batch: int = BATCH, channels: int = 3) -> Tensor:
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
 
@@ -260,9 +292,12 @@ def torchvision_dense() -> Mapping[str, Make]:
             options |= {"min_size": 128, "max_size": 128}
         if "rcnn" in name:  # whose heads else see 1,000 proposals an image
             options |= {"rpn_pre_nms_top_n_test": 64, "rpn_post_nms_top_n_test": 32, "box_detections_per_img": 8}
+        elif kind == "detection":
+            options |= {"detections_per_img": 20}
         model = prepared(torchvision.models.get_model(name, weights=None, **options))
         if kind == "detection":
-            return model, ([*_images(128, 2)],)
+            images = [*_images(128, 2)]
+            return finding_some(model, images), (images,)
         if kind == "video":
             whole = name.startswith(("mvit", "s3d"))  # which take no smaller clip
             return model, torch.randn(1, 3, 16, 224, 224) if whole else torch.randn(2, 3, 8, 64, 64)

@@ -244,7 +244,7 @@ def check(
         _as_prepared(model, batch, graph, stage, Path(folder))
         verified = stage("onnx", lambda: _onnx(model, batch, graph, Path(folder) / "onnx"))
     if verified is not None:
-        row["onnx_difference"] = verified.max_difference
+        row |= {"onnx_difference": verified.max_difference, "onnx_same": [verified.same_answers, verified.samples]}
     return row
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from mpsearch.private.torch import (
     BatchNormNd,
     ConvNd,
     ConvTransposeNd,
+    TorchDispatchMode,
     carry_versions,
     one_onnx_registry,
     padding_for_pad,
@@ -198,6 +200,23 @@ def test_torch_walks_nested_inputs_and_outputs():
     assert [type(leaf) for leaf in tree_leaves(nested)] == [torch.Tensor, torch.Tensor, type(None), int], broken
     assert tree_map(type, nested) == ({"a": torch.Tensor}, [torch.Tensor, type(None), int]), broken
     assert tree_map_only(torch.Tensor, torch.sum, nested) == ({"a": 0}, [2, None, 3]), broken
+
+
+def test_torch_tells_a_dispatch_mode_of_each_operator_in_a_trace_too():
+    class Names(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names() as seen, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(lambda x: x * float(x.sum()), (torch.ones(2),), check_trace=False)
+    broken = "operators are told otherwise: decisions on values in a traced detector are not found"
+    assert {"aten.sum.default", "aten._local_scalar_dense.default"} <= set(seen.names), broken
 
 
 def test_torch_makes_its_table_of_onnx_operators_once_for_all_exports():

@@ -16,12 +16,13 @@ from typing import Any
 
 from mpsearch.errors import ExportError, VerificationError
 from mpsearch.exporters import verify as verification
+from mpsearch.exporters.answers import reference
 from mpsearch.exporters.fit import Conversion, fit
 from mpsearch.exporters.manifest import MANIFEST, NATIVE_MANIFEST, SCHEMA
 from mpsearch.exporters.targets import find_target
 from mpsearch.exporters.verify import Unverified, Verified
 from mpsearch.files import filling, write_error, write_json
-from mpsearch.graph.inputs import map_tensors
+from mpsearch.graph.inputs import image_list, map_tensors
 from mpsearch.private.torch import COMPILED
 from mpsearch.quant.network import QuantizedNetwork
 
@@ -77,8 +78,8 @@ def export(
                 **target.save(fitted, path),
             }
             write_json(path / MANIFEST, document)
-    verified = NOT_ASKED_FOR if not verify else _verified(fitted, to, path, before)
     manifest = path / (NATIVE_MANIFEST if to == "native" else MANIFEST)
+    verified = NOT_ASKED_FOR if not verify else _verified(fitted, to, manifest, before)
     write_json(manifest, json.loads(manifest.read_text(encoding="utf-8")) | {"verified": verified.to_json()})
     return Exported(path, conversions, verified)
 
@@ -101,12 +102,14 @@ def _on_cpu(network: QuantizedNetwork) -> QuantizedNetwork:
     )
 
 
-def _verified(network: QuantizedNetwork, to: str, path: Path, before: Iterable[Path]) -> Verified | Unverified:
+def _verified(network: QuantizedNetwork, to: str, manifest: Path, before: Iterable[Path]) -> Verified | Unverified:
+    path = manifest.parent
     samples = network.example_input if network.samples is None else network.samples
     if samples is None:
         return Unverified("there are no samples: give QuantizedNetwork a batch of model input")
     try:
-        expected = verification.reference(network.model, samples)
+        images = json.loads(manifest.read_text(encoding="utf-8")).get("batch", 0) if image_list(samples) else 0
+        expected = reference(network.model, samples, images)
         return verification.verify(to, path, samples, expected, network.float_model)
     except VerificationError as error:
         failed = _set_aside(path, set(path.iterdir()) - set(before))

@@ -15,7 +15,7 @@ import json
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import steps, weight_codes
+from mpsearch.exporters.onnx_traced import Passed, Traced, trace_sizes
 from mpsearch.exporters.packed import pack_bits, terms_of, unsigned_codes
-from mpsearch.graph.inputs import arguments, tensors
+from mpsearch.graph.inputs import arguments, image_list, tensors
 from mpsearch.private.torch import one_onnx_registry, tree_leaves, tree_map, tree_map_only
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
 FILE = "model.onnx"
+INPUTS = "mpsearch.inputs"
+"""The metadata that says what is fixed of the input, and of a traced graph on what it was shown to be right."""
+
 DOMAIN = "mpsearch"
 
 
@@ -47,8 +51,12 @@ class _Marker(nn.Module):
     def __init__(self, layer: str, tensor: str) -> None:
         super().__init__()
         self.attributes: dict[str, Any] = {"layer": layer, "tensor": tensor}
+        self.traced = False  # by the older exporter
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.traced:
+            passed: Tensor = Passed.apply(x, *self.attributes.values())  # type: ignore[no-untyped-call]
+            return passed
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::Quantizer", (x,), self.attributes, dtype=x.dtype, shape=x.shape, version=1
         )
@@ -57,29 +65,27 @@ class _Marker(nn.Module):
 def trace(network: QuantizedNetwork, opset: int) -> ModelProto:
     """The network with markers, and with what ONNX has no place for in its metadata.
 
-    The batch is left open if the network can be traced so; else it has the size of the example.
+    The batch is left open if the network can be traced so; else it has the size of the example. A network whose sizes
+    depend on its data is traced otherwise: see `onnx_traced`.
 
     Raises:
         ExportError: there is no example input, the network does not compute in float32, or it cannot be traced.
     """
     if network.example_input is None:
         raise ExportError("ONNX export traces the network: give QuantizedNetwork an example_input, one batch of input")
-    args, kwargs = arguments(network.model, network.example_input)
+    images = image_list(network.example_input)
+    args, kwargs = ((images,), {}) if images else arguments(network.model, network.example_input)
     _check_types(network, (args, kwargs))
-    args, kwargs = tree_map_only(Tensor, _of_two, (args, kwargs))
     model = _marked(network.model)
-    shapes = tree_map(_open_batch, (args, kwargs))
+    inputs: dict[str, Any] = {"batch": len(images)} if images else {}
     try:
-        proto = _export(model, args, kwargs, opset, (*shapes[0], *shapes[1].values()))
-    except Exception:  # torch.export raises many kinds
-        try:
-            proto = _export(model, args, kwargs, opset, None)  # control flow over the batch: its size is then fixed
-        except Exception as error:
-            raise ExportError(
-                f"torch.onnx cannot export {network.name}{_where(error, model)}: {_reason(error)}"
-            ) from None
+        proto = _exported(model, args, kwargs, opset, is_batch=images is None)
+    except Exception as error:  # torch.export raises many kinds
+        reason = f"torch.onnx cannot export {network.name}{_where(error, model)}: {_reason(error)}"
+        traced = _traced(network, model, opset, reason)
+        proto, inputs = traced.proto, inputs | traced.to_json()
     config = network.config
-    metadata = {"mpsearch.config": json.dumps(config.to_json())}
+    metadata = {"mpsearch.config": json.dumps(config.to_json()), INPUTS: json.dumps(inputs)}
     for name, layer in quant_layers(network.model).items():
         if config[name].weight.quantizer in ("shift", "apot"):
             metadata[f"mpsearch.codes.{name}"] = json.dumps(_codes(layer))
@@ -87,6 +93,27 @@ def trace(network: QuantizedNetwork, opset: int) -> ModelProto:
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value
     return proto
+
+
+def _exported(model: nn.Module, args: tuple[Any, ...], kwargs: Any, opset: int, is_batch: bool) -> ModelProto:
+    """By torch.export, with the batch open if it can be."""
+    if is_batch:
+        args, kwargs = tree_map_only(Tensor, _of_two, (args, kwargs))
+        shapes = tree_map(_open_batch, (args, kwargs))
+        with contextlib.suppress(Exception):  # control flow over the batch: its size is then fixed
+            return _export(model, args, kwargs, opset, (*shapes[0], *shapes[1].values()))
+    return _export(model, args, kwargs, opset, None)
+
+
+def _traced(network: QuantizedNetwork, model: nn.Module, opset: int, reason: str) -> Traced:
+    """By the older exporter, if that is shown to be right; else an error of both."""
+    for module in model.modules():
+        if isinstance(module, _Marker):
+            module.traced = True
+    try:
+        return trace_sizes(model, network.example_input, network.samples, opset, _quiet)
+    except ExportError as error:
+        raise ExportError(f"{reason}. Nor can it be traced: {error}") from None
 
 
 def _of_two(x: Tensor) -> Tensor:
@@ -276,13 +303,23 @@ def replace_markers(
         known |= {constant.name for constant in constants}
     del graph.node[:]
     graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
+    used = set(_used(nodes)) | {output.name for output in graph.output}
     remaining = [constant for constant in graph.initializer if constant.name in used]
     del graph.initializer[:]
     graph.initializer.extend(remaining)
     others = [entry for entry in proto.opset_import if entry.domain != DOMAIN]
     del proto.opset_import[:]
     proto.opset_import.extend(others)
+
+
+def _used(nodes: Iterable[NodeProto]) -> Iterator[str]:
+    """The tensors that nodes take, those in the arms of an If and the bodies of loops included."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _used(graph.node)
+                yield from (output.name for output in graph.output)
 
 
 def write(proto: ModelProto, folder: Path) -> dict[str, Any]:
@@ -295,4 +332,7 @@ def write(proto: ModelProto, folder: Path) -> dict[str, Any]:
     onnx.checker.check_model(str(folder / FILE))
     batch = proto.graph.input[0].type.tensor_type.shape.dim[0]
     opsets = {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import}
-    return {"file": FILE, "opset": opsets, "batch": batch.dim_param or batch.dim_value}
+    inputs: dict[str, Any] = next(
+        (json.loads(entry.value) for entry in proto.metadata_props if entry.key == INPUTS), {}
+    )
+    return {"file": FILE, "opset": opsets, "batch": batch.dim_param or batch.dim_value} | inputs

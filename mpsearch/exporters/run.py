@@ -10,6 +10,7 @@ from mpsearch.errors import RunError
 from mpsearch.exporters.export import VERIFIED_ON, Exported, export
 from mpsearch.exporters.targets import find_target
 from mpsearch.facts import read_facts, with_costs
+from mpsearch.graph.inputs import image_list
 from mpsearch.metric import Metric
 from mpsearch.problem import reopen
 from mpsearch.quant.network import QuantizedNetwork
@@ -41,6 +42,8 @@ def export_run(
     problem = reopen(folder)
     model, measured = trained_model(problem, folder, record)
     spec = problem.spec
+    example = problem.task.calibration_input(2)
+    images = image_list(example)
     network = QuantizedNetwork(
         model,
         problem.graph.layers,
@@ -50,7 +53,7 @@ def export_run(
         score=measured,
         cost={"model": spec.cost.model, "reference": spec.cost.reference, "relative": problem.cost(record.config)}
         | {"all": problem.priced(record.config)},
-        example_input=problem.task.calibration_input(2),
+        example_input=images[:1] if images else example,  # a graph takes as many images as it was traced with
         samples=problem.task.calibration_input(VERIFIED_ON),
         float_model=problem.task.float_model(),
     )

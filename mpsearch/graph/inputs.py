@@ -102,6 +102,19 @@ def _takes_names(model: nn.Module, names: Mapping[str, Any]) -> bool:
     return True
 
 
+def image_list(x: Any) -> list[Tensor] | None:
+    """The images of a batch as detectors take it, `(c, h, w)` each; None of any other batch.
+
+    It is a list of tensors, alone, as the only argument, or followed by targets, a list of mappings, which a detector
+    needs in training only.
+    """
+    images, *rest = x if isinstance(x, tuple) and x else (x,)
+    if not (isinstance(images, list) and images and all(isinstance(image, Tensor) for image in images)):
+        return None
+    targets = all(isinstance(part, list) and all(isinstance(item, Mapping) for item in part) for part in rest)
+    return images if targets and all(image.dim() == 3 for image in images) else None
+
+
 def samples_of(x: Any) -> int:
     """How many samples a batch has: the length of its first tensor with an axis, or list of tensors; 0 without any."""
     if isinstance(x, Tensor):

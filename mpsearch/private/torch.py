@@ -1,4 +1,5 @@
-"""torch 2.12: base classes of layers, what state dicts and compiled modules carry, and nested inputs and outputs."""
+"""torch 2.12: base classes of layers, what state dicts and compiled modules carry, nested inputs and outputs,
+and the operators that run."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mpsearch
 from mpsearch.errors import VerificationError
-from mpsearch.exporters import onnx_qdq, verify
+from mpsearch.exporters import answers, onnx_qdq, verify
 from mpsearch.exporters.targets import TARGETS
 from mpsearch.exporters.verify import RUNTIMES, Runtime, Unverified, Verified
 from mpsearch.graph.layers import inspect_model
@@ -224,9 +224,9 @@ def test_an_onnx_file_that_answers_otherwise_is_refused(
 def test_noise_moves_a_float_network_by_noise_and_a_narrow_one_hardly_ever() -> None:
     for activation, median in (("float", 1e-7), ("uniform:2", 0.0)):
         given = network("uniform:2", activation)
-        expected = verify.reference(given.model, given.samples)
+        expected = answers.reference(given.model, given.samples)
         assert torch.equal(expected.outputs[0], given.model(given.samples))  # the noise is gone again
-        assert expected.difference.shape == (verify.RERUNS, 64)
+        assert expected.difference.shape == (answers.RERUNS, 64)
         assert median <= expected.difference.median() < verify.FLOOR
 
 
@@ -256,6 +256,6 @@ def test_noise_that_changes_how_much_is_answered_allows_no_difference() -> None:
             return self.linear(x)[: self.calls + 2]
 
     model, x = Finds().eval(), torch.randn(40, 4)
-    expected = verify.reference(model, x)
+    expected = answers.reference(model, x)
     assert len(expected.outputs[0]) == 3
     assert expected.difference.max() == 0
