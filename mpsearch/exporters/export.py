@@ -61,7 +61,7 @@ def export(
     """
     target = find_target(to)
     model = copy.deepcopy(getattr(network.model, COMPILED, network.model)).eval()  # a soft quantizer is not exported
-    network = _on_cpu(replace(network, model=model))
+    network = _on_cpu(replace(network, model=verification.dense(model)))
     fitted, conversions = fit(network, to, target.holds, allow_lossy)
     path = Path(path)
     before = set(path.iterdir()) if path.is_dir() else set()

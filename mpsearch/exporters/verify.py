@@ -157,7 +157,7 @@ def _run_torch(
     runtime: Runtime, model: nn.Module, folder: Path, samples: Any, scratch: Path, timeout_s: float
 ) -> tuple[Tensor, ...]:
     # Forked, because any network can be handed over so: a class of a notebook cannot be imported anywhere else.
-    model = copy.deepcopy(model).cpu().eval()
+    model = dense(copy.deepcopy(model).cpu().eval())
     process = multiprocessing.get_context("fork").Process(
         target=_load_and_run, args=(runtime, model, folder, samples, scratch)
     )
@@ -173,6 +173,13 @@ def _run_torch(
         raise VerificationError(f"{runtime.name} fails on it: {last_line(text, process.exitcode or 0)}")
     outputs: tuple[Tensor, ...] = torch.load(scratch / "out.pt", weights_only=True)
     return outputs
+
+
+def dense(model: nn.Module) -> nn.Module:
+    """A model whose tensors lie in memory as files have them, in place: in another layout sums have another order."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.contiguous()
+    return model
 
 
 def _load_and_run(runtime: Runtime, model: nn.Module, folder: Path, samples: Any, scratch: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import mpsearch
 from mpsearch.errors import ExportError
 from mpsearch.exporters import packed
 from mpsearch.exporters.read import read_config
+from mpsearch.exporters.verify import Verified
 from mpsearch.graph.layers import inspect_model
 from mpsearch.metric import TOP1
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
@@ -79,6 +81,26 @@ def test_load_gives_identical_outputs(exported: tuple[Path, nn.Module]) -> None:
     folder, prepared = exported
     loaded = mpsearch.load(network(), folder)
     assert torch.equal(loaded(batch()), prepared(batch()))
+
+
+@pytest.mark.parametrize("float_too", [True, False])
+def test_an_export_is_exact_however_the_network_lies_in_memory(tmp_path: Path, float_too: bool) -> None:
+    """Trials train with channels last; files are dense, and another layout sums in another order."""
+    x = torch.randn(8, 16, 20, 20, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(16, 48, 3), nn.ReLU(), nn.Conv2d(48, 24, 3), nn.Flatten(), nn.Linear(6144, 5)
+    ).eval()
+    float_model = copy.deepcopy(model).to(memory_format=torch.channels_last if float_too else torch.contiguous_format)
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layers = inspect_model(model, x).layers
+    config = PrecisionConfig.uniform([layer.name for layer in layers], LayerPrecision.shorthand("w8a8"))
+    prepared = mpsearch.prepare(model, config, x, layers).eval()
+    quantized = mpsearch.QuantizedNetwork(prepared, layers, "net", "noise", samples=x, float_model=float_model)
+    verified = mpsearch.export(quantized, "native", tmp_path / "out").verified
+    assert isinstance(verified, Verified)
+    assert (verified.same_answers, verified.max_difference) == (8, 0.0)
+    assert prepared[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr, index]
 
 
 def test_load_needs_torch_and_safetensors_alone(exported: tuple[Path, nn.Module], tmp_path: Path) -> None:
