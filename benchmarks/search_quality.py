@@ -206,7 +206,7 @@ def run_arm(settings: Settings, key: Row) -> None:
 
 def budgets(problem: Problem, bits: Sequence[int]) -> dict[int, float]:
     """Relative cost of the uniform configs WxAx, by bits."""
-    return {b: problem.cost(problem.space.rung(b)) for b in bits}
+    return {b: problem.cost(problem.space.uniform(b)) for b in bits}
 
 
 def lowest(problem: Problem) -> float:

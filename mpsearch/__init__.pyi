@@ -1,4 +1,4 @@
-from .api.hardware import hardware_list, hardware_show, measure
+from .api.hardware import hardware_import_vela, hardware_list, hardware_show, measure
 from .api.networks import debug, ptq, train
 from .api.results import dashboard, export_run, import_config, report
 from .api.runs import finalize, front, rank, resume, run, status, trust
@@ -37,6 +37,7 @@ __all__ = [
     "export_run",
     "finalize",
     "front",
+    "hardware_import_vela",
     "hardware_list",
     "hardware_show",
     "import_config",

@@ -81,6 +81,7 @@ def test_importing_is_light_and_so_is_looking_at_a_run(run: Path) -> None:
     assert "torch" not in python(f"import mpsearch, sys; {drawing}; print({heavy})")
 
 
+@pytest.mark.slow
 def test_functions_stay_when_subpackages_of_their_names_are_imported() -> None:
     modules = "mpsearch.ptq.pipeline, mpsearch.train, mpsearch.debug.measure, mpsearch.report.write"
     functions = "mpsearch.ptq, mpsearch.train, mpsearch.debug, mpsearch.report"

@@ -110,14 +110,14 @@ def test_a_run_keeps_to_the_space_that_it_began_with(home: Path) -> None:
     text = (home / "run" / "space.yaml").read_text()
     (home / "space.yaml").write_text(text)
     (home / "own.yaml").write_text(
-        QUICK.replace("space: digits", "space: space.yaml").replace("trials: 9", "trials: 8")
+        QUICK.replace("space: digits", "space: space.yaml").replace("trials: 9", "trials: 8") + "storage: none\n"
     )
     assert mpsearch("run", "own.yaml", "--out", "own", cwd=home).returncode == 0
     (home / "space.yaml").write_text(text.replace("1-8", "4-8"))
     done = mpsearch("resume", "own", "--trials", "9", "--json", cwd=home)
     assert done.returncode == 0, done.stderr
-    rungs = {row["number"] for row in json.loads(done.stdout)["uniform"]}
-    assert len(rungs) == 8  # w8a8 to w1a1: still the first space's
+    ladder = {row["number"] for row in json.loads(done.stdout)["uniform"]}
+    assert len(ladder) == 8  # w8a8 to w1a1: still the first space's
 
 
 def test_export_gives_what_the_trial_scored(home: Path) -> None:

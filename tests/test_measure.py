@@ -134,7 +134,7 @@ def test_a_measured_table_is_gone_on_with_and_is_a_profile(tmp_path: Path, monke
     assert len(calls) - count < count - len(layers)  # the wholes alone
     assert again.table.rows.keys() == first.table.rows.keys()
     profile = load_profile(out.with_suffix(".yaml"))
-    assert set(profile.pairs) == {"float", "bfloat16 x bfloat16"}
+    assert profile.pairs == ("any",)  # that has a row
     out.write_text(out.read_text().replace("# threads: 1", "# threads: 7"))
     with pytest.raises(HardwareError, match=r"was measured otherwise .threads was '7' and is '1'.: give another -o"):
         measure.measure_study(spec, "torch", out)

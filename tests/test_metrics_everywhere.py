@@ -52,7 +52,13 @@ class Study:
         return scores + [score for final in self.folder.finals() for score in (final.val, final.test)]
 
 
-@pytest.fixture(scope="module", params=[("denoising", "psnr"), ("tokens", "perplexity")], ids=lambda p: p[1])
+STUDIES = [
+    pytest.param(("denoising", "psnr"), id="psnr"),
+    pytest.param(("tokens", "perplexity"), id="perplexity", marks=pytest.mark.slow),  # the same path, lower is better
+]
+
+
+@pytest.fixture(scope="module", params=STUDIES)
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Study:
     factory, metric = request.param
     place = tmp_path_factory.mktemp(factory)

@@ -106,6 +106,44 @@ class MeasuredTable:
         }
 
 
+def hardware_import_vela(
+    study: str | Path | StudySpec,
+    file: str | Path,
+    pair: str,
+    clock_mhz: float,
+    out: str | Path = "table.csv",
+    set: Sequence[str] = (),
+) -> pd.DataFrame:
+    """Write what Vela says of a study's network on an Ethos-U NPU as rows of a table; rows of other pairs stay.
+
+    Args:
+        study: a shipped study by name, the path of a study file, or a StudySpec: the network that Vela compiled.
+        file: NETWORK_per-layer.csv, as `vela --verbose-performance` writes it.
+        pair: precisions of that network, as `w8a8`.
+        clock_mhz: the NPU's clock: Vela counts cycles.
+        out: the table to write, CSV; a profile is written beside it where there is none.
+        set: `key.path=value` to override values of the study file.
+
+    Returns:
+        the rows of the table: columns op, in_shape, out_shape, kernel, stride, groups, fused_with, weight, activation,
+        median_us, mad_us and n (layers of this shape).
+
+    Raises:
+        MpsearchError: the study or the file cannot be used, or they are not of one network.
+    """
+    spec = read_study(study, set)
+    import pandas as pd
+
+    from mpsearch.hardware.table import COLUMNS
+    from mpsearch.hardware.vela import import_file
+    from mpsearch.precision import LayerPrecision
+    from mpsearch.problem import open_problem
+
+    table = import_file(open_problem(spec).graph, Path(file), LayerPrecision.shorthand(pair), clock_mhz, Path(out))
+    rows = [(*key, *of_pair, row.median_us, row.mad_us, row.n) for (key, of_pair), row in table.rows.items()]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
 def measure(
     study: str | Path | StudySpec,
     runtime: str = "onnxruntime",

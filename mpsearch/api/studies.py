@@ -79,9 +79,9 @@ class Sensitivities:
 
     Attributes:
         table: columns layer, tensor (weight or activation), precision and value.
-        ladder: a row per rung of the uniform ladder. Columns: budget (relative cost of the rung), cost and value (of
-            the ILP config within it), uniform_value (of the rung), weight_bits and activation_bits (means of the ILP
-            config), uniform_weight_bits and uniform_activation_bits (means of the rung), config (the ILP config).
+        ladder: a row per config of the uniform ladder. Columns: budget (its relative cost), cost and value (of the ILP
+            config within it), uniform_value, weight_bits and activation_bits (means of the ILP config),
+            uniform_weight_bits and uniform_activation_bits (means of the uniform config), config (the ILP config).
         proxy: what a value is.
         samples: calibration samples.
         seconds: that measuring took.
@@ -289,27 +289,27 @@ def _sensitivities(problem: Problem, proxy: str, samples: int) -> Sensitivities:
     x = task.calibration_input(samples)
     table = measure(proxy, task.float_model(), problem.graph.layers, space, x, comparison_of(task))
     budget = math.inf if problem.spec.cost.budget is None else problem.spec.cost.budget
-    rungs = [rung for rung in space.ladder() if affordable(cost, rung, budget)]
-    steps = ilp_ladder(space, cost, table, [cost(rung) for rung in rungs])
-    ladder = _ladder(rungs, steps, table)
+    uniform = [config for config in space.ladder() if affordable(cost, config, budget)]
+    steps = ilp_ladder(space, cost, table, [cost(config) for config in uniform])
+    ladder = _ladder(uniform, steps, table)
     rows = [(*key, value) for key, value in table.items()]
     frame = pd.DataFrame(rows, columns=["layer", "tensor", "precision", "value"])
     return Sensitivities(frame, ladder, proxy, table.samples, table.seconds, tuple(table.notes))
 
 
-def _ladder(rungs: Sequence[Any], steps: Sequence[Allocation], table: SensitivityTable) -> pd.DataFrame:
+def _ladder(uniform: Sequence[Any], steps: Sequence[Allocation], table: SensitivityTable) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for rung, step in zip(rungs, steps, strict=True):
+    for config, step in zip(uniform, steps, strict=True):
         weight_bits, activation_bits = step.config.mean_bits
-        uniform_weight_bits, uniform_activation_bits = rung.mean_bits
+        uniform_weight_bits, uniform_activation_bits = config.mean_bits
         rows.append(
             {
                 "budget": step.budget,
                 "cost": step.cost,
                 "value": step.value,
-                "uniform_value": table.total(rung),
+                "uniform_value": table.total(config),
                 "weight_bits": weight_bits,
                 "activation_bits": activation_bits,
                 "uniform_weight_bits": uniform_weight_bits,

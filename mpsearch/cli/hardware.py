@@ -39,6 +39,23 @@ def show(
     print_lines([api.hardware.hardware_show(hardware).text.rstrip()])
 
 
+@hardware.command("import-vela")
+def import_vela(
+    study: Study,
+    file: Annotated[Path, typer.Argument(help="NETWORK_per-layer.csv, as `vela --verbose-performance` writes it.")],
+    clock_mhz: Annotated[float, typer.Option("--clock-mhz", help="Clock of the NPU, MHz: Vela counts cycles.")],
+    pair: Annotated[str, typer.Option("--pair", help="Precisions of the network that Vela compiled.")] = "w8a8",
+    out: Annotated[Path, typer.Option("-o", "--out", help="CSV to write; rows of other pairs stay.")] = Path(
+        "table.csv"
+    ),
+    set_: Set = None,
+) -> None:
+    """Write what Vela estimates of a study's network on an Ethos-U NPU as rows of a table."""
+    rows = api.hardware.hardware_import_vela(study, file, pair, clock_mhz, out, set_ or ())
+    of_pair = f"{len(rows)} rows written to {out}"
+    print_lines([f"{of_pair}; use them by `hardware: {out.with_suffix('.yaml')}` and `cost: {{model: table}}`"])
+
+
 @app.command()
 def measure(
     study: Study,

@@ -216,14 +216,16 @@ def _four_axes() -> Iterator[None]:
     functions: Any = F
     attention = functions.scaled_dot_product_attention
 
-    def flattened(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
+    def flattened(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any
+    ) -> Tensor:
         batch = query.shape[:-3]
         if query.dim() <= 4 or key.shape[:-3] != batch or value.shape[:-3] != batch:
-            unchanged: Tensor = attention(query, key, value, attn_mask, **more)
+            unchanged: Tensor = attention(query, key, value, attn_mask, *rest, **more)
             return unchanged
         if attn_mask is not None and attn_mask.dim() > 2:
             attn_mask = attn_mask.expand(*batch, *attn_mask.shape[-3:]).flatten(0, -4)
-        answer: Tensor = attention(*(x.flatten(0, -4) for x in (query, key, value)), attn_mask, **more)
+        answer: Tensor = attention(*(x.flatten(0, -4) for x in (query, key, value)), attn_mask, *rest, **more)
         return answer.reshape(*batch, *answer.shape[1:])
 
     functions.scaled_dot_product_attention = flattened

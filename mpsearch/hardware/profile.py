@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from mpsearch.documents import explain, read_yaml, to_yaml
 from mpsearch.errors import HardwareError, PrecisionError, nearest
+from mpsearch.files import write_text
 from mpsearch.graph.facts import KIND_NAMES, LayerInfo
 from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.shipped import shipped, shipped_names
@@ -257,3 +258,28 @@ def profile_names() -> list[str]:
 def matches(name: str, tie: Iterable[str]) -> bool:
     """Whether a layer is among those that a list of patterns or names ties."""
     return any(name == pattern or fnmatchcase(name, pattern) for pattern in tie)
+
+
+def write_profile(table_csv: Path, about: str, source: str, change: float = 0.0) -> None:
+    """Write a profile beside a table, with its name; one that is there stays. What has no row is not allowed.
+
+    Args:
+        table_csv: the file of the table.
+        about: the device, in a sentence.
+        source: where the numbers are from.
+        change: what a change of the activations' precision costs, in microseconds.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    path = table_csv.with_suffix(".yaml")
+    if path.exists():
+        return
+    document = {
+        "name": table_csv.stem,
+        "about": about,
+        "source": source,
+        "pairs": ["any"],  # that has rows, now or when the table has got more
+        "cost": {"table": table_csv.name, "change": change},
+    }
+    write_text(path, to_yaml(document))

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from mpsearch.documents import to_yaml
 from mpsearch.errors import HardwareError
 from mpsearch.files import write_text
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.inputs import map_tensors
+from mpsearch.hardware.profile import write_profile
 from mpsearch.hardware.table import REST, REST_KEY, Key, Pair, Row, Table, key_of, pair_of, read_table, write_table
 from mpsearch.measure.runtimes import FLOAT32, W8A8, Runtime, find_runtime
 from mpsearch.measure.timing import Timing, clock_of, device_name, timed
@@ -127,7 +127,11 @@ def measure_study(
     said = {f"check {c.name}": _said(c) for c in checks}
     table = replace(table, header={**table.header, **said})
     write_text(out, write_table(table))
-    _write_profile(out, table, run, plan.values())
+    about = f"{run.name} {run.version} on {table.header['device']}, {table.header['threads']} threads."
+    source = (
+        f"measured by `mpsearch measure` on {table.header.get('date', '')}; what is not in the table is not allowed"
+    )
+    write_profile(out, about, source, change=float(table.header.get(CHANGE, "0")))
     return Measured(table, left_out, checks)
 
 
@@ -209,20 +213,3 @@ def _elements(shape: Sequence[int]) -> int:
     for extent in shape:
         count *= extent
     return count
-
-
-def _write_profile(out: Path, table: Table, run: Runtime, plan: object) -> None:
-    """A profile beside the table, where there is none: its pairs are those that have rows."""
-    path = out.with_suffix(".yaml")
-    if path.exists():
-        return
-    pairs = dict.fromkeys(" x ".join(pair) for (key, pair) in table.rows if key[0] != REST)
-    date = table.header.get("date", "")
-    document = {
-        "name": out.stem,
-        "about": f"{run.name} {run.version} on {table.header['device']}, {table.header['threads']} threads.",
-        "source": f"measured by `mpsearch measure` on {date}; what is not in the table is not allowed",
-        "pairs": ["float" if pair == "float x float" else pair for pair in pairs],
-        "cost": {"table": out.name, "change": float(table.header.get(CHANGE, "0"))},
-    }
-    write_text(path, to_yaml(document))

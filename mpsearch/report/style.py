@@ -12,16 +12,14 @@ import json
 from collections.abc import Mapping
 from typing import Any, cast
 
-import plotly.graph_objects as go
-
 from mpsearch.shipped import shipped_folder
 
 STYLE: Mapping[str, Any] = json.loads((shipped_folder("dashboards") / "style.json").read_text(encoding="utf-8"))
 
 
-def layout(height: int) -> go.Layout:
+def layout(height: int) -> dict[str, Any]:
     """The layout of a figure of this height, in pixels."""
-    return go.Layout(height=height, template={}, **STYLE["layout"])
+    return {"height": height, "template": {}, **STYLE["layout"]}
 
 
 def origin_style(origin: str) -> Mapping[str, str]:

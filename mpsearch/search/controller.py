@@ -515,8 +515,8 @@ class SearchController:
 
         choices = self._choices()
         first = {name: values[0] for name, values in choices.items()}
-        rungs = [first, *map(self._space.params_of, self._space.ladder())]
-        params = min(rungs, key=lambda params: (not within(params), cost_of(params)))
+        uniform = [first, *map(self._space.params_of, self._space.ladder())]
+        params = min(uniform, key=lambda params: (not within(params), cost_of(params)))
         if not within(params):
             for name, values in choices.items():
                 params = min(({**params, name: value} for value in values), key=cost_of)

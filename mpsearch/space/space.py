@@ -308,7 +308,7 @@ class SearchSpace:
         """A config drawn uniformly: every slot for itself, every choice as likely; then as `allowed`."""
         return self._config([slot.choices[rng.integers(len(slot.choices))] for slot in self.slots])
 
-    def rung(self, bits: int) -> PrecisionConfig:
+    def uniform(self, bits: int) -> PrecisionConfig:
         """The uniform config of the space nearest to this many bits everywhere."""
         return self._config([slot.nearest(bits) for slot in self.slots])
 
@@ -323,12 +323,12 @@ class SearchSpace:
         """The uniform ladder, the baseline of every study: a config for each bit-width on offer, from high to low.
 
         Bit-widths are those of uniform quantizers; a space without any has a ladder of what it has. Widths that lead to
-        the same config give one rung.
+        the same config give one.
         """
         choices = {choice for slot in self.slots for choice in slot.choices}
         uniform = {choice for choice in choices if choice.quantizer == "uniform"}
         widths = sorted({choice.bits for choice in uniform or choices}, reverse=True)
-        return list(dict.fromkeys(map(self.rung, widths)))
+        return list(dict.fromkeys(map(self.uniform, widths)))
 
     def combinations(self) -> list[PrecisionConfig]:
         """Every global combination: one weight precision and one activation precision wherever they are on offer.

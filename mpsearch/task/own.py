@@ -12,11 +12,13 @@ Required are
 and optional
 
     name                    of model and data, in records; default: the class
+    texts(output, target)   answers and references of a batch, two lists of text, for `wer` and `cer`
     kind                    of the outputs (`mpsearch.task.comparing`); default: that of the common metric
     distill_loss(student, teacher)   what trials train by, of the two networks' outputs; default: by the kind
     calibration(samples)    model input for range setting; default: that of samples of train
     sample_numbers          a sixteenth of the numbers in a sample's answer, where these are far more than in its input
     train(model)            trains what `float_model` gives, in place: once, its weights are kept by content
+    forward(model, x)       how the model is called on a batch's model input, where that is not model(x)
 
 A batch is a tensor (model input and target at once), a pair (input, target), a mapping (input and target at once; a
 model gets its entries by name where it takes these names), or (args, kwargs, target). An input that is a tuple is
@@ -31,7 +33,7 @@ import inspect
 import logging
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +65,27 @@ COMPARED_NUMBERS = 2**15
 """Numbers of each sample's output that are compared; of more, every so many rows are."""
 
 TRAINED = 1  # raise when what `train` is called with changes: kept weights are made again
+
+
+class CalledOtherwise(nn.Module):
+    """A network that its task calls in a way of its own; its layers are those of `model`.
+
+    Args:
+        model: the network.
+        call: (network, model input) -> output.
+    """
+
+    def __init__(self, model: nn.Module, call: Callable[[nn.Module, Any], Any]) -> None:
+        super().__init__()
+        self.model = model
+        self._called = call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output on a model input, in whichever form `call` gives it."""
+        if not args:
+            return self._called(self.model, kwargs)
+        positional = args[0] if len(args) == 1 else args
+        return self._called(self.model, (args, kwargs) if kwargs else positional)
 
 
 class OwnTask:
@@ -105,7 +128,10 @@ class OwnTask:
             model = self._call("float_model")
             if not isinstance(model, nn.Module):
                 raise TaskError(f"{self.name}: float_model() gave a {type(model).__name__}, expected a torch Module")
-            self._model = self._trained(model.cpu()) if hasattr(self._own, "train") else model.cpu()
+            model = self._trained(model.cpu()) if hasattr(self._own, "train") else model.cpu()
+            # A function of its own, because a copy of a network would copy the task that a bound method belongs to.
+            forward = (lambda model, x: self._call("forward", model, x)) if hasattr(self._own, "forward") else None
+            self._model = model if forward is None else CalledOtherwise(model, forward)
         return copy.deepcopy(self._model).eval()
 
     def sampled(self, samples: int) -> OwnTask:
@@ -143,7 +169,7 @@ class OwnTask:
     def measure(self, model: nn.Module, split: Split) -> Measured:
         """The score of a model on a split, its values by sample and the rows of its outputs that are compared."""
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        scores = scorer(self.name, self._metric, getattr(self._own, "score", None))
+        scores = scorer(self.name, self._metric, *(getattr(self._own, method, None) for method in ("score", "texts")))
         rows: list[Tensor] | None = [] if self._comparison is not None else None
         for x, target in to_device(self._batches(split), device):
             output = call(model, x)

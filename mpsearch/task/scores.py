@@ -198,6 +198,26 @@ class OverClasses:
         return float(self._accumulator.compute()) if self._accumulator is not None else math.nan
 
 
+class OfTexts:
+    """A metric of torchmetrics over texts, which a task makes of outputs and targets.
+
+    Args:
+        name: `wer` or `cer`.
+        texts: (output, target) -> the answers and the references of a batch, two lists of as many texts.
+    """
+
+    def __init__(self, name: str, texts: Callable[[Any, Any], tuple[list[str], list[str]]]) -> None:
+        self._accumulator, self._texts = torchmetric(name), texts
+
+    def update(self, output: Any, target: Any) -> None:
+        """Take in a batch."""
+        self._accumulator.update(*self._texts(output, target))
+
+    def compute(self) -> float:
+        """Errors over words (`wer`) or characters (`cer`) of the references."""
+        return float(self._accumulator.compute())
+
+
 FROM_TORCHMETRICS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "f1": ("classification.MulticlassF1Score", {"average": "macro"}),
     "auroc": ("classification.MulticlassAUROC", {"average": "macro"}),
@@ -205,6 +225,8 @@ FROM_TORCHMETRICS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "r2": ("regression.R2Score", {}),
     "map": ("detection.MeanAveragePrecision", {}),
     "map50": ("detection.MeanAveragePrecision", {}),
+    "wer": ("text.WordErrorRate", {}),
+    "cer": ("text.CharErrorRate", {}),
 }
 """Common metric -> the class of torchmetrics that accumulates it, and its arguments."""
 
@@ -240,7 +262,10 @@ def named_metric(name: str, where: str) -> tuple[Metric, Any]:
     return find_metric(made.metric, f"{where}: metric of {name}"), made.score
 
 
-def scorer(name: str, metric: Metric, own: Any) -> Scorer:
+OF_TEXTS = ("wer", "cer")
+
+
+def scorer(name: str, metric: Metric, own: Any, texts: Any = None) -> Scorer:
     """What scores a split of a task.
 
     Args:
@@ -248,6 +273,7 @@ def scorer(name: str, metric: Metric, own: Any) -> Scorer:
         metric: of the task.
         own: the task's `score`: a function of (output, target), or an object with `update` and `compute`; None: that
             of the common metric.
+        texts: the task's `texts`, which `OfTexts` takes: for errors over words or characters.
 
     Raises:
         TaskError: the metric is none that can be scored without a `score`, or torchmetrics is missing.
@@ -260,6 +286,13 @@ def scorer(name: str, metric: Metric, own: Any) -> Scorer:
         return Mean(name, metric, PER_SAMPLE[metric.name])
     if metric.name in ACCUMULATED:
         return Accumulated(metric, ACCUMULATED[metric.name](), output_tensor)
+    if metric.name in OF_TEXTS:
+        if texts is None:
+            raise TaskError(
+                f"{name}: {metric.name} compares texts: give the task `texts(output, target)`, which returns two lists "
+                "of text, the network's answers and the references"
+            )
+        return Accumulated(metric, OfTexts(metric.name, texts))
     if metric.name in FROM_TORCHMETRICS:
         return Accumulated(metric, torchmetric(metric.name), output_tensor)
     raise TaskError(

@@ -178,5 +178,5 @@ def test_a_pick_takes_any_cost() -> None:
 def test_octaves_are_at_most_0_within() -> None:
     space = space_for("uniform:1-8")
     bound = Bound("bops", RelativeCost(LAYERS, "bops"), 0.25, "0.25")
-    assert bound.octaves(space.rung(4)) == 0.0
-    assert bound.octaves(space.rung(8)) == 2.0
+    assert bound.octaves(space.uniform(4)) == 0.0
+    assert bound.octaves(space.uniform(8)) == 2.0

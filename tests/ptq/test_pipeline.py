@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from ptq_nets import MobileNet, scale_badly
 from torch import Tensor, nn
 
@@ -36,11 +37,20 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained(digits) -> nn.Module:
-    x, y, _, _ = digits
+def trained(digits, shared: Path) -> nn.Module:
+    """A small MobileNet, trained once for all workers."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    net = MobileNet()
+    net, weights = MobileNet(), shared / "ptq-mobilenet.pt"
+    with FileLock(f"{weights}.lock"):
+        if not weights.exists():
+            train(net, *digits[:2])
+            torch.save(net.state_dict(), weights)
+    net.load_state_dict(torch.load(weights, weights_only=True))
+    return net.eval()
+
+
+def train(net: nn.Module, x: Tensor, y: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = (torch.randint(len(x), (64,), generator=generator) for _ in range(400))
     fit(
@@ -49,7 +59,6 @@ def trained(digits) -> nn.Module:
         lambda _s, _x, out, y: nn.functional.cross_entropy(out, y),
         FitSettings(400, 0.1),
     )
-    return net.eval()
 
 
 @torch.no_grad()

@@ -108,7 +108,13 @@ def test_held_layers_violate_nothing_and_two_levels_always_remain() -> None:
     assert violation(layers, targets) <= 1e-6
 
 
-@pytest.mark.parametrize("method", [GdnsqMethod(gradual=True), GdnsqMethod()], ids=["gradual", "immediate"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(GdnsqMethod(gradual=True), id="gradual"),
+        pytest.param(GdnsqMethod(), id="immediate", marks=pytest.mark.slow),
+    ],
+)
 def test_a_training_ends_at_its_target_as_uniform_quantizers_that_score(
     problem: Problem, workbench: Workbench, method: GdnsqMethod
 ) -> None:
@@ -142,6 +148,7 @@ def test_deployment_changes_no_output_once_bits_are_held(problem: Problem, workb
     torch.testing.assert_close(deployed(model, config, float_model, workbench.layers)(x), expected)
 
 
+@pytest.mark.slow  # its deployment is below, without the training
 def test_the_grid_of_the_paper_ends_as_uniform_quantizers_on_offset_grids(
     problem: Problem, workbench: Workbench
 ) -> None:

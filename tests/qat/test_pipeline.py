@@ -67,7 +67,8 @@ def test_the_soft_phase_of_shift_weights_is_logged_and_hardens(problem: Problem)
     assert log[-1]["live_share"] < log[0]["live_share"]
 
 
-@pytest.mark.parametrize("gradient", [pytest.param("ste", marks=pytest.mark.slow), "dsq"])
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", ["ste", "dsq"])
 def test_shift_trains_with_the_other_gradients_too(problem: Problem, gradient: str) -> None:
     task, config = problem.task, everywhere(problem, "shift:2", "shift:3")
     untrained = prepare(task.float_model(), config, task.calibration_input(256)).eval()

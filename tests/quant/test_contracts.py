@@ -277,6 +277,7 @@ def test_one_compiled_switch_agrees_with_eager_for_every_type_and_width(training
     torch._dynamo.reset()
 
 
+@pytest.mark.slow  # the switch above compiles all types
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_traced_quantizer_agrees_with_eager(kind: str) -> None:
     for use, quantizer, x in quantizers(kind, 3):

@@ -148,7 +148,7 @@ def test_layers_of_all_shapes_share_a_few_graphs(compiled_by: Callable[[str], No
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("grid", ["symmetric", "min", None])
+@pytest.mark.parametrize("grid", [pytest.param("symmetric", marks=pytest.mark.slow), "min", None])
 def test_a_fused_gdnsq_quantizer_computes_what_the_eager_one_does(grid: str | None) -> None:
     x = torch.randn(6, 5, 3, 3)
     step = torch.rand(6, 1, 1, 1) / 4 + 0.1 if grid else torch.tensor(0.2)

@@ -217,7 +217,7 @@ def test_a_space_lists_groups_beside_channels() -> None:
         parse_space({"name": "groups", "rules": [rule], "first": "search", "last": "search"}), graph.layers
     )
     assert {str(c) for slot in space.free for c in slot.choices} == {"uniform:4/group64", "uniform:8/channel"}
-    config = space.rung(4)
+    config = space.uniform(4)
     assert {layer.weight.group for layer in config.values()} == {64}
     assert space.config_of(space.params_of(config)) == config
     assert len(space.neighbours(config)) == len(space.free)

@@ -39,8 +39,8 @@ LOOK = """
 import json, sys, urllib.request
 import psutil
 
-*command, runs = sys.argv[1:]
-for run in runs.split():
+commands, runs = sys.argv[1:]
+for command, run in [(command.split(), run) for command in commands.split(",") for run in runs.split()]:
     if command == ["dashboard"]:
         from mpsearch.report.dashboard import serving
         with serving(run, port=0) as served:
@@ -116,11 +116,11 @@ def searched(first: Path) -> str:
     return os.pathsep.join(filter(None, (str(first), os.environ.get("PYTHONPATH"))))
 
 
-def look(command: str, *folders: RunFolder) -> tuple[str, dict[str, Any]]:
-    """What a command prints of runs in a process of its own, and what that process has imported."""
+def look(commands: str, *folders: RunFolder) -> tuple[str, dict[str, Any]]:
+    """What commands, between commas, print of runs in a process of its own, and what that process has imported."""
     home = folders[0].path.parent
     done = subprocess.run(
-        [sys.executable, "-c", LOOK, *command.split(), " ".join(folder.path.name for folder in folders)],
+        [sys.executable, "-c", LOOK, commands, " ".join(folder.path.name for folder in folders)],
         cwd=home,
         capture_output=True,
         text=True,
@@ -138,12 +138,14 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("command", ["status", "front", "front --json", "report", "dashboard"])
-def test_looking_imports_no_torch_and_nothing_that_the_study_names(tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize(
+    "commands", ["status,front,front --json", "report", pytest.param("dashboard", marks=pytest.mark.slow)]
+)
+def test_looking_imports_no_torch_and_nothing_that_the_study_names(tmp_path: Path, commands: str) -> None:
     (tmp_path / "trap.py").write_text(TRAP)
-    printed, process = look(command, *(run_of(tmp_path / name, task) for name, task in TASKS.items()))
+    printed, process = look(commands, *(run_of(tmp_path / name, task) for name, task in TASKS.items()))
     assert printed.strip()
-    heavy = command in ("report", "dashboard")
+    heavy = commands in ("report", "dashboard")
     assert set(process["imported"]) <= ({"pandas", "plotly", "optuna", "scipy"} if heavy else set())
     assert not list(tmp_path.rglob("sprung"))
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.study
 
 COLD = ("warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0")
 SPACE = make_space()
-CONFIGS = [*SPACE.ladder(), *SPACE.neighbours(SPACE.rung(4))]
+CONFIGS = [*SPACE.ladder(), *SPACE.neighbours(SPACE.uniform(4))]
 RANDOM = np.random.default_rng(0)
 HARD = RANDOM.random(2000)  # how hard each test sample is
 

@@ -55,7 +55,7 @@ def test_features_are_the_noise_of_each_tensor_and_their_sums():
 
 def test_a_child_has_its_parents_slots_but_for_single_steps():
     space = make_space(40)
-    mother, father = (space.params_of(space.rung(bits)) for bits in (3, 7))
+    mother, father = (space.params_of(space.uniform(bits)) for bits in (3, 7))
     children = Children(space, seed=0, moves=2.0)
     moved = []
     for _ in range(200):
@@ -74,7 +74,7 @@ def test_it_finds_a_better_front_than_its_children_alone_would():
         while (proposal := search.ask()) is not None:
             record = TrialRecord(proposal.config, "complete", score=truth(proposal.config))
             records.append(search.tell(proposal, record))
-        return pareto_front(records, TOP1).hypervolume(relative_cost(space.rung(1)), SHARES)
+        return pareto_front(records, TOP1).hypervolume(relative_cost(space.uniform(1)), SHARES)
 
     ours, theirs = ([hypervolume(sampler, seed) for seed in range(3)] for sampler in ("surrogate", "nsga2"))
     assert np.mean(ours) > np.mean(theirs)

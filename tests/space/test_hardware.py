@@ -156,7 +156,7 @@ def test_the_descent_prices_a_pair_that_is_excluded_as_the_next_wider_one() -> N
         [min(c.bits for c in s.choices) for s in space.slots],
         [max(c.bits for c in s.choices) for s in space.slots],
     )
-    assert float(price(torch.tensor(low, dtype=torch.float64))) == pytest.approx(cost(space.rung(8)))
+    assert float(price(torch.tensor(low, dtype=torch.float64))) == pytest.approx(cost(space.uniform(8)))
     assert float(price(torch.tensor(high, dtype=torch.float64))) == pytest.approx(2.0)
     lockstep = BitCost(cost, space_for(HARD[1]))
     mixed = torch.tensor([4.0 if slot.tensor == "weight" else 8.0 for slot in space_for(HARD[1]).slots]).double()

@@ -123,8 +123,8 @@ def test_every_shipped_space_loads_under_its_own_name_and_fits_a_resnet(name: st
 
 
 def test_the_digits_space_goes_from_8_bits_to_1_in_every_layer():
-    rungs = build_space(load_space("digits"), LAYERS).ladder()
-    assert rungs == [
+    ladder = build_space(load_space("digits"), LAYERS).ladder()
+    assert ladder == [
         PrecisionConfig.uniform([layer.name for layer in LAYERS], LayerPrecision.shorthand(f"w{bits}a{bits}"))
         for bits in range(8, 0, -1)
     ]
@@ -419,7 +419,7 @@ def test_samples_take_every_choice_of_every_slot():
 
 
 def params(**changes: Any) -> dict[str, Any]:
-    return MIXED.params_of(MIXED.rung(8)) | changes
+    return MIXED.params_of(MIXED.uniform(8)) | changes
 
 
 @pytest.mark.parametrize(
@@ -437,7 +437,7 @@ def test_parameters_of_another_space_are_refused(given_params: dict[str, Any], m
 
 
 def outside() -> dict[str, tuple[PrecisionConfig, str]]:
-    config = MIXED.rung(4)
+    config = MIXED.uniform(4)
     seven = LayerPrecision.parse("uniform:4", "uniform:7")
     three = LayerPrecision.parse("uniform:4", "uniform:3")
     layers = dict(config)
@@ -461,32 +461,32 @@ def test_a_config_outside_the_space_is_refused_by_layer(case: str):
 
 
 def test_the_ladder_goes_from_high_to_low_bits_with_the_ends_where_they_must_be():
-    rungs = space().ladder()
-    assert [config[A.name].weight.bits for config in rungs] == [8, 7, 6, 5, 4, 3, 2]
-    assert [config[C.name].activation.bits for config in rungs] == [8, 7, 6, 5, 4, 3, 2]
-    assert {config["conv1"].weight.bits for config in rungs} == {8}
+    ladder = space().ladder()
+    assert [config[A.name].weight.bits for config in ladder] == [8, 7, 6, 5, 4, 3, 2]
+    assert [config[C.name].activation.bits for config in ladder] == [8, 7, 6, 5, 4, 3, 2]
+    assert {config["conv1"].weight.bits for config in ladder} == {8}
 
 
 def test_a_slot_takes_the_nearest_uniform_choice_and_the_higher_of_two():
     choices = {"match": "*", "weight": ["uniform:2", "uniform:6", "shift:4"], "activation": ["uniform:1-8"]}
-    rungs = space(rules=[choices]).ladder()
-    assert [str(config[A.name].weight) for config in rungs] == [w(6)] * 5 + [w(2)] * 3
+    ladder = space(rules=[choices]).ladder()
+    assert [str(config[A.name].weight) for config in ladder] == [w(6)] * 5 + [w(2)] * 3
 
 
-def test_widths_that_lead_to_the_same_config_give_one_rung():
+def test_widths_that_lead_to_the_same_config_give_one():
     # The ends offer 8 bits, but nothing else changes between 8 and 4.
-    rungs = space(rules=[{"match": "*", "weight": ["uniform:3-4"], "activation": ["uniform:4"]}]).ladder()
-    assert [config[A.name].weight.bits for config in rungs] == [4, 3]
+    ladder = space(rules=[{"match": "*", "weight": ["uniform:3-4"], "activation": ["uniform:4"]}]).ladder()
+    assert [config[A.name].weight.bits for config in ladder] == [4, 3]
 
 
 def test_a_space_without_uniform_quantizers_has_a_ladder_of_what_it_has():
     rule = {"match": "*", "weight": ["shift:3-4"], "activation": ["float"]}
-    rungs = space(rules=[rule], first="search", last="search").ladder()
-    assert [str(config[A.name].weight) for config in rungs] == ["shift:4/channel", "shift:3/channel"]
-    assert {config[A.name].activation for config in rungs} == {FLOAT}
+    ladder = space(rules=[rule], first="search", last="search").ladder()
+    assert [str(config[A.name].weight) for config in ladder] == ["shift:4/channel", "shift:3/channel"]
+    assert {config[A.name].activation for config in ladder} == {FLOAT}
 
 
-def test_every_rung_is_in_the_space():
+def test_every_config_of_the_ladder_is_in_the_space():
     assert all(MIXED.contains(config) for config in MIXED.ladder())
 
 
@@ -511,7 +511,7 @@ def test_a_step_is_one_bit_or_another_type_at_the_nearest_bits():
 
 
 def test_neighbours_differ_in_one_slot_by_one_step():
-    config = MIXED.rung(2)
+    config = MIXED.uniform(2)
     found = MIXED.neighbours(config)
     here = MIXED.params_of(config)
     changes = [set(MIXED.params_of(other).items()) - set(here.items()) for other in found]
@@ -526,7 +526,7 @@ def test_neighbours_differ_in_one_slot_by_one_step():
 
 
 def test_a_group_moves_together():
-    moved = [config for config in MIXED.neighbours(MIXED.rung(2)) if config[A.name].activation.bits == 3]
+    moved = [config for config in MIXED.neighbours(MIXED.uniform(2)) if config[A.name].activation.bits == 3]
     assert [config[C.name].activation for config in moved] == [Precision("uniform", 3, "tensor")]
 
 

@@ -21,6 +21,7 @@ from mpsearch.metric import METRICS, Metric
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import pack, unpack
 from mpsearch.search.compare import paired
+from mpsearch.search.trial import run_trial
 from mpsearch.study import TaskSpec, TrialSpec
 from mpsearch.task.comparing import comparison
 from mpsearch.task.load import load_task
@@ -81,6 +82,46 @@ def test_a_batch_of_any_form_enters_the_model(batch: Any, model: nn.Module, expe
     task.score = lambda output, target: seen.append(output) or torch.zeros(len(output))  # type: ignore[attr-defined]
     OwnTask(task).measure(model, "val")
     assert torch.equal(torch.cat(seen), expected)
+
+
+class Encoder(nn.Module):
+    """Has no `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def encode(self, x: Tensor, scale: float) -> Tensor:
+        encoded: Tensor = self.outer(self.inner(x * scale).relu())
+        return encoded
+
+
+class Encoding(Plain):
+    def forward(self, model: nn.Module, x: Any) -> Tensor:
+        answer: Tensor = model.encode(x["values"], 1 / 30)  # type: ignore[operator]
+        return answer
+
+    def loss(self, output: Any, target: Any) -> Tensor:
+        return F.mse_loss(output, target["values"][:, :2])
+
+    def score(self, output: Any, target: Any) -> Tensor:
+        return (output - target["values"][:, :2]).square().mean(dim=1)
+
+
+def test_a_task_says_how_its_network_is_called() -> None:
+    torch.manual_seed(0)
+    own = Encoding([{"values": X, "noted": Y}], Encoder())
+    task = OwnTask(own)
+    model = task.float_model()
+    expected = own.score(own._model.encode(X, 1 / 30), {"values": X}).mean()  # type: ignore[operator]
+    assert task.evaluate(model, "val") == pytest.approx(float(expected))
+    workbench = Workbench(task, SETTINGS.model_copy(update={"calibration_samples": 8, "batch_size": 5}))  # type: ignore[arg-type]
+    names = [layer.name for layer in workbench.graph.quantizable]
+    assert names == ["model.inner", "model.outer"]
+    config = PrecisionConfig.uniform(names, LayerPrecision.shorthand("w4a4"))
+    trained = run_trial(task, config, SETTINGS.model_copy(update={"calibration_samples": 8, "batch_size": 5}))  # type: ignore[arg-type]
+    assert trained.state == "complete"
+    assert own._model.inner.weight.requires_grad  # the network of the task is what it was
 
 
 def test_batches_are_cut_joined_and_shuffled_by_the_seed() -> None:
@@ -203,9 +244,23 @@ def test_an_own_score_is_by_sample_a_mean_or_an_accumulator() -> None:
 
 def test_a_metric_that_cannot_be_scored_says_what_to_write() -> None:
     task = Plain([(X, X)], nn.Identity())
-    task.metric = "wer"
-    with pytest.raises(TaskError, match=r"how wer is scored: give the task `score\(outputs, targets\)`"):
+    task.metric = "within_50_cents"
+    with pytest.raises(TaskError, match=r"how within_50_cents is scored: give the task `score\(outputs, targets\)`"):
         measure(OwnTask(task), nn.Identity(), "val")
+    task.metric = "wer"
+    with pytest.raises(TaskError, match=r"wer compares texts: give the task `texts\(output, target\)`"):
+        measure(OwnTask(task), nn.Identity(), "val")
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("wer", 2 / 5), ("cer", 5 / 19)])
+def test_errors_are_counted_in_the_texts_that_a_task_makes(metric: str, expected: float) -> None:
+    pytest.importorskip("torchmetrics", reason="make test-all installs it")
+    said, references = ["a cat sits", "no dog"], ["the cat sits", "one dog"]
+    batch = torch.eye(2)
+    task = Plain([(batch, batch)], nn.Identity())
+    task.metric = metric
+    task.texts = lambda output, target: (said, references)  # type: ignore[attr-defined]
+    assert measure(OwnTask(task), nn.Identity(), "val").score == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.skipif("torchmetrics" in sys.modules, reason="torchmetrics is there")

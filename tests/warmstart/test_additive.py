@@ -54,7 +54,7 @@ def sampled(space: SearchSpace, truth: Truth, count: int, seed: int, noise: floa
 def table_of(space: SearchSpace, seed: int = 0) -> SensitivityTable:
     """What each tensor does alone, each number within a factor of two or so."""
     truth, random = landscape(space, seed), np.random.default_rng(7)
-    best = space.rung(6)
+    best = space.uniform(6)
     entries = {}
     for slot in space.slots:
         for choice in slot.choices:
@@ -106,7 +106,7 @@ def test_in_every_draw_more_bits_of_a_type_never_do_more_harm() -> None:
 
 def test_draws_scatter_less_the_more_is_known() -> None:
     space = make_space()
-    truth, design, config = landscape(space), Design(space), space.rung(3)
+    truth, design, config = landscape(space), Design(space), space.uniform(3)
 
     def spread(count: int) -> float:
         model = AdditiveModel(design, sampled(space, truth, count, seed=1))

@@ -110,8 +110,8 @@ def test_allocate_gives_the_next_best_in_order_and_none_twice() -> None:
     found = allocate(space, cost, table, budget, count=12)
     assert [f.value for f in found] == pytest.approx(best[:12], rel=1e-9)
     assert len({f.config for f in found}) == 12
-    within = sum(cost(c) <= cost(space.rung(2)) * 1.05 for c in configs)
-    assert len(allocate(space, cost, table, cost(space.rung(2)) * 1.05, count=99)) == within < 99
+    within = sum(cost(c) <= cost(space.uniform(2)) * 1.05 for c in configs)
+    assert len(allocate(space, cost, table, cost(space.uniform(2)) * 1.05, count=99)) == within < 99
 
 
 def test_allocate_keeps_the_distance_between_solutions() -> None:
@@ -132,7 +132,7 @@ def test_budget_is_never_passed_by_the_solver_tolerance() -> None:
     cost = RelativeCost(layers)
     for seed in range(4):
         table = random_table(space, seed)
-        for budget in (cost(space.rung(4)), math.nextafter(cost(space.rung(4)), 0), 0.3 + seed * 1e-8):
+        for budget in (cost(space.uniform(4)), math.nextafter(cost(space.uniform(4)), 0), 0.3 + seed * 1e-8):
             (found,) = allocate(space, cost, table, budget)
             assert found.cost <= budget
 
@@ -142,11 +142,11 @@ def test_budget_that_a_uniform_config_meets_exactly_admits_it() -> None:
     space = space_for(layers, "uniform:2-8")
     cost = RelativeCost(layers)
     for bits in (2, 4, 8):
-        rung = space.rung(bits)
+        uniform = space.uniform(bits)
         table = random_table(space, 0)
-        entries = {key: 0.0 if getattr(rung[key[0]], key[1]) == key[2] else value for key, value in table.items()}
-        (found,) = allocate(space, cost, SensitivityTable("kl", entries, 1, 0.0), cost(rung))
-        assert found.config == rung
+        entries = {key: 0.0 if getattr(uniform[key[0]], key[1]) == key[2] else value for key, value in table.items()}
+        (found,) = allocate(space, cost, SensitivityTable("kl", entries, 1, 0.0), cost(uniform))
+        assert found.config == uniform
 
 
 def test_nan_is_never_chosen_and_a_slot_of_nothing_else_is_named() -> None:
@@ -193,7 +193,7 @@ def test_ilp_ladder_falls_in_sensitivity_as_the_budget_rises() -> None:
     layers = network(5)
     space = space_for(layers, "uniform:2-8")
     cost, table = RelativeCost(layers), random_table(space, 0)
-    budgets = [cost(space.rung(2)), 0.3, 0.3000001, 0.5, 0.8, 5.0, 6.0]
+    budgets = [cost(space.uniform(2)), 0.3, 0.3000001, 0.5, 0.8, 5.0, 6.0]
     ladder = ilp_ladder(space, cost, table, budgets)
     values = [step.value for step in ladder]
     assert values == sorted(values, reverse=True)
@@ -255,7 +255,7 @@ def test_rounding_gives_bits_to_whom_they_help_and_none_to_noise() -> None:
     tensors = [(name, tensor) for name in space.layers for tensor in ("weight", "activation")]
     bits = dict.fromkeys(tensors, 4.5)
     marginals = {(n, t): {"l0": -5.0, "l1": -1.0, "l2": 0.3}[n] for n, t in tensors}
-    (found,) = round_bits(space, cost, bits, marginals, cost(space.rung(4)) * 1.1)
+    (found,) = round_bits(space, cost, bits, marginals, cost(space.uniform(4)) * 1.1)
     l0, l1, l2 = (found.config[name].weight.bits + found.config[name].activation.bits for name in ("l0", "l1", "l2"))
     assert l0 > l1 > l2
 
@@ -266,10 +266,10 @@ def test_rounding_reaches_farther_when_the_budget_asks_for_it() -> None:
     cost = RelativeCost(layers)
     tensors = [(slot_layer, slot.tensor) for slot in space.slots for slot_layer in slot.layers]
     bits, marginals = dict.fromkeys(tensors, 7.5), dict.fromkeys(tensors, -1.0)
-    (found,) = round_bits(space, cost, bits, marginals, cost(space.rung(2)))
-    assert found.config == space.rung(2)
+    (found,) = round_bits(space, cost, bits, marginals, cost(space.uniform(2)))
+    assert found.config == space.uniform(2)
     with pytest.raises(CostError, match="raise the budget"):
-        round_bits(space, cost, bits, marginals, cost(space.rung(2)) * 0.9)
+        round_bits(space, cost, bits, marginals, cost(space.uniform(2)) * 0.9)
 
 
 def test_rounding_stays_with_uniform_and_needs_every_number() -> None:
@@ -325,9 +325,9 @@ def test_rounding_takes_a_cheaper_type_that_is_worth_as_many_bits() -> None:
     types: dict[float, set[str]] = {}
     for worth in (2.9, 2.1):
         equivalent = equivalent_bits(table_of(space, {"shift:3/channel": worth}))
-        (found,) = round_bits(space, cost, bits, marginals, cost(space.rung(3)), equivalent=equivalent)
+        (found,) = round_bits(space, cost, bits, marginals, cost(space.uniform(3)), equivalent=equivalent)
         types[worth] = {pair.weight.quantizer for pair in found.config.values()}
-        assert found.cost <= cost(space.rung(3))
+        assert found.cost <= cost(space.uniform(3))
     assert "shift" in types[2.9]
     assert types[2.1] == {"uniform"}
 
@@ -341,9 +341,9 @@ def test_two_hundred_layers_are_allocated() -> None:
     rule = {"match": "*", "weight": ["uniform:2-5"], "activation": ["uniform:2-5"]}
     space = build_space(parse_space({"name": "t", "rules": [rule], "first": "search", "last": "search"}), layers)
     cost, table = RelativeCost(layers, "bops"), random_table(space, 0)
-    (best,) = allocate(space, cost, table, cost(space.rung(3)))
-    assert cost(best.config) <= cost(space.rung(3))
-    assert best.value < table.total(space.rung(3))
+    (best,) = allocate(space, cost, table, cost(space.uniform(3)))
+    assert cost(best.config) <= cost(space.uniform(3))
+    assert best.value < table.total(space.uniform(3))
 
 
 def test_global_combinations_are_those_that_nothing_global_beats() -> None:

@@ -198,6 +198,7 @@ def test_the_cheap_end_of_several_types_is_tried_after_the_snapshots(tmp_path: P
     assert problem.cost(cheapest) < min(map(problem.cost, problem.space.ladder()))
 
 
+@pytest.mark.slow
 def test_a_study_tries_what_was_learned_and_resumes_without_a_second_descent(
     problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,7 @@ def folder(problem: Problem, sensitivities: Path, tmp_path: Path) -> Iterator[Ru
 
 
 def test_the_best_of_each_budget_are_kept_and_differ(problem: Problem, folder: RunFolder, known: type[Known]) -> None:
-    manual = problem.space.neighbours(problem.space.rung(4))[0]
+    manual = problem.space.neighbours(problem.space.uniform(4))[0]
     picked = prescreen(problem, folder, [("manual", manual)])
     assert ("manual", manual) in picked
     of_prescreen = [config for origin, config in picked if origin == "prescreen"]
@@ -125,7 +125,7 @@ def test_a_prescreen_that_was_killed_goes_on_where_it_was(
 
 
 def test_a_torn_line_is_cut_off_and_scored_again(problem: Problem, folder: RunFolder) -> None:
-    record = module.PrescreenRecord(problem.space.rung(4), 0.4, None, BATCHES, "ladder")
+    record = module.PrescreenRecord(problem.space.uniform(4), 0.4, None, BATCHES, "ladder")
     folder.append_prescreened(record)
     with folder.prescreen_jsonl.open("a") as file:
         file.write('{"cost": 0.2, "conf')
@@ -143,7 +143,7 @@ def test_a_task_that_cannot_be_compared_has_no_prescreen_and_says_so(
         raise TaskError("`logits` gave the shape (3,)")
 
     monkeypatch.setattr(module, "StartScorer", refuse)
-    initial = [("manual", problem.space.rung(5))]
+    initial = [("manual", problem.space.uniform(5))]
     with caplog.at_level(logging.WARNING):
         assert prescreen(problem, folder, initial) == initial  # type: ignore[arg-type]
     assert "no prescreen: `logits` gave the shape (3,)" in caplog.text
@@ -156,6 +156,7 @@ def test_a_cold_search_has_none() -> None:
     assert prescreens(mpsearch.load_study("digits"))
 
 
+@pytest.mark.slow  # its parts are above; README's example, which runs with all, has a prescreen too
 def test_a_run_tries_what_was_prescreened_counts_it_and_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,20 +55,20 @@ def plain_score(problem: Problem, config: PrecisionConfig, batches: int) -> floa
 
 def test_the_score_is_the_divergence_with_the_batches_own_statistics(problem: Problem, workbench: Workbench) -> None:
     scorer = StartScorer(workbench, problem.space.offers)
-    for config in (problem.space.rung(4), problem.space.combinations()[5]):
+    for config in (problem.space.uniform(4), problem.space.combinations()[5]):
         assert scorer(config, 2) == pytest.approx(plain_score(problem, config, 2), rel=1e-4)
 
 
 def test_a_score_does_not_depend_on_what_was_scored_before(problem: Problem, workbench: Workbench) -> None:
     scorer, space = StartScorer(workbench, problem.space.offers), problem.space
-    first = scorer(space.rung(3), 1)
+    first = scorer(space.uniform(3), 1)
     other = scorer(space.combinations()[-1], 1)
-    assert scorer(space.rung(3), 1) == first
+    assert scorer(space.uniform(3), 1) == first
     assert StartScorer(workbench, space.offers, room_bytes=0)(space.combinations()[-1], 1) == pytest.approx(other)
 
 
 def test_a_score_on_more_batches_goes_on_from_that_on_fewer(problem: Problem, workbench: Workbench) -> None:
-    config = problem.space.rung(4)
+    config = problem.space.uniform(4)
     scorer = StartScorer(workbench, problem.space.offers, most_batches=5)
     begun = (2, scorer(config, 2))
     assert scorer(config, 5, begun) == pytest.approx(scorer(config, 5), rel=1e-6)
@@ -79,7 +79,7 @@ def test_a_score_on_more_batches_goes_on_from_that_on_fewer(problem: Problem, wo
 def test_fewer_bits_and_no_quantizers_score_as_they_must(problem: Problem, workbench: Workbench) -> None:
     scorer, space = StartScorer(workbench, problem.space.offers), problem.space
     floats = PrecisionConfig((name, LayerPrecision.parse("float:32", "float:32")) for name in space.layers)
-    scores = [scorer(config, 1) for config in (floats, space.rung(8), space.rung(4), space.rung(2))]
+    scores = [scorer(config, 1) for config in (floats, space.uniform(8), space.uniform(4), space.uniform(2))]
     assert scores[0] < 1e-9
     assert scores == sorted(scores)
 
