@@ -67,7 +67,6 @@ class Traced:
     """A traced graph, and on what it was shown to be right."""
 
     proto: ModelProto
-    images: int  # that have boxes of their own; 0: rows of a batch
     open_sizes: bool  # of images
     inputs: int  # that were answered right
     rows: tuple[int, ...]  # of the first output, that there were on these: how many boxes
@@ -211,11 +210,11 @@ def trace_sizes(
     if len(same_sizes) < len(others):
         try:
             proto = _traced(flat, first, opset, quiet, open_sizes=True)
-            return _shown(proto, [*checked, *others], first.images, open_sizes=True)
+            return _shown(proto, [*checked, *others], open_sizes=True)
         except ExportError:
             pass  # a network for images of one size
     proto = _traced(flat, first, opset, quiet, open_sizes=False)
-    return _shown(proto, [*checked, *same_sizes], first.images, open_sizes=False)
+    return _shown(proto, [*checked, *same_sizes], open_sizes=False)
 
 
 @torch.no_grad()
@@ -404,7 +403,7 @@ def _of_opset(proto: ModelProto, opset: int) -> ModelProto:
     return converted
 
 
-def _shown(proto: ModelProto, cases: Sequence[_Case], images: int, open_sizes: bool) -> Traced:
+def _shown(proto: ModelProto, cases: Sequence[_Case], open_sizes: bool) -> Traced:
     """Have onnxruntime run the graph, without quantizers, on all inputs, and compare."""
     import onnx
 
@@ -425,7 +424,7 @@ def _shown(proto: ModelProto, cases: Sequence[_Case], images: int, open_sizes: b
     for i, case in enumerate(cases):
         _compare(case, tuple(map(torch.from_numpy, arrays[i * each : (i + 1) * each])))
     rows = sorted({number for case in cases for number in case.rows})
-    return Traced(proto, images, open_sizes, len(cases), tuple(rows))
+    return Traced(proto, open_sizes, len(cases), tuple(rows))
 
 
 def _compare(case: _Case, theirs: tuple[Tensor, ...]) -> None:
