@@ -94,6 +94,12 @@ class TrainingState:
     weights: Mapping[str, Tensor]  # of the model, ranges and statistics included
     momentum: Mapping[str, Tensor]  # of SGD, by parameter
 
+    def on_cpu(self) -> TrainingState:
+        """The same in the memory of the CPU."""
+        parts = (self.weights, self.momentum)
+        weights, momentum = ({name: value.detach().cpu() for name, value in part.items()} for part in parts)
+        return TrainingState(self.steps, weights, momentum)
+
     def save(self, path: Path, owner: str) -> None:
         """Write it to one file that names its `owner`, whole or not at all. Raises WriteError."""
         tensors = {f"weights/{name}": value for name, value in self.weights.items()}

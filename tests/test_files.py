@@ -31,7 +31,7 @@ from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.report.parts import write_page
-from mpsearch.search.engine import attempt
+from mpsearch.search.book import attempt
 from mpsearch.state_dict import save_tensors, save_weights
 from mpsearch.warmstart.descent import Descent, Snapshot
 from mpsearch.warmstart.table import SensitivityTable

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -20,9 +20,12 @@ from quick import QUICK
 
 from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
+from mpsearch.problem import open_problem
 from mpsearch.record import RunFolder, TrialRecord, this_process
 from mpsearch.search import run as run_module
-from mpsearch.search.engine import remove_leftovers
+from mpsearch.search.cluster import remove_leftovers
+from mpsearch.search.controller import Proposal
+from mpsearch.search.job import Job
 from mpsearch.search.run import resume_study, run_study
 from mpsearch.search.view import masked, open_view
 from mpsearch.shipped import shipped_folder
@@ -60,17 +63,25 @@ def refused(done: Done, *words: str) -> None:
         assert word in done.stderr, done.stderr
 
 
-def test_workers_get_absolute_paths_alone(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D1: they run in folders of their own."""
+def test_workers_get_values_and_no_path_into_the_run_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D1, D2: they run elsewhere, on machines that may have nothing but the data."""
     monkeypatch.chdir(home)
-    handed: list[Any] = []
-    monkeypatch.setattr(run_module, "run_trials", lambda *arguments: handed.append(arguments[3].args))
-    spec = load_study("digits", [*COLD, "task.checkpoint=files/net.safetensors", "space=files/space.yaml"])
-    run_study(spec, "new")
-    resume_study("run")
-    for spec, *folders in handed:
-        for path in (spec.space, spec.task.checkpoint, *folders):
-            assert Path(path).is_absolute(), path
+    handed: list[bytes] = []
+    monkeypatch.setattr(run_module, "run_trials", lambda *arguments: handed.append(pickle.dumps(arguments[3])))
+    files = ("task.checkpoint=files/net.safetensors", "space=files/space.yaml")
+    run_study(load_study("digits", [*COLD, *files, "engine.address=local"]), "new")
+    resume_study("run", overrides=["engine.address=local"])
+    monkeypatch.chdir("/")
+    for folder in ("files", "new", "run"):
+        (home / folder).rename(home / f"{folder}-moved")
+    for setup in handed:
+        for folder in ("new", "run"):
+            assert str(home / folder).encode() not in setup
+        runner = pickle.loads(setup)()
+        config = SearchSpace.ladder(open_problem(load_study("digits", COLD)).space)[0]
+        outcome = runner(Job(Proposal(0, config, "uniform", 1.0)))
+        assert outcome.record.state == "complete"
+        assert outcome.weights
     assert len(handed) == 2
 
 

@@ -1,4 +1,4 @@
-"""Ray 2.60: what it prints, where it keeps its files, and where Tune runs."""
+"""Ray 2.60: what it prints, and where it keeps its files."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import contextlib
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from mpsearch.private import ray_watchdog
-
-TUNE_HERE: dict[str, Any] = {"_remote": False}
-"""For `tune.run`: with ray:// too, the controller runs in this process, where the run folder is."""
 
 
 def files_in(folder: Path) -> dict[str, Any]:
@@ -57,20 +52,3 @@ def handler_of_sigterm_kept() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-
-
-@contextlib.contextmanager
-def session_of_client(ray: Any) -> Iterator[None]:
-    """With ray://, a place for Tune's files: they go beside those of this machine's Ray node, and here is none.
-
-    Tune's own answer is to move the whole search to the cluster, away from the run folder.
-    """
-    if not ray.util.client.ray.is_connected():
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="mpsearch-") as path:
-        ray._private.worker._global_node = SimpleNamespace(get_session_dir_path=lambda: path)
-        try:
-            yield
-        finally:
-            ray._private.worker._global_node = None

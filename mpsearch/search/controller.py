@@ -388,6 +388,23 @@ class SearchController:
             self._study.add_trial(point.trial)
         return record
 
+    def abandon(self, proposal: Proposal, reason: str) -> TrialRecord | None:
+        """Take note that a proposal could not be tried, which says nothing of its config: no failure in a row.
+
+        Returns:
+            a failed record, which a resumed run tries again. None: it was to go on to a longer rung; its trial is worth
+            what it was before, and goes on in a resumed run.
+        """
+        if proposal.before is not None:
+            del self._asked[proposal.number]
+            self._promoted.remove(proposal.number)
+            self._contenders[proposal.number] = replace(self._contenders[proposal.number], open=False)
+            return None
+        failures = [*self._failures]
+        record = self.tell(proposal, TrialRecord(proposal.config, "failed", reason=reason, started_s=time.time()))
+        self._failures = failures
+        return record
+
     def _limit(self) -> str | None:
         if self.broken:
             return f"{len(self._failures)} trials failed in a row, the last one because of: {self._failures[-1]}"

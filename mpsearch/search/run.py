@@ -21,20 +21,21 @@ from mpsearch.hardware.profile import profile_copy
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem, check_moved, open_problem, reopen, with_float_scores, write_facts
-from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path, rung_path, state_path
+from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path
 from mpsearch.search.additive import Knowledge
-from mpsearch.search.controller import Proposal, SearchController
+from mpsearch.search.controller import SearchController
 from mpsearch.search.engine import run_trials
 from mpsearch.search.front import ParetoFront, front_rows, pareto_front, score_range
 from mpsearch.search.kept import FrontWeights
 from mpsearch.search.knee import keep_values
 from mpsearch.search.trial import peak_memory_bytes, run_trial
 from mpsearch.search.view import open_view
+from mpsearch.search.worker import DataCheck, TrialRunner, TrialSetup
 from mpsearch.shipped import shipped
 from mpsearch.state_dict import read_tensors, save_weights, state
 from mpsearch.study import REUSED, StudySpec, read_spec, reuses_weights
 from mpsearch.task.scoring import evaluate
-from mpsearch.train import FitSettings, TrainingState, threads
+from mpsearch.train import FitSettings, threads
 from mpsearch.trust import trust
 from mpsearch.warmstart.additive import start_scores
 from mpsearch.warmstart.prescreen import prescreen, prescreens
@@ -149,15 +150,24 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             priced=problem.priced,
         )
         front = _FrontKeeper(problem, folder, records, observer)
-        make_runner = functools.partial(trial_runner, spec, str(folder.checkpoints.resolve()))
+        make_runner, check = _for_workers(problem)
         try:
-            run_trials(controller, folder, view, make_runner, spec.engine, spec.search.concurrency, front)
+            run_trials(controller, folder, view, make_runner, spec.engine, spec.search.concurrency, front, check)
         finally:
             if folder.records():
                 folder.write_parquet()
     if controller.broken:
         raise GaveUpError(f"the search was given up: {controller.stop_reason}")
     return pareto_front(folder.records(), problem.metric)
+
+
+def _for_workers(problem: Problem) -> tuple[Callable[[], TrialRunner], DataCheck | None]:
+    """What workers make their runners with, and what shows that the data of another machine are those of this one."""
+    spec = problem.spec
+    if spec.engine.address == "none":
+        graph, offers = problem.graph, problem.space.offers
+        return functools.partial(TrialRunner, problem.task, spec.trial, graph, offers), None
+    return TrialSetup.of(problem).runner, None if spec.engine.address == "local" else DataCheck.of(problem.task)
 
 
 def _knowledge(folder: RunFolder) -> Knowledge:
@@ -186,40 +196,6 @@ class _FrontKeeper(Observer):
         write_front(self._problem, self._folder, self._weights.front, self._weights.scores, len(self._ended))
         keep_values(self._problem, self._folder, self._weights.front)
         self._observer.on_trial_ended(record)
-
-
-def trial_runner(spec: StudySpec, checkpoints: str) -> Callable[[Proposal], TrialRecord]:
-    """What a worker process does with proposals: called once there, it loads the task and sets up a workbench.
-
-    A training that a longer rung may go on with leaves its state in `checkpoints`, and its weights.
-    """
-    problem = open_problem(spec)
-    task = problem.task
-    workbench = Workbench(task, spec.trial, offers=problem.space.offers, graph=problem.graph)
-
-    folder = Path(checkpoints)
-
-    def run(proposal: Proposal) -> TrialRecord:
-        number, rung, owner = proposal.number, proposal.rung, proposal.config.digest
-        begun = TrainingState.load(state_path(folder, number, rung - 1), owner) if rung else None
-        record = run_trial(
-            task,
-            proposal.config,
-            spec.trial,
-            workbench=workbench,
-            thresholds=proposal.thresholds,
-            rung=rung,
-            before=proposal.before,
-            begun=begun,
-            on_state=lambda state: state.save(state_path(folder, number, rung), owner),
-        )
-        if record.state == "complete":
-            # What the record has is not overwritten before the record has this: `FrontWeights` takes it over then.
-            path = rung_path(folder, number, rung) if rung else checkpoint_path(folder, number)
-            save_weights(workbench.model, path)
-        return record
-
-    return run
 
 
 def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -> TrialRecord:

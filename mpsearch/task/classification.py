@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from mpsearch.errors import TaskError
 from mpsearch.files import sha256
 from mpsearch.metric import Metric, find_metric
 from mpsearch.shipped import shipped
+from mpsearch.state_dict import load_tensors
 from mpsearch.study import TaskSpec
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.checkpoint import load_checkpoint
@@ -89,6 +90,12 @@ class ClassificationTask:
         if not self._trained:
             self._train_once()
         return copy.deepcopy(self._model)
+
+    def load_float_model(self, weights: Mapping[str, Tensor]) -> None:
+        """Make these the weights of `float_model()`: nothing is trained. Raises RuntimeError: they are another's."""
+        load_tensors(self._model, weights)
+        self._trained = True
+        self.float_model_source = "weights that came with the study"
 
     def sampled(self, samples: int) -> ClassificationTask:
         """This task with at most `samples` images of val: for what is scored many times over."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from mpsearch.errors import TaskError
 from mpsearch.study import AudioSpec, BoxesSpec, DataSpec, MasksSpec, PatchesSpec, TaskSpec, TextSpec, TonesSpec
 from mpsearch.task.audio import audio_task
@@ -16,7 +18,7 @@ from mpsearch.task.lightning_task import lightning_task
 from mpsearch.task.masks import masks_task
 from mpsearch.task.own import REQUIRED, OwnTask
 from mpsearch.task.patches import patches_task
-from mpsearch.task.task import Task
+from mpsearch.task.task import Loadable, Task
 from mpsearch.task.text import text_task
 from mpsearch.task.tones import tones_task
 from mpsearch.task.trainer_task import trainer_task
@@ -56,6 +58,21 @@ def load_task(spec: TaskSpec, workers: int | None = None) -> Task:
         named = FACTORIES.get(spec.factory)
         return _from_factory(spec.factory, spec) if named is None else named(spec.args)
     return TASKS[type(spec.data)](spec, workers)
+
+
+def load_task_with(spec: TaskSpec, weights: Mapping[str, Tensor]) -> Task:
+    """The task that `spec` describes, whose float network has these weights: no checkpoint is read, nothing trained.
+
+    A task that is no object of ours (`Loadable`) loads its own weights.
+
+    Raises:
+        TaskError: as `load_task`.
+    """
+    args = spec.args | {"checkpoint": None} if spec.factory in FACTORIES else spec.args
+    task = load_task(spec.model_copy(update={"checkpoint": None, "args": args}))
+    if isinstance(task, Loadable):
+        task.load_float_model(weights)
+    return task
 
 
 def _from_factory(name: str, spec: TaskSpec) -> Task:

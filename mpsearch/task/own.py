@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from mpsearch.errors import MpsearchError, TaskError
 from mpsearch.graph.inputs import call, map_tensors, samples_of, tensors
 from mpsearch.metric import Metric, find_metric
-from mpsearch.state_dict import digest
+from mpsearch.state_dict import digest, load_tensors
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.comparing import KIND_OF_METRIC, Comparison, comparison
 from mpsearch.task.samples import Samples, samples_in, seeded
@@ -125,14 +125,28 @@ class OwnTask:
             TaskError: the task gives no module.
         """
         if self._model is None:
-            model = self._call("float_model")
-            if not isinstance(model, nn.Module):
-                raise TaskError(f"{self.name}: float_model() gave a {type(model).__name__}, expected a torch Module")
-            model = self._trained(model.cpu()) if hasattr(self._own, "train") else model.cpu()
-            # A function of its own, because a copy of a network would copy the task that a bound method belongs to.
-            forward = (lambda model, x: self._call("forward", model, x)) if hasattr(self._own, "forward") else None
-            self._model = model if forward is None else CalledOtherwise(model, forward)
+            model = self._network()
+            self._model = self._called(self._trained(model) if hasattr(self._own, "train") else model)
         return copy.deepcopy(self._model).eval()
+
+    def load_float_model(self, weights: Mapping[str, Tensor]) -> None:
+        """Make these the weights of `float_model()`: nothing is trained. Raises RuntimeError: they are another's."""
+        model = self._called(self._network())
+        load_tensors(model, weights)
+        self._model = model
+        self.float_model_source = "weights that came with the study"
+
+    def _network(self) -> nn.Module:
+        model = self._call("float_model")
+        if not isinstance(model, nn.Module):
+            raise TaskError(f"{self.name}: float_model() gave a {type(model).__name__}, expected a torch Module")
+        return model.cpu()
+
+    def _called(self, model: nn.Module) -> nn.Module:
+        """The network as it is called: by the task's `forward`, where it has one."""
+        # A function of its own, because a copy of a network would copy the task that a bound method belongs to.
+        forward = (lambda model, x: self._call("forward", model, x)) if hasattr(self._own, "forward") else None
+        return model if forward is None else CalledOtherwise(model, forward)
 
     def sampled(self, samples: int) -> OwnTask:
         """This task with at most `samples` samples of val, evenly spread."""

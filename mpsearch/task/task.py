@@ -6,7 +6,7 @@ with `float_model`, `batches`, `loss` and `score`, of which `mpsearch.task.own` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -68,6 +68,15 @@ class Sampling(Protocol):
 
     def sampled(self, samples: int) -> Task:
         """This task with at most `samples` samples of val."""
+        ...
+
+
+@runtime_checkable
+class Loadable(Protocol):
+    """A task whose float network can be given its weights, instead of reading or training them."""
+
+    def load_float_model(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Make these the weights of `float_model()`. Raises RuntimeError: they are another network's."""
         ...
 
 

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mpsearch.errors import TaskError
@@ -18,8 +18,9 @@ from mpsearch.metric import TOP1
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord
-from mpsearch.search.controller import Proposal, SearchController
+from mpsearch.search.controller import SearchController
 from mpsearch.search.engine import run_trials
+from mpsearch.search.job import Job, Outcome, Runner
 from mpsearch.search.view import open_view
 from mpsearch.space.choices import parse_choices
 from mpsearch.space.space import SearchSpace, Slot
@@ -55,11 +56,12 @@ def truth(config: PrecisionConfig) -> float:
     return 1 - error / sum(losses)
 
 
-def make_runner(path: Path, sleep_s: float) -> Callable[[Proposal], TrialRecord]:
+def make_runner(path: Path, sleep_s: float) -> Runner:
     fate = path / "fate"
     (path / f"worker-{os.getpid()}-{time.time_ns()}").touch()
 
-    def run(proposal: Proposal) -> TrialRecord:
+    def run(job: Job) -> Outcome:
+        proposal = job.proposal
         time.sleep(sleep_s)
         number = proposal.number
         if (fate / f"raise-{number}").exists():
@@ -71,16 +73,16 @@ def make_runner(path: Path, sleep_s: float) -> Callable[[Proposal], TrialRecord]
             os.kill(os.getpid(), signal.SIGKILL)
         accuracy = float("nan") if (fate / f"nan-{number}").exists() else truth(proposal.config)
         curve = ((100 * (proposal.rung + 1), accuracy),) if math.isfinite(accuracy) else ()
-        return TrialRecord(proposal.config, "complete", score=accuracy, started_s=time.time(), curve=curve)
+        return Outcome(TrialRecord(proposal.config, "complete", score=accuracy, started_s=time.time(), curve=curve))
 
     return run
 
 
-def refuse() -> Callable[[Proposal], TrialRecord]:
+def refuse() -> Runner:
     raise TaskError("no such checkpoint")
 
 
-def crash() -> Callable[[Proposal], TrialRecord]:
+def crash() -> Runner:
     raise KeyError("x")
 
 

@@ -23,8 +23,9 @@ from mpsearch.errors import RunError, TaskError, WriteError
 from mpsearch.metric import TOP1
 from mpsearch.observer import Observer
 from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.search.book import explain
 from mpsearch.search.controller import SearchController
-from mpsearch.search.engine import explain, run_trials
+from mpsearch.search.engine import run_trials
 from mpsearch.search.view import open_view
 from mpsearch.study import EngineSpec, SearchSpec
 
@@ -160,7 +161,7 @@ def test_failed_trials_are_tried_again_by_a_resumed_run(tmp_path):
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EDQUOT])
 def test_trial_that_finds_no_room_for_its_own_files_is_on_no_record(tmp_path, monkeypatch, reason):
     def full(path, sleep_s):
-        def run(proposal):
+        def run(job):
             raise OSError(reason, os.strerror(reason), "/data/cache")
 
         return run
@@ -307,13 +308,13 @@ def test_ray_runs_the_same_trials_and_survives_its_workers(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_trial_that_kills_its_worker_twice_is_recorded_as_failed(tmp_path):
+def test_ray_trial_that_kills_every_worker_is_recorded_as_one_that_could_not_be_run(tmp_path):
     fates(tmp_path, "die-4")
     driver = start(tmp_path, "local", trials=8, sleep_s=0.05)
     _, errors = driver.communicate(timeout=300)
     assert driver.returncode == 0, errors
     failed = [(r.number, r.reason) for r in assert_whole(tmp_path, 8) if r.state == "failed"]
-    assert failed == [(4, "its worker process died twice (killed, or out of memory)")]
+    assert failed == [(4, "its worker died 3 times (killed, or out of memory)")]
 
 
 @pytest.mark.ray
