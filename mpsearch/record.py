@@ -312,7 +312,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.id = uuid.uuid4().hex[:8]  # of the run, whatever its folder is called
-        self._trouble: str | None = None
+        self._troubles: dict[str, str] = {}  # by what they are of
         self.study_yaml = path / "study.yaml"
         self.space_yaml = path / "space.yaml"
         self.hardware_yaml = path / "hardware.yaml"
@@ -568,8 +568,12 @@ class RunFolder:
 
     @running.setter
     def running(self, trials: Sequence[RunningTrial]) -> None:
-        state = {"driver": this_process(), "running": [asdict(trial) for trial in trials], "trouble": self._trouble}
+        state = {"driver": this_process(), "running": [asdict(trial) for trial in trials], "trouble": self._trouble_now}
         write_text(self._state_json, json.dumps(state))
+
+    @property
+    def _trouble_now(self) -> str | None:
+        return "; ".join(self._troubles.values()) or None
 
     @property
     def trouble(self) -> str | None:
@@ -579,7 +583,14 @@ class RunFolder:
 
     @trouble.setter
     def trouble(self, words: str | None) -> None:
-        self._trouble = words
+        self.note_trouble("storage", words)
+
+    def note_trouble(self, of: str, words: str | None) -> None:
+        """Have `trouble` say this of a thing beside what it says of others; None: it is well again. By the driver."""
+        if words is None:
+            self._troubles.pop(of, None)
+        else:
+            self._troubles[of] = words
         with contextlib.suppress(WriteError):  # of no weight beside a disk that is full
             self.running = self.running
 

@@ -1,6 +1,7 @@
 #!/bin/bash
-# A study on the nodes of a Slurm job: `sbatch examples/cluster/slurm.sh STUDY RUN_FOLDER`, from a folder that all nodes
-# share. The first node runs the cluster's head and the command. See docs/how-to/cluster.md.
+# A study on the nodes of a Slurm job: `sbatch examples/cluster/slurm.sh STUDY RUN_FOLDER`, from the folder that holds
+# the study. The first node runs the cluster's head and the command, and it alone writes the run. All nodes need the
+# environment and the data, under the same paths. See docs/how-to/cluster.md.
 #SBATCH --job-name=mpsearch
 #SBATCH --nodes=3
 #SBATCH --ntasks-per-node=1

@@ -107,7 +107,7 @@ def main() -> None:
 
 
 _terminated = threading.Event()
-"""Set by SIGTERM, which ends as Ctrl-C does, with an exit code of its own; Tune raises anew what it catches."""
+"""Set by SIGTERM, which ends as Ctrl-C does, with an exit code of its own."""
 
 
 @contextlib.contextmanager

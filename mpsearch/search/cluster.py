@@ -70,7 +70,7 @@ def run_on_ray(
 ) -> None:
     """Run the trials of `book` on the cluster at `address`, or on one that is started for it; see `run_trials`."""
     with _ray(address, folder.id) as (ray, own):
-        crew = _Crew(ray, book, folder, make_runner, concurrency, None if own else check, own)
+        crew = Crew(ray, book, folder, make_runner, concurrency, None if own else check, own)
         try:
             crew.work()
         finally:
@@ -131,7 +131,7 @@ class _Lost:
     nodes: list[str] = field(default_factory=list)  # where that was
 
 
-class _Crew:
+class Crew:
     """The workers of a search."""
 
     def __init__(
@@ -200,6 +200,7 @@ class _Crew:
                     logger.info("node %s joins, with %g CPUs and %g GPUs", node.name, node.cpus, node.gpus)
         for id in self._nodes.keys() - there.keys():
             node = self._nodes.pop(id)
+            self._folder.note_trouble(id, None)
             if node.refusal is None:
                 progress.warning("node %s is gone; what it ran is run elsewhere", node.name)
 
@@ -239,6 +240,7 @@ class _Crew:
         node.refusal = why
         if not self._own:
             progress.warning("node %s is left out: %s", node.name, why)
+            self._folder.note_trouble(node.id, f"node {node.name} is left out: {why}")
         for worker in [worker for worker in self._workers if worker.node is node]:
             if worker.job is None:
                 self._end(worker)
@@ -299,7 +301,7 @@ class _Crew:
 
     def _lost_job(self, node: Node) -> Job | None:
         """A lost job for this node: one that was not lost there, if another node may still take those that were."""
-        others = {worker.node.id for worker in self._workers if worker.ready and not worker.retired}
+        others = {worker.node.id for worker in self._workers if worker.node.fit and not worker.retired}
         for lost in self._again:
             if node.id not in lost.nodes or others <= set(lost.nodes):
                 self._again.remove(lost)

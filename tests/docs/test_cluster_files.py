@@ -34,7 +34,7 @@ def test_ray_launcher_takes_the_cluster_of_machines() -> None:
     assert cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
 
 
-def test_job_of_kubernetes_runs_a_command_of_ours_and_mounts_one_volume_everywhere() -> None:
+def test_job_of_kubernetes_runs_a_command_of_ours_and_mounts_the_data_everywhere_and_the_runs_on_its_head() -> None:
     job = yaml.safe_load((FILES / "kuberay.yaml").read_text())["spec"]
     command = shlex.split(job["entrypoint"])
     done = subprocess.run(
@@ -42,12 +42,14 @@ def test_job_of_kubernetes_runs_a_command_of_ours_and_mounts_one_volume_everywhe
     )
     assert command[0] == "mpsearch"
     assert all(option in done.stdout for option in command if option.startswith("--"))
-    groups = [job["rayClusterSpec"]["headGroupSpec"], *job["rayClusterSpec"]["workerGroupSpecs"]]
-    for group in groups:
+    head, *workers = [job["rayClusterSpec"]["headGroupSpec"], *job["rayClusterSpec"]["workerGroupSpecs"]]
+    for group in (head, *workers):
         pod = group["template"]["spec"]
-        (mount,) = (mount for container in pod["containers"] for mount in container["volumeMounts"])
-        assert mount["name"] in {volume["name"] for volume in pod["volumes"]}
-        assert command[2].startswith(mount["mountPath"])
+        mounts = {m["name"]: m["mountPath"] for container in pod["containers"] for m in container["volumeMounts"]}
+        assert set(mounts) == {volume["name"] for volume in pod["volumes"]} == {"data", *(["runs"] * (group is head))}
+        if group is head:
+            study, out = command[2], command[command.index("--out") + 1]
+            assert Path(study).parent == Path(out).parent == Path(mounts["runs"])
 
 
 def test_slurm_script_is_bash() -> None:

@@ -1,0 +1,265 @@
+"""Which worker gets which job, and what befalls a search whose workers are lost: with a stand-in for Ray."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from drive import make_space, relative_cost, truth
+
+from mpsearch.errors import GaveUpError, TaskError, WriteError
+from mpsearch.metric import TOP1
+from mpsearch.observer import SILENT
+from mpsearch.record import RunFolder, TrialRecord
+from mpsearch.search import cluster
+from mpsearch.search.book import Book
+from mpsearch.search.cluster import Crew
+from mpsearch.search.controller import SearchController
+from mpsearch.search.job import Job, Outcome
+from mpsearch.study import SearchSpec
+
+
+class RayError(Exception):
+    pass
+
+
+class RayTaskError(RayError):
+    cause: Exception | None = None
+
+
+class Fake:
+    """Ray as far as a crew uses it: what an actor does is done when it is waited for, the oldest first.
+
+    `fate(node, number)` is asked of each set-up (number None) and each job: what it returns is the answer, and what it
+    raises befalls the worker.
+    """
+
+    exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+    cloudpickle = SimpleNamespace(dumps=lambda thing: thing)
+
+    def __init__(self, fate: Callable[[str, int | None], Any], *nodes: str) -> None:
+        self.there, self._fate = list(nodes), fate
+        self.began: list[tuple[str, int | None]] = []
+        self._ages = itertools.count()
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "NodeID": f"{ord(name):056x}",
+                "Alive": True,
+                "Resources": {"CPU": 2.0},
+                "NodeManagerHostname": name,
+                "NodeManagerAddress": "::",
+            }
+            for name in self.there
+        ]
+
+    def put(self, thing: object) -> object:
+        return thing
+
+    def remote(self, kind: type) -> Any:
+        def options(scheduling_strategy: Any, **_: Any) -> Any:
+            node = chr(int(scheduling_strategy.node_id, 16))
+            set_up = SimpleNamespace(remote=lambda *_, check: (next(self._ages), node, None))
+            run = SimpleNamespace(remote=lambda job, threads: (next(self._ages), node, job))
+            return SimpleNamespace(remote=lambda: SimpleNamespace(set_up=set_up, run=run))
+
+        return SimpleNamespace(options=options)
+
+    def wait(self, refs: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        return [min(refs, key=lambda ref: ref[0])], []
+
+    def get(self, ref: tuple[int, str, Job | None]) -> dict[str, Any]:
+        _, node, job = ref
+        self.began.append((node, None if job is None else job.proposal.number))
+        if node not in self.there:
+            raise RayError("the node is dead")
+        answer = self._fate(*self.began[-1])
+        if answer is not None or job is None:
+            return answer or {}
+        record = TrialRecord(job.proposal.config, "complete", score=truth(job.proposal.config), curve=((100, 0.5),))
+        return {"outcome": Outcome(record)}
+
+    def kill(self, actor: object) -> None:
+        pass
+
+    def at(self, number: int | None) -> list[str]:
+        return [node for node, n in self.began if n == number]
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "LOOK_S", 0.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    folder = RunFolder.create(tmp_path / "run", "", metric=TOP1)
+    with folder.driving():
+        yield folder
+
+
+def work(ray: Fake, folder: RunFolder, rungs: tuple[int, ...] = (0,), own: bool = False) -> SearchController:
+    search = SearchSpec(trials=12, max_failures_in_row=1)
+    records = folder.records()
+    controller = SearchController(make_space(), relative_cost, search, TOP1, records=records, rungs=rungs)
+    crew = Crew(ray, Book(controller, folder, None, SILENT), folder, lambda: None, 2, lambda _: None, own)  # type: ignore[arg-type,return-value]
+    try:
+        crew.work()
+    finally:
+        crew.dismiss()
+    return controller
+
+
+def numbers(folder: RunFolder, state: str = "complete") -> list[int]:
+    return [record.number for record in folder.records() if record.state == state]
+
+
+def test_job_whose_worker_is_lost_runs_again_on_another_node(folder: RunFolder) -> None:
+    def fate(node: str, number: int | None) -> None:
+        if (node, number) == ("a", 4) or (node, number) == ("b", 5):
+            raise RayError("the worker has died")
+
+    ray = Fake(fate, "a", "b")
+    work(ray, folder)
+    assert sorted(numbers(folder)) == list(range(12))
+    assert ray.at(4) in (["a", "b"], ["b"])
+    assert ray.at(5) in (["b", "a"], ["a"])
+    assert len(ray.at(4) + ray.at(5)) > 2  # one was lost at least
+
+
+def test_trial_that_takes_three_workers_along_is_no_failure_in_a_row_and_is_tried_again(folder: RunFolder) -> None:
+    def fate(node: str, number: int | None) -> None:
+        if number in (3, 4):
+            raise RayError("killed: the node was low on memory")
+
+    ray = Fake(fate, "a", "b")
+    assert not work(ray, folder).broken
+    assert sorted(numbers(folder)) == [n for n in range(12) if n not in (3, 4)]
+    assert {record.reason for record in folder.records() if record.state == "failed"} == {
+        "its worker died 3 times (memory ran low)"
+    }
+    assert len(ray.at(3)) == len(ray.at(4)) == 3
+    assert set(ray.at(3)) == {"a", "b"}
+    work(Fake(lambda *_: None, "a"), folder)
+    assert sorted(numbers(folder)) == list(range(12))
+
+
+def test_longer_rung_that_takes_workers_along_leaves_its_trial_as_it_was(folder: RunFolder) -> None:
+    begun: list[int] = []
+
+    def fate(node: str, number: int | None) -> None:
+        if number is not None and number in begun:
+            raise RayError("the worker has died")
+        if number is not None:
+            begun.append(number)
+
+    work(Fake(fate, "a", "b"), folder, rungs=(100, 200, 300))
+    before = folder.records()
+    assert all(len(record.rungs) == 1 and record.reason is None for record in before)
+    work(Fake(lambda *_: None, "a", "b"), folder, rungs=(100, 200, 300))
+    assert any(len(record.rungs) > 1 for record in folder.records()[: len(before)])
+
+
+def test_search_whose_workers_all_die_is_given_up(folder: RunFolder) -> None:
+    def fate(node: str, number: int | None) -> None:
+        if number is not None and number >= 2:
+            raise RayError("the worker has died")
+
+    with pytest.raises(GaveUpError, match=r"5 trials .* lost their workers 3 times each.*mpsearch resume"):
+        work(Fake(fate, "a", "b"), folder)
+    assert numbers(folder) == [0, 1]
+
+
+def test_node_that_lacks_the_data_is_named_and_left_out(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    def fate(node: str, number: int | None) -> Any:
+        return {"refused": TaskError("no folder '/data'")} if node == "b" else None
+
+    ray = Fake(fate, "a", "b")
+    with caplog.at_level(logging.INFO, "mpsearch"):
+        work(ray, folder)
+    assert "node b (::) is left out: no folder '/data'" in caplog.text
+    assert [number for node, number in ray.began if node == "b"] == [None]
+    assert sorted(numbers(folder)) == list(range(12))
+
+
+def test_trouble_of_a_node_is_told_until_the_node_is_gone(folder: RunFolder) -> None:
+    troubles: list[str | None] = []
+
+    def fate(node: str, number: int | None) -> Any:
+        troubles.append(RunFolder.open(folder.path).trouble)
+        if number == 8 and "b" in ray.there:
+            ray.there.remove("b")
+        return {"refused": TaskError("no folder '/data'")} if node == "b" else None
+
+    ray = Fake(fate, "a", "b")
+    work(ray, folder)
+    assert troubles[0] is None
+    assert "node b (::) is left out: no folder '/data'" in troubles
+    assert troubles[-1] is None
+
+
+def test_search_ends_where_no_node_has_what_it_needs(folder: RunFolder) -> None:
+    def fate(node: str, number: int | None) -> Any:
+        return {"refused": TaskError(f"no folder '/data/{node}'")}
+
+    with pytest.raises(GaveUpError, match=r"(?s)node a \(::\): no folder '/data/a'.*node b .*mpsearch resume"):
+        work(Fake(fate, "a", "b"), folder)
+    with pytest.raises(TaskError, match="no folder '/data/a'"):  # with a Ray of its own there is no other node
+        work(Fake(fate, "a"), folder, own=True)
+
+
+def test_node_whose_disk_is_full_is_left_out_and_its_trial_runs_elsewhere(folder: RunFolder) -> None:
+    def fate(node: str, number: int | None) -> Any:
+        return {"refused": WriteError("no room")} if number is not None and node == "a" else None
+
+    work(Fake(fate, "a", "b"), folder)
+    assert sorted(numbers(folder)) == list(range(12))
+
+
+def test_full_disk_of_this_machine_ends_the_search(folder: RunFolder) -> None:
+    def fate(node: str, number: int | None) -> Any:
+        return {"refused": WriteError("no room")} if number == 2 else None
+
+    with pytest.raises(WriteError, match="no room"):
+        work(Fake(fate, "a"), folder, own=True)
+    assert numbers(folder) == [0, 1]
+
+
+def test_node_on_which_workers_die_while_they_are_set_up_is_left_out(folder: RunFolder) -> None:
+    def fate(node: str, number: int | None) -> None:
+        if node == "b":
+            raise RayError("the worker has died")
+
+    ray = Fake(fate, "a", "b")
+    work(ray, folder)
+    assert [node for node, number in ray.began if node == "b"] == ["b"] * 3
+    assert sorted(numbers(folder)) == list(range(12))
+
+
+def test_nodes_that_join_are_used_and_those_that_go_are_survived(folder: RunFolder) -> None:
+    def fate(node: str, number: int | None) -> None:
+        if number == 3:
+            ray.there = ["b"]
+        if number == 8 and "c" not in ray.there:
+            ray.there.append("c")
+
+    ray = Fake(fate, "a")
+    work(ray, folder)
+    assert sorted(numbers(folder)) == list(range(12))
+    assert {node for node, number in ray.began if number is not None} == {"a", "b", "c"}
+    assert [n for n in range(12) if len(ray.at(n)) > 1 and ray.at(n)[0] != "a"] == []
+
+
+def test_search_waits_for_a_node_and_not_for_ever(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cluster, "PATIENCE_S", 0.05)
+    with pytest.raises(GaveUpError, match="no node of the cluster had CPUs"):
+        work(Fake(lambda *_: None), folder)
+    assert "waiting for one to join" in caplog.text
