@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -66,11 +67,8 @@ class Cluster:
         self._logs = folder / "nodes"
         self._logs.mkdir()
         self._nodes: list[subprocess.Popen[bytes]] = []
-        self.environment = os.environ | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": "d" * 64,
-            "RAY_raylet_start_wait_time_s": "120",
-        }
+        self.drivers: list[subprocess.Popen[str]] = []
+        self.environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "d" * 64}
         self.port, self.client = free_port(), free_port()
 
     def start(self, *hidden: Path) -> int:
@@ -84,22 +82,30 @@ class Cluster:
             ray += [f"--address=127.0.0.1:{self.port}", f"--node-ip-address=127.0.0.{number}"]
         ray[0] = str(Path(sys.executable).parent / "ray")
         command = ["unshare", "-m", "bash", "-c", HIDE, "-", *map(str, [self._hidden, *hidden]), "--", *ray]
-        with (self._logs / str(number)).open("wb") as log:
-            self._nodes.append(subprocess.Popen(command, stdout=log, stderr=log, env=self.environment, cwd="/"))
-        until(lambda: b"Ray runtime started" in (self._logs / str(number)).read_bytes(), 150)
-        return number
+        log = self._logs / str(number)
+        for _ in range(3):  # on a machine that is busy Ray's raylet gives up after 15 s
+            with log.open("wb") as file:
+                process = subprocess.Popen(command, stdout=file, stderr=file, env=self.environment, cwd="/")
+            self._nodes[number - 1 :] = [process]
+            while process.poll() is None:
+                if b"Ray runtime started" in log.read_bytes():
+                    return number
+                time.sleep(0.1)
+        raise AssertionError(log.read_text())
 
     def kill(self, number: int) -> None:
         """As a machine that loses its power."""
-        node = psutil.Process(self._nodes[number - 1].pid)
-        for process in [*node.children(recursive=True), node]:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            node = psutil.Process(self._nodes[number - 1].pid)
+            for process in [*node.children(recursive=True), node]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         self._nodes[number - 1].wait()
 
     def end(self) -> None:
+        for driver in self.drivers:
+            driver.kill()
+            driver.wait()
         for number in reversed(range(len(self._nodes))):
             if self._nodes[number].poll() is None:
                 self.kill(number + 1)
@@ -147,7 +153,7 @@ def cluster(tmp_path: Path, home: Path) -> Iterator[Cluster]:
 
 def search(home: Path, cluster: Cluster, address: str, trials: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mpsearch", "run", "study.yaml", "--out", "run", "--trials", str(trials)]
-    return subprocess.Popen(
+    driver = subprocess.Popen(
         [*command, "--set", f"engine.address={address}"],
         cwd=home,
         env=cluster.environment,
@@ -155,6 +161,8 @@ def search(home: Path, cluster: Cluster, address: str, trials: int) -> subproces
         stderr=subprocess.PIPE,
         text=True,
     )
+    cluster.drivers.append(driver)
+    return driver
 
 
 def started(home: Path) -> list[tuple[int, int, int]]:
