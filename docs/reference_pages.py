@@ -363,7 +363,10 @@ API: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "Precisions": ("From tensor to network.", ("Precision", "LayerPrecision", "PrecisionConfig")),
-    "Studies and hardware": ("", ("load_study", "run_study", "hardware_list", "hardware_show", "measure")),
+    "Studies and hardware": (
+        "",
+        ("load_study", "run_study", "hardware_list", "hardware_show", "hardware_import_vela", "measure"),
+    ),
     "Scores, events, errors": ("", ("Metric", "Observer", "MpsearchError")),
 }
 RETURNED = {

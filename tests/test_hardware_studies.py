@@ -23,8 +23,12 @@ TINY = [*QUICK, "warm_start.method=none", "warm_start.ilp=true", "warm_start.com
     ("hardware", "cost"),
     [
         ("mpic", {"cost.model": "table", "cost.limits": "{weight_bytes: 20 KiB}"}),
-        ("w8a16-npu", {"cost.model": "bops"}),
-        ("int8-fp16", {"cost.limits": "{weight_bytes: 40 KiB, activation_bytes: 150%, bops: 2}"}),
+        pytest.param("w8a16-npu", {"cost.model": "bops"}, marks=pytest.mark.slow),
+        pytest.param(
+            "int8-fp16",
+            {"cost.limits": "{weight_bytes: 40 KiB, activation_bytes: 150%, bops: 2}"},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_config_of_a_study_runs_on_its_hardware(hardware: str, cost: dict[str, str], tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ class MeasuredTable:
 def hardware_import_vela(
     study: str | Path | StudySpec,
     file: str | Path,
-    pair: str,
     clock_mhz: float,
+    pair: str = "w8a8",
     out: str | Path = "table.csv",
     set: Sequence[str] = (),
 ) -> pd.DataFrame:
@@ -119,8 +119,8 @@ def hardware_import_vela(
     Args:
         study: a shipped study by name, the path of a study file, or a StudySpec: the network that Vela compiled.
         file: NETWORK_per-layer.csv, as `vela --verbose-performance` writes it.
-        pair: precisions of that network, as `w8a8`.
         clock_mhz: the NPU's clock: Vela counts cycles.
+        pair: precisions of that network.
         out: the table to write, CSV; a profile is written beside it where there is none.
         set: `key.path=value` to override values of the study file.
 

@@ -51,7 +51,7 @@ def import_vela(
     set_: Set = None,
 ) -> None:
     """Write what Vela estimates of a study's network on an Ethos-U NPU as rows of a table."""
-    rows = api.hardware.hardware_import_vela(study, file, pair, clock_mhz, out, set_ or ())
+    rows = api.hardware.hardware_import_vela(study, file, clock_mhz, pair, out, set_ or ())
     of_pair = f"{len(rows)} rows written to {out}"
     print_lines([f"{of_pair}; use them by `hardware: {out.with_suffix('.yaml')}` and `cost: {{model: table}}`"])
 

@@ -23,7 +23,9 @@ COMMANDS: dict[str, Any] = {
     for inner in (getattr(command, "commands", {}),)
     for below in (inner or [name])
 }
-FUNCTIONS = {name: {"export": "export_run", "import": "import_config"}.get(name, name) for name in COMMANDS}
+FUNCTIONS = {
+    name: {"export": "export_run", "import": "import_config"}.get(name, name.replace("-", "_")) for name in COMMANDS
+}
 OF_THE_SHELL = {
     "json",
     "csv",

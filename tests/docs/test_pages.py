@@ -96,8 +96,10 @@ def test_commands_of_a_page_exist_with_their_options(path: Path) -> None:
         words = line.partition("#")[0].split()
         if words[:1] != ["mpsearch"] or not re.fullmatch("[a-z]+", words[1]):
             continue
-        options = {option for parameter in COMMANDS[words[1]].params for option in parameter.opts}
-        options |= {option for parameter in COMMANDS[words[1]].params for option in parameter.secondary_opts}
+        command = COMMANDS[words[1]]
+        command = getattr(command, "commands", {}).get(words[2], command) if len(words) > 2 else command
+        options = {option for parameter in command.params for option in parameter.opts}
+        options |= {option for parameter in command.params for option in parameter.secondary_opts}
         for word in words[2:]:
             assert not re.fullmatch(r"--?[a-z-]+", word) or word in options, f"{line}: no option {word}"
 

@@ -52,7 +52,8 @@ def test_a_cast_is_that_of_the_format_and_saturates(name: str) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@every_format
 def test_a_compiler_does_not_leave_the_rounding_out(name: str) -> None:
     x, q = hard_cases(), quantizer(name, "uniform", chosen=name)
     before = q(x)

@@ -134,6 +134,7 @@ def test_layers_come_apart_and_marginals_come_together(
     assert last.imbalance < baseline.imbalance
 
 
+@pytest.mark.slow
 def test_the_same_seed_descends_the_same_way(problem: Problem, workbench: Workbench, descent: Descent) -> None:
     again = descend(workbench, problem.space, problem.cost, BUDGETS, STEPS)
     assert [s.bits for s in again.snapshots] == [s.bits for s in descent.snapshots]
