@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 import time
 import traceback
@@ -22,6 +23,8 @@ from mpsearch.record import (
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.job import Job, Outcome, Runner
 from mpsearch.search.view import OptunaView
+
+logger = logging.getLogger(__name__)
 
 
 def attempt(runner: Runner, job: Job) -> Outcome:
@@ -91,6 +94,10 @@ class Book:
     def _put(self, proposal: Proposal, record: TrialRecord | None) -> None:
         if record is not None:
             self._folder.append(record)
+            said = record.reason or f"{record.score} at cost {record.cost}"
+            logger.info(
+                "trial %d, rung %d (%s) is %s: %s", proposal.number, proposal.rung, proposal.origin, record.state, said
+            )
         del self._running[proposal.number]
         self._folder.running = tuple(self._running.values())
         if record is not None:
