@@ -261,3 +261,14 @@ def test_libraries_with_private_parts_have_upper_bounds() -> None:
         library = max(fitting, key=len)
         named = [text for text in (*project["dependencies"], *extras) if re.match(rf"{library}(\[\w+\])?[<>=]", text)]
         assert [text for text in named if "<" not in text] == [], f"{library} has private parts in use"
+
+
+def test_torch_weak_dictionary_tells_tensors_apart_and_lets_them_go() -> None:
+    from mpsearch.private.torch import WeakTensorKeyDictionary
+
+    x, equal = torch.ones(3), torch.ones(3)
+    known: Any = WeakTensorKeyDictionary({x: None})  # type: ignore[no-untyped-call]
+    assert x in known
+    assert equal not in known
+    del x
+    assert len(known) == 0

@@ -37,7 +37,7 @@ from mpsearch.errors import ExportError
 from mpsearch.exporters.answers import answers, difference, reference
 from mpsearch.exporters.execute import FailedToRun, run_apart
 from mpsearch.graph.inputs import call, image_list, map_tensors, tensors
-from mpsearch.private.torch import TorchDispatchMode, running_module, tree_leaves
+from mpsearch.private.torch import TorchDispatchMode, WeakTensorKeyDictionary, running_module, tree_leaves
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -121,14 +121,14 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = {module: name for name, module in model.named_modules() if name}
         self.where: str | None = None
-        self._computed = {id(x): x for x in inputs}  # which stay alive, so that no other tensor has such an id
+        self._computed: Any = WeakTensorKeyDictionary(dict.fromkeys(inputs))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if any(id(x) in self._computed for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)):
-            self._computed |= {id(x): x for x in tree_leaves(out) if isinstance(x, Tensor)}
+        if any(x in self._computed for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)):
+            self._computed.update(dict.fromkeys(x for x in tree_leaves(out) if isinstance(x, Tensor)))
             if func is torch.ops.aten._local_scalar_dense.default and self.where is None and not _in_script():
                 module = running_module()
                 name = self.names.get(module) if module else None

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary as WeakTensorKeyDictionary
 
 COMPILED = "_orig_mod"
 """The child of `torch.compile(module)` that is the module; names in its state dict begin with it."""
