@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import pkgutil
 import shlex
@@ -16,6 +17,7 @@ import benchmarks
 from mpsearch.errors import MpsearchError
 
 
+@functools.cache
 def found() -> dict[str, str]:
     """The sentence of every benchmark, by name; none is imported for it."""
     names = [module.name for module in pkgutil.iter_modules(benchmarks.__path__) if not module.ispkg]

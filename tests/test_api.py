@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from quick import QUICK
+from quick import FEW_IMAGES, QUICK
 
 import mpsearch
 from mpsearch.errors import StudyError
 from mpsearch.problem import Problem
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord
+from mpsearch.study import load_study
 
 pytestmark = pytest.mark.study
 
@@ -112,6 +113,10 @@ def test_examples_on_a_study_hold(name: str, tmp_path: Path, monkeypatch: pytest
 
 def test_examples_on_a_run_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    brief = [*FEW_IMAGES, "trial.compile=false", "search.prescreen=0"]
+    monkeypatch.setattr(
+        "mpsearch.study.load_study", lambda study, overrides=(): load_study(study, [*overrides, *brief])
+    )
     for name in ON_RUNS:
         assert_example_holds(name)
 

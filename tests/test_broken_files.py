@@ -7,6 +7,7 @@ that is printed is right.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import sqlite3
@@ -206,7 +207,8 @@ def view_of(facts: ProblemFacts, folder: RunFolder, storage: str) -> OptunaView:
     return view
 
 
-def test_a_view_that_another_program_holds_is_no_damaged_one(run: Path) -> None:
+def test_a_view_that_another_program_holds_is_no_damaged_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3.dbapi2, "connect", functools.partial(sqlite3.connect, timeout=0.1))  # it waits for 5 s
     folder = RunFolder.open(run)
     facts, before = read_facts(folder), (run / "study.db").read_bytes()
     with contextlib.closing(sqlite3.connect(run / "study.db")) as other:

@@ -222,7 +222,7 @@ def test_passwords_of_every_form_are_masked(text: str, shown: str) -> None:
 
 def test_sigterm_ends_as_ctrl_c_does_and_says_how_to_go_on(tmp_path: Path) -> None:
     """D3."""
-    sets = [part for override in (*COLD, "search.trials=500") for part in ("--set", override)]
+    sets = [part for override in (*COLD, "search.sampler=random", "search.trials=500") for part in ("--set", override)]
     process = subprocess.Popen(
         [sys.executable, "-m", "mpsearch", "run", "digits", "--out", "run", *sets],
         cwd=tmp_path,

@@ -167,6 +167,7 @@ def test_the_hypervolume_is_of_the_range_that_stands_beside_it(study: Study) -> 
     assert f"1: {metric.show(axis['best'])} (the float network)" in text
 
 
+@pytest.mark.slow  # tests/report/test_looking.py asks it of other tasks
 def test_looking_at_a_run_loads_neither_torch_nor_the_task(study: Study) -> None:
     import subprocess
     import sys

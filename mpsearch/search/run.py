@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -114,7 +115,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             f"the float network's {problem.metric.name} on val is {score}, so that no trial can be compared with it: "
             "look for values that are not finite in its outputs, in val and in the metric"
         )
-    with folder.driving():
+    with folder.driving(), contextlib.ExitStack() as at_the_end:
         records = folder.records()
         write_facts(folder, problem)
         view = open_view(
@@ -128,6 +129,8 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             problem.cost,
             on_trouble=functools.partial(setattr, folder, "trouble"),
         )
+        if view is not None:
+            at_the_end.callback(view.close)
         make_folder(folder.checkpoints)
         observer.on_ready(problem, folder)
         began = time.monotonic()

@@ -75,6 +75,7 @@ class OptunaView:
         cost: RelativeCost | None = None,
         on_trouble: Callable[[str | None], None] = lambda words: None,
     ) -> None:
+        self._storage = storage
         self._space = space
         self._cost = cost
         self._budget = math.inf if budget is None else budget
@@ -128,6 +129,12 @@ class OptunaView:
             self._show_waiting(number)
         if self._behind:
             self._reconnect()
+
+    def close(self) -> None:
+        """Let go of the storage: SQLite then writes its log into the one file that people copy."""
+        if isinstance(self._storage, RDBStorage):
+            self._storage.remove_session()
+            self._storage.engine.dispose()
 
     def _show_waiting(self, number: int) -> None:
         for record in (self._waiting.pop(number), *self._longer.pop(number, ())):

@@ -35,7 +35,7 @@ from mpsearch.train import call
 
 pytestmark = pytest.mark.study
 
-EXAMPLES = int(os.environ.get("MPSEARCH_FUZZ_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("MPSEARCH_FUZZ_EXAMPLES", "25"))
 EVERY = 5  # of this many networks one is exported to each format of another library: a graph export takes seconds
 
 FLOAT_NOISE = 2e-5

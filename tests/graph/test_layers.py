@@ -75,9 +75,9 @@ ROWS = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
         ("mobilenet_v3_small", 32),
         ("efficientnet_b0", 32),
         ("shufflenet_v2_x0_5", 32),
-        ("convnext_tiny", 32),
         ("swin_t", 32),
-        ("vit_b_16", 32),
+        pytest.param("convnext_tiny", 32, marks=pytest.mark.slow),
+        pytest.param("vit_b_16", 32, marks=pytest.mark.slow),  # 86 million weights
     ],
 )
 def test_macs_equal_torchs_flop_counter_on_torchvision_families(family: str, size: int):

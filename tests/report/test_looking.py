@@ -150,6 +150,7 @@ def test_looking_imports_no_torch_and_nothing_that_the_study_names(tmp_path: Pat
     assert not list(tmp_path.rglob("sprung"))
 
 
+@pytest.mark.slow
 def test_the_trap_springs_where_the_task_is_loaded(tmp_path: Path) -> None:
     """The test above can fail: opening the problem does import what the study names."""
     (tmp_path / "trap.py").write_text(TRAP)

@@ -80,7 +80,7 @@ def test_two_rows_have_no_order_to_speak_of() -> None:
 
 
 def test_final_training_goes_on_from_the_trial_and_is_never_worse_on_val(tmp_path: Path) -> None:
-    overrides = [*QUICK, "trial.steps=30", "search.trials=5", "final.seeds=1"]
+    overrides = [*QUICK, "trial.steps=10", "search.trials=4", "final.seeds=1"]
     spec = mpsearch.load_study("digits", [*overrides, *COLD, "final.epochs=0.1", "final.lr=1e-12"])
     mpsearch.run_study(spec, tmp_path / "run")
     folder = RunFolder.open(tmp_path / "run")

@@ -307,7 +307,7 @@ def test_a_run_without_ray_trains_by_rungs_and_shows_them_all(tmp_path: Path) ->
 QUICK_RUNGS = (*QUICK, "trial.rungs=[4, 8, 16]", "warm_start.method=none", "warm_start.ilp=false")
 
 
-@pytest.mark.study
+@pytest.mark.slow
 def test_a_study_trains_by_rungs_shows_them_and_exports_the_longest(tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = mpsearch.run("digits", run, trials=9, set=[*QUICK_RUNGS, "search.eta=2", "warm_start.combinations=0"])

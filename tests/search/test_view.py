@@ -85,6 +85,16 @@ def test_view_without_a_budget_has_no_constraint(folder):
     assert all(t.constraints == {} for t in stored(folder, "sqlite").trials)
 
 
+def test_sqlite_is_one_file_when_the_view_is_closed(folder, tmp_path):
+    """A person who copies it while the process lives has all of it: nothing is left in SQLite's log."""
+    open_view("sqlite", folder, "a", SPACE, TOP1, None, RECORDS).close()
+    copy = tmp_path / "copied.db"
+    copy.write_bytes(folder.study_db.read_bytes())
+    assert [path.name for path in folder.study_db.parent.glob("study.db*")] == ["study.db"]
+    study = optuna.load_study(study_name="a", storage=f"sqlite:///{copy}")
+    assert len(study.trials) == len(RECORDS)
+
+
 def test_no_view_is_no_view(folder):
     assert open_view("none", folder, "a", SPACE, TOP1) is None
 

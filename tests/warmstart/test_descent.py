@@ -169,7 +169,7 @@ def test_whole_bits_stay_within_the_budget_and_near_what_was_learned(problem: Pr
 
 
 def test_a_warm_start_is_paid_for_once(problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    both = problem.spec.warm_start.model_copy(update={"ilp": True, "steps": 20})
+    both = problem.spec.warm_start.model_copy(update={"ilp": True, "steps": 4})
     spec = problem.spec.model_copy(update={"warm_start": both})
 
     def once() -> list[tuple[str, PrecisionConfig]]:
