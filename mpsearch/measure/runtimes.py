@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from mpsearch.errors import HardwareError, nearest
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.inputs import call
+from mpsearch.graph.kinds import kind_of
 from mpsearch.precision import FLOAT, LayerPrecision
 
 FLOAT32 = LayerPrecision(FLOAT, FLOAT)
@@ -56,9 +58,6 @@ class Runtime(Protocol):
 
     def empty(self) -> Call | None:
         """A call that runs nothing: what calling takes by itself, if that is no part of a layer."""
-
-    def change(self, elements: int) -> Call | None:
-        """A call that converts so many numbers from float to 8 bits and back; None where nothing is converted."""
 
 
 class OnnxRuntime:
@@ -200,8 +199,12 @@ class OnnxRuntime:
                     nodes_to_exclude=outside,
                 )
                 chosen = quantized
+            # A default session rounds the weights of a float layer between two of int8, and runs it in int8 too.
             session = onnxruntime.InferenceSession(
-                chosen.read_bytes(), self._options(), providers=["CPUExecutionProvider"]
+                chosen.read_bytes(),
+                self._options(),
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["WeightBiasQuantization"],
             )
         feed = {session.get_inputs()[0].name: x.detach().cpu().numpy()}
         return lambda: session.run(None, feed)
@@ -213,24 +216,6 @@ class OnnxRuntime:
         ends = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y"))
         graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "empty", *([end] for end in ends))
         return self._call(graph, {"x": np.zeros(1, dtype=np.float32)})
-
-    def change(self, elements: int) -> Call | None:
-        """QuantizeLinear and DequantizeLinear."""
-        from onnx import TensorProto, helper, numpy_helper
-
-        constants = [numpy_helper.from_array(np.float32(0.05), "s"), numpy_helper.from_array(np.uint8(0), "z")]
-        nodes = [  # with the codes as an output: else the pair would be taken away
-            helper.make_node("QuantizeLinear", ["x", "s", "z"], ["codes"]),
-            helper.make_node("DequantizeLinear", ["codes", "s", "z"], ["y"]),
-        ]
-        graph = helper.make_graph(
-            nodes,
-            "change",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [elements])],
-            [helper.make_tensor_value_info(name, kind, None) for name, kind in (("codes", 2), ("y", 1))],
-            constants,
-        )
-        return self._call(graph, {"x": np.random.default_rng(1).random(elements).astype(np.float32)})
 
     def _call(self, graph: Any, feed: Mapping[str, Any]) -> Call:
         import onnxruntime
@@ -265,29 +250,34 @@ class TorchRuntime:
 
     def layer(self, layer: LayerInfo, module: nn.Module, pair: LayerPrecision) -> tuple[Call, float]:
         """The module, and a ReLU where there was a BatchNorm."""
-        dtype = torch.bfloat16 if pair == BFLOAT16 else torch.float32
+        dtype = _dtype(pair)
         parts: list[nn.Module] = [copy.deepcopy(module).to(dtype)]
         model = nn.Sequential(*parts, *([nn.ReLU()] if layer.batch_norm else [])).eval()
         x = torch.rand(1, *layer.input_shape, dtype=dtype)
         return _without_gradients(model, x), 1.0
 
     def network(self, model: nn.Module, x: Any, precisions: Sequence[LayerPrecision]) -> Call:
-        """The network as a whole in float or bfloat16."""
-        if len(set(precisions)) > 1 or precisions[0] not in (FLOAT32, BFLOAT16):
-            raise HardwareError("torch runs whole networks in float or in bfloat16 here, not mixed ones")
-        dtype = torch.bfloat16 if precisions[0] == BFLOAT16 else torch.float32
+        """The network with its layers in float or bfloat16; each casts its input, and what follows computes in kind."""
         if not isinstance(x, Tensor):
             raise HardwareError("whole networks are measured where their input is one tensor")
-        return _without_gradients(copy.deepcopy(model).to(dtype).eval(), x.to(dtype))
+        if len(set(precisions)) == 1:
+            dtype = _dtype(precisions[0])
+            return _without_gradients(copy.deepcopy(model).to(dtype).eval(), x.to(dtype))
+        model = copy.deepcopy(model).eval()
+        layers = [module for module in execution_order(model, x) if kind_of(module) is not None]
+        if len(layers) != len(precisions) or len(set(layers)) != len(layers):
+            raise HardwareError(
+                f"the network makes {len(layers)} calls of {len(set(layers))} layers where there are precisions for "
+                f"{len(precisions)}: it cannot be told which is which"
+            )
+        for layer, precision in zip(layers, precisions, strict=True):
+            layer.to(_dtype(precision))
+            layer.register_forward_pre_hook(partial(_cast, _dtype(precision)))
+        return _without_gradients(model, x)
 
     def empty(self) -> Call | None:
         """Nothing: in eager mode a call is a part of every layer."""
         return None
-
-    def change(self, elements: int) -> Call | None:
-        """A cast to bfloat16 and back."""
-        x = torch.rand(elements)
-        return lambda: x.to(torch.bfloat16).float()
 
 
 RUNTIMES: Mapping[str, Callable[[int], Runtime]] = {"onnxruntime": OnnxRuntime, "torch": TorchRuntime}
@@ -298,6 +288,31 @@ def find_runtime(name: str, threads: int) -> Runtime:
     if name not in RUNTIMES:
         raise HardwareError(f"unknown runtime '{name}': {nearest(name, RUNTIMES)}")
     return RUNTIMES[name](threads)
+
+
+def execution_order(model: nn.Module, x: Tensor) -> list[nn.Module]:
+    """The modules of a network without modules of their own, a call each, in the order in which they are called."""
+    called: list[nn.Module] = []
+    handles = [
+        module.register_forward_pre_hook(lambda module, _: called.append(module))
+        for module in model.modules()
+        if not any(True for _ in module.children())
+    ]
+    with torch.inference_mode():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return called
+
+
+def _dtype(pair: LayerPrecision) -> torch.dtype:
+    return torch.bfloat16 if pair == BFLOAT16 else torch.float32
+
+
+def _cast(dtype: torch.dtype, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value for value in args
+    )
 
 
 def _model(graph: Any) -> bytes:

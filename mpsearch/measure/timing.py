@@ -1,4 +1,4 @@
-"""How long a call takes: warmed up, repeated until the median is known well enough."""
+"""How long calls take: warmed up, run in turn, repeated until the medians are known well enough."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WARM_UP_S = 0.1
@@ -45,30 +45,41 @@ def clock_of(threads: int) -> tuple[Clock, str]:
 
 
 def timed(call: Callable[[], object], clock: Clock, most_s: float = MOST_S) -> Timing:
-    """Measure a call.
+    """Measure one call, as `timed_in_turn` does several."""
+    return timed_in_turn([call], clock, most_s)[0]
+
+
+def timed_in_turn(calls: Sequence[Callable[[], object]], clock: Clock, most_s: float = MOST_S) -> list[Timing]:
+    """Measure calls that are compared with each other: round by round, so that all see the machine as it changes.
 
     Args:
-        call: what is measured.
+        calls: what is measured.
         clock: seconds.
-        most_s: when to end at the latest, by the clock.
+        most_s: when to end at the latest, by the clock, for each of them.
     """
+    repeats = [_repeats(call, clock) for call in calls]
+    rounds: list[list[float]] = [[] for _ in calls]
+    began = clock()
+    while True:
+        for call, count, durations in zip(calls, repeats, rounds, strict=True):
+            start = clock()
+            for _ in range(count):
+                call()
+            durations.append((clock() - start) / count * 1e6)
+        timings = [summary(durations) for durations in rounds]
+        enough = all(timing.n >= LEAST_ROUNDS and timing.interval < INTERVAL for timing in timings)
+        if enough or (clock() - began > most_s * len(calls) and timings[0].n >= 3):
+            return timings
+
+
+def _repeats(call: Callable[[], object], clock: Clock) -> int:
+    """Warm a call up; returns how often it fits into a round."""
     began = clock()
     count = 0
     while clock() - began < WARM_UP_S or count < 2:
         call()
         count += 1
-    repeats = max(1, round(ROUND_S * count / max(clock() - began, 1e-9)))
-    rounds: list[float] = []
-    began = clock()
-    while True:
-        start = clock()
-        for _ in range(repeats):
-            call()
-        rounds.append((clock() - start) / repeats * 1e6)
-        timing = summary(rounds)
-        enough = len(rounds) >= LEAST_ROUNDS and timing.interval < INTERVAL
-        if enough or (clock() - began > most_s and len(rounds) >= 3):
-            return timing
+    return max(1, round(ROUND_S * count / max(clock() - began, 1e-9)))
 
 
 def summary(rounds: list[float]) -> Timing:
