@@ -81,24 +81,27 @@ def network():
     return net, inspect_model(net, torch.rand(2, 3, 12, 12)).layers
 
 
-@pytest.mark.parametrize("name", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("name", ["torch", "onnxruntime", "openvino"])
 def test_a_runtime_runs_every_layer_at_each_of_its_pairs_and_the_whole(name: str) -> None:
-    if name == "onnxruntime":
+    codes = name != "torch"
+    if name == "openvino":
+        pytest.importorskip("openvino")
+    if codes:
         pytest.importorskip("onnx")
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
     runtime = find_runtime(name, 1)
     net, layers = network()
-    other = W8A8 if name == "onnxruntime" else BFLOAT16
+    other = W8A8 if codes else BFLOAT16
     for layer in layers:
         assert list(runtime.pairs(layer)) == [FLOAT32, other]
         for pair in runtime.pairs(layer):
             once, share = runtime.layer(layer, dict(net.named_modules())[layer.name], pair)
             y = once()
             assert 0 < share <= 1
-            shape = y[0].shape if name == "onnxruntime" else y.shape  # type: ignore[index, attr-defined]
+            shape = y[0].shape if codes else y.shape  # type: ignore[index, attr-defined]
             assert tuple(shape) == (1, *layer.output_shape)
-            if name == "onnxruntime":
+            if codes:
                 assert (y[0].dtype.name == "uint8") == (pair == W8A8)  # type: ignore[index]
     x = torch.rand(1, 3, 12, 12)
     for precisions in ([FLOAT32] * 3, [other] * 3):
@@ -154,7 +157,6 @@ def test_a_measured_table_is_gone_on_with_and_is_a_profile(tmp_path: Path, monke
         calls.append("")
         return Timing(10.0, 0.1, 9)
 
-    monkeypatch.setattr(measure, "timed", quick)
     monkeypatch.setattr(measure, "timed_in_turn", lambda calls, clock: [quick(call, clock) for call in calls])
     spec = load_study("digits", ["task.data.val_fraction=0.05", "task.data.test_fraction=0.9"])
     out = tmp_path / "mine.csv"

@@ -158,7 +158,7 @@ def measure(
 
     Args:
         study: a shipped study by name, the path of a study file, or a StudySpec.
-        runtime: onnxruntime (float, W8A8) or torch (float, bfloat16).
+        runtime: onnxruntime or openvino (float, W8A8), or torch (float, bfloat16).
         out: the table to write, CSV; a profile is written beside it, for `hardware: PATH` and `cost.model: table`.
         threads: that the runtime may use.
         set: `key.path=value` to override values of the study file.

@@ -61,7 +61,7 @@ def measure(
     study: Study,
     runtime: Annotated[
         str,
-        typer.Option("--runtime", help="Runtime: onnxruntime (float, W8A8) or torch (float, bfloat16)."),
+        typer.Option("--runtime", help="Runtime: onnxruntime or openvino (float, W8A8), or torch (float, bfloat16)."),
     ] = "onnxruntime",
     out: Annotated[Path, typer.Option("-o", "--out", help="CSV to write; a profile is written beside it.")] = Path(
         "table.csv"

@@ -27,7 +27,7 @@ from mpsearch.graph.inputs import map_tensors
 from mpsearch.hardware.profile import write_profile
 from mpsearch.hardware.table import REST, REST_KEY, Key, Pair, Row, Table, key_of, pair_of, read_table, write_table
 from mpsearch.measure.runtimes import FLOAT32, W8A8, Runtime, find_runtime
-from mpsearch.measure.timing import Clock, Timing, clock_of, device_name, timed, timed_in_turn
+from mpsearch.measure.timing import Clock, Timing, clock_of, device_name, timed_in_turn
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import LayerPrecision
 from mpsearch.problem import open_problem
@@ -103,14 +103,14 @@ def measure_study(
     layers = [layer for layer in problem.graph.layers if layer.name in modules]
     plan = {key_of(layer): (layer, run.pairs(layer)) for layer in layers}
     left_out = tuple(f"{layer.name} ({layer.kind})" for layer in problem.graph.layers if not run.pairs(layer))
-    empty = run.empty()
-    of_call = 0.0 if empty is None else timed(empty, clock).median_us  # of a call that does nothing: no layer's
+    nothing = [empty for empty in (run.empty(),) if empty is not None]  # what calling takes is no layer's
     for done, (key, (layer, pairs)) in enumerate(plan.items()):
         observer.on_stage(f"{layer.name} ({layer.kind})", done, len(plan))
         missing = [pair for pair in pairs if (key, pair_of(pair)) not in table.rows]
         each = [run.layer(layer, modules[layer.name], pair) for pair in missing]
-        timings = timed_in_turn([once for once, _ in each], clock) if each else []
-        for pair, (_, share), timing in zip(missing, each, timings, strict=True):
+        timings = timed_in_turn([*nothing, *(once for once, _ in each)], clock) if each else []
+        of_call = sum(timing.median_us for timing in timings[: len(nothing)])
+        for pair, (_, share), timing in zip(missing, each, timings[len(nothing) :], strict=bool(each)):
             least = timing.median_us / 100
             of_layer = replace(timing, median_us=max(least, (timing.median_us - of_call) * share))
             table = _with(table, (key, pair_of(pair)), of_layer, out)

@@ -133,9 +133,9 @@ class OnnxRuntime:
             constants,
         )
         feed = {"x": (np.random.default_rng(1).random(shape) * 20).astype(dtype)}
-        return self._call(graph, feed), self._share(graph, feed)
+        return self._call(_model(graph), feed), self._share(_model(graph), feed)
 
-    def _share(self, graph: Any, feed: Mapping[str, Any]) -> float:
+    def _share(self, model: bytes, feed: Mapping[str, Any]) -> float:
         """The time of all nodes but those that reorder data, as a share of that of all."""
         import onnxruntime
 
@@ -143,7 +143,7 @@ class OnnxRuntime:
             options = self._options()
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = onnxruntime.InferenceSession(_model(graph), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             for _ in range(PROFILED):
                 session.run(None, feed)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
@@ -152,15 +152,11 @@ class OnnxRuntime:
             if event.get("cat") == "Node" and str(event.get("name", "")).endswith("_kernel_time"):
                 reorders = str(event["args"].get("op_name", "")).startswith("Reorder")
                 spent.setdefault((str(event["name"]), reorders), []).append(float(event["dur"]))
-        # By node, as one that was interrupted says nothing; the profile counts whole microseconds, hence the half.
-        medians = {node: statistics.median(durations) + 0.5 for node, durations in spent.items()}
-        of_layer = sum(median for (_, reorders), median in medians.items() if not reorders)
-        return of_layer / sum(medians.values()) if medians else 1.0
+        return _share_of_layer(spent)
 
     def network(self, model: nn.Module, x: Any, precisions: Sequence[LayerPrecision]) -> Call:
         """The exported network, its int8 layers (and what lies between two of them) by onnxruntime's own quantizer."""
         import onnx
-        import onnxruntime
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -199,15 +195,7 @@ class OnnxRuntime:
                     nodes_to_exclude=outside,
                 )
                 chosen = quantized
-            # A default session rounds the weights of a float layer between two of int8, and runs it in int8 too.
-            session = onnxruntime.InferenceSession(
-                chosen.read_bytes(),
-                self._options(),
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=["WeightBiasQuantization"],
-            )
-        feed = {session.get_inputs()[0].name: x.detach().cpu().numpy()}
-        return lambda: session.run(None, feed)
+            return self._call(chosen.read_bytes(), {proto.graph.input[0].name: x.detach().cpu().numpy()})
 
     def empty(self) -> Call | None:
         """A session of one node that copies one number."""
@@ -215,12 +203,18 @@ class OnnxRuntime:
 
         ends = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y"))
         graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "empty", *([end] for end in ends))
-        return self._call(graph, {"x": np.zeros(1, dtype=np.float32)})
+        return self._call(_model(graph), {"x": np.zeros(1, dtype=np.float32)})
 
-    def _call(self, graph: Any, feed: Mapping[str, Any]) -> Call:
+    def _call(self, model: bytes, feed: Mapping[str, Any]) -> Call:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(_model(graph), self._options(), providers=["CPUExecutionProvider"])
+        # A default session rounds the weights of a float layer between two of int8, and runs it in int8 too.
+        session = onnxruntime.InferenceSession(
+            model,
+            self._options(),
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=["WeightBiasQuantization"],
+        )
         return lambda: session.run(None, feed)
 
     def _options(self) -> Any:
@@ -231,6 +225,44 @@ class OnnxRuntime:
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
         return options
+
+
+class OpenVino(OnnxRuntime):
+    """OpenVINO on the CPU, from the same ONNX: float, and int8 by its low-precision transformations.
+
+    Whole int8 networks are written by onnxruntime's quantizer, which is needed beside it.
+    """
+
+    name = "openvino"
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        try:
+            import openvino
+        except ImportError:
+            raise HardwareError("--runtime openvino needs openvino: pip install 'mpsearch[openvino]'") from None
+        self.version = str(openvino.__version__)
+
+    def _compiled(self, model: bytes, **more: Any) -> Any:
+        import openvino
+
+        core = openvino.Core()
+        settings = {"INFERENCE_NUM_THREADS": self._threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+        return core.compile_model(core.read_model(io.BytesIO(model)), "CPU", {**settings, **more})
+
+    def _call(self, model: bytes, feed: Mapping[str, Any]) -> Call:
+        request = self._compiled(model).create_infer_request()
+        return lambda: [*request.infer(dict(feed)).values()]
+
+    def _share(self, model: bytes, feed: Mapping[str, Any]) -> float:
+        request = self._compiled(model, PERF_COUNT=True).create_infer_request()
+        spent: dict[tuple[str, bool], list[float]] = {}
+        for _ in range(PROFILED):
+            request.infer(dict(feed))
+            for node in request.profiling_info:
+                reorders = node.node_type == "Reorder"
+                spent.setdefault((node.node_name, reorders), []).append(node.real_time.total_seconds() * 1e6)
+        return _share_of_layer(spent)
 
 
 class TorchRuntime:
@@ -280,7 +312,11 @@ class TorchRuntime:
         return None
 
 
-RUNTIMES: Mapping[str, Callable[[int], Runtime]] = {"onnxruntime": OnnxRuntime, "torch": TorchRuntime}
+RUNTIMES: Mapping[str, Callable[[int], Runtime]] = {
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVino,
+    "torch": TorchRuntime,
+}
 
 
 def find_runtime(name: str, threads: int) -> Runtime:
@@ -303,6 +339,16 @@ def execution_order(model: nn.Module, x: Tensor) -> list[nn.Module]:
     for handle in handles:
         handle.remove()
     return called
+
+
+def _share_of_layer(spent: Mapping[tuple[str, bool], Sequence[float]]) -> float:
+    """The share of nodes that reorder no data, of (node, reorders) -> what it took in each run, in microseconds.
+
+    By node, as one that was interrupted says nothing; profiles count whole microseconds, hence the half.
+    """
+    medians = {node: statistics.median(durations) + 0.5 for node, durations in spent.items()}
+    of_layer = sum(median for (_, reorders), median in medians.items() if not reorders)
+    return of_layer / sum(medians.values()) if of_layer else 1.0
 
 
 def _dtype(pair: LayerPrecision) -> torch.dtype:
