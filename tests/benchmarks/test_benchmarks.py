@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from quick import QUICK
+from quick import FEW_IMAGES, QUICK
+from safetensors.torch import load_file
 
 import benchmarks
 import mpsearch
 from benchmarks.__main__ import found, main
 from mpsearch.search.run import run_study
+from mpsearch.shipped import shipped_folder
 from mpsearch.study import load_study
 from mpsearch.task.classification import ClassificationTask
 from mpsearch.task.load import load_task
@@ -223,6 +225,38 @@ def test_uniform_ladder_makes_a_row_a_config_and_seed(bench: Bench) -> None:
     ]
     assert rows[0]["val"] == pytest.approx(rows[0]["float_val"], abs=0.05)
     assert rows[0]["cost"] > rows[2]["cost"]
+
+
+def test_outliers_of_hardware_fronts_leave_the_float_network_as_it_was(tmp_path: Path) -> None:
+    from benchmarks.hardware_fronts import OUTLIER, with_outliers
+
+    path = with_outliers("digits", list(FEW_IMAGES), tmp_path / "net.safetensors")
+    before = load_file(shipped_folder("checkpoints") / "digits_cnn.safetensors")
+    larger = [name for name, tensor in load_file(path).items() if (tensor / before[name]).max() > OUTLIER / 2]
+    assert 1 <= len({name.rpartition(".")[0] for name in larger}) <= 3
+
+
+@pytest.mark.slow
+def test_hardware_fronts_keep_to_the_hardware(bench: Bench, tmp_path: Path) -> None:
+    options = [
+        "--study",
+        "digits",
+        *SETS,
+        "--set",
+        "warm_start.method=none",
+        "--minutes",
+        "0.3",
+        "--cases",
+        "mpic,limits",
+        "--work",
+        str(tmp_path),
+    ]
+    rows = bench("hardware_fronts", *options)
+    assert [row["case"] for row in rows] == ["mpic", "limits"]
+    for row in rows:
+        assert row["front"]
+        assert sum(row["knee_pairs"].values()) == 11
+        assert "the knee, in each cost" in row["answer"][0]
 
 
 def test_zoo_smallest_model_passes(bench: Bench) -> None:

@@ -1,0 +1,133 @@
+"""Searches for hardware: a runtime with two pairs, a core with nine, an NPU for a network with outliers, three limits.
+
+Each case is a run of the command line of `--minutes`; its row holds the front in all costs, what the knee gains over
+W8A8 and float, how many layers of the knee have which pair, and how many configs of the front the hardware cannot run:
+none, or the row is refused. `outliers` needs the wide pairs of its hardware: in some blocks two channels are a hundred
+times as large as the others and the weights behind them a hundredth, which in float is the same network.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors.torch import save_file
+from torch import nn
+
+import mpsearch
+from benchmarks.options import RESULTS, Results, Set, Study, several
+from benchmarks.printing import say
+from benchmarks.rows import Row, Rows, RowsError
+from mpsearch.facts import read_facts
+from mpsearch.hardware.profile import Allowed, load_profile
+from mpsearch.problem import open_problem
+from mpsearch.record import RunFolder
+from mpsearch.study import load_study
+
+OUTLIER = 100.0
+CHANNELS = 2
+BLOCKS = 3
+
+CASES: Mapping[str, list[str]] = {
+    "onnxruntime-cpu": ["hardware=onnxruntime-cpu", "cost.model=table"],
+    "mpic": ["hardware=mpic", "cost.model=table"],
+    "outliers": ["hardware=w8a16-npu", "cost.model=bops"],
+    "limits": ["hardware=generic", "cost.limits={weight_bytes: 40 %, activation_bytes: 60 %, shift_energy: 0.35}"],
+}
+
+
+def hardware_fronts(
+    study: Study = "resnet20-cifar10-jpeg",
+    cases: Annotated[Sequence[str], several(str, f"cases of {', '.join(CASES)}")] = tuple(CASES),
+    minutes: Annotated[float, typer.Option(help="minutes of one search, warm start included")] = 6.0,
+    set_: Set = None,
+    work: Annotated[Path, typer.Option(help="folder that keeps the runs")] = Path(".hardware_fronts"),
+    results: Results = RESULTS / "hardware_fronts.jsonl",
+) -> None:
+    rows = Rows(results, key=("study", "minutes", "case"))
+    for case in rows.missing({"study": study, "minutes": minutes, "case": name} for name in cases):
+        if case["case"] not in CASES:
+            raise typer.BadParameter(f"unknown case '{case['case']}': one of {', '.join(CASES)}")
+        settings = ["space=full", *CASES[case["case"]], "engine.address=none", *(set_ or [])]
+        if case["case"] == "outliers":
+            settings.append(
+                f"task.checkpoint={with_outliers(study, set_ or [], work / f'{study}-outliers.safetensors')}"
+            )
+        run = work / f"{study}-{minutes:g}min-{case['case']}"
+        command = [str(Path(sys.executable).parent / "mpsearch"), "resume", str(run)]
+        if not (run / "run.json").exists():
+            command = [*command[:1], "run", study, "--out", str(run), "--time-limit", f"{round(60 * minutes)}s"]
+            command += [part for setting in settings for part in ("--set", setting)]
+        if not (run / "report.html").exists():
+            say(" ".join(command))
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        rows.append(case | {"settings": settings} | front_of(run))
+    for row in rows.select({"study": study, "minutes": minutes, "case": name} for name in cases):
+        print(f"{row['case']}: {row['trials']} trials; knee {row['knee_pairs']}")
+        print("\n".join(f"    {line}" for line in row["answer"]))
+
+
+def front_of(run: Path) -> Row:
+    """What a run came to. Raises RowsError if its front holds a config that its hardware does not run."""
+    folder, front = RunFolder.open(run), mpsearch.front(run)
+    facts, profile = read_facts(folder), load_profile(str(run / "hardware.yaml"))
+    layers = {layer.name: layer for layer in facts.graph.quantizable}
+    for trial in front.pareto:
+        for name, pair in trial.config.items():
+            if not Allowed(profile.pairs, profile.granularity, layers[name])(pair):
+                raise RowsError(f"{run}: trial {trial.number} has {name} at {pair}, which {profile.name} does not run")
+        if not facts.cost.within_limits(trial.config):
+            raise RowsError(f"{run}: trial {trial.number} of the front is beyond a limit")
+    knee = front.pareto.knee
+    table = front.table[front.table.on_front]
+    return {
+        "trials": len(front.records),
+        "float": facts.float_scores.get("val"),
+        "front": [
+            {"trial": int(row["number"]), "origin": row["origin"], "score": row["score"], "cost": row["relative_cost"]}
+            for row in table.to_dict("records")
+        ],
+        "knee_pairs": dict(Counter(str(pair) for pair in knee.config.values())) if knee else {},
+        "answer": list(front.answer),
+    }
+
+
+def with_outliers(study: str, overrides: list[str], path: Path) -> Path:
+    """A checkpoint of the study's float network in which some channels between two layers are very large."""
+    problem = open_problem(load_study(study, overrides))
+    model = problem.task.float_model().cpu()
+    x = problem.task.calibration_input(8)
+    with torch.no_grad():
+        before = model(x)
+        pairs = [pair for module in model.modules() if (pair := norm_and_layer(module)) is not None]
+        changed: list[tuple[nn.BatchNorm2d, nn.Conv2d]] = []
+        for pair in pairs:
+            enlarge(*pair)
+            if len(changed) < BLOCKS and torch.allclose(model(x), before, rtol=1e-3, atol=1e-3):
+                changed.append(pair)
+            else:  # the layer does not read that norm, or reads it with others
+                enlarge(*pair, 1 / OUTLIER)
+        assert changed, "no norm is read by one layer alone"
+        torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    return path.resolve()
+
+
+def enlarge(norm: nn.BatchNorm2d, layer: nn.Conv2d, factor: float = OUTLIER) -> None:
+    """Make the first channels of a BatchNorm larger, and the weights that read them smaller."""
+    norm.weight[:CHANNELS] *= factor
+    norm.bias[:CHANNELS] *= factor
+    layer.weight[:, :CHANNELS] /= factor
+
+
+def norm_and_layer(block: nn.Module) -> tuple[nn.BatchNorm2d, nn.Conv2d] | None:
+    """The first BatchNorm of a block, and the layer that reads it through a ReLU; None where there are none."""
+    norm, layer = getattr(block, "bn1", None), getattr(block, "conv2", None) or getattr(block, "pointwise", None)
+    return (norm, layer) if isinstance(norm, nn.BatchNorm2d) and isinstance(layer, nn.Conv2d) else None
