@@ -63,6 +63,13 @@ class Problem(ProblemFacts):
                 f"space '{self.space.name}' leaves nothing to choose: its one config is trained and scored, and that "
                 "is all; to search, give some layer more than one precision"
             )
+        warm_start = self.spec.warm_start
+        low = [budget for budget in warm_start.budgets if budget < self.cheapest]
+        if low and (warm_start.method == "gdnsq" or warm_start.ilp) and self.space.free:
+            warnings.append(
+                f"warm_start.budgets: {', '.join(f'{budget:g}' for budget in low)} cannot be met, the cheapest config "
+                f"of space '{self.space.name}' costs {self.cheapest:.3g}: give higher ones, or allow lower precisions"
+            )
         if isinstance(self.task, Warns):
             warnings += self.task.warnings()
         return warnings + self._norm_warnings()

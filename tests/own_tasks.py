@@ -96,6 +96,33 @@ class Tokens(Trains):
         return F.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
+class Decoder(nn.Module):
+    """One block of causal attention on token embeddings, and logits of the next token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.proj = nn.Embedding(8, 16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.head = nn.Linear(16, 24), nn.Linear(24, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).flatten(2))
+        logits: Tensor = self.head(self.up(x).relu())
+        return logits
+
+
+class Decoding(Tokens):
+    """The same by a decoder, whose attention has two products."""
+
+    name = "decoder/tokens"
+
+    def float_model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return Decoder()
+
+
 class Masks(Trains):
     """Which pixels are bright: mean IoU, accumulated."""
 
@@ -164,6 +191,10 @@ def overflowing() -> Overflowing:
 
 def tokens() -> Tokens:
     return Tokens()
+
+
+def decoding() -> Decoding:
+    return Decoding()
 
 
 def masks() -> Masks:

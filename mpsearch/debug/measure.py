@@ -37,6 +37,7 @@ from mpsearch.debug.diagnosis import (
 from mpsearch.errors import PrecisionError, TaskError
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.inputs import layer_input, samples_of
+from mpsearch.graph.products import named_products, opened
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import FLOAT, LayerPrecision, PrecisionConfig
 from mpsearch.ptq.bias import correct_bias_empirically
@@ -78,7 +79,8 @@ def diagnose(task: Task, config: PrecisionConfig | LayerPrecision, observer: Obs
     began = time.perf_counter()
     observer.on_stage("float model, and quantizers at 32 bits", 0, 1)
     model, calibration_input = task.float_model(), task.calibration_input(CALIBRATION_SAMPLES)
-    graph = inspect_network(model, calibration_input)
+    named = [] if isinstance(config, LayerPrecision) else named_products(config)
+    graph = inspect_network(model, calibration_input, products=named or False)
     layers = graph.layers
     config = _config(config, layers)
     net = fold_batch_norms(model, layers, calibration_input)
@@ -221,7 +223,8 @@ class _Workbench:
         if not precision.activation.is_float:
             activation = TensorFacts(precision.activation, self._activation(layer.name)[0], alone("activation"))
         kind = "depthwise" if layer.depthwise else layer.kind
-        ratio = channel_ratio(weight_rows(quant_layers(self._quantized)[layer.name]))
+        quantized = quant_layers(self._quantized)[layer.name]
+        ratio = channel_ratio(weight_rows(quantized)) if quantized.has_weight else 1.0
         return LayerFacts(layer.name, kind, ratio, weight, activation)
 
     @torch.no_grad()
@@ -241,7 +244,11 @@ class _Workbench:
 
     @torch.no_grad()
     def _weights(self, name: str) -> tuple[Tensor, Tensor]:
+        """A weight, or what stands in its place: a sample of the second factor of a product; and that quantized."""
         layer = quant_layers(self.under(self.config))[name]
+        if not layer.has_weight:
+            values = self._ranges.seconds(name).to(self._device)
+            return values, layer.weight_quantizer(values)
         assert isinstance(layer.weight, Tensor)
         return layer.weight.detach(), layer.quantized_weight()
 
@@ -269,7 +276,7 @@ class _Workbench:
 
             return hook
 
-        model = copy.deepcopy(self.net.model).to(self._device)
+        model = opened(copy.deepcopy(self.net.model), layers).to(self._device)
         for name in layers:
             model.get_submodule(name).register_forward_pre_hook(listen(name), with_kwargs=True)
         evaluate(self._scorer.task, model, "val")
@@ -295,8 +302,11 @@ def _attempts(diagnosis: Diagnosis, workbench: _Workbench) -> Iterator[Attempt]:
 
 
 def _weight_attempts(workbench: _Workbench, config: PrecisionConfig) -> Iterator[Attempt]:
+    products = set(named_products(config))
     shared = tuple(
-        n for n, layer in config.items() if not layer.weight.is_float and layer.weight.granularity == "tensor"
+        n
+        for n, layer in config.items()
+        if not layer.weight.is_float and layer.weight.granularity == "tensor" and n not in products
     )
     if shared:
         per_channel = config.replace(

@@ -57,7 +57,7 @@ class Conversion:
     """What was changed for a target: one tensor of one layer."""
 
     layer: str
-    tensor: Literal["weight", "activation"]
+    tensor: Literal["weight", "activation", "second factor"]
     before: Precision
     after: Precision
     same_values: bool  # no number changed, only how many bits it is stored in
@@ -101,7 +101,7 @@ def fit(
     if products and "product" not in holds.kinds:
         raise ExportError(
             f"{target} has no place for quantized products of two activations, and this network has {len(products)}, "
-            f"'{products[0]}' first: export to native or packed, or use a config without products"
+            f"'{products[0]}' first: export to {', '.join(HOLD_PRODUCTS)}, or use a config without products"
         )
     reasons = holds.cannot(network)
     conversions = tuple(
@@ -123,6 +123,9 @@ def fit(
 
 
 _NOTHING = Holds({}, {}, frozenset())
+
+HOLD_PRODUCTS = ("native", "packed", "qonnx", "onnx")
+"""The targets that hold products of two activations, for the message that refuses one."""
 
 HOLD_OFFSET_GRIDS = ("native", "packed", "qonnx", "onnx")
 """The targets that hold offset grids, for the message that refuses one."""
@@ -164,7 +167,11 @@ def _conversions(name: str, layer: QuantLayer, holds: Holds) -> list[Conversion]
     weight, activation = layer.precision.weight, layer.precision.activation
     offset_w, offset_a = (_on_offset_grid(q) for q in (layer.weight_quantizer, layer.input_quantizer))
     in_groups = weight.group is not None and not holds.groups
-    if not _held(weight, holds.weight) or (offset_w and not holds.offset_grids) or in_groups:
+    if not layer.has_weight:  # a second activation
+        if not _held(weight, holds.activation) or (offset_w and not holds.offset_grids):
+            alternative = FLOAT if weight.is_cast else _alternative(weight.bits, holds.activation)
+            conversions.append(Conversion(name, "second factor", weight, alternative, False, offset_w))
+    elif not _held(weight, holds.weight) or (offset_w and not holds.offset_grids) or in_groups:
         alternative = _weight_alternative(weight, holds)
         same = alternative.is_float or _keeps_values(layer.weight_quantizer, alternative)
         conversions.append(Conversion(name, "weight", weight, alternative, same, offset_w))
@@ -219,8 +226,10 @@ def _convert(layer: QuantLayer, conversion: Conversion) -> None:
     """Give one tensor of a layer its new quantizer, in place."""
     if conversion.tensor == "weight":
         _convert_weight(layer, conversion.after)
+    elif conversion.tensor == "activation":
+        layer.input_quantizer = _converted(layer.input_quantizer, conversion.after)
     else:
-        _convert_activation(layer, conversion.after)
+        layer.weight_quantizer = _converted(layer.weight_quantizer, conversion.after)
 
 
 def _convert_weight(layer: QuantLayer, precision: Precision) -> None:
@@ -238,12 +247,11 @@ def _convert_weight(layer: QuantLayer, precision: Precision) -> None:
         layer.weight_quantizer.set_range(step)
 
 
-def _convert_activation(layer: QuantLayer, precision: Precision) -> None:
-    """The same range on the new grid."""
-    old = layer.input_quantizer
-    layer.input_quantizer = new = _fresh(old, precision)
+def _converted(old: Quantizer, precision: Precision) -> Quantizer:
+    """The quantizer of an activation, with the same range on the new grid."""
+    new = _fresh(old, precision)
     if precision.is_float:
-        return
+        return new
     if old.precision.quantizer == "uniform":
         grid = uniform_grid(old)
         lower = 0.0 if grid.lower is None else float(grid.lower[0])
@@ -256,6 +264,7 @@ def _convert_activation(layer: QuantLayer, precision: Precision) -> None:
     low, high = code_range(precision.bits, signed=False)
     step = torch.tensor((most - least) / (high - low))
     new.set_range(step, torch.tensor(least))
+    return new
 
 
 def _fresh(old: Quantizer, precision: Precision) -> Quantizer:

@@ -1,8 +1,9 @@
 """A quantized network as an ONNX graph with a marker wherever a tensor is quantized: what both ONNX targets start from.
 
-`trace` exports the network with each quantizer replaced by the node `mpsearch::Quantizer(x, name=..., tensor=...)`; a
-dialect then replaces every marker by its own nodes. Weights in the graph are the values that the network uses, so a
-weight that no dialect has an operator for (shift, APoT) is an exact constant; its codes are in the model's metadata.
+`trace` exports the network with each quantizer replaced by the node `mpsearch::Quantizer(x, name=..., tensor=...)`,
+where `tensor` is weight, input, or the second factor of a product; a dialect then replaces every marker by its own
+nodes. Weights in the graph are the values that the network uses, so a weight that no dialect has an operator for
+(shift, APoT) is an exact constant; its codes are in the model's metadata.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def trace(network: QuantizedNetwork, opset: int) -> ModelProto:
     config = network.config
     metadata = {"mpsearch.config": json.dumps(config.to_json()), INPUTS: json.dumps(inputs)}
     for name, layer in quant_layers(network.model).items():
-        if config[name].weight.quantizer in ("shift", "apot"):
+        if layer.has_weight and config[name].weight.quantizer in ("shift", "apot"):
             metadata[f"mpsearch.codes.{name}"] = json.dumps(_codes(layer))
     for key, value in metadata.items():
         entry = proto.metadata_props.add()
@@ -168,17 +169,20 @@ def _marked(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).cpu().eval()
     layers = quant_layers(model)
     with torch.no_grad():
-        values = {name: layer.quantized_weight().detach().clone() for name, layer in layers.items()}
+        values = {name: layer.quantized_weight().detach().clone() for name, layer in layers.items() if layer.has_weight}
     model.register_forward_hook(lambda _model, _args, output: _only_known(output))
     for module in [module for module in model.modules() if isinstance(module, nn.RReLU)]:
         for parent, attribute in places(model, module):
             setattr(parent, attribute, nn.LeakyReLU((module.lower + module.upper) / 2))  # what it is in eval mode
     for name, layer in layers.items():
         weight, activation = layer.precision.weight, layer.precision.activation
+        layer.input_quantizer = nn.Identity() if activation.is_float else _Marker(name, "input")  # type: ignore[assignment]
+        if not layer.has_weight:
+            layer.weight_quantizer = nn.Identity() if weight.is_float else _Marker(name, "second")  # type: ignore[assignment]
+            continue
         layer.weight = nn.Parameter(values[name], requires_grad=False)  # its own, also where layers shared one
         marked = weight.quantizer == "uniform" or weight.is_cast
         layer.weight_quantizer = _Marker(name, "weight") if marked else nn.Identity()  # type: ignore[assignment]
-        layer.input_quantizer = nn.Identity() if activation.is_float else _Marker(name, "input")  # type: ignore[assignment]
     return model
 
 
@@ -267,7 +271,7 @@ def _codes(layer: QuantLayer) -> dict[str, Any]:
 
 
 def markers(proto: ModelProto) -> list[tuple[str, str, str]]:
-    """Of every marker the tensor that it puts out, the layer's name, and "weight" or "input"."""
+    """Of every marker the tensor that it puts out, the layer's name, and "weight", "input" or "second"."""
     return [(node.output[0], *_attributes(node)) for node in proto.graph.node if node.domain == DOMAIN]
 
 
@@ -286,8 +290,8 @@ def replace_markers(
     Args:
         proto: what `trace` made.
         layers: the quantized layers by name.
-        dialect: (marker, "weight" or "input", the layer's name, layer) -> the nodes that take its place, and their
-            constants.
+        dialect: (marker, "weight", "input" or "second", the layer's name, layer) -> the nodes that take its place, and
+            their constants.
     """
     graph = proto.graph
     nodes: list[NodeProto] = []

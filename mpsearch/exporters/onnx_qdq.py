@@ -58,10 +58,12 @@ from mpsearch.errors import ExportError
 from mpsearch.exporters.grids import UniformGrid, uniform_grid, weight_codes
 from mpsearch.exporters.onnx_graph import markers, replace_markers, trace, write
 from mpsearch.exporters.plain import per_channel
+from mpsearch.precision import Precision
 from mpsearch.quant.groups import to_groups
 from mpsearch.quant.modules import QuantLayer
 from mpsearch.quant.network import QuantizedNetwork
 from mpsearch.quant.prepare import quant_layers
+from mpsearch.quant.quantizer import Quantizer
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
@@ -101,10 +103,18 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     layers = quant_layers(network.model)
     for name, layer in layers.items():
         _check_zero_point(name, layer)
-    uniform = {name: layer.weight.bits for name, layer in network.config.items() if layer.weight.quantizer == "uniform"}
-    wide = any(
-        layer.activation.quantizer == "uniform" and layer.activation.bits > 8 for layer in network.config.values()
-    )
+    uniform = {
+        name: layer.precision.weight.bits
+        for name, layer in layers.items()
+        if layer.has_weight and layer.precision.weight.quantizer == "uniform"
+    }
+    activations = {
+        f"{name} {what}": precision.bits
+        for name, layer in layers.items()
+        for what, precision, _ in _activations(layer)
+        if precision.quantizer == "uniform"
+    }
+    wide = any(bits > 8 for bits in activations.values())
     opsets = [SINCE[container(bits)] for bits in uniform.values()] + [SINCE_UINT16] * wide
     proto = trace(network, max(opsets, default=SINCE[8]))
     _free_biases(proto)
@@ -119,24 +129,28 @@ def save(network: QuantizedNetwork, folder: Path) -> Mapping[str, Any]:
     replace_markers(proto, layers, partial(_quantizer, _integer_layers(proto) - in_float))
     proto.ir_version = max(proto.ir_version, helper.find_min_ir_version_for(proto.opset_import))
     sizes = {f"{name} weight": (bits, container(bits)) for name, bits in uniform.items()} | {
-        f"{name} activation": (layer.activation.bits, activation_container(layer.activation.bits))
-        for name, layer in network.config.items()
-        if layer.activation.quantizer == "uniform"
+        what: (bits, activation_container(bits)) for what, bits in activations.items()
     }
     odd = {what: {"bits": bits, "container": size} for what, (bits, size) in sizes.items() if size != bits}
     return {**write(proto, folder), "in_wider_containers": odd}
 
 
+def _activations(layer: QuantLayer) -> list[tuple[str, Precision, Quantizer]]:
+    """Of the input, and of the second factor of a product: what it is called, its precision and its quantizer."""
+    second = [] if layer.has_weight else [("second factor", layer.precision.weight, layer.weight_quantizer)]
+    return [("activation", layer.precision.activation, layer.input_quantizer), *second]
+
+
 def _check_zero_point(name: str, layer: QuantLayer) -> None:
-    precision = layer.precision.activation
-    if precision.quantizer != "uniform":
-        return
-    zero, most = uniform_grid(layer.input_quantizer).zero_point, 2 ** activation_container(precision.bits) - 1
-    if not 0 <= zero <= most:  # 0 of an offset grid
-        raise ExportError(
-            f"layer '{name}': the zero point of its input is {zero:.0f}, ONNX holds 0 to {most} for {precision}: "
-            "export to qonnx, or set the range again so that it contains zero"
-        )
+    for what, precision, quantizer in _activations(layer):
+        if precision.quantizer != "uniform":
+            continue
+        zero, most = uniform_grid(quantizer).zero_point, 2 ** activation_container(precision.bits) - 1
+        if not 0 <= zero <= most:  # 0 of an offset grid
+            raise ExportError(
+                f"layer '{name}': the zero point of its {what} is {zero:.0f}, ONNX holds 0 to {most} for {precision}: "
+                "export to qonnx, or set the range again so that it contains zero"
+            )
 
 
 def _free_biases(proto: ModelProto) -> None:
@@ -172,7 +186,9 @@ def _quantizer(
     integer: frozenset[str], marker: NodeProto, tensor: str, name: str, layer: QuantLayer
 ) -> tuple[list[NodeProto], list[TensorProto]]:
     """The nodes and constants that stand for one quantizer; `integer`: the layers that may compute in integers."""
-    return _activation(marker, layer) if tensor == "input" else _weight(marker, layer, name in integer)
+    if tensor == "weight":
+        return _weight(marker, layer, name in integer)
+    return _activation(marker, layer.input_quantizer if tensor == "input" else layer.weight_quantizer)
 
 
 def _weight(marker: NodeProto, layer: QuantLayer, integer: bool) -> tuple[list[NodeProto], list[TensorProto]]:
@@ -277,11 +293,11 @@ def _offset_weight(
     return nodes, [stored, *constants]
 
 
-def _activation(marker: NodeProto, layer: QuantLayer) -> tuple[list[NodeProto], list[TensorProto]]:
+def _activation(marker: NodeProto, quantizer: Quantizer) -> tuple[list[NodeProto], list[TensorProto]]:
     from onnx import TensorProto, helper, numpy_helper
 
     (x,), (y,) = marker.input, marker.output
-    if layer.precision.activation.is_cast:
+    if quantizer.precision.is_cast:
         largest = np.float32(np.finfo(np.float16).max)
         ends = [
             numpy_helper.from_array(np.asarray(s * largest), f"{y}_{name}") for s, name in ((-1, "low"), (1, "top"))
@@ -291,14 +307,14 @@ def _activation(marker: NodeProto, layer: QuantLayer) -> tuple[list[NodeProto], 
             helper.make_node("Cast", [f"{y}_held"], [f"{y}_half"], to=TensorProto.FLOAT16),
             helper.make_node("Cast", [f"{y}_half"], [y], to=TensorProto.FLOAT),
         ], ends
-    grid = uniform_grid(layer.input_quantizer)
+    grid = uniform_grid(quantizer)
     step = grid.step.cpu().numpy().reshape(())
     top = np.asarray(step * np.float32(grid.high + grid.shift), dtype=np.float32)
     constants = [
         numpy_helper.from_array(step, f"{y}_scale"),
         _integers(
             f"{y}_zero_point",
-            f"UINT{activation_container(layer.precision.activation.bits)}",
+            f"UINT{activation_container(quantizer.precision.bits)}",
             np.asarray(grid.zero_point),
         ),
         numpy_helper.from_array(top, f"{y}_top"),

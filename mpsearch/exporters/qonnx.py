@@ -50,7 +50,7 @@ def _quantizer(
     from onnx import helper, numpy_helper
 
     is_weight = tensor == "weight"
-    grid = uniform_grid(layer.weight_quantizer if is_weight else layer.input_quantizer)
+    grid = uniform_grid(layer.input_quantizer if tensor == "input" else layer.weight_quantizer)
     step = grid.step
     if is_weight and step.numel() > 1:
         step = per_channel(step, cast(Tensor, layer.weight), layer.channel_axis)
@@ -113,4 +113,4 @@ def _int_quant(x: str, y: str, constants: Sequence[TensorProto], signed: bool) -
 
 
 def _bits(layer: QuantLayer, tensor: str) -> int:
-    return (layer.precision.weight if tensor == "weight" else layer.precision.activation).bits
+    return (layer.precision.activation if tensor == "input" else layer.precision.weight).bits

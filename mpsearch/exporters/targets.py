@@ -20,8 +20,7 @@ from mpsearch.precision import BITS
 from mpsearch.quant.network import QuantizedNetwork
 
 EVERY_KIND = frozenset(KIND_NAMES)
-WITH_WEIGHTS = EVERY_KIND - {"product"}
-WITH_INPUTS = WITH_WEIGHTS - {"embedding"}
+WITH_INPUTS = EVERY_KIND - {"product", "embedding"}
 UNIFORM = {"uniform": range(1, 9)}
 TWO_UP = {"uniform": range(2, 9)}  # their 1-bit grid is {-s, 0}, ours -s/2 and s/2
 ALL_TYPES = {name: widths for name, widths in BITS.items() if name != "float"}
@@ -42,10 +41,10 @@ TARGETS: dict[str, Target] = {
     "native": Target(native.save, Holds(ALL_TYPES, ALL_TYPES, EVERY_KIND, offset_grids=True, groups=True)),
     "packed": Target(packed.save, Holds(ALL_TYPES, ALL_TYPES, EVERY_KIND, offset_grids=True, groups=True)),
     # Shift and APoT weights are constants on their grid. The lower end of an offset grid is added as a real number.
-    "qonnx": Target(qonnx.save, Holds(WEIGHTS, UNIFORM, WITH_WEIGHTS, offset_grids=True)),
+    "qonnx": Target(qonnx.save, Holds(WEIGHTS, UNIFORM, EVERY_KIND, offset_grids=True)),
     "onnx": Target(
         onnx_qdq.save,
-        Holds(WEIGHTS | HALF, UNIFORM | HALF | {"uniform": range(1, 17)}, WITH_WEIGHTS, offset_grids=True, groups=True),
+        Holds(WEIGHTS | HALF, UNIFORM | HALF | {"uniform": range(1, 17)}, EVERY_KIND, offset_grids=True, groups=True),
     ),
     # Bits alone: MHAQ learns its own scales and lower ends.
     "mhaq": Target(mhaq.save, Holds(UNIFORM, UNIFORM, frozenset({"conv2d"}), mhaq.cannot, offset_grids=True)),

@@ -32,6 +32,8 @@ from mpsearch.private.torch import running_module
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
+_FUSED = F.scaled_dot_product_attention  # as it is, whatever is put in its place while a network is traced
+
 _NAME = re.compile(r"product[1-9]\d*")
 
 
@@ -145,7 +147,7 @@ class _Router(TorchFunctionMode):
         products = [getattr(self._module, f"product{number}", None) for number in numbers]
         if not any(isinstance(product, nn.Module) for product in products):
             return func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
+        if func is _FUSED:
             scores_of, values_of = (product or Product() for product in products)
             return _attention(scores_of, values_of, *args, **kwargs)
         first, second, function = _factors(func, args, kwargs)
@@ -223,7 +225,7 @@ _ADDING: Collection[Any] = frozenset({torch.baddbmm, Tensor.baddbmm})
 
 def _count_of(func: Any, args: Any) -> int:
     """How many products a call to a function is."""
-    if func is F.scaled_dot_product_attention:
+    if func is _FUSED:
         return 2
     if func is torch.einsum:
         operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]

@@ -58,7 +58,8 @@ def adaround(model: nn.Module, float_model: nn.Module, calibration_input: Any, s
     Returns:
         The names of the layers that keep the nearest rounding.
     """
-    layers, waiting = quant_layers(model), set(quant_layers(model))
+    layers = {name: layer for name, layer in quant_layers(model).items() if layer.has_weight}
+    waiting = set(layers)
     left = []
 
     def rounding(name: str, layer: QuantLayer) -> Any:

@@ -38,7 +38,7 @@ def correct_bias_analytically(model: nn.Module, inputs: Mapping[str, Normal]) ->
     """
     left = []
     for name, layer in quant_layers(model).items():
-        if kind_of(layer) == "embedding":
+        if kind_of(layer) in ("embedding", "product"):
             continue
         if name in inputs:
             expected, _ = inputs[name].moments()
@@ -62,7 +62,9 @@ def correct_bias_empirically(model: nn.Module, float_model: nn.Module, calibrati
     """
     means: dict[str, Tensor] = {}
     float_modules = dict(float_model.named_modules())
-    layers = {name: layer for name, layer in quant_layers(model).items() if kind_of(layer) != "embedding"}
+    layers = {
+        name: layer for name, layer in quant_layers(model).items() if kind_of(layer) not in ("embedding", "product")
+    }
 
     def measure(name: str) -> Any:
         def hook(layer: nn.Module, _args: Any, y: Tensor) -> None:

@@ -21,8 +21,9 @@ from mpsearch.errors import PrecisionError, TaskError, nearest
 from mpsearch.graph.attention import open_attention
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.graph.kinds import kind_of
+from mpsearch.graph.products import named_products
 from mpsearch.metric import Metric
-from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
+from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig, per_tensor
 from mpsearch.ptq.adaround import STEPS, adaround, input_of
 from mpsearch.ptq.bias import correct_bias_analytically, correct_bias_empirically
 from mpsearch.ptq.equalize import equalize
@@ -35,7 +36,7 @@ from mpsearch.quant.prepare import (
     insert_quantizers,
     inspect_network,
     quant_layers,
-    sample_inputs,
+    sample_factors,
     weight_rows,
 )
 from mpsearch.quant.ranges import activation_range, weight_step
@@ -145,7 +146,7 @@ def ptq(
     method = (method or PtqMethod()).resolved(data_free=calibration_input is None)
     seconds: dict[str, float] = {}
     with timed(seconds, "inspect"):
-        layers, seen = _layers(model, calibration_input)
+        layers, seen = _layers(model, calibration_input, named_products(config) if isinstance(config, Mapping) else [])
     with timed(seconds, "fold"):
         net = fold_batch_norms(model, layers, calibration_input)
     if method.equalize:
@@ -186,6 +187,8 @@ def set_weight_ranges(model: nn.Module, config: PrecisionConfig, method: RangeMe
     """Quantize the weights of a model that has quantizers, in place; its activations stay float."""
     search = {"mse": weight_step, "min_max": min_max_step}[method]
     for name, layer in quant_layers(model).items():
+        if not layer.has_weight:
+            continue
         layer.weight_quantizer.set_precision(config[name].weight)
         if not config[name].weight.is_float:
             layer.weight_quantizer.set_range(search(weight_rows(layer), config[name].weight))
@@ -195,17 +198,24 @@ def set_weight_ranges(model: nn.Module, config: PrecisionConfig, method: RangeMe
 def set_activation_ranges(
     model: nn.Module, config: PrecisionConfig, calibration_input: Any, method: RangeMethod = "mse"
 ) -> None:
-    """Quantize the activations of a model, in place, by what flows through it as it is."""
+    """Quantize activations, both factors of products among them, in place, by what flows through the model as it is."""
     layers = quant_layers(model)
-    samples = sample_inputs(model, list(layers), calibration_input)
-    for name, layer in layers.items():
-        quantizer, precision = layer.input_quantizer, config[name].activation
-        if precision.is_float or kind_of(layer) == "embedding":
+    inputs, seconds = sample_factors(model, list(layers), calibration_input)
+    activations = [
+        (layer.input_quantizer, config[name].activation, inputs[name])
+        for name, layer in layers.items()
+        if kind_of(layer) != "embedding"
+    ]
+    activations += [
+        (layers[name].weight_quantizer, per_tensor(config[name].weight), values) for name, values in seconds.items()
+    ]
+    for quantizer, precision, values in activations:
+        if precision.is_float:
             continue
         if method == "mse":
-            grid = activation_range(samples[name], precision, signed=quantizer.beta is not None)
+            grid = activation_range(values, precision, signed=quantizer.beta is not None)
         else:
-            grid = range_to_grid(float(samples[name].min()), float(samples[name].max()), precision)
+            grid = range_to_grid(float(values.min()), float(values.max()), precision)
         quantizer.set_precision(precision)
         quantizer.set_range(*grid)
 
@@ -242,11 +252,18 @@ def set_logits_range(model: nn.Module, name: str, precision: Precision, calibrat
         layer.input_quantizer.set_range(*cross_entropy_range(layer, x, precision))
 
 
-def _layers(model: nn.Module, calibration_input: Any | None) -> tuple[tuple[LayerInfo, ...], tuple[str, ...]]:
-    """The layers, and in words what is to be known of them."""
+def _layers(
+    model: nn.Module, calibration_input: Any | None, products: Sequence[str]
+) -> tuple[tuple[LayerInfo, ...], tuple[str, ...]]:
+    """The layers, products among them as they are named, and in words what is to be known of them."""
     if calibration_input is not None:
-        graph = inspect_network(model, calibration_input)
+        graph = inspect_network(model, calibration_input, products=products or False)
         return graph.layers, graph.notes
+    if products:
+        raise TaskError(
+            f"'{products[0]}' is a product of two activations, of which nothing is known without data: give "
+            "calibration data, or a config without products"
+        )
     flow = trace(copy.deepcopy(open_attention(model)).eval())
     layers = () if flow is None else flow.layers()
     if flow is None or all(layer.reason is not None for layer in layers):

@@ -31,15 +31,17 @@ from torch import Tensor, nn
 
 from mpsearch.errors import PrecisionError, nearest
 from mpsearch.graph.facts import LayerInfo
-from mpsearch.precision import Precision, PrecisionConfig
+from mpsearch.graph.products import named_products
+from mpsearch.precision import Precision, PrecisionConfig, per_tensor
 from mpsearch.qat.trained import Trained
 from mpsearch.quant.gdnsq import GdnsqQuantizer, RoundGradient, StepGradient, WeightGrid
-from mpsearch.quant.modules import QuantLayer
+from mpsearch.quant.groups import steps_of_groups
+from mpsearch.quant.modules import QuantEmbedding, QuantLayer
 from mpsearch.quant.prepare import (
     RangeSetter,
     insert_quantizers,
     quant_layers,
-    sample_inputs,
+    sample_factors,
     weight_rows,
     without_products,
 )
@@ -139,17 +141,21 @@ def excess_bits(
     layers: Mapping[str, QuantLayer], targets: Mapping[str, tuple[float, float]], moves_ranges: bool = False
 ) -> tuple[Tensor, Tensor]:
     """relu(b - (target - e)) of every weight channel and of every activation, both `(n,)`."""
-    weights, activations = [], []
+    weights: list[Tensor] = []
+    activations: list[Tensor] = []
     for name, layer in layers.items():
-        target_w, target_a = targets[name]
-        if isinstance(layer.weight_quantizer, GdnsqQuantizer):
-            bits = layer.weight_quantizer.bits(cast(Tensor, layer.weight))
-            weights.append((bits.flatten() - (target_w - EPSILON)).relu())
-        if isinstance(layer.input_quantizer, GdnsqQuantizer):
-            bits = layer.input_quantizer.bits(moves_range=moves_ranges)
-            activations.append((bits.flatten() - (target_a - EPSILON)).relu())
+        for target, quantizer, weight in _learned(layer, targets[name]):
+            bits = quantizer.bits(weight, moves_range=moves_ranges and weight is None)
+            (activations if weight is None else weights).append((bits.flatten() - (target - EPSILON)).relu())
     zero = torch.zeros(1)
     return torch.cat(weights or [zero]), torch.cat(activations or [zero])
+
+
+def _learned(layer: QuantLayer, targets: tuple[float, float]) -> list[tuple[float, GdnsqQuantizer, Tensor | None]]:
+    """Of each tensor with a learnable bit-width its target, its quantizer, and the weight; None of an activation."""
+    weight = cast(Tensor, layer.weight) if layer.has_weight else None
+    both = (targets[0], layer.weight_quantizer, weight), (targets[1], layer.input_quantizer, None)
+    return [(target, q, x) for target, q, x in both if isinstance(q, GdnsqQuantizer)]
 
 
 def gdnsq(
@@ -165,7 +171,7 @@ def gdnsq(
 
     Args:
         task: what is compressed.
-        config: the target of each layer: uniform weights per channel, uniform activations, or float.
+        config: the target of each layer: uniform weights per channel or group, uniform activations, or float.
         workbench: the float network's workbench, for layers, ranges, the teacher and how to train.
         steps: batches.
         seed: of the batches.
@@ -177,7 +183,7 @@ def gdnsq(
         FloatingPointError: the loss became NaN or infinite.
     """
     method = method or method_for(config)
-    check_targets(config)
+    check_targets(config, groups=method.weight_grid == "symmetric")
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare"):
         model = learnable(task.float_model(), workbench.layers, config, workbench.ranges, method).to(workbench.device)
@@ -280,19 +286,22 @@ def set_ranges(model: nn.Module, config: PrecisionConfig, calibration_input: Any
     """Give every GDNSQ quantizer the step of least squared error for what it quantizes now, in place."""
     layers = quant_layers(model)
     training = model.training
-    samples = sample_inputs(model.eval(), list(layers), calibration_input)
+    inputs, seconds = sample_factors(model.eval(), list(layers), calibration_input)
     model.train(training)
     for name, layer in layers.items():
-        weight, activation = layer.weight_quantizer, layer.input_quantizer
-        if isinstance(weight, GdnsqQuantizer):
+        weight = layer.weight_quantizer
+        activations = [(layer.input_quantizer, config[name].activation, inputs[name])]
+        if not layer.has_weight:
+            activations.append((weight, per_tensor(config[name].weight), seconds[name]))
+        elif isinstance(weight, GdnsqQuantizer):
             step = weight_step(weight_rows(layer), config[name].weight)
             weight.log_s.copy_(torch.log2(step).reshape(weight.log_s.shape))
-        if isinstance(activation, GdnsqQuantizer):
-            signed = activation.beta is not None
-            step, beta = activation_range(samples[name], config[name].activation, signed=signed)
-            activation.log_s.copy_(torch.log2(step))
-            if activation.beta is not None:
-                activation.beta.copy_(beta)
+        for activation, precision, values in activations:
+            if isinstance(activation, GdnsqQuantizer):
+                step, beta = activation_range(values, precision, signed=activation.beta is not None)
+                activation.log_s.copy_(torch.log2(step))
+                if activation.beta is not None:
+                    activation.beta.copy_(beta)
 
 
 def hold(layers: Mapping[str, QuantLayer], targets: Mapping[str, tuple[float, float]]) -> None:
@@ -328,35 +337,59 @@ def learnable(
     Gradual: 2^10 levels over the whole range of weight and activation. Otherwise the target's bits over the range of
     least squared error.
     """
-    without_products(layers, "gdnsq")
+    if method.weight_grid == "min":
+        without_products(layers, "gdnsq on the grid of the paper")
     quantized = insert_quantizers(model, layers)
+    make: Any = functools.partial(
+        GdnsqQuantizer, step_gradient=method.step_gradient, round_gradient=method.round_gradient
+    )
+
+    def of_activation(precision: Precision, values: Tensor, best: Callable[[], tuple[Tensor, Tensor]]) -> Any:
+        bits = max(START_BITS, precision.bits) if method.gradual else precision.bits
+        low, high = float(values.min()), float(values.max())
+        ends = torch.tensor((high - low) / (2**bits - 1)), torch.tensor(low)
+        return (ends if method.gradual else best()), torch.tensor(2.0**bits)
+
     for name, layer in quant_layers(quantized).items():
-        precision = config[name]
-        make: Any = functools.partial(
-            GdnsqQuantizer, step_gradient=method.step_gradient, round_gradient=method.round_gradient
-        )
-        rows = weight_rows(layer)
-        shape = layer.weight_quantizer.step.shape
-        if not precision.weight.is_float:
-            bits = max(START_BITS, precision.weight.bits) if method.gradual else precision.weight.bits
-            if method.weight_grid == "min":
-                step = (rows.amax(dim=1) - rows.amin(dim=1)) / (2**bits - 1)
-            elif method.gradual:
-                step = rows.abs().amax(dim=1) / (2 ** (bits - 1) - 1)
-            else:
-                step = ranges.weight(name, precision.weight, rows)
-            layer.weight_quantizer = make(step.reshape(shape), torch.tensor(2.0**bits), weight_grid=method.weight_grid)
-        if not precision.activation.is_float:
+        weight, activation = config[name].weight, config[name].activation
+        if not weight.is_float and layer.has_weight:
+            layer.weight_quantizer = _learnable_weight(name, layer, weight, ranges, method, make)
+        elif not weight.is_float:
+            (step, beta), levels = of_activation(
+                weight, ranges.seconds(name), functools.partial(ranges.second, name, weight)
+            )
+            signed = layer.weight_quantizer.beta is not None
+            layer.weight_quantizer = make(step, levels, beta=beta if signed else None)
+        if not activation.is_float and not isinstance(layer, QuantEmbedding):
+            (step, beta), levels = of_activation(
+                activation, ranges.samples(name), functools.partial(ranges.activation, name, activation)
+            )
             signed = layer.input_quantizer.beta is not None
-            if method.gradual:
-                bits = max(START_BITS, precision.activation.bits)
-                low, high = ranges.ends(name)
-                step, beta = torch.tensor((high - low) / (2**bits - 1)), torch.tensor(low)
-            else:
-                bits = precision.activation.bits
-                step, beta = ranges.activation(name, precision.activation)
-            layer.input_quantizer = make(step, torch.tensor(2.0**bits), beta=beta if signed else None)
+            layer.input_quantizer = make(step, levels, beta=beta if signed else None)
     return quantized
+
+
+def _learnable_weight(
+    name: str, layer: QuantLayer, precision: Precision, ranges: RangeSetter, method: GdnsqMethod, make: Any
+) -> Any:
+    """The GDNSQ quantizer of a weight, with a step for each channel or group."""
+    rows, group = weight_rows(layer), precision.group
+    bits = max(START_BITS, precision.bits) if method.gradual else precision.bits
+    if method.weight_grid == "min":
+        step = (rows.amax(dim=1) - rows.amin(dim=1)) / (2**bits - 1)
+    elif method.gradual:
+        size = rows.shape[1] if group is None else group
+        step = steps_of_groups(rows, size, lambda some: some.abs().amax(dim=1) / (2 ** (bits - 1) - 1))
+    else:
+        step = ranges.weight(name, precision, rows)
+    shape = layer.weight_quantizer.step.shape if group is None else (-1, 1)
+    return make(
+        step.reshape(shape),
+        torch.tensor(2.0**bits),
+        weight_grid=method.weight_grid,
+        group=group,
+        axis=layer.channel_axis,
+    )
 
 
 @torch.no_grad()
@@ -377,7 +410,7 @@ def deployed(
         weight, activation = trained[name].weight_quantizer, trained[name].input_quantizer
         on_offset_grid = isinstance(weight, GdnsqQuantizer) and weight.weight_grid == "min"
         for quantizer, learned, x in (
-            (layer.weight_quantizer, weight, cast(Tensor, layer.weight)),
+            (layer.weight_quantizer, weight, cast(Tensor, layer.weight) if layer.has_weight else None),
             (layer.input_quantizer, activation, None),
         ):
             if isinstance(learned, GdnsqQuantizer) and on_offset_grid:
@@ -392,28 +425,19 @@ def violation(layers: Mapping[str, QuantLayer], targets: Mapping[str, tuple[floa
     """How many true bits the worst tensor is above its target; 0 or less: all are there."""
     worst = -math.inf
     for name, layer in layers.items():
-        for target, quantizer, x in (
-            (targets[name][0], layer.weight_quantizer, cast(Tensor, layer.weight)),
-            (targets[name][1], layer.input_quantizer, None),
-        ):
-            if isinstance(quantizer, GdnsqQuantizer):
-                worst = max(worst, quantizer.true_bits(x) - target)
+        for target, quantizer, weight in _learned(layer, targets[name]):
+            worst = max(worst, quantizer.true_bits(weight) - target)
     return worst
 
 
 @torch.no_grad()
 def mean_bits(layers: Mapping[str, QuantLayer]) -> tuple[float, float]:
     """The mean learned bits over weights (each the mean of its channels) and over activations; NaN without any."""
-    weights = [
-        float(layer.weight_quantizer.bits(cast(Tensor, layer.weight)).mean())
-        for layer in layers.values()
-        if isinstance(layer.weight_quantizer, GdnsqQuantizer)
-    ]
-    activations = [
-        float(layer.input_quantizer.bits())
-        for layer in layers.values()
-        if isinstance(layer.input_quantizer, GdnsqQuantizer)
-    ]
+    weights: list[float] = []
+    activations: list[float] = []
+    for layer in layers.values():
+        for _, quantizer, weight in _learned(layer, (0.0, 0.0)):
+            (activations if weight is None else weights).append(float(quantizer.bits(weight).mean()))
     return tuple(sum(v) / len(v) if v else math.nan for v in (weights, activations))  # type: ignore[return-value]
 
 
@@ -442,15 +466,22 @@ def bit_targets(config: PrecisionConfig, names: Iterable[str]) -> dict[str, tupl
     return {name: (bits(config[name].weight), bits(config[name].activation)) for name in names}
 
 
-def check_targets(config: PrecisionConfig) -> None:
+def check_targets(config: PrecisionConfig, groups: bool = True) -> None:
     """Refuse targets that GDNSQ cannot have.
 
     Raises:
-        PrecisionError: a layer's quantizers are not uniform, or its weight is not per channel.
+        PrecisionError: a layer's quantizers are not uniform, or its weight is not per channel, or per group if `groups`
+            may be.
     """
+    products = set(named_products(config))
     for name, layer in config.items():
         for precision in (layer.weight, layer.activation):
             if precision.quantizer not in ("uniform", "float"):
                 raise PrecisionError(f"layer '{name}' is to be {precision}: GDNSQ trains uniform quantizers only")
-        if not layer.weight.is_float and layer.weight.granularity != "channel":
-            raise PrecisionError(f"layer '{name}' is to be {layer.weight}: GDNSQ trains weights per channel")
+        in_groups = groups and layer.weight.group is not None
+        if name in products or layer.weight.is_float or layer.weight.granularity == "channel" or in_groups:
+            continue
+        instead = (
+            "GDNSQ trains weights per channel or group" if groups else "GDNSQ as published trains weights per channel"
+        )
+        raise PrecisionError(f"layer '{name}' is to be {layer.weight}: {instead}")

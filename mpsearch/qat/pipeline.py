@@ -15,6 +15,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from mpsearch.graph.products import named_products
 from mpsearch.precision import PrecisionConfig
 from mpsearch.ptq.equalize import equalize
 from mpsearch.ptq.fold import FloatNet, fold_batch_norms, structure_of
@@ -86,7 +87,11 @@ def qat(
 
 def folds(config: PrecisionConfig) -> bool:
     """Whether BatchNorm is folded before training: a weight has one range for all channels."""
-    return any(not layer.weight.is_float and layer.weight.granularity == "tensor" for layer in config.values())
+    products = set(named_products(config))
+    return any(
+        not layer.weight.is_float and layer.weight.granularity == "tensor" and name not in products
+        for name, layer in config.items()
+    )
 
 
 def _soft_weights(model: nn.Module, gradient: ShiftGradient) -> list[tuple[ShiftQuantizer, Tensor]]:

@@ -85,7 +85,7 @@ def published(
         FloatingPointError: the loss became NaN or infinite.
     """
     recipe = recipe or Recipe()
-    check_targets(config)
+    check_targets(config, groups=False)
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare"):
         model = calibrated(task.float_model(), config, workbench, recipe).to(workbench.device)
@@ -111,6 +111,7 @@ def calibrated(model: nn.Module, config: PrecisionConfig, workbench: Workbench, 
                 step.reshape(shape),
                 levels,
                 weight_grid="min",
+                axis=layer.channel_axis,
                 step_gradient=recipe.step_gradient,
                 round_gradient=recipe.round_gradient,
             )

@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.quant.fused import Elementwise
+from mpsearch.quant.groups import from_groups, to_groups
 from mpsearch.quant.quantizer import MIN_STEP
 
 StepGradient = Literal["noise", "residual", "both", "mhaq_ste", "mhaq_lsq"]
@@ -151,12 +152,14 @@ class GdnsqQuantizer(Elementwise):
     """One tensor's quantizer with a learnable bit-width.
 
     Args:
-        step: `(channels, 1, ..., 1)` or (): the first step.
+        step: `(channels, 1, ..., 1)` or (): the first step; `(channels * groups, 1)` with groups.
         levels: how many levels the range has at first, 2^b; broadcasts against `step`.
         beta: the lower end b0 of an activation that takes negative values, shape (); None: 0, or a weight.
         weight_grid: how a weight is quantized; None: an activation.
         step_gradient: what dy/ds is.
         round_gradient: what dn/dv is.
+        group: input features of a weight that share a step; not for grid "min".
+        axis: of a weight's channels, for its groups.
     """
 
     log_q: nn.Parameter | None
@@ -173,8 +176,11 @@ class GdnsqQuantizer(Elementwise):
         weight_grid: WeightGrid | None = None,
         step_gradient: StepGradient = "residual",
         round_gradient: RoundGradient = "ste",
+        group: int | None = None,
+        axis: int = 0,
     ) -> None:
         super().__init__()
+        self.group, self.axis = group, axis
         self.weight_grid = weight_grid
         self.step_gradient: StepGradient = step_gradient
         self.round_gradient: RoundGradient = round_gradient
@@ -245,7 +251,10 @@ class GdnsqQuantizer(Elementwise):
         s, z, low, high = self.grid(x)
         ends = (None, None) if self.weight_grid == "min" else (low, torch.maximum(high, low))
         rules = self.step_gradient, self.round_gradient, self.binary
-        return self.run(clamp_and_round, x, s, z, *ends, owner=rules)
+        if self.group is None:
+            return self.run(clamp_and_round, x, s, z, *ends, owner=rules, axis=self.axis)
+        rows = to_groups(x, self.axis, self.group)  # a group is what a channel is otherwise
+        return from_groups(self.run(clamp_and_round, rows, s, z, *ends, owner=rules), x, self.axis)
 
     @torch.no_grad()
     def true_bits(self, x: Tensor | None = None) -> float:
@@ -258,6 +267,7 @@ class GdnsqQuantizer(Elementwise):
             _, z, low, high = self.grid(s)
             codes_low, codes_high = torch.round((low - z) / s), torch.round((high - z) / s)
         else:
+            x = x if self.group is None else to_groups(x, self.axis, self.group)
             s, z, low, high = self.grid(x)
             codes = torch.round((torch.maximum(torch.minimum(x, torch.maximum(high, low)), low) - z) / s)
             codes_low, codes_high = self._ends(codes)

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 import json
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from mpsearch.errors import TaskError
 from mpsearch.shipped import where
 from mpsearch.task.checkpoint import load_checkpoint
 from mpsearch.task.comparing import Kind
+from mpsearch.task.hub import PATIENCE_S, hub_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,9 @@ def from_timm(name: str, args: Mapping[str, Any], needs: Needs) -> Network:
     if name.partition(".")[0] not in known:
         raise TaskError(f"task.model: timm has no network '{name}': {_nearest(name, known)}")
     filled = {"num_classes": needs.classes, "in_chans": needs.channels, "exportable": True}
-    module = _built(f"timm:{name}", timm.create_model, (name,), filled, args)
     pretrained = bool(args.get("pretrained", False))
+    problem = hub_problem() if pretrained else None
+    module = _built(f"timm:{name}", timm.create_model, (name,), filled, args, _without_hub(problem, "task.checkpoint"))
     whole = (
         pretrained and getattr(module, "pretrained_cfg", {}).get("num_classes") == (filled | dict(args))["num_classes"]
     )
@@ -104,8 +107,15 @@ def from_torchvision(name: str, args: Mapping[str, Any], needs: Needs) -> Networ
     filled: dict[str, Any] = {"weights": None, "num_classes": classes}
     if "weights_backbone" in inspect.signature(builder).parameters:
         filled["weights_backbone"] = None
-    module = _built(f"torchvision:{name}", builder, (), filled, args)
     weights = args.get("weights")
+    downloads = bool(weights or args.get("weights_backbone"))
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE_S)  # torch, which downloads them, waits for ever
+    try:
+        instead = "where weights cannot be downloaded, give a state dict as task.checkpoint" if downloads else ""
+        module = _built(f"torchvision:{name}", builder, (), filled, args, instead)
+    finally:
+        socket.setdefaulttimeout(before)
     return Network(module, f"torchvision's weights {weights} of {name}" if weights else None)
 
 
@@ -230,8 +240,9 @@ def _from_folder(transformers: Any, auto: Any, name: str, args: Mapping[str, Any
         "output_loading_info": True,
     }
     transformers.logging.set_verbosity_error()
+    instead = "" if local else _without_hub(hub_problem(), "task.model: hf:FOLDER")
     source = str(folder) if local else name
-    module, loaded = _built(f"hf:{name}", auto.from_pretrained, (source,), decided | options, args)
+    module, loaded = _built(f"hf:{name}", auto.from_pretrained, (source,), decided | options, args, instead)
     fresh = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
     return Network(module.float(), None if fresh else f"hf:{name}")
 
@@ -250,15 +261,30 @@ def _built(
     positional: tuple[Any, ...],
     filled: Mapping[str, Any],
     args: Mapping[str, Any],
+    instead: str = "",
 ) -> Any:
-    """`build` called with what the data says, under the study's `model_args`. Raises TaskError with the reason."""
+    """`build` called with what the data says, under the study's `model_args`.
+
+    Raises:
+        TaskError: it cannot be built; with the reason, and what to do `instead`.
+    """
     try:
         return build(*positional, **{key: value for key, value in filled.items() if key not in args}, **args)
     except Exception as error:  # whatever a library raises of arguments, files and networks
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TaskError(
             f"task.model: {what} cannot be built with {dict(args)}: {type(error).__name__}: {said[:300]}"
+            + (f"; {instead}" if instead else "")
         ) from error
+
+
+def _without_hub(problem: str | None, key: str) -> str:
+    """What to do where something cannot be had from the hub."""
+    return "" if problem is None else f"the hub cannot be reached, {problem}: {DOWNLOADED}, and give it as {key}"
+
+
+DOWNLOADED = "download it where it can be (`hf download NAME --local-dir FOLDER`)"
+"""What to do, the first half."""
 
 
 def from_torchcrepe(name: str, args: Mapping[str, Any], needs: Needs) -> Network:

@@ -31,6 +31,7 @@ from mpsearch.shipped import where
 from mpsearch.study import TaskSpec, TextSpec
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.comparing import output_tensor
+from mpsearch.task.hub import hub_problem
 from mpsearch.task.imagefolder import split_meant, split_of
 from mpsearch.task.libraries import Needs, imported
 from mpsearch.task.made import docstrings
@@ -392,13 +393,15 @@ _TABLES: Mapping[str, tuple[Callable[[Path], Iterator[Row]], Sequence[str]]] = {
 
 def _from_datasets(data: TextSpec, root: Path) -> Mapping[Split, Iterable[Row]]:
     datasets = imported("datasets", "task.data.kind hf_dataset", "text")
+    local = root.is_dir()
+    problem = None if local else hub_problem()
     try:
-        local = root.is_dir()
         loaded = datasets.load_from_disk(str(root)) if local else datasets.load_dataset(data.root, data.config)
     except Exception as error:  # of the network, the hub, or the files
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TaskError(
             f"task.data.root: '{data.root}' is no folder of save_to_disk, nor can it be had from the hub: {said[:300]}"
+            + ("" if problem is None else f"; {problem}: save it where it can be had, by save_to_disk, and give that")
         ) from None
     parts = dict(loaded) if isinstance(loaded, Mapping) else {"train": loaded}
     splits: dict[Split, Iterable[Row]] = {}

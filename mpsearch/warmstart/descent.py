@@ -256,6 +256,25 @@ def slot_bits(slot: Slot) -> range:
     return range(choices[0].bits, choices[-1].bits + 1)
 
 
+def reachable_budgets(price: BitCost, space: SearchSpace, budgets: Sequence[float]) -> list[float]:
+    """The budgets that lie between the cheapest uniform config and the dearest one, dear ones first.
+
+    Raises:
+        SpaceError: none does.
+    """
+    bottom, top = (
+        float(price(torch.tensor([slot_bits(slot)[end] for slot in space.slots], dtype=torch.float64)))
+        for end in (0, -1)
+    )
+    targets = sorted((b for b in budgets if bottom <= b < top), reverse=True)
+    if not targets:
+        raise SpaceError(
+            f"no budget of warm_start.budgets lies between the cheapest uniform config of space '{space.name}', "
+            f"{bottom:.3g}, and the dearest, {top:.3g}: give some that do, or allow lower precisions in the space"
+        )
+    return targets
+
+
 def descend(
     workbench: Workbench,
     space: SearchSpace,
@@ -293,13 +312,8 @@ def descend(
     by_slot = _quantizers_of(model, space)
     low, high = (torch.tensor([slot_bits(slot)[end] for slot in space.slots], dtype=torch.float64) for end in (0, -1))
     bits = high.clone()
-    top, bottom = float(price(high)), float(price(low))
-    targets = sorted((b for b in budgets if bottom <= b < top), reverse=True)
-    if not targets:
-        raise SpaceError(
-            f"no budget of warm_start.budgets lies between the cheapest uniform config, {bottom:.3g}, and the dearest, "
-            f"{top:.3g}: give some that do"
-        )
+    top = float(price(high))
+    targets = reachable_budgets(price, space, budgets)
     limits = _limits(cost, space, high)
     binding: list[tuple[_Limit, float]] = []
     quantizers = [q for group in by_slot for q in group]

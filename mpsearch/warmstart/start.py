@@ -31,7 +31,7 @@ from mpsearch.task.scoring import comparison_of
 from mpsearch.task.task import Task
 from mpsearch.train import usual_device
 from mpsearch.warmstart.allocate import equivalent_bits, ilp_ladder, round_bits
-from mpsearch.warmstart.descent import Descent, Snapshot, descend
+from mpsearch.warmstart.descent import BitCost, Descent, Snapshot, descend, reachable_budgets
 from mpsearch.warmstart.sensitivity import measure
 from mpsearch.warmstart.table import SensitivityTable
 from mpsearch.workbench import Workbench, channels_last
@@ -79,6 +79,8 @@ def warm_start(
     combined: list[PrecisionConfig] = []
     table: SensitivityTable | None = None
     descends = settings.method == "gdnsq"
+    if descends:
+        reachable_budgets(BitCost(cost, space), space, settings.budgets)  # before anything is measured
     if settings.ilp or settings.combinations or (descends and space.several_types):
         observer.on_stage("sensitivity", 0, 1)
         table = sensitivity_table("kl", task, graph, space, folder)

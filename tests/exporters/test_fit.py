@@ -13,13 +13,13 @@ from mpsearch.errors import ExportError
 from mpsearch.exporters.fit import Holds, fit
 from mpsearch.exporters.packages import PACKAGES, need
 from mpsearch.exporters.plain import plain_copy
-from mpsearch.exporters.targets import EVERY_KIND, TARGETS, WITH_WEIGHTS
+from mpsearch.exporters.targets import EVERY_KIND, TARGETS
 from mpsearch.graph.layers import inspect_model
 from mpsearch.precision import BITS, LayerPrecision, PrecisionConfig
 from mpsearch.quant.prepare import quant_layers
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
-FOUR_TO_EIGHT = Holds({"uniform": range(4, 9)}, {"uniform": range(4, 9)}, WITH_WEIGHTS)
+FOUR_TO_EIGHT = Holds({"uniform": range(4, 9)}, {"uniform": range(4, 9)}, EVERY_KIND)
 
 
 def network(*precisions: tuple[str, str]) -> mpsearch.QuantizedNetwork:
@@ -60,7 +60,7 @@ WEIGHTS = [f"{name}:{bits}" for name in ("uniform", "shift", "apot") for bits in
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_same_values_means_the_same_values(weight: str, granularity: str) -> None:
     given = network((f"{weight}/{granularity}", "float"))
-    fitted, conversions = fit(given, "here", Holds({"uniform": range(8, 9)}, {}, WITH_WEIGHTS), allow_lossy=True)
+    fitted, conversions = fit(given, "here", Holds({"uniform": range(8, 9)}, {}, EVERY_KIND), allow_lossy=True)
     same = torch.equal(fitted.model(X), given.model(X))
     assert all(conversion.same_values for conversion in conversions) == same
     assert same == (weight != "shift:5")  # 2^14 is the only one beyond 8 bits

@@ -16,6 +16,9 @@ import mpsearch
 from mpsearch.cost.model import cost_of
 from mpsearch.errors import ExportError
 from mpsearch.exporters import native, packed
+from mpsearch.exporters.fit import HOLD_PRODUCTS, fit
+from mpsearch.exporters.targets import TARGETS
+from mpsearch.exporters.verify import Verified
 from mpsearch.graph.layers import inspect_model
 from mpsearch.graph.products import open_products
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
@@ -153,23 +156,72 @@ def test_a_training_step_moves_the_steps_of_both_factors(net: nn.Module) -> None
 
 @pytest.mark.parametrize("form", [native, packed])
 def test_an_export_gives_the_network_back(net: nn.Module, form: object, tmp_path: Path) -> None:
-    config = config_of(net, "w4a5")
-    layers = inspect_network(net, X, products=True).layers
-    prepared = prepare(net, config, X, layers).eval()
-    network = mpsearch.QuantizedNetwork(prepared, layers, "encoder", "none", samples=X, float_model=net)
+    network = network_of(net, config_of(net, "w4a5"))
     name = "native" if form is native else "packed"
     mpsearch.export(network, name, tmp_path / "out")
     loaded = form.load(copy.deepcopy(net), tmp_path / "out")  # type: ignore[attr-defined]
-    torch.testing.assert_close(loaded(X), prepared(X), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loaded(X), network.model(X), rtol=1e-5, atol=1e-6)
 
 
-def test_other_formats_refuse_the_product_by_name(tmp_path: Path) -> None:
-    net = Encoder(Fused()).eval()
+def network_of(net: nn.Module, config: PrecisionConfig) -> mpsearch.QuantizedNetwork:
     layers = inspect_network(net, X, products=True).layers
-    prepared = prepare(net, config_of(net, "w8a8"), X, layers).eval()
-    network = mpsearch.QuantizedNetwork(prepared, layers, "encoder", "none", example_input=X)
-    with pytest.raises(ExportError, match=r"attn\.product1"):
-        mpsearch.export(network, "mhaq", tmp_path / "out")
+    prepared = prepare(net, config, X, layers).eval()
+    return mpsearch.QuantizedNetwork(prepared, layers, "encoder", "none", example_input=X, samples=X, float_model=net)
+
+
+def both_ways(net: nn.Module, first: str, second: str) -> PrecisionConfig:
+    """A config in which only the products are narrow, so that an answer shows whether they are quantized."""
+    factors = LayerPrecision.parse(second, first)
+    return config_of(net, "w8a8").replace(**dict.fromkeys(names_of(net), factors))
+
+
+@pytest.mark.parametrize(
+    ("to", "first", "second"),
+    [("onnx", "uniform:4", "uniform:3"), ("onnx", "uniform:11", "float"), ("qonnx", "uniform:3", "uniform:5")],
+)
+def test_a_runtime_answers_as_the_network_with_products(
+    net: nn.Module, to: str, first: str, second: str, tmp_path: Path
+) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime", *(("qonnx",) if to == "qonnx" else ())):
+        pytest.importorskip(package, reason="needs mpsearch[targets]; `make test-all` installs it")
+    import onnx
+
+    network = network_of(net, both_ways(net, first, second))
+    verified = mpsearch.export(network, to, tmp_path / "out").verified
+    assert isinstance(verified, Verified)
+    assert verified.same_answers == verified.samples == len(X)
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    made_by = {output: node.op_type for node in graph.node for output in node.output}
+    factors = [[made_by.get(x) for x in node.input] for node in graph.node if node.op_type in ("MatMul", "Einsum")]
+    quantizer = "IntQuant" if to == "qonnx" else "DequantizeLinear"
+    quantized = [pair[0] == quantizer and (pair[1] == quantizer) == (second != "float") for pair in factors]
+    assert sum(quantized) >= 2, factors
+
+
+def test_other_formats_refuse_the_product_by_name_and_say_which_hold_it(tmp_path: Path) -> None:
+    net = Encoder(Fused()).eval()
+    network = network_of(net, config_of(net, "w8a8"))
+    without = [name for name, target in TARGETS.items() if "product" not in target.holds.kinds]
+    assert sorted(HOLD_PRODUCTS + tuple(without)) == sorted(TARGETS)
+    for name in without:
+        with pytest.raises(ExportError, match=r"attn\.product1.*native, packed, qonnx, onnx"):
+            fit(network, name, TARGETS[name].holds, allow_lossy=True)
+
+
+def test_a_second_factor_is_no_constant_and_its_type_is_one_of_activations(tmp_path: Path) -> None:
+    net = Encoder(Fused()).eval()
+    network = network_of(net, both_ways(net, "uniform:6", "shift:3"))
+    with pytest.raises(ExportError, match=r"attn\.product1 \(product\) second factor shift:3/tensor"):
+        fit(network, "onnx", TARGETS["onnx"].holds, allow_lossy=False)
+    fitted, conversions = fit(network, "onnx", TARGETS["onnx"].holds, allow_lossy=True)
+    assert [(c.layer, c.tensor, str(c.after)) for c in conversions] == [
+        (name, "second factor", "uniform:3/tensor") for name in names_of(net)
+    ]
+    before, after = (quant_layers(n.model)["attn.product2"].weight_quantizer for n in (network, fitted))
+    assert after.precision.quantizer == "uniform"
+    x = torch.linspace(-1, 1, 50)
+    most = [float(quantizer.eval()(x).detach().max()) for quantizer in (before, after)]
+    assert most[1] == pytest.approx(most[0], rel=0.2)
 
 
 def test_cost_counts_the_bits_of_both_factors() -> None:

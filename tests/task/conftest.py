@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import importlib
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from mpsearch.task import hub
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +29,22 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A hub that takes connections and never answers, as behind many a firewall."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(8)
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "")  # as it is set back to
+        for name in ("huggingface_hub.constants", "datasets.config"):
+            with contextlib.suppress(ImportError):
+                monkeypatch.setattr(importlib.import_module(name), "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "PATIENCE_S", 0.2)
+        yield address
 
 
 MakeFolder = Callable[..., Path]

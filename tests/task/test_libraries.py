@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.error
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,51 @@ def test_code_beside_the_weights_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="cannot be built"):
         network(f"hf:{tmp_path}", LANGUAGE)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "needs", "args", "instead"),
+    [
+        ("hf:org/net", LANGUAGE, {}, "task.model: hf:FOLDER"),
+        ("timm:resnet18", CLASSES, {"pretrained": True}, "task.checkpoint"),
+    ],
+)
+def test_a_hub_that_does_not_answer_is_told_with_what_to_do(
+    silent_hub: str, model: str, needs: Needs, args: Any, instead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers" if model.startswith("hf") else "timm")
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))  # nothing is stored
+    with pytest.raises(TaskError, match=rf"{silent_hub} does not answer \(.*timed out.*give it as {instead}"):
+        network(model, needs, **args)
+    assert constants.HF_HUB_OFFLINE is True  # what is asked next fails at once, or is stored
+
+
+def test_what_is_stored_is_used_without_the_hub(
+    silent_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    import huggingface_hub.constants as constants
+
+    saved = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=17, **TINY)).eval()
+    stored = tmp_path / "models--org--net"
+    saved.save_pretrained(stored / "snapshots" / "0123")
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    x = torch.arange(4).unsqueeze(0)
+    assert torch.equal(network("hf:org/net", LANGUAGE).module.eval()(x).logits, saved(x).logits)
+
+
+def test_weights_of_torchvision_that_cannot_be_downloaded_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", _unreachable)
+    with pytest.raises(TaskError, match=r"resnet18 cannot be built .*unreachable.*state dict as task\.checkpoint"):
+        network("torchvision:resnet18", Needs("classification", 1000, 3), weights="DEFAULT")
+
+
+def _unreachable(*_: Any, **__: Any) -> None:
+    raise urllib.error.URLError("Network is unreachable")

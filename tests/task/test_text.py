@@ -175,6 +175,12 @@ def test_a_folder_of_datasets_is_read_with_its_splits(tmp_path: Path) -> None:
     assert [of._of(split).count for split in ("train", "val", "test")] == [14, 4, 2]
 
 
+def test_a_data_set_on_a_hub_that_does_not_answer_is_told_with_what_to_do(silent_hub: str) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(TaskError, match=rf"'org/set' .*{silent_hub} does not answer .*save it .* by save_to_disk"):
+        task("Topic", kind="hf_dataset", root="org/set", label="label", length=8)
+
+
 def test_a_network_for_another_kind_of_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"cannot take a sample of the data 'pydoc'|expected \(1, 8, 256\)"):
         task("Topic", kind="pydoc", length=8)

@@ -35,6 +35,7 @@ BRIEF = {
         ("shapes-detection", "map", "torchmetrics"),
         ("text-topics", "top1", "transformers"),
         ("tiny-lm", "bits_per_byte", "transformers"),
+        ("tones-pitch", "within_50_cents", "torchcrepe"),
     ],
 )
 def test_a_shipped_study_of_another_kind_runs_to_the_end(tmp_path: Path, name: str, metric: str, needs: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,20 @@ def test_the_same_seed_descends_the_same_way(problem: Problem, workbench: Workbe
 def test_budgets_that_nothing_can_meet_are_refused(problem: Problem, workbench: Workbench) -> None:
     with pytest.raises(SpaceError, match="lies between the cheapest"):
         descend(workbench, problem.space, problem.cost, [1e-3], 1)
+
+
+def test_budgets_that_nothing_can_meet_are_said_by_check_and_refused_before_anything_is_measured(
+    problem: Problem, tmp_path: Path
+) -> None:
+    spec = problem.spec.model_copy(
+        update={"warm_start": problem.spec.warm_start.model_copy(update={"budgets": (1e-3, 2e-3)})}
+    )
+    said = [text for text in replace(problem, spec=spec).warnings() if "warm_start.budgets" in text]
+    assert len(said) == 1
+    assert "0.001, 0.002 cannot be met" in said[0]
+    with pytest.raises(SpaceError, match="lies between the cheapest"):
+        warm_start(spec, problem.task, problem.graph, problem.space, problem.cost, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_saved_descent_is_read_back_whole(descent: Descent, tmp_path: Path) -> None:
