@@ -1,12 +1,13 @@
 """Whether kills lose anything: a search whose driver, or one of whose workers, is killed (`kill -9`) again and again.
 
 About every `--every` seconds (half as many to half as many again) a process is killed, chosen at random: the driver,
-which is then resumed, at once or when nothing of it is left, or a worker, which the driver has to replace. A driver
-that has recorded nothing yet is spared three times in four, or a slow machine would never get beyond the start. At the
-end the driver is told to end (SIGTERM), resumed once more for a few trials, and the run is audited: every line that was
-on the disk before a kill is still there, no trial has ended twice or was started again after its end, no more trials
-were begun again than kills can have interrupted, the Optuna study shows the same, the front's weights are whole, and 30
-seconds after each kill of the driver none of its processes was left. Exits with 1 where one of these does not hold.
+which is then resumed, at once or when nothing of it is left, or a worker, which the driver has to replace. While
+nothing has been recorded since the last kill they are spared three times in four: a slow machine would not get beyond
+the start. At the end the driver is told to end (SIGTERM), resumed once more for a few trials, and the run is audited:
+every line that was on the disk before a kill is still there, no trial has ended twice or was started again after its
+end, no more trials were begun again than kills can have interrupted, the Optuna study shows the same, the front's
+weights are whole, and 30 seconds after each kill of the driver none of its processes was left. Exits with 1 where one
+of these does not hold.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Killer:
     processes_left: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     seen: bytes = b""  # of the record, whole lines
-    seen_at_start: int = 0  # bytes of it, when the driver was started
+    seen_at_kill: int = 0  # bytes of it, at the last kill
     driver: subprocess.Popen[bytes] | None = None
 
     @property
@@ -138,7 +139,6 @@ class Killer:
             shutil.rmtree(self.run, ignore_errors=True)  # a folder without run.json is no run yet
             sets = [part for override in self.set_ for part in ("--set", override)]
             command = ["run", self.study, "--out", str(self.run), "--trials", "1000000", *sets]
-        self.seen_at_start = len(self.seen)
         with self.log.open("ab") as log:
             self.driver = subprocess.Popen(
                 [sys.executable, "-m", "mpsearch", *command], stdout=log, stderr=log, start_new_session=True
@@ -168,6 +168,11 @@ class Killer:
 
     def kill(self, driver: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
         """Kill somebody; returns the driver that there is afterwards."""
+        self.remember()
+        if len(self.seen) == self.seen_at_kill and self.random.random() < 0.75:
+            say("nothing has been recorded since the last kill: spared")
+            return driver
+        self.seen_at_kill = len(self.seen)
         family = descendants(driver.pid)
         workers = [process for process in family if command_line(process).startswith(WORKER)]
         if workers and self.random.random() < 0.5:
@@ -175,10 +180,6 @@ class Killer:
             self.workers += 1
             self.may_be_begun_again += 1
             say(f"killed a worker, of {len(workers)}")
-            return driver
-        self.remember()
-        if len(self.seen) == self.seen_at_start and self.random.random() < 0.75:
-            say("spared a driver that has recorded nothing yet")
             return driver
         driver.kill()
         driver.wait()
