@@ -1,8 +1,8 @@
 """How much the memory of a worker grows over hundreds of trials: by the peaks that their records have.
 
-Runs a study of short trials under Ray, one at a time, so that one worker runs them all, and prints its largest resident
-size after some of them. What the first trials take (libraries, the data, caches of torch) is no growth: it is counted
-from trial `--settled` on.
+Runs a study of short trials in this process, which is their one worker and drives them too, and prints its largest
+resident size after some of them. What the first trials take (libraries, the data, caches of torch) is no growth: it is
+counted from trial `--settled` on.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def worker_memory(
 
 def measure(study: str, set_: list[str], trials: int, steps: int, settled: int) -> Row:
     """Run the study; MiB of its worker as trials have ended."""
-    overrides = [f"search.trials={trials}", f"trial.steps={steps}", "search.concurrency=1", "engine.address=local"]
+    overrides = [f"search.trials={trials}", f"trial.steps={steps}", "engine.address=none"]
     with tempfile.TemporaryDirectory() as temporary:
         run_study(load_study(study, [*overrides, *set_]), Path(temporary) / "run")
         records = RunFolder.open(Path(temporary) / "run").records()

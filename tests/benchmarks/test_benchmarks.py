@@ -216,11 +216,9 @@ def test_train_step_times_three_kinds_of_step(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.ray
 def test_worker_memory_is_that_of_one_worker(bench: Bench) -> None:
     cold = [part for name in ("method=none", "ilp=false", "combinations=0") for part in ("--set", f"warm_start.{name}")]
-    sets = [part for override in QUICK if "address" not in override for part in ("--set", override)]
-    (row,) = bench("worker_memory", *sets, *cold, "--trials", "4", "--steps", "2", "--settled", "2")
+    (row,) = bench("worker_memory", *SETS, *cold, "--trials", "4", "--steps", "2", "--settled", "2")
     assert row["ended"] == 4
     assert row["failed"] == 0
     assert row["grown_mib"] >= 0
