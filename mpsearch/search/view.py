@@ -269,7 +269,7 @@ def _refuse_locked(path: Path, error: Exception) -> None:
     if "locked" in said or isinstance(error, RunError | OSError) or "unable to open" in said or "full" in said:
         raise RunError(
             f"cannot open {path} ({_said(error)}): end the program that holds it, or see that it can be written; or "
-            "go on without it with `--set storage=none`"
+            "remove it, for it is made again from the record; or go on without it with `--set storage=none`"
         ) from None
 
 
