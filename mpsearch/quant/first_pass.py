@@ -40,6 +40,14 @@ Function = Callable[..., Tensor]
 _eager: set[Function] = set()
 """Functions whose compiled form is wrong in this process."""
 
+_thrown_away: list[str] = []
+"""What compiled functions of this process belong to whose first passes were wrong, and later ones right."""
+
+
+def wrong() -> tuple[int, int]:
+    """How many graphs' first passes were thrown away in this process, and how many functions run eagerly for good."""
+    return len(_thrown_away), len(_eager)
+
 
 def checked(compiled: Function, function: Function, owner: Any, x: Tensor, *per_channel: Tensor | None) -> Tensor:
     """`compiled(owner, x, *per_channel)`, compared with `function` of the same where that has compiled a new graph.
@@ -63,6 +71,7 @@ def checked(compiled: Function, function: Function, owner: Any, x: Tensor, *per_
         apart = _apart(compiled, function, owner, x, per_channel)
         if apart <= APART:
             if count > 1:
+                _thrown_away.append(_name(owner))
                 progress.info("%s: pass %d of its compiled form is right, those before were not", _name(owner), count)
             return compiled(owner, x, *per_channel)  # once more, for the first pass is not one of those compared
     _eager.add(function)

@@ -59,6 +59,7 @@ class Compiler:
 def _on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_pass, "DEVICES", ("cpu",))
     monkeypatch.setattr(first_pass, "_eager", set())
+    monkeypatch.setattr(first_pass, "_thrown_away", [])
 
 
 @pytest.fixture
@@ -103,6 +104,7 @@ def test_right_kernels_are_used_and_compared_once(
         assert same(passes(quantizer(), True, 3), passes(quantizer(), False, 3))
     assert made.passes == 3 + 2  # the first, and the one that is compared
     assert not caplog.records
+    assert first_pass.wrong() == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,7 @@ def test_first_passes_that_are_wrong_are_thrown_away(
     with caplog.at_level(logging.INFO, "mpsearch"):
         assert same(passes(quantizer(), True, 3), passes(quantizer(), False, 3))
     assert made.passes > 3
+    assert first_pass.wrong() == (1, 0)
     assert "of its compiled form is right, those before were not" in caplog.text
 
 
@@ -132,6 +135,7 @@ def test_kernels_that_stay_wrong_are_named_and_left(
     with caplog.at_level(logging.WARNING, "mpsearch"):
         assert same(passes(quantizer(), True, 3), passes(quantizer(), False, 3))
     assert made.passes == 1 + first_pass.PASSES
+    assert first_pass.wrong() == (0, 1)
     (record,) = caplog.records
     assert "torch.compile gives wrong numbers for the UniformQuantizer on cpu" in record.getMessage()
 
