@@ -48,6 +48,7 @@ from mpsearch.compiler import compiler_missing
 from mpsearch.errors import MpsearchError
 from mpsearch.precision import BITS, Precision
 from mpsearch.problem import open_problem
+from mpsearch.quant.first_pass import wrong
 from mpsearch.quant.fused import fuse
 from mpsearch.quant.ranges import activation_range, weight_step
 from mpsearch.quant.switch import make_quantizer
@@ -271,6 +272,9 @@ def quantizers(setting: Setting) -> Iterator[Check]:
                 f"{FORWARD_GOAL:.0e}, {GRADIENT_GOAL:.0e}, {HALFWAY:.0e}",
                 worst.forward <= FORWARD_GOAL and worst.gradient <= GRADIENT_GOAL and worst.moved <= HALFWAY,
             )
+    thrown_away, eager = wrong()
+    yield Check("graphs whose first pass was wrong and thrown away", str(thrown_away))
+    yield Check("functions whose compiled form stayed wrong", str(eager), "0", eager == 0)
 
 
 @dataclass(frozen=True)

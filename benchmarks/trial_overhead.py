@@ -1,6 +1,7 @@
 """What share of worker time do trials spend on training and scoring?
 
-Runs a study whose trials last about `--seconds` each under Ray, `--concurrency` at a time, and prints one table. Worker
+Runs a study whose trials last about `--seconds` each under Ray, `--concurrency` at a time, and prints one table. On a
+machine that is busy with other things steps are better given than guessed by their time (`--seconds 0`). Worker
 time is the time from the start of the first trial on a worker to the end of its last one, so it holds whatever lies
 between trials (ask, record, storage, Ray) but not Ray's own start, which is printed beside it.
 """
@@ -28,7 +29,7 @@ def trial_overhead(
     set_: Set = None,
     trials: Annotated[int, typer.Option(help="number of trials", min=1)] = 12,
     concurrency: Annotated[int, typer.Option(help="trials at a time", min=1)] = 2,
-    seconds: Annotated[float, typer.Option(help="seconds that a trial should take")] = 10,
+    seconds: Annotated[float, typer.Option(help="seconds that a trial should take; 0: the study's own steps")] = 10,
     results: Results = RESULTS / "trial_overhead.jsonl",
 ) -> None:
     rows = Rows(results, key=("study", "set", "trials", "concurrency", "seconds", *MEASURED))
@@ -42,9 +43,11 @@ def trial_overhead(
 def measure(study: str, set_: list[str], trials: int, concurrency: int, seconds: float) -> Row:
     """Run the study; seconds by what they were spent on, of all workers together."""
     overrides = [*set_, f"search.trials={trials}", f"search.concurrency={concurrency}"]
-    probe = open_problem(load_study(study, [*overrides, "trial.steps=100"]))
-    steps = max(1, round(100 * seconds / estimate_trial_s(probe)))
-    spec = load_study(study, [*overrides, f"trial.steps={steps}"])
+    spec = load_study(study, overrides)
+    if seconds:
+        probe = open_problem(load_study(study, [*overrides, "trial.steps=100"]))
+        steps = max(1, round(100 * seconds / estimate_trial_s(probe)))
+        spec = load_study(study, [*overrides, f"trial.steps={steps}"])
 
     with tempfile.TemporaryDirectory() as temporary:
         began = time.time()
@@ -56,7 +59,7 @@ def measure(study: str, set_: list[str], trials: int, concurrency: int, seconds:
     # At the end a worker may idle while another finishes its last trial: that is not overhead between trials.
     idle_s = sum(ends[-1] - end for end in ends[-concurrency:])
     return {
-        "steps": steps,
+        "steps": spec.trial.lengths[0],
         "records": len(records),
         "train_s": sum(record.wall.train_s for record in records),
         "evaluate_s": sum(record.wall.evaluate_s for record in records),

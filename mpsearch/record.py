@@ -435,7 +435,7 @@ class RunFolder:
         Raises:
             RunError: another process drives this run (the message gives its id), or the folder cannot be written.
         """
-        action = "make it writable, or copy the run elsewhere and resume the copy"
+        action = "make it writable, restore it from a copy, or copy the run elsewhere and resume the copy"
         try:
             self._lock.acquire(timeout=0.5)
         except filelock.Timeout:
@@ -445,7 +445,11 @@ class RunFolder:
                 f"{self.path} is being driven by {who}: wait for it or end it, or start another run with another --out"
             ) from None
         except OSError as error:
-            raise RunError(f"cannot write the run folder {self.path}: {error.strerror or error}: {action}") from None
+            name = Path(self._lock.lock_file).name
+            raise RunError(
+                f"cannot write the run folder {self.path}: {name}: {error.strerror or error}: make it writable, or "
+                f"copy the run elsewhere and resume the copy; if {name} is no file, delete it"
+            ) from None
         try:
             self.records()  # before anything is cut off: a file that was damaged is refused as it is
             with _explained(f"cannot write the run folder {self.path}", action):
@@ -732,7 +736,8 @@ def _explained(what: str, action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{what}: {error.strerror or error}: {action}") from None
+        file = "" if error.filename is None or str(error.filename) in what else f"{error.filename}: "
+        raise RunError(f"{what}: {file}{error.strerror or error}: {action}") from None
 
 
 def pack(values: NDArray[Any]) -> str:

@@ -312,3 +312,13 @@ def test_parquet_has_a_row_per_trial_and_the_precision_of_every_layer(folder):
     assert table["wall.train_s"][0] == 2.3
     assert table["layer1.0.conv.weight"][0] == "shift:4/tensor"
     assert table["digest"][0] == CONFIG.digest
+
+
+def test_file_that_cannot_be_written_is_named_when_a_run_is_driven(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", "", metric=TOP1)
+    folder.finals_jsonl.mkdir()
+    with (
+        pytest.raises(RunError, match=r"cannot write the run folder .*finals\.jsonl: .*: make it writable"),
+        folder.driving(),
+    ):
+        pass

@@ -16,14 +16,15 @@ RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
 export RAY_AUTH_MODE RAY_AUTH_TOKEN
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
+head=${nodes[0]}
 port=${RAY_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 start() { # on one node, and stay for as long as the step
   srun --nodes=1 --ntasks=1 --overlap "$1" ray start --block --num-cpus="$SLURM_CPUS_PER_TASK" "${@:2}" &
 }
 start --nodelist="$head" --head --port="$port" --include-dashboard=false --disable-usage-stats
 for _ in $(seq 60); do (exec 3<>"/dev/tcp/$head/$port") 2>/dev/null && break; sleep 1; done
-for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n +2); do
+for node in "${nodes[@]:1}"; do
   start --nodelist="$node" --address="$head:$port"
 done
 

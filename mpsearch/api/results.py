@@ -95,7 +95,7 @@ def dashboard(
 ) -> None:
     """Show a run in the Optuna dashboard until interrupted: figures, notes, every trial's config and charts.
 
-    Prints its address. `mpsearch.report.dashboard.serving` serves it for the time of a block instead.
+    Prints its address. `mpsearch.report.serve.serving` serves it for the time of a block instead.
 
     Args:
         run: a run folder, which may be driven by another process, or the URL of an Optuna storage.
@@ -113,7 +113,7 @@ def dashboard(
         ...
     mpsearch.errors.RunError: --host 0.0.0.0 can be reached by others, ...
     """
-    from mpsearch.report.dashboard import show
+    from mpsearch.report.serve import show
 
     show(str(run), host, port, token, open)
 

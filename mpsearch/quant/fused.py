@@ -3,7 +3,8 @@
 Between quantizers a network runs as it is: its convolutions and normalizations are fast already, and what else it does
 may not be for a compiler. What an eager quantizer wastes is memory traffic, ten passes where one would do. So the graph
 that is compiled is a quantizer's alone, on a tensor seen as rows: `(channels, n)` for a weight with a step a channel,
-`(n,)` for an activation. All layers of a network share a handful of graphs.
+`(n,)` for an activation. All layers of a network share a handful of graphs. On a card each is compared with the eager
+passes before it is used (`first_pass.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.compiler import one_shape_a_kernel, part_caches, trust_vector_units
+from mpsearch.quant.first_pass import checked
 
 GRAPHS = 64
 """Graphs that one function may have: kinds of quantizers, of tensors and of modes. Dynamo's own limit is 8."""
@@ -44,7 +46,7 @@ class Elementwise(nn.Module):
         by_channel = any(p is not None and p.dim() > 0 for p in per_channel)
         rows, back = as_rows(x, axis if by_channel else None)
         flat = (p if p is None else p.reshape(-1, 1) if p.dim() else p.view(()) for p in per_channel)
-        return back(_compiled(function)(owner, rows, *flat))
+        return back(checked(_compiled(function), function, owner, rows, *flat))
 
 
 def as_rows(x: Tensor, axis: int | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -71,6 +73,5 @@ def fuse(model: nn.Module) -> nn.Module:
 def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     part_caches()
     trust_vector_units()
-    one_shape_a_kernel()
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function, dynamic=True, options=one_shape_a_kernel() or None)

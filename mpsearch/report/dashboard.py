@@ -1,23 +1,19 @@
 """The Optuna dashboard of a run: its study with notes, our figures and artifacts, kept current while the run goes on.
 
 The study is the view that the search writes (`search/view.py`); here it gets what only a spectator needs: a note, the
-figures that `dashboards/layout.yaml` puts on the dashboard, and a note for each trial. optuna-dashboard has no login
-and lets anybody delete studies, so beyond this machine it is only served behind a token.
+figures that `dashboards/layout.yaml` puts on the dashboard, and a note for each trial. `report/serve.py` serves it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import logging
 import threading
-import webbrowser
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import optuna
 from optuna.storages import BaseStorage
@@ -30,7 +26,7 @@ from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.report.artifacts import RunArtifacts
 from mpsearch.report.data import RunData, read_run
 from mpsearch.report.gallery import shown, words
-from mpsearch.report.gate import Gate, server
+from mpsearch.report.gate import Application
 from mpsearch.report.write import sizes
 from mpsearch.search.view import OptunaView, masked, open_storage, open_view
 
@@ -42,75 +38,28 @@ _HEIGHT = 440  # of the place that Optuna's dashboard has for a figure, in pixel
 _INK = "#808080"  # of texts in figures: read on light and on dark paper, between which the page's reader chooses
 
 
-@dataclass(frozen=True)
-class Served:
-    """A dashboard that runs: where it is, and how to wait for its end."""
-
-    url: str
-    wait: Callable[[], None]
-
-
 @contextlib.contextmanager
-def serving(target: str, host: str = "127.0.0.1", port: int = 8080, token: str | None = None) -> Iterator[Served]:
-    """Serve the dashboard of a run, or of any Optuna storage, for the time of the block.
+def application(target: str, caught_up: threading.Event) -> Iterator[Application]:
+    """The dashboard of a run, or of any Optuna storage, for the time of the block.
 
     Args:
         target: a run folder, or the URL of a storage.
-        host: where to listen; whatever is not this machine alone demands a token.
-        port: 0: any that is free.
-        token: what a visitor has to give.
+        caught_up: set once all that was on the run's record is shown.
 
     Raises:
-        MpsearchError: no such run or storage, no token where one is needed, or the port is taken.
+        MpsearchError: no such run or storage, or it is damaged.
     """
-    try:
-        from optuna_dashboard import wsgi
-    except ImportError:
-        raise RunError("the Optuna dashboard is not installed: pip install 'mpsearch[dashboard]'") from None
+    from optuna_dashboard import wsgi
 
-    if not is_loopback(host) and not token:
-        raise RunError(
-            f"--host {host} can be reached by others, and whoever reaches the Optuna dashboard can delete studies: "
-            "give --token SECRET too, or leave --host at 127.0.0.1 (from elsewhere: ssh -L 8080:127.0.0.1:8080)"
-        )
-    with contextlib.ExitStack() as stack:
-        if "://" in target:
-            app = wsgi(_existing(target))
-        else:
-            folder = RunFolder.open(target)
-            facts = read_facts(folder)
-            study = stack.enter_context(_kept_current(folder, facts))
-            app = wsgi(storage_of(study), artifact_store=RunArtifacts(folder, facts))
-        try:
-            listening = stack.enter_context(server(Gate(app, token), host, port))
-        except OSError as error:
-            raise RunError(
-                f"cannot listen on {host}:{port} ({error.strerror or error}): give another --port, 0 for any free one"
-            ) from None
-        thread = threading.Thread(target=listening.serve_forever, daemon=True)
-        thread.start()
-        stack.callback(listening.shutdown)
-        name = f"[{host}]" if ":" in host else host
-        query = f"?token={quote(token, safe='')}" if token else ""
-        yield Served(f"http://{name}:{listening.server_port}/dashboard{query}", thread.join)
-
-
-def show(target: str, host: str, port: int, token: str | None, browser: bool) -> None:
-    """Serve until interrupted, and open a browser if asked to. Raises as `serving` does."""
-    with serving(target, host, port, token) as served:
-        print(f"Optuna dashboard: {served.url}\nend it with Ctrl-C", flush=True)
-        if browser:
-            webbrowser.open(served.url)
-        with contextlib.suppress(KeyboardInterrupt):
-            served.wait()
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can be reached from this machine alone."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    if "://" in target:
+        caught_up.set()
+        yield wsgi(_existing(target))
+        return
+    folder = RunFolder.open(target)
+    facts = read_facts(folder)
+    read_run(folder, facts)  # what is damaged is refused
+    with _kept_current(folder, facts, caught_up) as study:
+        yield wsgi(storage_of(study), artifact_store=RunArtifacts(folder, facts))
 
 
 class Prepared:
@@ -272,26 +221,34 @@ def trial_note(record: TrialRecord, run: RunData, folder: RunFolder) -> str:
 
 
 @contextlib.contextmanager
-def _kept_current(folder: RunFolder, facts: ProblemFacts) -> Iterator[optuna.Study]:
-    """The study of a run, prepared, and followed in the background for the time of the block."""
-    view = _view(folder, facts)
+def _kept_current(folder: RunFolder, facts: ProblemFacts, caught_up: threading.Event) -> Iterator[optuna.Study]:
+    """The study of a run, brought up to the record and followed in the background for the time of the block.
+
+    Trials that it lacks are added, unless the process that drives the run does that. Of thousands of trials this takes
+    minutes, and their figures seconds: a visitor sees what is there already.
+    """
+    view, ended = _view(folder, facts), threading.Event()
     prepared = Prepared(view.study, folder, facts)
-    catch_up = facts.spec.storage == "none"  # no other process writes to a study in memory
-    prepared.refresh()
-    ended = threading.Event()
+    in_memory = facts.spec.storage == "none"  # no other process writes to a study there
+
+    def in_vain() -> bool:
+        return ended.is_set() or (folder.driven and not in_memory)
 
     def follow() -> None:
-        seen = sizes(folder)
-        while not ended.wait(EVERY_S):
-            if (now := sizes(folder)) == seen:
-                continue
-            try:
-                if catch_up:
-                    view.catch_up(folder.records())
-                prepared.refresh()
-                seen = now
-            except Exception:  # of whatever database: the next look may succeed
-                logger.warning("the study could not be brought up to date; trying again", exc_info=True)
+        seen: tuple[int, ...] | None = None
+        while not ended.is_set():
+            if (now := sizes(folder)) != seen:
+                try:
+                    if seen is None:
+                        prepared.refresh()  # note and figures are of the record, and need no trial in the study
+                    if in_memory or seen is None:
+                        view.catch_up([] if in_vain() else folder.records(), until=in_vain)
+                    prepared.refresh()
+                    seen = now
+                    caught_up.set()
+                except Exception:  # of whatever database: the next look may succeed
+                    logger.warning("the study could not be brought up to date; trying again", exc_info=True)
+            ended.wait(EVERY_S)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -303,13 +260,12 @@ def _kept_current(folder: RunFolder, facts: ProblemFacts) -> Iterator[optuna.Stu
 
 
 def _view(folder: RunFolder, facts: ProblemFacts) -> OptunaView:
-    """The run's study; trials that it lacks are added, unless the process that drives the run does that."""
+    """The run's study as it is."""
     spec, space, budget = facts.spec, facts.space, facts.spec.cost.budget
     if spec.storage == "none":
         storage = optuna.storages.InMemoryStorage()
-        return OptunaView(storage, spec.name, space, facts.metric, budget, folder.records(), facts.cost)
-    records = [] if folder.driven else folder.records()
-    view = open_view(spec.storage, folder, spec.name, space, facts.metric, budget, records, facts.cost)
+        return OptunaView(storage, spec.name, space, facts.metric, budget, (), facts.cost)
+    view = open_view(spec.storage, folder, spec.name, space, facts.metric, budget, (), facts.cost)
     assert view is not None
     return view
 

@@ -27,8 +27,17 @@ from mpsearch.search.view import OptunaView
 logger = logging.getLogger(__name__)
 
 
+class MemoryRanOutError(Exception):
+    """A trial found no memory: no fault of its config, for all take as much, and other processes took it."""
+
+
 def attempt(runner: Runner, job: Job) -> Outcome:
-    """What came of a job, failed with its reason if `runner` raises. Raises WriteError where a disk is full."""
+    """What came of a job, failed with its reason if `runner` raises.
+
+    Raises:
+        WriteError: a disk is full.
+        MemoryRanOutError: memory is, of the machine or of its card.
+    """
     started_s, clock = time.time(), time.perf_counter()
     try:
         return runner(job)
@@ -37,9 +46,24 @@ def attempt(runner: Runner, job: Job) -> Outcome:
     except Exception as error:  # of any kind: a failed trial is a result, and the search goes on
         if no_room(error):  # of the task's own files, or of a compiler's
             raise WriteError(f"{explain(error)}: make room on that disk, then go on with `mpsearch resume`") from None
+        if _ran_out_of_memory(error):
+            raise MemoryRanOutError(explain(error)) from None
         wall = WallTime(train_s=time.perf_counter() - clock)  # where it went is not known; most of it, usually
         config = job.proposal.config
         return Outcome(TrialRecord(config, "failed", reason=explain(error), wall=wall, started_s=started_s))
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    """Whether Python, a card (`torch.OutOfMemoryError`, `torch.AcceleratorError`) or torch on the CPU found none."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    said = str(error).lower()
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and any(words in said for words in NO_MEMORY)
+    )
+
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
+"""What torch says where it raises a plain RuntimeError."""
 
 
 def explain(error: BaseException) -> str:

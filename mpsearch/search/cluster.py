@@ -56,6 +56,9 @@ PATIENCE_S = 300.0
 LOOK_S = 1.0
 """How often it looks which nodes there are."""
 
+CLIENT_TRIES = 3
+"""How often a cluster at `ray://` is asked to serve a client; Ray gives each try half a minute."""
+
 VERSIONS = ("mpsearch", "torch")
 """What is named where a node has it in another version; of Ray and Python the cluster itself asks for the same."""
 
@@ -323,9 +326,14 @@ class Crew:
             self._bury(worker, error)
             return
         for level, line in answer.log:
-            logger.log(level, "node %s: %s", worker.node.name, line)
+            said = progress if level >= logging.WARNING else logger
+            said.log(level, "node %s: %s", worker.node.name, line)
         if worker.job is None:
             self._set_up(worker, answer)
+            return
+        if answer.no_memory is not None:
+            self._end(worker)  # and whatever memory it holds
+            self._lose(worker.job, worker.node, f"memory ran out: {answer.no_memory}")
             return
         job, worker.job = worker.job, None
         if answer.outcome is None:
@@ -370,6 +378,10 @@ class Crew:
             if node.deaths >= SETUPS:
                 self._leave_out(node, RunError(f"no worker can be set up: {node.deaths} died of it ({cause})"))
             return
+        self._lose(job, node, cause)
+
+    def _lose(self, job: Job, node: Node, cause: str) -> None:
+        """Have a job that was lost on a node run on another one, `TRIES` times in all."""
         number = job.proposal.number
         lost = self._lost.setdefault(number, _Lost(job))
         lost.nodes.append(node.id)
@@ -396,6 +408,7 @@ class _Answer:
 
     outcome: Outcome | None = None
     refused: Exception | None = None  # why this node cannot go on
+    no_memory: str | None = None  # that the trial found none: the worker is of no more use
     log: tuple[tuple[int, str], ...] = ()  # what was logged there, with its level
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -452,13 +465,15 @@ def _worker_class() -> type:
             import torch
 
             from mpsearch.errors import WriteError
-            from mpsearch.search.book import attempt
+            from mpsearch.search.book import MemoryRanOutError, attempt
 
             torch.set_num_threads(threads)
             try:
                 return {"outcome": attempt(self.runner, job), "log": self.said()}
             except WriteError as error:
                 return {"refused": error, "log": self.said()}
+            except MemoryRanOutError as error:
+                return {"no_memory": str(error), "log": self.said()}
 
         def said(self) -> tuple[tuple[int, str], ...]:
             """What was logged since the last time."""
@@ -506,8 +521,7 @@ def _ray(address: str, run: str) -> Iterator[tuple[Any, bool]]:
         try:
             try:
                 _knock(address)
-                with handler_of_sigterm_kept():
-                    ray.init(**options)
+                _connect(ray, options)
             except Exception as error:  # Ray has many
                 doing = "start Ray" if address == "local" else f"reach a Ray cluster at '{address}'"
                 raise RunError(
@@ -519,6 +533,19 @@ def _ray(address: str, run: str) -> Iterator[tuple[Any, bool]]:
             ray.shutdown()
             if temporary is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _connect(ray: Any, options: dict[str, Any]) -> None:
+    """Start or reach Ray. A busy head may take longer to serve a client than Ray waits: it is asked again."""
+    for left in reversed(range(CLIENT_TRIES)):
+        try:
+            with handler_of_sigterm_kept():
+                ray.init(**options)
+            return
+        except ConnectionError as error:
+            if not left or not options["address"].startswith("ray://"):
+                raise
+            progress.warning("the cluster does not serve us yet (%s): asking again", type(error).__name__)
 
 
 def remove_leftovers(place: Path) -> None:

@@ -12,11 +12,11 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from mpsearch.errors import WriteError
+from mpsearch.errors import GaveUpError, WriteError
 from mpsearch.observer import SILENT, Observer
 from mpsearch.record import RunFolder
-from mpsearch.search.book import Book, attempt
-from mpsearch.search.cluster import run_on_ray
+from mpsearch.search.book import Book, MemoryRanOutError, attempt
+from mpsearch.search.cluster import LOST_IN_A_ROW, run_on_ray
 from mpsearch.search.controller import SearchController
 from mpsearch.search.job import Runner
 from mpsearch.search.view import OptunaView
@@ -52,7 +52,7 @@ def run_trials(
 
     Raises:
         RunError: a trial could not be recorded, or Ray cannot be started or reached.
-        GaveUpError: no node of the cluster can run trials, or workers died one after another.
+        GaveUpError: no node of the cluster can run trials, workers died one after another, or no trial found memory.
         WriteError: weights could not be written; the trial is on no record, and is proposed again by a resumed run.
         KeyboardInterrupt: as given; the trials that ran are dropped, those that had ended are on the disk.
     """
@@ -71,6 +71,20 @@ def run_trials(
 
 def _run_here(book: Book, make_runner: Callable[[], Runner]) -> None:
     runner: Runner | None = None
+    in_a_row = 0
     while (job := book.start()) is not None:
         runner = runner or make_runner()
-        book.finish(job.proposal, attempt(runner, job))
+        try:
+            outcome = attempt(runner, job)
+        except MemoryRanOutError as error:
+            runner, in_a_row = None, in_a_row + 1  # a new one, without whatever this one holds
+            book.abandon(job.proposal, f"memory ran out ({error})")
+            if in_a_row >= LOST_IN_A_ROW:
+                raise GaveUpError(
+                    f"the search was given up: {LOST_IN_A_ROW} trials one after another found no memory, the last one "
+                    f"like this: {error}; end what else uses it, or take smaller batches in a new run, then go on with "
+                    "`mpsearch resume`"
+                ) from None
+        else:
+            in_a_row = 0
+            book.finish(job.proposal, outcome)

@@ -96,8 +96,8 @@ class OptunaView:
         self._next = 0
         self.catch_up(records)
 
-    def catch_up(self, records: Iterable[TrialRecord]) -> None:
-        """Show those of the trials that are not shown yet."""
+    def catch_up(self, records: Iterable[TrialRecord], until: Callable[[], bool] = lambda: False) -> None:
+        """Show those of the trials that are not shown yet; `until` is asked before each, and leaves out the rest."""
         shown: dict[tuple[Any, int], TrialState] = {}  # by number and rung
         for trial in self.study.get_trials(deepcopy=False):
             one = (trial.user_attrs.get("number"), trial.user_attrs.get("rung", 0))
@@ -105,7 +105,10 @@ class OptunaView:
         each = {(r.number, rung): r for r in records for rung in range(max(1, len(r.rungs)))}
         behind = [one for one, r in each.items() if shown.get(one) not in (_state(r, one[1]), *_ENDED_WELL)]
         missing = sorted(behind, key=lambda one: (one[1], one[0]))
-        self.study.add_trials([self._trial(each[one], one[1]) for one in missing])
+        for number, rung in missing:
+            if until():
+                return
+            self.study.add_trial(self._trial(each[number, rung], rung))
         self._next = len({number for number, _ in (*shown, *missing)})
 
     def add(self, record: TrialRecord) -> None:
@@ -266,7 +269,7 @@ def _refuse_locked(path: Path, error: Exception) -> None:
     if "locked" in said or isinstance(error, RunError | OSError) or "unable to open" in said or "full" in said:
         raise RunError(
             f"cannot open {path} ({_said(error)}): end the program that holds it, or see that it can be written; or "
-            "go on without it with `--set storage=none`"
+            "remove it, for it is made again from the record; or go on without it with `--set storage=none`"
         ) from None
 
 

@@ -127,6 +127,17 @@ def test_controller_scale_survives_its_kill(bench: Bench) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
+def test_soak_loses_nothing(bench: Bench) -> None:
+    local = [*SETS, "--set", "engine.address=local", "--set", "storage=sqlite", "--set", "trial.steps=200"]
+    cold = [part for name in ("method=none", "ilp=false", "combinations=0") for part in ("--set", f"warm_start.{name}")]
+    (row,) = bench("soak", *local, *cold, "--minutes", "1.5", "--every", "15")
+    assert row["kills"] > 0
+    assert row["trials"] >= 4
+    assert row["exit_codes_at_the_end"] == [143, 0]
+
+
+@pytest.mark.slow
 def test_descent_compares_two_seeds(bench: Bench, tmp_path: Path) -> None:
     options = ["--study", "digits", *SETS, "--steps", "12", "--budgets", "0.5,0.4", "--work", str(tmp_path)]
     (row,) = bench("descent", *options, "--seeds", "0,1", "--threads", "1")
@@ -204,6 +215,15 @@ def test_train_step_times_three_kinds_of_step(bench: Bench) -> None:
         "quantized w4a4": 2,
         "quantized w4a4 + teacher": 2,
     }
+
+
+@pytest.mark.slow
+def test_worker_memory_is_that_of_one_worker(bench: Bench) -> None:
+    cold = [part for name in ("method=none", "ilp=false", "combinations=0") for part in ("--set", f"warm_start.{name}")]
+    (row,) = bench("worker_memory", *SETS, *cold, "--trials", "4", "--steps", "2", "--settled", "2")
+    assert row["ended"] == 4
+    assert row["failed"] == 0
+    assert row["grown_mib"] >= 0
 
 
 @pytest.mark.slow

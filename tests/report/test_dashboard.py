@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -25,8 +27,9 @@ from mpsearch.precision import BITS
 from mpsearch.problem import Problem, open_problem, write_facts
 from mpsearch.record import RunFolder
 from mpsearch.report import dashboard
-from mpsearch.report.dashboard import Prepared, is_loopback, serving
+from mpsearch.report.dashboard import Prepared
 from mpsearch.report.gate import Gate
+from mpsearch.report.serve import is_loopback, serving
 from mpsearch.report.write import watch
 from mpsearch.search.run import run_study
 from mpsearch.search.view import open_view
@@ -143,6 +146,7 @@ def problem(folder: RunFolder) -> Problem:
 @pytest.fixture(scope="module")
 def address(folder: RunFolder) -> Iterator[str]:
     with serving(str(folder.path), port=0) as served:
+        assert served.caught_up.wait(120)
         yield served.url.removesuffix("/dashboard")
 
 
@@ -276,9 +280,55 @@ def test_a_note_that_somebody_wrote_stays(folder: RunFolder, problem: Problem) -
 
 def test_a_run_without_a_storage_is_shown_from_its_record(folder: RunFolder, problem: Problem) -> None:
     without = replace(problem, spec=problem.spec.model_copy(update={"storage": "none"}))
-    study = dashboard._view(folder, without).study
-    assert isinstance(study._storage, optuna.storages.InMemoryStorage)
-    assert len(study.trials) == 10
+    caught_up = threading.Event()
+    with dashboard._kept_current(folder, without, caught_up) as study:
+        assert caught_up.wait(120)
+        assert isinstance(study._storage, optuna.storages.InMemoryStorage)
+        assert len(study.trials) == 10
+
+
+def test_dashboard_listens_before_it_reads_and_shows_what_the_study_lacks_as_it_is_added(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D12: of a run of thousands of trials the study takes minutes to write."""
+    copy = RunFolder.open(shutil.copytree(folder.path, tmp_path / "copy"))
+    copy.study_db.unlink()
+    may_read, may_add = threading.Event(), threading.Semaphore(3)
+    read_run, add_trial = dashboard.read_run, optuna.Study.add_trial
+
+    def slow_read(*arguments: Any) -> Any:
+        assert may_read.wait(60)
+        return read_run(*arguments)
+
+    def slow_add(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        assert may_add.acquire(timeout=60)
+        add_trial(study, trial)
+
+    monkeypatch.setattr(dashboard, "read_run", slow_read)
+    monkeypatch.setattr(optuna.Study, "add_trial", slow_add)
+    waited: list[int] = []
+
+    def visit(url: str) -> None:
+        with pytest.raises(urllib.error.HTTPError) as early:
+            get(url)
+        waited.append(early.value.code)
+        assert b"looks again" in early.value.read()
+        may_read.set()
+
+    with serving(str(copy.path), port=0, on_listening=visit) as served:
+        address = served.url.removesuffix("/dashboard")
+        deadline = time.monotonic() + 60
+        while len(study_of(address)["trials"]) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert not served.caught_up.is_set()
+        for _ in range(7):
+            may_add.release()
+        assert served.caught_up.wait(60)
+        study = study_of(address)
+        assert len(study["trials"]) == 10
+        assert "10 complete" in study["note"]["body"]
+    assert waited == [503]
 
 
 def test_a_watched_report_is_written_after_every_trial_until_the_run_ends(

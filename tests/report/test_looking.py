@@ -42,8 +42,9 @@ import psutil
 commands, runs = sys.argv[1:]
 for command, run in [(command.split(), run) for command in commands.split(",") for run in runs.split()]:
     if command == ["dashboard"]:
-        from mpsearch.report.dashboard import serving
+        from mpsearch.report.serve import serving
         with serving(run, port=0) as served:
+            assert served.caught_up.wait(120)
             address = served.url.removesuffix("/dashboard")
             study = json.load(urllib.request.urlopen(f"{address}/api/studies/1?after=0"))
             trial = study["trials"][0]

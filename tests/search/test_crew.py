@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -150,6 +151,29 @@ def test_trial_that_takes_three_workers_along_is_no_failure_in_a_row_and_is_trie
     assert sorted(numbers(folder)) == list(range(12))
 
 
+def test_trial_that_finds_no_memory_runs_elsewhere_and_is_no_failure(folder: RunFolder) -> None:
+    def fate(node: str, number: int | None) -> Any:
+        gone = node == "a" and number is not None
+        return {"no_memory": "OutOfMemoryError: CUDA out of memory"} if gone else None
+
+    ray = Fake(fate, "a", "b")
+    assert not work(ray, folder).broken
+    assert sorted(numbers(folder)) == list(range(12))
+    again = [number for number in range(12) if len(ray.at(number)) > 1]
+    assert again
+    assert all(ray.at(number)[-1] == "b" for number in again)
+
+
+def test_search_whose_trials_find_no_memory_anywhere_is_given_up(folder: RunFolder) -> None:
+    def fate(node: str, number: int | None) -> Any:
+        return {"no_memory": "MemoryError: no message"} if number is not None and number >= 2 else None
+
+    with pytest.raises(GaveUpError, match=r"the last one like this: memory ran out: MemoryError"):
+        work(Fake(fate, "a"), folder)
+    assert numbers(folder) == [0, 1]
+    assert all("memory ran out" in str(record.reason) for record in folder.records()[2:])
+
+
 def test_longer_rung_that_takes_workers_along_leaves_its_trial_as_it_was(folder: RunFolder) -> None:
     begun: list[int] = []
 
@@ -263,3 +287,17 @@ def test_search_waits_for_a_node_and_not_for_ever(
     with pytest.raises(GaveUpError, match="no node of the cluster had CPUs"):
         work(Fake(lambda *_: None), folder)
     assert "waiting for one to join" in caplog.text
+
+
+@pytest.mark.parametrize(("address", "busy", "asked"), [("ray://here:1", 2, 3), ("ray://here:1", 9, 3), ("auto", 9, 1)])
+def test_cluster_that_is_too_busy_for_a_client_is_asked_again(address: str, busy: int, asked: int) -> None:
+    calls: list[str] = []
+
+    def init(address: str) -> None:
+        calls.append(address)
+        if len(calls) <= busy:
+            raise ConnectionAbortedError("Starting Ray client server failed")
+
+    with contextlib.nullcontext() if busy < asked else pytest.raises(ConnectionError):
+        cluster._connect(SimpleNamespace(init=init), {"address": address})
+    assert calls == [address] * asked

@@ -17,15 +17,17 @@ import drive
 import optuna
 import psutil
 import pytest
+import torch
 from drive import make_space, relative_cost, truth
 
-from mpsearch.errors import RunError, TaskError, WriteError
+from mpsearch.errors import GaveUpError, RunError, TaskError, WriteError
 from mpsearch.metric import TOP1
 from mpsearch.observer import Observer
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.book import explain
 from mpsearch.search.controller import SearchController
 from mpsearch.search.engine import run_trials
+from mpsearch.search.job import Outcome
 from mpsearch.search.view import open_view
 from mpsearch.study import EngineSpec, SearchSpec
 
@@ -171,6 +173,41 @@ def test_trial_that_finds_no_room_for_its_own_files_is_on_no_record(tmp_path, mo
     assert_whole(tmp_path, 3)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["python", "card", "cpu", "cublas"],
+)
+def test_trials_that_find_no_memory_are_no_failures_in_a_row_and_are_tried_again(tmp_path, monkeypatch, error):
+    left = [error] * 6  # five trials find none, and one of those that are tried again
+
+    def short(path, sleep_s):
+        def run(job):
+            if job.proposal.number >= 2 and left:
+                raise left.pop()
+            return Outcome(TrialRecord(job.proposal.config, "complete", score=truth(job.proposal.config)))
+
+        (path / f"worker-{os.getpid()}-{time.time_ns()}").touch()
+        return run
+
+    monkeypatch.setattr(drive, "make_runner", short)
+    with pytest.raises(GaveUpError, match=r"5 trials one after another found no memory.*mpsearch resume"):
+        drive.drive(tmp_path, trials=9, storage="none")
+    assert len(worker_pids(tmp_path)) == 5  # a new one each time
+    failed = [record for record in RunFolder.open(tmp_path).records() if record.state == "failed"]
+    assert [record.number for record in failed] == [2, 3, 4, 5, 6]
+    assert all(record.reason.startswith(f"memory ran out ({type(error).__name__}: ") for record in failed)
+    controller = drive.drive(tmp_path, trials=9, storage="none")
+    assert not controller.broken
+    states = {record.number: record.state for record in RunFolder.open(tmp_path).records()}
+    assert states == {number: "failed" if number == 2 else "complete" for number in range(9)}
+
+
 def test_reason_is_one_line_that_is_not_endless():
     try:
         raise MemoryError("a\n  b" + " c" * 1000)
@@ -279,9 +316,12 @@ def test_ray_takes_its_workers_along_when_its_driver_is_killed(tmp_path):
     os.kill(victim.pid, signal.SIGKILL)
     victim.communicate()
     cluster = f"/tmp/mpsearch-{RunFolder.open(killed).id}"
-    until(lambda: not any(map(psutil.pid_exists, workers)) and not os.path.exists(cluster), 60)
-    left = [process.info for process in psutil.process_iter(["cmdline"]) if cluster in str(process.info["cmdline"])]
-    assert left == []  # Ray's agents would live for a minute more
+
+    def left() -> list[str]:
+        return [str(process.info) for process in psutil.process_iter(["cmdline"]) if cluster in str(process.info)]
+
+    # Ray's agents would live for a minute more; the watchdog, which removes the folder, ends last.
+    until(lambda: not any(map(psutil.pid_exists, workers)) and not os.path.exists(cluster) and not left(), 45)
     before = recorded(killed)
     drive.drive(killed, trials=before + 5)
     assert_whole(killed, before + 5)

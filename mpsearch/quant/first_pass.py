@@ -1,0 +1,134 @@
+"""Compiled code on a card is compared with the eager one before it is used.
+
+On an H200 under torch 2.11 the first backward pass of a compiled quantizer gave gradients of 1e22 or NaN where its
+kernels had to be timed, and no later pass did. `compiler.one_shape_a_kernel` leaves nothing to be timed; that it helps
+cannot be promised for every card and every torch. So, whenever a call has compiled a new graph, forward and backward
+pass are made on copies and compared. A first pass that is wrong is thrown away; a function whose compiled form stays
+wrong runs eagerly for the rest of the process, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpsearch.compiler import graphs_compiled
+
+progress = logging.getLogger("mpsearch.progress")
+
+DEVICES = ("cuda",)
+"""Kinds of devices on which it is compared: on the CPU no kernel is timed, and tests compare."""
+
+PASSES = 3
+"""Passes that may be made until one is right."""
+
+APART = 0.05
+"""Largest distance from the eager result, as a share of its norm: rounding at the edge of two codes stays far below."""
+
+FLOOR = 1e-4
+"""Norm that a result has at least, as a share of its upstream gradient's: that of a weight which lies on its grid is
+rounding noise."""
+
+Function = Callable[..., Tensor]
+
+_eager: set[Function] = set()
+"""Functions whose compiled form is wrong in this process."""
+
+_thrown_away: list[str] = []
+"""What compiled functions of this process belong to whose first passes were wrong, and later ones right."""
+
+
+def wrong() -> tuple[int, int]:
+    """How many graphs' first passes were thrown away in this process, and how many functions run eagerly for good."""
+    return len(_thrown_away), len(_eager)
+
+
+def checked(compiled: Function, function: Function, owner: Any, x: Tensor, *per_channel: Tensor | None) -> Tensor:
+    """`compiled(owner, x, *per_channel)`, compared with `function` of the same where that has compiled a new graph.
+
+    Args:
+        compiled: the compiled form of `function`.
+        function: element-wise in `x`.
+        owner: what it needs beside tensors.
+        x: any shape.
+        per_channel: broadcast against `x`.
+    """
+    if x.device.type not in DEVICES:
+        return compiled(owner, x, *per_channel)
+    if function in _eager:
+        return function(owner, x, *per_channel)
+    before = graphs_compiled()
+    y = compiled(owner, x, *per_channel)
+    if graphs_compiled() == before or _capturing(x):
+        return y
+    for count in range(1, PASSES + 1):
+        apart = _apart(compiled, function, owner, x, per_channel)
+        if apart <= APART:
+            if count > 1:
+                _thrown_away.append(_name(owner))
+                progress.info("%s: pass %d of its compiled form is right, those before were not", _name(owner), count)
+            return compiled(owner, x, *per_channel)  # once more, for the first pass is not one of those compared
+    _eager.add(function)
+    progress.warning(
+        "torch.compile gives wrong numbers for %s on %s (%.2g of their norm from the eager ones, in %d passes): it "
+        "runs eagerly, and takes longer",
+        _name(owner),
+        x.device,
+        apart,
+        PASSES,
+    )
+    return function(owner, x, *per_channel)
+
+
+def _apart(
+    compiled: Function, function: Function, owner: Any, x: Tensor, per_channel: Sequence[Tensor | None]
+) -> float:
+    """The largest distance of results and gradients of the compiled form from the eager ones, as shares of norms.
+
+    What is random, so that two eager passes give it otherwise, must be finite, and as large within a factor of ten.
+    """
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        passes = functools.partial(_pass, owner=owner, x=x, per_channel=per_channel)
+        upstream = torch.randn_like(x)
+        got, expected, again = passes(compiled, upstream), passes(function, upstream), passes(function, upstream)
+    least = FLOOR * float(upstream.float().norm())
+    worst = 0.0
+    for one, other, another in zip(got, expected, again, strict=True):
+        norm = float(other.norm())
+        if not math.isfinite(norm):  # of a diverged training; there is nothing to compare
+            continue
+        if float((another - other).norm()) > APART / 10 * norm:
+            distance = 0.0 if float(one.norm()) <= 10 * max(norm, least) else math.inf  # a NaN is not
+        else:
+            distance = float((one - other).norm()) / max(norm, least)
+        worst = max(worst, distance if math.isfinite(distance) else math.inf)
+    return worst
+
+
+def _pass(
+    function: Function, upstream: Tensor, owner: Any, x: Tensor, per_channel: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The result of a forward pass and, where gradients are on, the gradients of a backward pass; in float32."""
+    tensors = [p if p is None else p.detach().requires_grad_(p.requires_grad) for p in (x, *per_channel)]
+    y = function(owner, *tensors)
+    leaves = [p for p in tensors if p is not None and p.requires_grad]
+    gradients: Sequence[Tensor | None] = [None] * len(leaves)
+    if y.requires_grad and leaves:
+        gradients = torch.autograd.grad(y, leaves, upstream.to(y.dtype), allow_unused=True)
+    whole = [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, gradients, strict=True)]
+    return [result.detach().float() for result in (y, *whole)]
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _name(owner: Any) -> str:
+    return "the GDNSQ quantizer" if isinstance(owner, tuple) else f"the {type(owner).__name__}"
