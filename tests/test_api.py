@@ -75,12 +75,8 @@ def test_stub_all_and_attributes_agree() -> None:
 
 def test_importing_is_light_and_so_is_looking_at_a_run(run: Path) -> None:
     heavy = "[m for m in ('torch', 'ray', 'plotly', 'onnx', 'optuna', 'scipy', 'pandas') if m in sys.modules]"
-    assert python(f"import mpsearch, sys; print({heavy})") == "[]"
     looking = f"mpsearch.status({str(run)!r}).to_json(); mpsearch.front({str(run)!r}).to_json()"
-    drawing = f"mpsearch.front({str(run)!r}).figure(); mpsearch.report({str(run)!r})"
-    looked, drawn = python(f"import mpsearch, sys; {looking}; print({heavy}); {drawing}; print({heavy})").splitlines()
-    assert looked == "[]"
-    assert "torch" not in drawn
+    assert python(f"import mpsearch, sys; print({heavy}); {looking}; print({heavy})").split() == ["[]", "[]"]
 
 
 @pytest.mark.slow

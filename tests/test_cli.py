@@ -106,6 +106,7 @@ def test_resume_of_a_finished_run_goes_on_when_more_trials_are_wanted(home: Path
     assert len(configs) == len(set(configs)) == 11
 
 
+@pytest.mark.slow  # tests/test_going_on.py says that an edit is seen
 def test_a_run_keeps_to_the_space_that_it_began_with(home: Path) -> None:
     text = (home / "run" / "space.yaml").read_text()
     (home / "space.yaml").write_text(text)

@@ -140,6 +140,7 @@ def swapped(here: Path) -> Path:
     return here
 
 
+@pytest.mark.slow
 def test_a_run_whose_network_was_replaced_is_refused_until_the_first_is_back(swapped: Path) -> None:
     (swapped / "config.json").write_text(json.dumps({"conv1": 4}))
     records = (swapped / "run" / "trials.jsonl").read_text()

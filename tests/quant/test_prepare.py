@@ -178,6 +178,7 @@ def test_a_module_used_under_two_names_stays_one(batch: Tensor) -> None:
 
 
 @pytest.mark.compile
+@pytest.mark.slow  # tests/quant/test_contracts.py has one compiled switch for all types and widths
 def test_one_compiled_model_serves_every_config(model: nn.Module, batch: Tensor) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 

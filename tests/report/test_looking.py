@@ -169,7 +169,7 @@ def test_the_trap_springs_where_the_task_is_loaded(tmp_path: Path) -> None:
     assert (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("command", ["status", "front"])
+@pytest.mark.parametrize("command", [pytest.param("status", marks=pytest.mark.slow), "front"])
 def test_looking_at_two_thousand_trials_takes_little_memory(tmp_path: Path, command: str) -> None:
     names = [f"stage{i // 10}.conv{i}" for i in range(50)]
     widths = [LayerPrecision.shorthand(f"w{w}a{a}") for w in (2, 3, 4, 6, 8) for a in (3, 4, 8)]

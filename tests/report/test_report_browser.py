@@ -126,6 +126,7 @@ def test_a_trial_can_be_picked_from_the_list(wide: tuple[Any, list[str]]) -> Non
     assert errors == []
 
 
+@pytest.mark.slow
 def test_a_phone_in_the_dark_reads_all_of_it(browser: Any, address: str) -> None:
     settings = {"viewport": {"width": 400, "height": 800}, "color_scheme": "dark", "has_touch": True, "is_mobile": True}
     with page_of(browser, offline=True, **settings) as (page, errors):

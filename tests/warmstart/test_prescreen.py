@@ -98,6 +98,7 @@ def test_the_models_proposals_score_better_than_others_at_their_budget(
     assert ours[0] < theirs[0]
 
 
+@pytest.mark.slow
 def test_a_prescreen_that_was_killed_goes_on_where_it_was(
     problem: Problem, folder: RunFolder, known: type[Known], monkeypatch: pytest.MonkeyPatch
 ) -> None:
