@@ -26,6 +26,7 @@ from benchmarks.printing import say
 from benchmarks.rows import Row, Rows, RowsError
 from mpsearch.facts import read_facts
 from mpsearch.hardware.profile import Allowed, load_profile
+from mpsearch.precision import LayerPrecision
 from mpsearch.problem import open_problem
 from mpsearch.record import RunFolder
 from mpsearch.study import load_study
@@ -93,9 +94,25 @@ def front_of(run: Path) -> Row:
             {"trial": int(row["number"]), "origin": row["origin"], "score": row["score"], "cost": row["relative_cost"]}
             for row in table.to_dict("records")
         ],
-        "knee_pairs": dict(Counter(str(pair) for pair in knee.config.values())) if knee else {},
+        "knee": knee.number if knee else None,
+        "knee_pairs": dict(Counter(map(short, knee.config.values())).most_common()) if knee else {},
         "answer": list(front.answer),
     }
+
+
+def short(pair: LayerPrecision) -> str:
+    """A pair of precisions, in a word.
+
+    >>> short(LayerPrecision.shorthand("w4a8")), short(LayerPrecision.parse("float16", "float16"))
+    ('w4a8', 'float16')
+    >>> short(LayerPrecision.parse("shift:3", "uniform:8"))
+    'shift:3 x a8'
+    """
+    weight, activation = (f"{p.quantizer}:{p.bits}" if p.has_scale else str(p) for p in (pair.weight, pair.activation))
+    if weight == activation and not pair.weight.has_scale:
+        return weight
+    weight, activation = weight.replace("uniform:", "w"), activation.replace("uniform:", "a")
+    return f"{weight}{activation}" if weight[0] == "w" and activation[0] == "a" else f"{weight} x {activation}"
 
 
 def with_outliers(study: str, overrides: list[str], path: Path) -> Path:

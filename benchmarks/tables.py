@@ -433,6 +433,24 @@ def gpu() -> str:
     return f"{markdown(('section', 'what', 'figure', 'goal', ''), lines)}\n\n{card} {measured(some)}"
 
 
+def hardware_fronts() -> str:
+    """What each search for hardware came to."""
+    some = rows("hardware_fronts.jsonl")
+
+    def cells(row: Row) -> Iterator[object]:
+        yield row["case"]
+        yield row["trials"]
+        yield f"{100 * row['float']:.2f}"
+        for point in (row["front"][0], next(p for p in row["front"] if p["trial"] == row["knee"]), row["front"][-1]):
+            yield f"{100 * point['score']:.2f} at {point['cost']:.3f}"
+        pairs = [f"{count} {pair}" for pair, count in row["knee_pairs"].items()]
+        yield ", ".join(pairs[:5]) + (f", {len(pairs) - 5} more kinds" if len(pairs) > 5 else "")
+
+    head = ("case", "trials", "float, val %", "cheapest of the front", "knee", "best", "layers of the knee")
+    minutes = f"{_only(some, 'minutes'):g} minutes each, everything included."
+    return f"{markdown(head, map(tuple, map(cells, some)))}\n\n{minutes} {measured(some)}"
+
+
 def mhaq() -> str:
     """Targets and bits in use after training in MHAQ."""
     row = rows("mhaq.jsonl")[-1]
@@ -485,6 +503,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "zoo": zoo,
     "zoo-failures": zoo_failures,
     "gpu": gpu,
+    "hardware-fronts": hardware_fronts,
     "mhaq": mhaq,
     "peers": peers,
 }
