@@ -48,7 +48,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.targets: $(VENV)/.installed
-	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,targets,zoo,metrics,text,audio,pitch]'
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev,targets,zoo,metrics,text,trainer,audio,pitch]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed

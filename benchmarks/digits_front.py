@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,12 +24,21 @@ def digits_front(
     run: Annotated[Path, typer.Argument(help="folder of a run that has ended")],
     results: Results = RESULTS / "digits_front.jsonl",
 ) -> None:
+    rows = front_rows(run)
+    results.unlink(missing_ok=True)
+    Rows(results, key=("trial",)).append(*rows)
+    for row in rows:
+        print("  ".join(f"{row[name]!s}" for name in COLUMNS))
+
+
+def front_rows(run: Path) -> list[dict[str, Any]]:
+    """A row for each line of what `mpsearch front` prints, with the seconds that the whole run took."""
     folder = RunFolder.open(run)
     front = mpsearch.front(run)
     created_s = json.loads((run / "run.json").read_text(encoding="utf-8"))["created_s"]
     ended_s = max(record.started_s + record.wall.total_s for record in folder.records())
     about = {"study": mpsearch.status(run).study, "trials": len(folder.records()), "run_s": round(ended_s - created_s)}
-    rows = [
+    return [
         about
         | {
             "trial": int(row["number"]),
@@ -43,7 +52,3 @@ def digits_front(
         }
         for row in front.table.to_dict("records")
     ]
-    results.unlink(missing_ok=True)
-    Rows(results, key=("trial",)).append(*rows)
-    for row in rows:
-        print("  ".join(f"{row[name]!s}" for name in COLUMNS))

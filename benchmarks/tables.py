@@ -130,15 +130,24 @@ def _only(some: Sequence[Mapping[str, Any]], name: str) -> str:
 def digits_front() -> str:
     """As `mpsearch run digits` prints it, and what made it."""
     front = rows("digits_front.jsonl")
+    about = front[0]
+    return (
+        f"{_printed(front, 'top1', 'points')}\n\n{about['trials']} trials in {about['run_s'] / 60:.0f} minutes, on a "
+        f"machine that was shared with other work. {measured(front)}"
+    )
+
+
+def _printed(front: Sequence[Row], metric: str, unit: str) -> str:
+    """A front as the command prints it."""
     heads = (
         "trial",
         "origin",
-        "top1, val",
+        f"{metric}, val",
         "cost",
         "weight bits",
         "activation bits",
         "",
-        "over uniform, points (95 %)",
+        f"over uniform, {unit} (95 %)" if unit else "over uniform (95 %)",
     )
     cells = [
         (
@@ -159,10 +168,56 @@ def digits_front() -> str:
         "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)).rstrip()
         for line in (heads, *cells)
     )
-    about = front[0]
-    return (
-        f"```text\n{text}\n```\n\n{about['trials']} trials in {about['run_s'] / 60:.0f} minutes, on a machine that was "
-        f"shared with other work. {measured(front)}"
+    return f"```text\n{text}\n```"
+
+
+# The studies on other tasks
+
+
+def _by_study() -> dict[str, list[Row]]:
+    fronts: dict[str, list[Row]] = {}
+    for row in rows("task_fronts.jsonl"):
+        fronts.setdefault(str(row["study"]), []).append(row)
+    return fronts
+
+
+GAIN = re.compile(r"^(?P<mean>\S+) \((?P<low>\S+) to (?P<high>\S+)\) at (?P<ratio>\S+)x of trial (?P<baseline>\d+)")
+"""A gain over the uniform config that is nearest in cost, as `mpsearch front` prints it."""
+
+
+def task_fronts() -> str:
+    """Whether each front beats its uniform ladder, by the paired interval."""
+    lines = []
+    for study, front in _by_study().items():
+        gains = [(match, row) for row in front if (match := GAIN.match(row["over_uniform"]))]
+        clear = [(match, row) for match, row in gains if float(match["low"]) * float(match["high"]) > 0]
+        better = [(m, row) for m, row in clear if (float(m["mean"]) > 0) == (front[0].get("direction") != "minimize")]
+        best = max(better, key=lambda pair: abs(float(pair[0]["mean"])), default=None)
+        lines.append(
+            (
+                study,
+                front[0]["metric"],
+                f"{len(better)} of {len(gains)}",
+                "no config" if best is None else _gain(*best),
+                front[0]["trials"],
+                f"{front[0]['run_s'] / 60:.0f}",
+                "; ".join(f"{to} {alike}" for to, alike in front[0]["verified"].items()) or "none",
+            )
+        )
+    heads = ("study", "metric", "better", "most, over uniform (95 %)", "trials", "minutes", "same answers")
+    return f"{markdown(heads, lines)}\n\n{measured(rows('task_fronts.jsonl'))}"
+
+
+def _gain(match: re.Match[str], row: Row) -> str:
+    unit = f" {row['unit']}" if row["unit"] else ""
+    return f"{match['mean']} ({match['low']} to {match['high']}){unit} at cost {row['cost']:.3f}"
+
+
+def task_fronts_printed() -> str:
+    """Each front as `mpsearch front` prints it."""
+    return "\n\n".join(
+        f"### {study}\n\n{_printed(front, front[0]['metric'], front[0].get('unit', ''))}"
+        for study, front in _by_study().items()
     )
 
 
@@ -492,6 +547,8 @@ def peers() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "digits-front": digits_front,
+    "task-fronts": task_fronts,
+    "task-fronts-printed": task_fronts_printed,
     "search": search,
     "search-short": search_short,
     "search-arms": search_arms,

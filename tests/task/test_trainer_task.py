@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import mpsearch
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
@@ -87,6 +90,32 @@ def language() -> Trainer:
     return Trainer(ToyForCausalLM(), rows, rows)
 
 
+def first_tokens(count: int, seed: int) -> list[dict[str, Any]]:
+    ids = torch.randint(1, 12, (count, 6), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": (row[0] > 6).long()} for row in ids]
+
+
+def real(folder: str) -> Any:
+    """A Trainer of transformers, for whether the first token is large."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=2
+    )
+    args = transformers.TrainingArguments(
+        folder,
+        num_train_epochs=6,
+        per_device_train_batch_size=16,
+        learning_rate=5e-3,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    return transformers.Trainer(model, args, train_dataset=first_tokens(256, 0), eval_dataset=first_tokens(128, 1))
+
+
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trainer_of_tests", sys.modules[__name__])
@@ -139,3 +168,31 @@ def test_something_else_is_no_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules[__name__], "classifier", Classifier)
     with pytest.raises(TaskError, match="gave a Classifier without model, train_dataset, eval_dataset, data_collator"):
         task()
+
+
+@pytest.mark.slow
+def test_a_trainer_of_transformers_is_searched_and_exported(tmp_path: Path) -> None:
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package, reason="needs mpsearch[trainer]; `make test-all` installs it")
+    args = {"trainer": "trainer_of_tests:real", "metric": "top1", "trainer_args": {"folder": str(tmp_path / "trainer")}}
+    study = {
+        "name": "trainer",
+        "task": {"factory": "trainer", "args": args},
+        "space": "uniform",
+        "warm_start": {"method": "none", "ilp": False},
+        "search": {"prescreen": 0, "trials": 3, "concurrency": 1},
+        "trial": {"steps": 8, "batch_size": 16, "compile": False, "calibration_samples": 32},
+        "storage": "none",
+        "engine": {"address": "none"},
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    for step in (("run", "study.yaml", "--out", "run"), ("export", "run", "--to", "native", "--out", "native")):
+        done = mpsearch(*step, cwd=tmp_path)
+        assert done.returncode == 0, f"{step}: {done.stderr}"
+    records = [json.loads(line) for line in (tmp_path / "run" / "trials.jsonl").read_text().splitlines()]
+    assert [record["state"] for record in records] == ["complete"] * 3
+    assert max(record["score"] for record in records) > 0.9
+    verified = json.loads((tmp_path / "native" / "precision.json").read_text())["verified"]
+    assert verified["same_answers"] == verified["samples"] > 0
+    names = json.loads((tmp_path / "native" / "precision.json").read_text())["layers"]
+    assert "bert.embeddings.word_embeddings" in names
