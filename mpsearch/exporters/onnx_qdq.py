@@ -147,9 +147,10 @@ def _check_zero_point(name: str, layer: QuantLayer) -> None:
             continue
         zero, most = uniform_grid(quantizer).zero_point, 2 ** activation_container(precision.bits) - 1
         if not 0 <= zero <= most:  # 0 of an offset grid
+            tensor = "input" if what == "activation" else what
             raise ExportError(
-                f"layer '{name}': the zero point of its {what} is {zero:.0f}, ONNX holds 0 to {most} for {precision}: "
-                "export to qonnx, or set the range again so that it contains zero"
+                f"layer '{name}': the zero point of its {tensor} is {zero:.0f}, ONNX holds 0 to {most} for "
+                f"{precision}: export to qonnx, or set the range again so that it contains zero"
             )
 
 
