@@ -219,6 +219,9 @@ class Killer:
         """Tell the driver to end, then let the run come to its end; both exit codes."""
         driver, codes = self.driver, list[int]()
         if driver is not None and driver.poll() is None:
+            until = time.monotonic() + 300
+            while not RunFolder.open(self.run).driven and time.monotonic() < until:
+                time.sleep(0.1)  # a process that imports yet has no handler of signals
             driver.terminate()
             codes.append(driver.wait(300))
         self.remember()

@@ -259,14 +259,18 @@ def test_torch_counts_the_graphs_that_it_compiles() -> None:
     assert graphs_compiled() == before + 1
 
 
-def test_ray_replaces_the_handler_of_sigterm_and_we_put_it_back() -> None:
+def test_ray_replaces_the_handler_of_sigterm_and_is_kept_from_it() -> None:
     import ray
+    from ray._private import utils
 
-    assert "set_sigterm_handler" in inspect.getsource(ray.init), "Ray leaves SIGTERM alone: nothing is to be put back"
-    before = signal.getsignal(signal.SIGTERM)
+    assert "_private.utils.set_sigterm_handler(" in inspect.getsource(ray.init), "Ray sets it otherwise, or not"
+    before, theirs = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
     with handler_of_sigterm_kept():
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        utils.set_sigterm_handler(lambda *_: None)
+        assert signal.getsignal(signal.SIGTERM) == before  # a signal while Ray starts ends as one before and after
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as Ray's C++ does
     assert signal.getsignal(signal.SIGTERM) == before
+    assert utils.set_sigterm_handler is theirs
 
 
 def test_libraries_with_private_parts_have_upper_bounds() -> None:
