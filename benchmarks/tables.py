@@ -504,8 +504,8 @@ def long_runs() -> str:
         line(
             f"`soak`: {row['study']}, {row['minutes']:g} minutes, processes killed about every {row['every']:g} s",
             f"{row['kills']} kills ({row['drivers_killed']} of the driver, {row['workers_killed']} of workers), "
-            f"{row['trials']} trials, {row['trainings_ended']} trainings, {row['begun_again']} begun again; lost or done "
-            f"twice: {lost}; processes that outlived a killed driver by 30 s: {row['processes_left']}",
+            f"{row['trials']} trials, {row['trainings_ended']} trainings, {row['begun_again']} begun again; lost or "
+            f"done twice: {lost}; processes that outlived a killed driver by 30 s: {row['processes_left']}",
             "0; 0",
             whole(row),
         )
