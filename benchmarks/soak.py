@@ -219,6 +219,9 @@ class Killer:
         """Tell the driver to end, then let the run come to its end; both exit codes."""
         driver, codes = self.driver, list[int]()
         if driver is not None and driver.poll() is None:
+            until = time.monotonic() + 300
+            while not self.driven() and time.monotonic() < until:
+                time.sleep(0.1)  # a process that imports yet has no handler of signals
             driver.terminate()
             codes.append(driver.wait(300))
         self.remember()
@@ -229,6 +232,10 @@ class Killer:
         codes.append(self.start("--trials", str(trials)).wait(1200))
         self.remember()
         return codes
+
+    def driven(self) -> bool:
+        """Whether a driver has begun its work."""
+        return (self.run / "run.json").exists() and RunFolder.open(self.run).driven
 
     def end_all(self) -> None:
         """Leave no process behind, whatever happened."""

@@ -545,6 +545,65 @@ def peers() -> str:
     return markdown(COLUMNS, beside(ours))
 
 
+def long_runs() -> str:
+    """What hours and thousands of trials do to a run, each figure beside its goal."""
+    from benchmarks.soak import NOTHING, NOTHING_MORE, whole
+
+    lines = list[tuple[str, str, str, str]]()
+
+    def line(what: str, figure: str, goal: str, met: bool) -> None:
+        lines.append((what, figure, goal, "pass" if met else "**fail**"))
+
+    for row in (soaks := rows("soak.jsonl")):
+        lost = sum(row[name] for name in (*NOTHING, *NOTHING_MORE) if name != "processes_left")
+        line(
+            f"`soak`: {row['study']}, {row['minutes']:g} minutes, processes killed about every {row['every']:g} s",
+            f"{row['kills']} kills ({row['drivers_killed']} of the driver, {row['workers_killed']} of workers), "
+            f"{row['trials']} trials, {row['trainings_ended']} trainings, {row['begun_again']} begun again; lost or "
+            f"done twice: {lost}; processes that outlived a killed driver by 30 s: {row['processes_left']}",
+            "0; 0",
+            whole(row),
+        )
+    for row in (scales := rows("controller_scale.jsonl")):
+        first, last = row["growth"][0], row["growth"][-1]
+        line(
+            f"`controller_scale`: {row['resumed']['trials']:,} simulated trials of {row['layers']} layers, killed at "
+            f"{row['killed_at']:,}",
+            f"{first['trial_ms']:.0f} ms a trial after {first['trials']:,}, {last['trial_ms']:.0f} ms after "
+            f"{last['trials']:,}; {row['uninterrupted']['repeats'] + row['resumed']['repeats']} configs twice",
+            "the same front at the kill",
+            bool(row["same_front_at_kill"]),
+        )
+    for row in (memories := rows("worker_memory.jsonl")):
+        line(
+            f"`worker_memory`: {row['ended']} trials of {row['study']} in one worker",
+            f"grown by {row['grown_mib']:.0f} MiB from trial {row['settled']} on",
+            "under 50 MB",
+            row["grown_mib"] < 50e6 / 2**20,
+        )
+    for row in (overheads := rows("trial_overhead.jsonl")):
+        share = (row["train_s"] + row["evaluate_s"]) / row["worker_s"]
+        trial_s = (row["train_s"] + row["evaluate_s"] + row["prepare_s"]) / row["records"]
+        between = (row["worker_s"] - row["records"] * trial_s) / row["records"]
+        line(
+            f"`trial_overhead`: {row['records']} trials of {row['study']} of {trial_s:.0f} s, on {row['concurrency']} "
+            "workers",
+            f"{share:.1%} of the workers' time in training and scoring ({row['train_s'] / row['worker_s']:.1%} in "
+            f"training); {row['prepare_s'] / row['records']:.2f} s to prepare a trial, {between:.2f} s between two",
+            "85 % or more",
+            share >= 0.85,
+        )
+    for row in (reports := rows("report_speed.jsonl")):
+        line(
+            f"`report_speed`: a report of {row['trials']:,} trials and {row['layers']} layers",
+            f"{row['wall_s']:.0f} s, {row['peak_mib']:.0f} MiB, page of {row['page_mib']:.1f} MiB",
+            "",
+            True,
+        )
+    every = [*soaks, *scales, *memories, *overheads, *reports]
+    return f"{markdown(('what', 'figure', 'goal', ''), lines)}\n\n{measured(every)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "digits-front": digits_front,
     "task-fronts": task_fronts,
@@ -561,6 +620,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "zoo-failures": zoo_failures,
     "gpu": gpu,
     "hardware-fronts": hardware_fronts,
+    "long-runs": long_runs,
     "mhaq": mhaq,
     "peers": peers,
 }

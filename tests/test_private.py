@@ -47,12 +47,14 @@ SLEEP = "import sys, time; print(flush=True); time.sleep(60)"
 
 @pytest.mark.parametrize("killed", [True, False])
 def test_ray_watchdog_ends_what_a_killed_driver_left_and_nothing_that_is_younger(tmp_path: Path, killed: bool):
-    def start(*arguments: object) -> subprocess.Popen[bytes]:
+    def start(*arguments: object, log: Any = None) -> subprocess.Popen[bytes]:
         command = [sys.executable, *map(str, arguments)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
 
     (tmp_path / "driver.json").write_text(json.dumps({"pid": os.getpid()}))
-    processes = [start("-c", SLEEP, tmp_path), start("-c", SLEEP, tmp_path.with_name("another"))]
+    with (tmp_path / "agent.log").open("wb") as log:  # Ray's agents say nowhere else to what they belong
+        agent = start("-c", SLEEP, log=log)
+    processes = [start("-c", SLEEP, tmp_path), agent, start("-c", SLEEP, tmp_path.with_name("another"))]
     watchdog = start(ray_watchdog.__file__, tmp_path, 3)
     try:
         for process in processes:
@@ -65,7 +67,8 @@ def test_ray_watchdog_ends_what_a_killed_driver_left_and_nothing_that_is_younger
         time.sleep(1.0)
         processes.append(start("-c", SLEEP, tmp_path))  # of the next driver of the run
         assert watchdog.wait(60) == 0
-        assert [process.poll() for process in processes] == [-signal.SIGKILL if killed else None, None, None]
+        ended = -signal.SIGKILL if killed else None
+        assert [process.poll() for process in processes] == [ended, ended, None, None]
         assert tmp_path.exists() != killed
     finally:
         for process in processes:
@@ -259,14 +262,18 @@ def test_torch_counts_the_graphs_that_it_compiles() -> None:
     assert graphs_compiled() == before + 1
 
 
-def test_ray_replaces_the_handler_of_sigterm_and_we_put_it_back() -> None:
+def test_ray_replaces_the_handler_of_sigterm_and_is_kept_from_it() -> None:
     import ray
+    from ray._private import utils
 
-    assert "set_sigterm_handler" in inspect.getsource(ray.init), "Ray leaves SIGTERM alone: nothing is to be put back"
-    before = signal.getsignal(signal.SIGTERM)
+    assert "_private.utils.set_sigterm_handler(" in inspect.getsource(ray.init), "Ray sets it otherwise, or not"
+    before, theirs = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
     with handler_of_sigterm_kept():
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        utils.set_sigterm_handler(lambda *_: None)
+        assert signal.getsignal(signal.SIGTERM) == before  # a signal while Ray starts ends as one before and after
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as Ray's C++ does
     assert signal.getsignal(signal.SIGTERM) == before
+    assert utils.set_sigterm_handler is theirs
 
 
 def test_libraries_with_private_parts_have_upper_bounds() -> None:

@@ -43,12 +43,20 @@ def watched(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def handler_of_sigterm_kept() -> Iterator[None]:
-    """`ray.init` replaces the process's handler by one that ends it with a C++ dump; this puts the old one back."""
+    """Have `ray.init` leave the process's handler of SIGTERM alone.
+
+    First it sets one that ends the process with exit code 15, then its C++ one that ends it with a dump; the first is
+    kept from it, so that a signal in the seconds which it takes ends in good order, and the second is taken back.
+    """
     if threading.current_thread() is not threading.main_thread():  # Ray leaves it alone there, and Python forbids it
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    from ray._private import utils
+
+    before, theirs = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
+        utils.set_sigterm_handler = theirs
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)

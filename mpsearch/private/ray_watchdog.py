@@ -5,8 +5,8 @@
 Ray's agents outlive a killed driver by a minute or more: each tells the cluster's head, which is gone too, that its
 raylet has died, and Ray waits that long for the head to come back (`gcs_rpc_server_reconnect_timeout_s`). This process
 reads its standard input, on which a driver that ends in good order says so. Where it ends without a word the driver was
-killed: after a little time, every process that named the folder of the cluster in its command line or environment then
-is ended, and the folder removed, unless the next driver of the run has it already.
+killed: after a little time, every process that named the folder of the cluster in its command line or environment,
+or had a file of it open, is ended, and the folder removed, unless the next driver of the run has it already.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ GRACE_S = 8.0
 
 
 def processes_of(folder: str) -> list[psutil.Process]:
-    """This user's processes that name a folder in their command line or environment."""
+    """This user's processes that name a folder in their command line or environment, or have a file of it open.
+
+    Ray's agents write a title over the first two, and a log into the folder.
+    """
     those = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid == os.getpid() or process.uids().real != os.getuid():
                 continue
-            if any(folder in text for text in (*process.cmdline(), *process.environ().values())):
+            named = (*process.cmdline(), *process.environ().values())
+            if any(folder in text for text in named) or any(folder in file.path for file in process.open_files()):
                 those.append(process)
     return those
 

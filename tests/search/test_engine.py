@@ -313,15 +313,14 @@ def test_ray_takes_its_workers_along_when_its_driver_is_killed(tmp_path):
     wait_for_records(killed, 3, victim)
     workers = worker_pids(killed)
     assert any(map(psutil.pid_exists, workers))
+    family = psutil.Process(victim.pid).children(recursive=True)
+    assert {psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)} <= set(family)
     os.kill(victim.pid, signal.SIGKILL)
     victim.communicate()
     cluster = f"/tmp/mpsearch-{RunFolder.open(killed).id}"
-
-    def left() -> list[str]:
-        return [str(process.info) for process in psutil.process_iter(["cmdline"]) if cluster in str(process.info)]
-
     # Ray's agents would live for a minute more; the watchdog, which removes the folder, ends last.
-    until(lambda: not any(map(psutil.pid_exists, workers)) and not os.path.exists(cluster) and not left(), 45)
+    assert psutil.wait_procs(family, timeout=45)[1] == []
+    assert not os.path.exists(cluster)
     before = recorded(killed)
     drive.drive(killed, trials=before + 5)
     assert_whole(killed, before + 5)
