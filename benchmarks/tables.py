@@ -197,8 +197,8 @@ def task_fronts() -> str:
             (
                 study,
                 front[0]["metric"],
-                f"{len(better)} of {len(gains)}",
-                "no config" if best is None else _gain(*best),
+                f"{len(better)} of {len(gains)}" if gains else "not paired",
+                _gain(*best) if best else "none" if gains else "",
                 front[0]["trials"],
                 f"{front[0]['run_s'] / 60:.0f}",
                 "; ".join(f"{to} {alike}" for to, alike in front[0]["verified"].items()) or "none",
