@@ -3,8 +3,8 @@
 Nonuniform-to-uniform quantization (N2UQ, https://arxiv.org/abs/2111.14826): the levels of a tensor stay uniform, and
 the 2^b - 1 thresholds between which an input goes to them are learned. Both arms train the same config, weights
 uniform, from the same float network on the same batches, as trials do. They differ in the quantizer of the inputs that
-the space does not fix, which is here and not in mpsearch because it gained too little. Prints val, test and divergence
-of each arm, and the paired differences from uniform.
+the space does not fix, which is here and not in mpsearch because it gained too little. Prints score and divergence of
+each arm, and the paired differences from uniform.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from itertools import pairwise
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -25,7 +26,7 @@ from benchmarks.stopwatch import Stopwatch
 from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.problem import Problem, open_problem
 from mpsearch.quant.prepare import quant_layers
-from mpsearch.quant.rounding import scale_gradient, with_gradient_of
+from mpsearch.quant.rounding import scale_gradient
 from mpsearch.quant.uniform import UniformQuantizer
 from mpsearch.study import load_study
 from mpsearch.train import FitSettings, Teacher, fit
@@ -82,15 +83,42 @@ class NonuniformQuantizer(UniformQuantizer):
         """The formula of the class; there is no offset."""
         # A step moves by its gradient, an end by its own times the step: divided by its square both move by one share.
         scale = self.rate * self.gradient_scale / step.detach().square()
-        widths = scale_gradient(self.widths, scale).clamp_min(NARROWEST).unbind()
-        end = scale_gradient(self.start, scale)
+        widths = scale_gradient(self.widths, scale).clamp_min(NARROWEST)
+        start = scale_gradient(self.start, scale)
         v = x.to(torch.promote_types(x.dtype, torch.float32)) / step
-        codes, surrogate = torch.zeros_like(v), torch.zeros_like(v)
-        for k, width in enumerate(widths, start=1):
-            codes = codes + (v > end + width / 2).to(v.dtype)
-            surrogate = surrogate + ((v - end) / width).clamp(0, 1 if k < len(widths) else 1.5)
-            end = end + width
-        return (step * with_gradient_of(surrogate, codes)).to(x.dtype)
+        codes: Tensor = _Codes.apply(v, torch.cat([start[None], start + widths.cumsum(0)]))  # type: ignore[no-untyped-call]
+        return (step * codes).to(x.dtype)
+
+
+class _Codes(torch.autograd.Function):
+    """How many thresholds lie below each element of v, and the gradient of the expectation, in v and in the ends.
+
+    Between e_(k-1) and e_k, a_k apart, the expectation is k - 1 + (v - e_(k-1)) / a_k. An input that lies on the first
+    end, as all zeros do at the start, has no part in the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(v, ends)
+        codes = torch.zeros_like(v)
+        for low, high in pairwise(ends.unbind()):
+            codes = codes + (v > (low + high) / 2).to(v.dtype)
+        return codes
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        v, ends = ctx.saved_tensors
+        of_v = torch.zeros_like(v)
+        of_ends = [torch.zeros_like(ends[0]) for _ in ends]
+        for k, (low, high) in enumerate(pairwise(ends.unbind())):
+            width = high - low
+            top = high if k + 2 < len(ends) else high + width / 2
+            inside = torch.where((v > low) & (v <= top), grads[0], 0.0)
+            of_v = of_v + inside / width
+            along = (inside * (v - low)).sum() / width.square()
+            of_ends[k] = of_ends[k] + along - inside.sum() / width
+            of_ends[k + 1] = of_ends[k + 1] - along
+        return of_v, torch.stack(of_ends)
 
 
 def learned_thresholds(
@@ -110,8 +138,8 @@ def learned_thresholds(
     torch.set_num_threads(threads)
     cases = [
         {"study": study, "target": target, "arm": arm, "seed": seed, "steps": steps, "range_lr": range_lr}
-        for seed in seeds
         for target in targets
+        for seed in seeds
         for arm in (UNIFORM, *(f"nonuniform, rate {rate:g}" for rate in rates))
     ]
     rows = Rows(results, key=tuple(cases[0]))
@@ -120,7 +148,7 @@ def learned_thresholds(
         runner = runner or Runner(open_problem(load_study(study, set_ or ())), steps, range_lr)
         row = runner.run(case["arm"], LayerPrecision.shorthand(case["target"]), case["seed"])
         rows.append(case | row)
-        say(f"{case}: val {row['val']:.2f}, test {row['test']:.2f}, {row['divergence']:.3f} nats")
+        say(f"{case}: val {row['val']:.2f}, {row['divergence']:.3f} nats")
     show(rows.read())
 
 
@@ -132,8 +160,7 @@ class Runner:
         self.settings = problem.spec.trial.of_one_length(steps)
         self.fit = FitSettings(steps, self.settings.lr, self.settings.weight_decay, range_lr=range_lr)
         self.teacher: Teacher | None = None
-        float_model = problem.task.float_model()
-        self.float = {f"float_{split}": 100 * problem.task.evaluate(float_model, split) for split in ("val", "test")}
+        self.float_val = 100 * problem.task.evaluate(problem.task.float_model(), "val")
 
     def run(self, arm: str, target: LayerPrecision, seed: int) -> Row:
         """Train one arm and score it. `thresholds` are those of each input in steps, `losses` means over tenths."""
@@ -150,20 +177,24 @@ class Runner:
         workbench.reset(config)
         start = workbench.quick_score()
         losses: list[float] = []
+
+        def watch_loss(step: int, loss: float) -> None:
+            losses.append(loss)
+            if step % 50 == 0:
+                say(f"  step {step}, loss {loss:.3f}")
+
         settings = replace(self.fit, bf16=workbench.bf16)
         batches = workbench.train_batches(settings.steps, seed)
         with Stopwatch() as watch:
-            fit(workbench.model, batches, workbench.loss(seed), settings, lambda _step, loss: losses.append(loss))
+            fit(workbench.model, batches, workbench.loss(seed), settings, watch_loss)
         workbench.reestimate(seed)
-        val, test = workbench.score("val"), workbench.score("test")
+        val = workbench.score("val")
         tenth = max(1, len(losses) // 10)
         return {
             "val": 100 * val.value,
-            "test": 100 * test.value,
             "divergence": val.divergence,
-            "test_divergence": test.divergence,
             "start_divergence": start.divergence,
-            **self.float,
+            "float_val": self.float_val,
             "losses": [round(statistics.fmean(losses[i : i + tenth]), 4) for i in range(0, len(losses), tenth)],
             "thresholds": {name: [round(t, 3) for t in quantizer.thresholds()] for name, quantizer in learned.items()},
             "minutes": watch.wall_s / 60,
@@ -176,8 +207,7 @@ def show(lines: Sequence[Row]) -> None:
     for study, steps, range_lr in sorted({(line["study"], line["steps"], line["range_lr"]) for line in lines}):
         some = [line for line in lines if (line["study"], line["steps"], line["range_lr"]) == (study, steps, range_lr)]
         print_table(
-            f"{study}, {steps} steps, range_lr {range_lr:g}: float {some[0]['float_val']:.2f} % val, "
-            f"{some[0]['float_test']:.2f} % test",
+            f"{study}, {steps} steps, range_lr {range_lr:g}: float {some[0]['float_val']:.2f} % val",
             HEADS,
             cells(some),
             left=HEADS[:2],
@@ -189,10 +219,8 @@ HEADS = (
     "inputs",
     "seeds",
     "val",
-    "test",
     "divergence, nats",
     "val - uniform",
-    "test - uniform",
     "divergence - uniform",
 )
 
@@ -206,7 +234,7 @@ def cells(lines: Sequence[Row]) -> list[tuple[str, ...]]:
     for (target, arm), runs in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != UNIFORM)):
         uniform = groups.get((target, UNIFORM), {})
         pairs = [(run, uniform[seed]) for seed, run in runs.items() if seed in uniform and arm != UNIFORM]
-        scores = (("val", 2), ("test", 2), ("divergence", 3))
+        scores = (("val", 2), ("divergence", 3))
         table.append(
             (
                 target,

@@ -40,7 +40,7 @@ def test_nonuniform_begins_at_the_uniform_quantizer_in_value_and_gradient(bits: 
         answers.append((y, leaf.grad, quantizer.step.grad))
     (y, x_gradient, step_gradient), (other_y, other_x_gradient, other_step_gradient) = answers
     assert torch.equal(other_y, y)
-    assert torch.equal(other_x_gradient, x_gradient)
+    assert torch.equal(other_x_gradient[x > 0], x_gradient[x > 0])
     assert float(other_step_gradient) == pytest.approx(float(step_gradient), rel=1e-4)
 
 
