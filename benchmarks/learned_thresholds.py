@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.options import RESULTS, PrintOnly, Results, Seeds, Set, Study, Threads, several
 from benchmarks.printing import print_table, say, spread
@@ -26,10 +26,9 @@ from benchmarks.stopwatch import Stopwatch
 from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.problem import Problem, open_problem
 from mpsearch.quant.prepare import quant_layers
-from mpsearch.quant.rounding import scale_gradient
 from mpsearch.quant.uniform import UniformQuantizer
 from mpsearch.study import load_study
-from mpsearch.train import FitSettings, Teacher, fit
+from mpsearch.train import FitSettings, Teacher, fit, learning_rate
 from mpsearch.workbench import Workbench
 
 UNIFORM = "uniform"
@@ -51,26 +50,27 @@ class NonuniformQuantizer(UniformQuantizer):
     the levels: the ends make up for the other. And the last line goes on for half a width, as our uniform quantizer's
     does, whose gradient passes wherever v rounds to a level.
 
+    `start` and `widths`, in steps, are no parameters of the module, so that `fit` trains and clips both arms alike;
+    Adam moves them beside it, as in the authors' code.
+
     Args:
         quantizer: the uniform quantizer whose place it takes.
-        rate: speed of the ends relative to the step's, of which the learning rate is the same; 0: they stay.
     """
 
-    widths: nn.Parameter
+    start: Tensor
+    widths: Tensor
 
-    def __init__(self, quantizer: UniformQuantizer, rate: float) -> None:
+    def __init__(self, quantizer: UniformQuantizer) -> None:
         if quantizer.signed or quantizer.offset:
             raise ValueError("a tensor that takes negative values has an offset, which is not made here")
         super().__init__(1, 0, signed=False, offset=False, elements=quantizer.elements)
-        self.rate = rate
-        self.widths = nn.Parameter(torch.ones(1))
-        self.start = nn.Parameter(torch.zeros(()))
+        self.start, self.widths = torch.zeros(()), torch.ones(1)
         self.fused = quantizer.fused
 
     def _set_grid(self, precision: Precision) -> float:
         largest = super()._set_grid(precision)
-        self.widths = nn.Parameter(torch.ones(round(largest)))
-        self.start = nn.Parameter(torch.zeros(()))
+        self.start = torch.zeros((), requires_grad=True)
+        self.widths = torch.ones(round(largest), requires_grad=True)
         return largest
 
     @torch.no_grad()
@@ -81,12 +81,9 @@ class NonuniformQuantizer(UniformQuantizer):
 
     def quantize(self, x: Tensor, step: Tensor, beta: Tensor | None) -> Tensor:
         """The formula of the class; there is no offset."""
-        # A step moves by its gradient, an end by its own times the step: divided by its square both move by one share.
-        scale = self.rate * self.gradient_scale / step.detach().square()
-        widths = scale_gradient(self.widths, scale).clamp_min(NARROWEST)
-        start = scale_gradient(self.start, scale)
+        widths = self.widths.clamp_min(NARROWEST)
         v = x.to(torch.promote_types(x.dtype, torch.float32)) / step
-        codes: Tensor = _Codes.apply(v, torch.cat([start[None], start + widths.cumsum(0)]))  # type: ignore[no-untyped-call]
+        codes: Tensor = _Codes.apply(v, torch.cat([self.start[None], self.start + widths.cumsum(0)]))  # type: ignore[no-untyped-call]
         return (step * codes).to(x.dtype)
 
 
@@ -125,7 +122,9 @@ def learned_thresholds(
     study: Study = "resnet20-cifar10-jpeg",
     set_: Set = None,
     targets: Annotated[Sequence[str], several(str, "precisions of every layer that is not fixed")] = ("w2a2", "w3a3"),
-    rates: Annotated[Sequence[float], several(float, "speeds of thresholds relative to steps; arms")] = (1.0,),
+    lrs: Annotated[Sequence[float], several(float, "peak learning rates of Adam for the ends, in steps; arms")] = (
+        1e-3,
+    ),
     seeds: Seeds = (0, 1, 2),
     steps: Annotated[int, typer.Option(help="training steps", min=1)] = 400,
     range_lr: Annotated[
@@ -140,7 +139,7 @@ def learned_thresholds(
         {"study": study, "target": target, "arm": arm, "seed": seed, "steps": steps, "range_lr": range_lr}
         for target in targets
         for seed in seeds
-        for arm in (UNIFORM, *(f"nonuniform, rate {rate:g}" for rate in rates))
+        for arm in (UNIFORM, *(f"nonuniform, lr {lr:g}" for lr in lrs))
     ]
     rows = Rows(results, key=tuple(cases[0]))
     runner: Runner | None = None
@@ -173,20 +172,24 @@ class Runner:
             for name, layer in quant_layers(workbench.model).items():
                 quantizer = layer.input_quantizer
                 if config[name] == target and not quantizer.offset and isinstance(quantizer, UniformQuantizer):
-                    layer.input_quantizer = learned[name] = NonuniformQuantizer(quantizer, float(arm.split()[-1]))
+                    layer.input_quantizer = learned[name] = NonuniformQuantizer(quantizer)
         workbench.reset(config)
         start = workbench.quick_score()
+        settings = replace(self.fit, bf16=workbench.bf16)
+        ends = [end for quantizer in learned.values() for end in (quantizer.start, quantizer.widths)]
+        adam = torch.optim.Adam(ends) if learned else None
         losses: list[float] = []
 
-        def watch_loss(step: int, loss: float) -> None:
+        def on_step(step: int, loss: float) -> None:
             losses.append(loss)
-            if step % 50 == 0:
-                say(f"  step {step}, loss {loss:.3f}")
+            if adam is not None:
+                adam.param_groups[0]["lr"] = float(arm.split()[-1]) * learning_rate(step, settings) / settings.lr
+                adam.step()
+                adam.zero_grad()
 
-        settings = replace(self.fit, bf16=workbench.bf16)
         batches = workbench.train_batches(settings.steps, seed)
         with Stopwatch() as watch:
-            fit(workbench.model, batches, workbench.loss(seed), settings, watch_loss)
+            fit(workbench.model, batches, workbench.loss(seed), settings, on_step)
         workbench.reestimate(seed)
         val = workbench.score("val")
         tenth = max(1, len(losses) // 10)

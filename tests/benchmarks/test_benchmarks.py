@@ -175,8 +175,8 @@ def test_gpu_is_tried_out_on_the_cpu(bench: Bench) -> None:
 
 @pytest.mark.slow
 def test_learned_thresholds_that_stay_train_as_uniform_does(bench: Bench) -> None:
-    """A rate of 0 repeats the uniform arm, another one does not."""
-    options = ("--study", "digits", *SETS, "--targets", "w3a2", "--seeds", "1", "--steps", "5", "--rates", "0,1000")
+    """A learning rate of 0 repeats the uniform arm, another one does not."""
+    options = ("--study", "digits", *SETS, "--targets", "w3a2", "--seeds", "1", "--steps", "5", "--lrs", "0,0.1")
     uniform, still, moved = bench("learned_thresholds", *options)
     assert still["start_divergence"] == pytest.approx(uniform["start_divergence"])
     assert still["losses"] == pytest.approx(uniform["losses"], abs=2e-3)
