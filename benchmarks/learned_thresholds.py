@@ -3,8 +3,8 @@
 Nonuniform-to-uniform quantization (N2UQ, https://arxiv.org/abs/2111.14826): the levels of a tensor stay uniform, and
 the 2^b - 1 thresholds between which an input goes to them are learned. Both arms train the same config, weights
 uniform, from the same float network on the same batches, as trials do. They differ in the quantizer of the inputs that
-the space does not fix, which is here and not in mpsearch because it gained too little. Prints score and divergence of
-each arm, and the paired differences from uniform.
+the space does not fix: the new one is here and not in mpsearch, as long as it has not been shown to gain. Prints score
+and divergence of each arm, and the paired differences from uniform.
 """
 
 from __future__ import annotations
