@@ -185,6 +185,7 @@ def test_learned_thresholds_that_stay_train_as_uniform_does(bench: Bench) -> Non
     assert set(map(tuple, still["thresholds"].values())) == {(0.5, 1.5, 2.5)}
 
 
+@pytest.mark.slow
 def test_methods_makes_a_row_a_method(bench: Bench) -> None:
     rows = bench("methods", "--study", "digits", "--rows", "ptq-w8a8-data-free,qat-w4a4", "--epochs", "0.1")
     assert [row["row"] for row in rows] == ["ptq-w8a8-data-free", "qat-w4a4"]
