@@ -366,6 +366,21 @@ def methods() -> str:
     return f"{table}\n\n{floats} {measured(some)}"
 
 
+def learned_thresholds() -> str:
+    """What learned input thresholds gain over the uniform quantizer, where both have been trained."""
+    from benchmarks.learned_thresholds import HEADS, UNIFORM, cells
+
+    some = rows("learned_thresholds.jsonl")
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in some:
+        groups.setdefault((row["study"], row["steps"]), []).append(row)
+    compared = {key: group for key, group in groups.items() if any(row["arm"] != UNIFORM for row in group)}
+    lines = [(study, str(steps), *line) for (study, steps), group in compared.items() for line in cells(group)]
+    floats = ", ".join(f"{study} {group[0]['float_val']:.2f} % val" for (study, _), group in compared.items())
+    used = [row for group in compared.values() for row in group]
+    return f"{markdown(('study', 'steps', *HEADS), lines)}\n\nFloat: {floats}. {measured(used)}"
+
+
 # Exports
 
 
@@ -614,6 +629,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "search-hypervolume": search_hypervolume,
     "search-time": search_time,
     "methods": methods,
+    "learned-thresholds": learned_thresholds,
     "exports": exports,
     "export-sizes": export_sizes,
     "zoo": zoo,

@@ -174,6 +174,18 @@ def test_gpu_is_tried_out_on_the_cpu(bench: Bench) -> None:
 
 
 @pytest.mark.slow
+def test_learned_thresholds_that_stay_train_as_uniform_does(bench: Bench) -> None:
+    """A learning rate of 0 repeats the uniform arm, another one does not."""
+    options = ("--study", "digits", *SETS, "--targets", "w3a2", "--seeds", "1", "--steps", "5", "--lrs", "0,0.1")
+    uniform, still, moved = bench("learned_thresholds", *options)
+    assert still["start_divergence"] == pytest.approx(uniform["start_divergence"])
+    assert still["losses"] == pytest.approx(uniform["losses"], abs=2e-3)
+    assert moved["losses"] != pytest.approx(uniform["losses"], abs=2e-3)
+    assert uniform["thresholds"] == {}
+    assert set(map(tuple, still["thresholds"].values())) == {(0.5, 1.5, 2.5)}
+
+
+@pytest.mark.slow
 def test_methods_makes_a_row_a_method(bench: Bench) -> None:
     rows = bench("methods", "--study", "digits", "--rows", "ptq-w8a8-data-free,qat-w4a4", "--epochs", "0.1")
     assert [row["row"] for row in rows] == ["ptq-w8a8-data-free", "qat-w4a4"]
