@@ -35,18 +35,30 @@ OUTLIER = 100.0
 CHANNELS = 2
 BLOCKS = 3
 
+FEW_PAIRS = ["warm_start.method=none", "warm_start.ilp=true"]
+"""Where no tensor has more than two widths there is nothing to descend."""
+
 CASES: Mapping[str, list[str]] = {
-    "onnxruntime-cpu": ["hardware=onnxruntime-cpu", "cost.model=table"],
-    "mpic": ["hardware=mpic", "cost.model=table"],
-    "outliers": ["hardware=w8a16-npu", "cost.model=bops"],
-    "limits": ["hardware=generic", "cost.limits={weight_bytes: 40 %, activation_bytes: 60 %, shift_energy: 0.35}"],
+    "onnxruntime-cpu": [
+        "hardware=onnxruntime-cpu",
+        "cost.model=table",
+        *FEW_PAIRS,
+        "warm_start.budgets=[1.6, 1.3, 1.1]",
+    ],
+    "mpic": ["hardware=mpic", "cost.model=table", "warm_start.budgets=[0.6, 0.5, 0.42, 0.36]"],
+    "outliers": ["hardware=w8a16-npu", "cost.model=bops", *FEW_PAIRS, "warm_start.budgets=[1.7, 1.3, 1.1]"],
+    "limits": [
+        "hardware=generic",
+        "cost.limits={weight_bytes: 40 %, activation_bytes: 60 %, shift_energy: 0.35}",
+        "warm_start.budgets=[0.35, 0.3, 0.25, 0.2]",
+    ],
 }
 
 
 def hardware_fronts(
     study: Study = "resnet20-cifar10-jpeg",
     cases: Annotated[Sequence[str], several(str, f"cases of {', '.join(CASES)}")] = tuple(CASES),
-    minutes: Annotated[float, typer.Option(help="minutes of one search, warm start included")] = 6.0,
+    minutes: Annotated[float, typer.Option(help="minutes of one search, warm start included")] = 12.0,
     set_: Set = None,
     work: Annotated[Path, typer.Option(help="folder that keeps the runs")] = Path(".hardware_fronts"),
     results: Results = RESULTS / "hardware_fronts.jsonl",
