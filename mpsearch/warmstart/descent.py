@@ -270,8 +270,8 @@ def reachable_budgets(price: BitCost, space: SearchSpace, budgets: Sequence[floa
     if not targets:
         raise SpaceError(
             f"no budget of warm_start.budgets lies between the cheapest uniform config of space '{space.name}', "
-            f"{bottom:.3g}, and the dearest, {top:.3g}: give some that do, such as {math.sqrt(bottom * top):.3g}, allow "
-            "other precisions in the space, or do without the descent (warm_start.method=none)"
+            f"{bottom:.3g}, and the dearest, {top:.3g}: give some that do, such as {math.sqrt(bottom * top):.3g}, "
+            "allow other precisions in the space, or do without the descent (warm_start.method=none)"
         )
     return targets
 
