@@ -1,7 +1,8 @@
-"""The front of a run of the digits study, as the README shows it.
+"""The front of a run of the digits study, as the README shows it, and its test scores, as the tutorial does.
 
-`mpsearch run digits --out RUN` (or `make demo`) makes the run, this keeps its front as rows: a row a line of what
-`mpsearch front RUN` prints, with the seconds that the whole run took. Rows of an earlier run are replaced.
+`mpsearch run digits --out RUN` (or `make demo`) makes the run and `mpsearch finalize RUN` its test scores. This keeps
+both as rows: a row a line of what `mpsearch front RUN` prints, with the seconds that the whole run took, and one a line
+of what finalizing printed. Rows of an earlier run are replaced.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import typer
 import mpsearch
 from benchmarks.options import RESULTS, Results
 from benchmarks.rows import Rows
+from mpsearch.facts import read_facts
 from mpsearch.record import RunFolder
+from mpsearch.search.finals import final_rows, final_table
 
 COLUMNS = ("trial", "origin", "score", "cost", "weight_bits", "activation_bits", "place", "over_uniform")
 
@@ -23,10 +26,15 @@ COLUMNS = ("trial", "origin", "score", "cost", "weight_bits", "activation_bits",
 def digits_front(
     run: Annotated[Path, typer.Argument(help="folder of a run that has ended")],
     results: Results = RESULTS / "digits_front.jsonl",
+    finals: Annotated[Path, typer.Option(help="file of the rows of test scores")] = RESULTS / "digits_finals.jsonl",
 ) -> None:
     rows = front_rows(run)
     results.unlink(missing_ok=True)
     Rows(results, key=("trial",)).append(*rows)
+    finals.unlink(missing_ok=True)
+    folder = RunFolder.open(run)
+    scored = final_rows(folder.records(), folder.finals(), read_facts(folder).spec.final.pick, folder.metric)
+    Rows(finals, key=("trial",)).append(*final_table(scored, folder.metric))
     for row in rows:
         print("  ".join(f"{row[name]!s}" for name in COLUMNS))
 

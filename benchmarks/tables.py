@@ -19,7 +19,7 @@ import typer
 from benchmarks import configs
 from benchmarks.options import RESULTS
 from benchmarks.printing import spread
-from benchmarks.rows import ROOT, Row, Rows, RowsError
+from benchmarks.rows import ROOT, Row, Rows, RowsError, provenance
 from mpsearch.errors import nearest
 from mpsearch.files import write_text
 from mpsearch.hardware.table import read_table
@@ -504,6 +504,13 @@ def gpu() -> str:
     return f"{markdown(('section', 'what', 'figure', 'goal', ''), lines)}\n\n{card} {measured(some)}"
 
 
+def digits_finals() -> str:
+    """As `mpsearch finalize` prints it."""
+    finals = rows("digits_finals.jsonl")
+    heads = [name for name in finals[0] if name not in provenance()]
+    return f"{markdown(heads, ([row[head] for head in heads] for row in finals))}\n\n{measured(finals)}"
+
+
 def measured_table() -> str:
     """Whole networks beside the sums of their rows, as the header of the shipped table has them."""
     header = read_table(ROOT / "hardware" / "onnxruntime-cpu.csv").header
@@ -636,6 +643,7 @@ def long_runs() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "digits-front": digits_front,
+    "digits-finals": digits_finals,
     "task-fronts": task_fronts,
     "task-fronts-printed": task_fronts_printed,
     "search": search,
