@@ -176,8 +176,11 @@ def check(study: str | Path | StudySpec, set: Sequence[str] = ()) -> Check:
     from mpsearch.problem import open_problem
     from mpsearch.search.run import estimate_trial_s
     from mpsearch.task.scoring import evaluate
+    from mpsearch.warmstart.start import check_descent
 
     problem = open_problem(spec)
+    if problem.space.free:
+        check_descent(spec, problem.space, problem.cost)
     trial_s = estimate_trial_s(problem)
     return Check(
         study=spec,

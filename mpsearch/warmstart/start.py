@@ -79,8 +79,7 @@ def warm_start(
     combined: list[PrecisionConfig] = []
     table: SensitivityTable | None = None
     descends = settings.method == "gdnsq"
-    if descends:
-        reachable_budgets(BitCost(cost, space), space, settings.budgets)  # before anything is measured
+    check_descent(spec, space, cost)  # before anything is measured
     if settings.ilp or settings.combinations or (descends and space.several_types):
         observer.on_stage("sensitivity", 0, 1)
         table = sensitivity_table("kl", task, graph, space, folder)
@@ -108,6 +107,16 @@ def warm_start(
     by_rank = zip_longest(*(configs[1:] for configs in descended))
     others: list[InitialConfig] = [("descent", config) for rank in by_rank for config in rank if config is not None]
     return [*first, *cheap_end, *baseline, *grid, *others]
+
+
+def check_descent(spec: StudySpec, space: SearchSpace, cost: RelativeCost) -> None:
+    """Whether a study's descent can begin, if it has one.
+
+    Raises:
+        MpsearchError: the space or the cost model cannot be descended, or no budget can be met.
+    """
+    if spec.warm_start.method == "gdnsq":
+        reachable_budgets(BitCost(cost, space), space, spec.warm_start.budgets)
 
 
 def rounded(

@@ -158,6 +158,8 @@ def test_budgets_that_nothing_can_meet_are_said_by_check_and_refused_before_anyt
     with pytest.raises(SpaceError, match="lies between the cheapest"):
         warm_start(spec, problem.task, problem.graph, problem.space, problem.cost, tmp_path)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(SpaceError, match="lies between the cheapest"):
+        mpsearch.check(spec)  # what a run refuses is not let through
 
 
 def test_a_saved_descent_is_read_back_whole(descent: Descent, tmp_path: Path) -> None:
