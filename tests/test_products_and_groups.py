@@ -140,7 +140,7 @@ def test_a_config_with_products_and_groups_is_imported_and_scored(
     assert again.config == config
 
 
-@pytest.mark.parametrize("rounding", ["adaround", "nearest"])
+@pytest.mark.parametrize("rounding", [pytest.param("adaround", marks=pytest.mark.slow), "nearest"])
 def test_ptq_quantizes_products_and_groups(task: Task, config: PrecisionConfig, rounding: str, tmp_path: Path) -> None:
     correction = "empirical" if rounding == "nearest" else "none"
     method = PtqMethod(rounding=rounding, bias_correction=correction, adaround_steps=50)  # type: ignore[arg-type]

@@ -165,6 +165,8 @@ def test_random_gradients_are_no_wrong_ones_unless_they_are_huge(
     assert not torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.compile
+@pytest.mark.slow  # the tests above have a compiler that is made
 def test_compiled_quantizers_are_compared_when_a_graph_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[float] = []
     apart = first_pass._apart
