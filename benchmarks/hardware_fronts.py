@@ -8,6 +8,7 @@ times as large as the others and the weights behind them a hundredth, which in f
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -99,8 +100,11 @@ def front_of(run: Path) -> Row:
             raise RowsError(f"{run}: trial {trial.number} of the front is beyond a limit")
     knee = front.pareto.knee
     table = front.table[front.table.on_front]
+    created_s = json.loads((run / "run.json").read_text(encoding="utf-8"))["created_s"]
+    ended_s = max(record.started_s + record.wall.total_s for record in front.records)
     return {
         "trials": len(front.records),
+        "run_s": round(ended_s - created_s),  # a run may have been resumed
         "float": facts.float_scores.get("val"),
         "front": [
             {"trial": int(row["number"]), "origin": row["origin"], "score": row["score"], "cost": row["relative_cost"]}
