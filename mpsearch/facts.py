@@ -61,9 +61,9 @@ class ProblemFacts:
         """What is optimized, in words and units."""
         spec, costs = self.spec, self.cost
         quantizable, unhandled = self.graph.quantizable, self.graph.unhandled
-        macs = self.graph.macs
+        macs, minimized = self.graph.macs, cost_key(spec.cost.model, self.costs)
         lines = [
-            f"{self.metric.goal} on the validation split and minimize {spec.cost.model} of {self.task_name}.",
+            f"{self.metric.goal} on the validation split and minimize {minimized} of {self.task_name}.",
             f"Cost 1 is {costs.reference.total:.4g} {costs.reference.unit} a sample: the network at "
             f"{spec.cost.reference} everywhere. Configs of the space '{self.space.name}' cost {self.cheapest:.3g} to "
             f"{self.dearest:.3g}"

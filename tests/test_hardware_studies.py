@@ -48,6 +48,8 @@ def test_every_config_of_a_study_runs_on_its_hardware(hardware: str, cost: dict[
     if hardware == "mpic":
         assert set(record.costs) > {"latency_cycles"}
         assert result.front.units["latency_cycles"] == "cycles"
+        assert "% of latency_cycles" in "\n".join(result.front.answer)  # not of `table`, which is where it is from
+        assert "minimize latency_cycles of" in (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "hardware.yaml").is_file()
     text = "\n".join(result.front.answer)
     assert "the knee, in each cost" in text

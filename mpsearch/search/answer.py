@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from mpsearch.errors import CostError
-from mpsearch.facts import ProblemFacts
+from mpsearch.facts import ProblemFacts, cost_key
 from mpsearch.precision import FLOAT, LayerPrecision, Precision, PrecisionConfig
 from mpsearch.units import show
 
@@ -48,7 +48,7 @@ def layers_in_words(config: PrecisionConfig, facts: ProblemFacts) -> list[str]:
     """
     layers = {layer.name: layer for layer in facts.graph.quantizable}
     cost = facts.cost.absolute(config)
-    macs = facts.graph.macs or 1
+    macs, minimized = facts.graph.macs or 1, cost_key(facts.spec.cost.model, facts.costs)
     groups: list[tuple[str, int, float]] = []
     for precision, run in groupby((name for name in layers if name in config), key=config.__getitem__):
         names = list(run)
@@ -58,11 +58,11 @@ def layers_in_words(config: PrecisionConfig, facts: ProblemFacts) -> list[str]:
         text = f"{named}: {bits_in_words(precision)}, {of_group / macs:.0%} of MACs"
         groups.append((text, of_group, share))
     shown = sorted(sorted(range(len(groups)), key=lambda i: -groups[i][1])[:MOST_LINES])
-    lines = [f"{groups[i][0]}, {groups[i][2]:.0%} of {facts.spec.cost.model}" for i in shown]
+    lines = [f"{groups[i][0]}, {groups[i][2]:.0%} of {minimized}" for i in shown]
     if rest := [group for i, group in enumerate(groups) if i not in set(shown)]:
         lines.append(
             f"{len(rest)} groups more: {sum(g[1] for g in rest) / macs:.0%} of MACs, "
-            f"{sum(g[2] for g in rest):.0%} of {facts.spec.cost.model}"
+            f"{sum(g[2] for g in rest):.0%} of {minimized}"
         )
     return lines
 
