@@ -159,7 +159,7 @@ def _printed(front: Sequence[Row], metric: str, unit: str) -> str:
             f"{row['weight_bits']:.1f}",
             f"{row['activation_bits']:.1f}",
             row["place"],
-            row["over_uniform"].replace(" at ", ", ", 1).replace("of trial", "the cost of trial"),
+            row["over_uniform"],
         )
         for row in front
     ]

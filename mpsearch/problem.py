@@ -99,7 +99,7 @@ class Problem(ProblemFacts):
             warnings.append(
                 "with the BatchNorm statistics of a training batch the float network answers otherwise than with its "
                 f"own ({gap:.2f} nats; a few hundredths are usual): it was trained on batches made in another way "
-                "(normalization, order of colours, margins), and trials are worse at first; see task.data"
+                "(normalization, order of colours, margins), or too briefly; trials are worse at first; see task.data"
             )
         return warnings
 
