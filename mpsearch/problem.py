@@ -69,6 +69,11 @@ class Problem(ProblemFacts):
             warnings.append(
                 f"warm_start.budgets: {', '.join(f'{budget:g}' for budget in low)} cannot be met, the cheapest config "
                 f"of space '{self.space.name}' costs {self.cheapest:.3g}: give higher ones, or allow lower precisions"
+                + (
+                    "; the descent takes as many, spread over what there is"
+                    if len(low) == len(warm_start.budgets)
+                    else ""
+                )
             )
         if isinstance(self.task, Warns):
             warnings += self.task.warnings()

@@ -15,7 +15,7 @@ from mpsearch.hardware.table import REST, Row, Table, key_of, pair_of
 from mpsearch.measure import measure
 from mpsearch.measure.measure import _check, _with_change, _with_rest
 from mpsearch.measure.runtimes import BFLOAT16, FLOAT32, W8A8, find_runtime
-from mpsearch.measure.timing import LEAST_ROUNDS, Timing, summary, timed, timed_in_turn
+from mpsearch.measure.timing import LEAST_ROUNDS, Timing, summary, timed_in_turn
 from mpsearch.study import load_study
 
 
@@ -29,7 +29,7 @@ def test_a_measurement_ends_when_the_interval_is_narrow_or_time_is_over() -> Non
 
         return run
 
-    steady = timed(call(500.0), lambda: now)
+    (steady,) = timed_in_turn([call(500.0)], lambda: now)
     assert steady.median_us == pytest.approx(500.0)
     assert steady.n == LEAST_ROUNDS
     assert steady.interval < 0.05
@@ -39,7 +39,7 @@ def test_a_measurement_ends_when_the_interval_is_narrow_or_time_is_over() -> Non
         nonlocal now
         now += next(durations) * 1e-6
 
-    noisy = timed(jumping, lambda: now, most_s=0.5)
+    (noisy,) = timed_in_turn([jumping], lambda: now, most_s=0.5)
     assert noisy.n >= 3
     assert now < 10
     assert summary([1.0, 5.0, 3.0]) == Timing(3.0, 2.0, 3)

@@ -5,7 +5,7 @@ layers (additions, pooling, moving data) is shared out among them, as the row `r
 runs in its precision. What a network whose layers alternate takes beyond its rows is what a change of precision costs.
 So those three agree by construction, unless the layers alone take longer than the whole; a fourth, `mixed`, with other
 changes, says how far the sum can be trusted. Rows are on the disk as soon as they are
-measured: called again, the command goes on. The pairs of a layer are measured in turn, as are the three networks, so
+measured: called again, the command goes on. The pairs of a layer are measured in turn, as are the networks, so
 that what differs between them is not the hour.
 """
 

@@ -44,11 +44,6 @@ def clock_of(threads: int) -> tuple[Clock, str]:
     return (time.process_time, "processor time") if threads == 1 else (time.perf_counter, "wall time")
 
 
-def timed(call: Callable[[], object], clock: Clock, most_s: float = MOST_S) -> Timing:
-    """Measure one call, as `timed_in_turn` does several."""
-    return timed_in_turn([call], clock, most_s)[0]
-
-
 def timed_in_turn(calls: Sequence[Callable[[], object]], clock: Clock, most_s: float = MOST_S) -> list[Timing]:
     """Measure calls that are compared with each other: round by round, so that all see the machine as it changes.
 

@@ -259,21 +259,25 @@ def slot_bits(slot: Slot) -> range:
 def reachable_budgets(price: BitCost, space: SearchSpace, budgets: Sequence[float]) -> list[float]:
     """The budgets that lie between the cheapest uniform config and the dearest one, dear ones first.
 
+    Where none does, as on hardware on which W8A8 is the cheapest, as many are spread evenly over what there is, in log
+    cost; `Problem.warnings` says so.
+
     Raises:
-        SpaceError: none does.
+        SpaceError: all uniform configs cost the same.
     """
     bottom, top = (
         float(price(torch.tensor([slot_bits(slot)[end] for slot in space.slots], dtype=torch.float64)))
         for end in (0, -1)
     )
-    targets = sorted((b for b in budgets if bottom <= b < top), reverse=True)
-    if not targets:
+    if targets := sorted((b for b in budgets if bottom <= b < top), reverse=True):
+        return targets
+    if bottom >= top:
         raise SpaceError(
-            f"no budget of warm_start.budgets lies between the cheapest uniform config of space '{space.name}', "
-            f"{bottom:.3g}, and the dearest, {top:.3g}: give some that do, such as {math.sqrt(bottom * top):.3g}, "
-            "allow other precisions in the space, or do without the descent (warm_start.method=none)"
+            f"all uniform configs of space '{space.name}' cost {top:.3g}: there is no budget to descend to; do without "
+            "the descent (warm_start.method=none), or allow other precisions in the space"
         )
-    return targets
+    steps = range(1, len(budgets) + 1)
+    return [top * (bottom / top) ** (step / (len(budgets) + 1)) for step in steps]
 
 
 def descend(
