@@ -69,15 +69,14 @@ def hardware_fronts(
         if case["case"] not in CASES:
             raise typer.BadParameter(f"unknown case '{case['case']}': one of {', '.join(CASES)}")
         settings = ["space=full", *CASES[case["case"]], "engine.address=none", *(set_ or [])]
+        checkpoint: list[str] = []  # of this machine, and in no row
         if case["case"] == "outliers":
-            settings.append(
-                f"task.checkpoint={with_outliers(study, set_ or [], work / f'{study}-outliers.safetensors')}"
-            )
+            checkpoint = [f"task.checkpoint={with_outliers(study, set_ or [], work / f'{study}-outliers.safetensors')}"]
         run = work / f"{study}-{minutes:g}min-{case['case']}"
         command = [str(Path(sys.executable).parent / "mpsearch"), "resume", str(run)]
         if not (run / "run.json").exists():
             command = [*command[:1], "run", study, "--out", str(run), "--time-limit", f"{round(60 * minutes)}s"]
-            command += [part for setting in settings for part in ("--set", setting)]
+            command += [part for setting in [*settings, *checkpoint] for part in ("--set", setting)]
         if not (run / "report.html").exists():
             say(" ".join(command))
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
