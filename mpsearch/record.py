@@ -43,6 +43,7 @@ TrialState = Literal["complete", "failed", "stopped"]
 Origin = Literal[
     "uniform", "ilp", "descent", "prescreen", "sampler", "manual", "import"
 ]  # who proposed a config, or trained it
+InitialConfig = tuple[Origin, PrecisionConfig]
 
 SCHEMA = "mpsearch/run/2"
 FIRST_SCHEMA = "mpsearch/run/1"

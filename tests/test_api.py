@@ -149,10 +149,10 @@ def test_observer_is_told_the_whole_run_in_order(tmp_path: Path) -> None:
             events.append(("ended", record.number))
 
     spec = mpsearch.load_study("digits", [*COLD, "warm_start.combinations=1"])
-    result = mpsearch.run(spec, tmp_path / "run", trials=2, observer=Noted())
+    result = mpsearch.run(spec, tmp_path / "run", trials=3, observer=Noted())
     assert events == [
-        *[("ready", result.folder), ("sensitivity", (0, 1)), ("sensitivity", (1, 1))],
-        *[("started", 0), ("ended", 0), ("started", 1), ("ended", 1)],
+        *[("ready", result.folder), ("started", 0), ("ended", 0), ("started", 1), ("ended", 1)],
+        *[("sensitivity", (0, 1)), ("sensitivity", (1, 1)), ("started", 2), ("ended", 2)],
     ]
 
 

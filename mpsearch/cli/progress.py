@@ -37,7 +37,7 @@ class RunProgress(Observer):
         )
         self._ended: dict[int, TrialRecord] = {}  # by number
         self._earlier = 0
-        self._began = time.monotonic()
+        self._began = self._stage_began = time.monotonic()
 
     def on_ready(self, problem: Problem, folder: RunFolder) -> None:
         """The run starts."""
@@ -57,12 +57,14 @@ class RunProgress(Observer):
 
     def on_stage(self, stage: str, done: int, total: int) -> None:
         """The warm start goes on."""
+        if not done:
+            self._stage_began = time.monotonic()
         self._progress.update(self._bar, description=f"warm start: {stage}", completed=done, total=total)
         if done == total:
-            took = f"{stage} took {duration(time.monotonic() - self._began)}"
-            self._console.print(took, style="dim", highlight=False)
-            self._began = time.monotonic()
-            self._progress.update(self._bar, description=self._name, completed=self._earlier, total=self._trials)
+            took_s = time.monotonic() - self._stage_began
+            self._console.print(f"{stage} took {duration(took_s)}", style="dim", highlight=False)
+            self._began += took_s  # it is no part of what a trial takes
+            self._progress.update(self._bar, description=self._name, completed=len(self._ended), total=self._trials)
 
     def on_trial_ended(self, record: TrialRecord) -> None:
         """A trial has ended."""

@@ -42,7 +42,7 @@ from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
 from mpsearch.private.optuna import generation_key
 from mpsearch.program import program_of
-from mpsearch.record import Origin, TrialRecord
+from mpsearch.record import InitialConfig, Origin, TrialRecord
 from mpsearch.search.additive import NOTHING, AdditiveSampler, Knowledge, attributes
 from mpsearch.search.front import BETTER
 from mpsearch.search.rungs import Contender, ended_first_rung, ended_next_rung, goes_on, promotion, strata
@@ -181,6 +181,8 @@ class SearchController:
     First come trials of `records` that failed, under their old numbers: what they lacked may be there now. Then the
     order is: the uniform ladder of the space (the baseline), ends first, each of its configs followed by three
     `initial_configs`, then the sampler. Those above `budget` or a limit are left out and counted in `over_budget`.
+    A `warm_start`, which takes minutes, is made once every worker has tried one config of the ladder: what is wrong
+    with trials shows before it, and nothing runs meanwhile, so that all that has ended is on the disk.
     `records` are the trials that have ended before, when a run is resumed; but for failed ones they count towards
     `search.trials`, while failures in a row and the time limit start anew.
 
@@ -197,6 +199,7 @@ class SearchController:
         metric: what scores are.
         budget: the largest relative cost that is acceptable; None: any.
         initial_configs: configs to try after the ladder, each with who proposed it.
+        warm_start: makes initial configs in place of these, and what is known then; called at most once.
         records: what is known already.
         clock: seconds, monotonic.
         started: when the time limit began to run, by the clock; default: now.
@@ -218,13 +221,14 @@ class SearchController:
         search: SearchSpec,
         metric: Metric,
         budget: float | None = None,
-        initial_configs: Sequence[tuple[Origin, PrecisionConfig]] = (),
+        initial_configs: Sequence[InitialConfig] = (),
         records: Iterable[TrialRecord] = (),
         clock: Callable[[], float] = time.monotonic,
         started: float | None = None,
         knowledge: Knowledge = NOTHING,
         rungs: Sequence[int] = (0,),
         priced: Callable[[PrecisionConfig], Mapping[str, float]] = lambda config: {},
+        warm_start: Callable[[], tuple[Sequence[InitialConfig], Knowledge]] | None = None,
     ) -> None:
         self._space = space
         self._cost = cost
@@ -264,19 +268,21 @@ class SearchController:
             else:
                 self._remember(record.at_rung(0))
                 self._contend(record)
-        ladder: list[tuple[Origin, PrecisionConfig]] = [("uniform", config) for config in space.ladder()]
-        self._initial_configs: deque[tuple[Origin, PrecisionConfig]] = deque()
-        uniform = {config for _, config in ladder}  # baselines, whoever else asks for them
-        others = [initial for initial in initial_configs if initial[1] not in uniform]
-        in_turn = [others[i::INITIAL_CONFIGS_PER_UNIFORM] for i in range(INITIAL_CONFIGS_PER_UNIFORM)]
-        for origin, config in _alternate(ends_first(ladder), *in_turn):
-            if self._affordable(config):
-                self._initial_configs.append((origin, config))
-            else:
-                self.over_budget += 1
+        self._warm_start = warm_start
+        self._line_up(initial_configs)
         self._cheapest = self._find_cheapest()
         self._strata = strata(cost(space.config_of(self._cheapest)), min(1.0, self._budget))
         self._renew()
+
+    def _line_up(self, initial_configs: Sequence[InitialConfig]) -> None:
+        """Put the ladder and initial configs in the order in which they are tried."""
+        ladder: list[InitialConfig] = [("uniform", config) for config in self._space.ladder()]
+        uniform = {config for _, config in ladder}  # baselines, whoever else asks for them
+        others = [initial for initial in initial_configs if initial[1] not in uniform]
+        in_turn = [others[i::INITIAL_CONFIGS_PER_UNIFORM] for i in range(INITIAL_CONFIGS_PER_UNIFORM)]
+        ordered = list(_alternate(ends_first(ladder), *in_turn))
+        self._initial_configs = deque(initial for initial in ordered if self._affordable(initial[1]))
+        self.over_budget = len(ordered) - len(self._initial_configs)
 
     @property
     def broken(self) -> bool:
@@ -324,7 +330,21 @@ class SearchController:
         if self._again:
             failed = self._again.popleft()
             return self._propose(failed.config, failed.origin, None, failed.number)
-        while self._initial_configs:
+        while self._warm_start is not None or self._initial_configs:
+            if self._warm_start is not None and (
+                len(self._seen) >= self._search.concurrency or not self._initial_configs
+            ):
+                if self._asked:
+                    return None
+                initial_configs, knowledge = self._warm_start()
+                self._warm_start = None
+                self._line_up(initial_configs)
+                self._knowledge = replace(knowledge, budget=self._budget)
+                self._renew()
+                if (late := self._limit()) is not None:
+                    self._no_more = late
+                    return None
+                continue
             origin, config = self._initial_configs.popleft()
             if config.digest not in self._seen:
                 return self._propose(config, origin, None)

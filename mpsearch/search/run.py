@@ -22,7 +22,7 @@ from mpsearch.hardware.profile import profile_copy
 from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem, check_moved, open_problem, reopen, with_float_scores, write_facts
-from mpsearch.record import RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path
+from mpsearch.record import InitialConfig, RunFolder, RunningTrial, TrialRecord, WallTime, checkpoint_path
 from mpsearch.search.additive import Knowledge
 from mpsearch.search.controller import SearchController
 from mpsearch.search.engine import run_trials
@@ -40,7 +40,7 @@ from mpsearch.train import FitSettings, threads
 from mpsearch.trust import trust
 from mpsearch.warmstart.additive import start_scores
 from mpsearch.warmstart.prescreen import prescreen, prescreens
-from mpsearch.warmstart.start import warm_start
+from mpsearch.warmstart.start import check_descent, warm_start, warms
 from mpsearch.warmstart.table import SensitivityTable
 from mpsearch.workbench import Workbench
 
@@ -133,24 +133,28 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
             at_the_end.callback(view.close)
         make_folder(folder.checkpoints)
         observer.on_ready(problem, folder)
+        check_descent(spec, problem.space, problem.cost)  # before the first trial
         began = time.monotonic()
-        initial_configs = warm_start(
-            spec, problem.task, problem.graph, problem.space, problem.cost, folder.warmstart, observer
-        )
-        if prescreens(spec):
-            initial_configs = prescreen(problem, folder, initial_configs, observer)
+
+        def warm_up() -> tuple[Sequence[InitialConfig], Knowledge]:
+            initial_configs = warm_start(
+                spec, problem.task, problem.graph, problem.space, problem.cost, folder.warmstart, observer
+            )
+            if prescreens(spec):
+                initial_configs = prescreen(problem, folder, initial_configs, observer)
+            return initial_configs, _knowledge(folder)
+
         controller = SearchController(
             problem.space,
             problem.cost,
             spec.search,
             problem.metric,
             spec.cost.budget,
-            initial_configs,
-            records,
+            records=records,
             started=began,
-            knowledge=_knowledge(folder),
             rungs=spec.trial.lengths,
             priced=problem.priced,
+            warm_start=warm_up if warms(spec) else None,
         )
         front = _FrontKeeper(problem, folder, records, observer)
         make_runner, check = _for_workers(problem)

@@ -31,7 +31,7 @@ from mpsearch.task.images import open_rgb
 from mpsearch.task.libraries import Needs
 from mpsearch.task.made import SHAPES, SIDE, shapes
 from mpsearch.task.own import OwnTask
-from mpsearch.task.scores import FROM_TORCHMETRICS, torchmetric
+from mpsearch.task.scores import OF_BOXES
 from mpsearch.task.splitting import divided
 from mpsearch.task.study_task import StudyTask
 from mpsearch.task.task import Split
@@ -59,8 +59,8 @@ class BoxesTask(StudyTask):
     ) -> None:
         self._samples = samples
         super().__init__(spec, name, key, Needs("detection", classes, 3))
-        if self.metric.name in FROM_TORCHMETRICS:
-            torchmetric(self.metric.name)  # that it is missing is said before anything is trained
+        if self.metric.name in OF_BOXES:
+            OF_BOXES[self.metric.name]()  # that pycocotools is missing is said before anything is trained
 
     def batches(self, split: Split) -> Iterable[Any]:
         """As `StudyTask.batches`: a detector takes images and targets, and gives its losses in training."""

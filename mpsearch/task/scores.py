@@ -1,14 +1,16 @@
 """What makes a score of outputs and targets, batch by batch: a task's own `score`, or a common metric's.
 
 Values by sample are what two configs are compared by. Metrics that are no mean over samples are accumulated: MeanIoU
-here, others by torchmetrics, which is imported where one is asked for (the extra `metrics`).
+here, mAP in `box_scores`, others by torchmetrics, which is imported where one is asked for (the extra `metrics`). What
+is accumulated has values by block of samples (`jackknife`), if its states can be merged.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,8 +19,10 @@ from torch import Tensor
 
 from mpsearch.errors import TaskError
 from mpsearch.metric import Metric, find_metric
+from mpsearch.task.box_scores import MeanAveragePrecision
 from mpsearch.task.comparing import output_tensor
 from mpsearch.task.factory import call_factory
+from mpsearch.task.jackknife import Blocks
 
 PerSample = Callable[[Any, Any], Any]  # (output, target) -> (n,) values, or their mean as one number
 
@@ -31,7 +35,7 @@ class Scorer(Protocol):
         ...
 
     def result(self) -> tuple[float, Tensor | None]:
-        """The score, and the values by sample where there are any: `(n,)` bool or float32 on the CPU."""
+        """The score, and the values by sample or block of samples where there are any: `(n,)` bool or float32, CPU."""
         ...
 
 
@@ -67,26 +71,68 @@ class Mean:
 
 
 class Accumulated:
-    """An object with `update(output, target)`, `compute()` and perhaps `reset()`, as those of torchmetrics."""
+    """An object with `update(output, target)`, `compute()` and perhaps `reset()`, as those of torchmetrics.
+
+    One that also has `merge_state(other)` gives values by block of samples; so does one that has
+    `sample_values()`.
+    """
 
     def __init__(self, metric: Metric, accumulator: Any, prepare: Callable[[Any], Any] = lambda output: output) -> None:
         if hasattr(accumulator, "reset"):
             accumulator.reset()
         self._metric, self._accumulator, self._prepare = metric, accumulator, prepare
+        fresh = copy.deepcopy(accumulator) if _merges(accumulator) else None
+        self._blocks = None if fresh is None else Blocks(lambda: self._here(copy.deepcopy(fresh)))
+        self._device: torch.device | None = None
 
     def add(self, output: Any, target: Any, count: int) -> None:
         """As `Scorer.add`."""
         first = output if isinstance(output, Tensor) else target if isinstance(target, Tensor) else None
-        if first is not None and hasattr(self._accumulator, "to"):
-            self._accumulator = self._accumulator.to(first.device)
-        self._accumulator.update(self._prepare(output), target)
+        if first is not None and self._device != first.device:
+            self._device = first.device
+            self._accumulator = self._here(self._accumulator)
+        output = self._prepare(output)
+        self._accumulator.update(output, target)
+        if self._blocks is not None:
+            for part in _parts(output, target, count):
+                self._blocks.add(*part)
 
     def result(self) -> tuple[float, Tensor | None]:
         """As `Scorer.result`; of a mapping of several, the one that has the metric's name."""
-        value = self._accumulator.compute()
+        score = self._score(self._accumulator)
+        if hasattr(self._accumulator, "sample_values"):
+            return score, self._accumulator.sample_values()
+        return score, None if self._blocks is None else self._blocks.values(score, self._score)
+
+    def _score(self, accumulator: Any) -> float:
+        value = accumulator.compute()
         if isinstance(value, Mapping):
-            value = value[{"map50": "map_50"}.get(self._metric.name, self._metric.name)]
-        return float(value), None
+            value = value[{"map50": "map_50"}.get(self._metric.name, self._metric.name)]  # as torchmetrics calls it
+        return float(value)
+
+    def _here(self, accumulator: Any) -> Any:
+        """An accumulator on the device of the batches."""
+        return accumulator if self._device is None or not hasattr(accumulator, "to") else accumulator.to(self._device)
+
+
+def _merges(accumulator: Any) -> bool:
+    """Whether two of them can be merged; torchmetrics has the method in all, and refuses it in some."""
+    refuses = getattr(accumulator, "full_state_update", False) is not False
+    return hasattr(accumulator, "merge_state") and not refuses and not getattr(accumulator, "dist_sync_on_step", False)
+
+
+PARTS = 32
+"""Blocks of a batch at most."""
+
+
+def _parts(output: Any, target: Any, count: int) -> Iterator[tuple[Any, Any]]:
+    """A batch in blocks of samples; whole where it is not known which part of it is of a sample."""
+    if not all(isinstance(side, Tensor | list) and len(side) == count for side in (output, target)):
+        yield output, target
+        return
+    size = math.ceil(count / PARTS)
+    for start in range(0, count, size):
+        yield output[start : start + size], target[start : start + size]
 
 
 class MeanIoU:
@@ -103,6 +149,11 @@ class MeanIoU:
         valid = (labels >= 0) & (labels < classes)
         counts = torch.bincount(classes * labels[valid] + told[valid], minlength=classes**2).reshape(classes, classes)
         self._counts = counts if self._counts is None else self._counts + counts
+
+    def merge_state(self, other: MeanIoU) -> None:
+        """Take in what another one has seen."""
+        if other._counts is not None:
+            self._counts = other._counts if self._counts is None else self._counts + other._counts
 
     def compute(self) -> float:
         """The mean over the classes that occur in targets or answers."""
@@ -175,6 +226,10 @@ class RootMeanSquare:
         self._sum += float((output - target).double().square().sum())
         self._count += target.numel()
 
+    def merge_state(self, other: RootMeanSquare) -> None:
+        """Take in what another one has seen."""
+        self._sum, self._count = self._sum + other._sum, self._count + other._count
+
     def compute(self) -> float:
         """NaN where nothing was taken in."""
         return math.sqrt(self._sum / self._count) if self._count else math.nan
@@ -192,6 +247,10 @@ class OverClasses:
         if self._accumulator is None:
             self._accumulator = torchmetric(self._name, num_classes=output.shape[1]).to(output.device)
         self._accumulator.update(output, target)
+
+    def merge_state(self, other: OverClasses) -> None:
+        """Take in what another one has seen."""
+        self._accumulator.merge_state(other._accumulator)
 
     def compute(self) -> float:
         """The mean over the classes."""
@@ -213,6 +272,10 @@ class OfTexts:
         """Take in a batch."""
         self._accumulator.update(*self._texts(output, target))
 
+    def merge_state(self, other: OfTexts) -> None:
+        """Take in what another one has seen."""
+        self._accumulator.merge_state(other._accumulator)
+
     def compute(self) -> float:
         """Errors over words (`wer`) or characters (`cer`) of the references."""
         return float(self._accumulator.compute())
@@ -223,8 +286,6 @@ FROM_TORCHMETRICS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "auroc": ("classification.MulticlassAUROC", {"average": "macro"}),
     "ssim": ("image.StructuralSimilarityIndexMeasure", {"data_range": 1.0}),
     "r2": ("regression.R2Score", {}),
-    "map": ("detection.MeanAveragePrecision", {}),
-    "map50": ("detection.MeanAveragePrecision", {}),
     "wer": ("text.WordErrorRate", {}),
     "cer": ("text.CharErrorRate", {}),
 }
@@ -238,6 +299,13 @@ ACCUMULATED: Mapping[str, Callable[[], Any]] = {
     "auroc": lambda: OverClasses("auroc"),
 }
 """Common metric -> what accumulates it, of the output's tensor."""
+
+
+OF_BOXES: Mapping[str, Callable[[], Any]] = {
+    "map": MeanAveragePrecision,
+    "map50": lambda: MeanAveragePrecision(half=True),
+}
+"""Common metric of detectors -> what accumulates it, of the output as it is."""
 
 
 def named_metric(name: str, where: str) -> tuple[Metric, Any]:
@@ -286,6 +354,8 @@ def scorer(name: str, metric: Metric, own: Any, texts: Any = None) -> Scorer:
         return Mean(name, metric, PER_SAMPLE[metric.name])
     if metric.name in ACCUMULATED:
         return Accumulated(metric, ACCUMULATED[metric.name](), output_tensor)
+    if metric.name in OF_BOXES:
+        return Accumulated(metric, OF_BOXES[metric.name]())
     if metric.name in OF_TEXTS:
         if texts is None:
             raise TaskError(
@@ -298,7 +368,7 @@ def scorer(name: str, metric: Metric, own: Any, texts: Any = None) -> Scorer:
     raise TaskError(
         f"{name}: nothing is known of how {metric.name} is scored: give the task `score(outputs, targets)`, one number "
         "for each sample, or an object with `update` and `compute` as those of torchmetrics; without one are scored: "
-        f"{', '.join(sorted({*PER_SAMPLE, *ACCUMULATED, *FROM_TORCHMETRICS}))}"
+        f"{', '.join(sorted({*PER_SAMPLE, *ACCUMULATED, *OF_BOXES, *FROM_TORCHMETRICS}))}"
     )
 
 

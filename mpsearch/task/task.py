@@ -25,7 +25,7 @@ class Measured:
     """How a model does on a split; tensors are in the split's order, on the CPU."""
 
     score: float
-    values: Tensor | None = None  # (n,) bool or float32, by sample; the score is `Metric.score_of` their mean
+    values: Tensor | None = None  # (n,) bool or float32, by sample or block; the score is `Metric.score_of` their mean
     rows: Tensor | None = None  # (m, k) float32: what the task's comparison compares; None where nothing is compared
 
 

@@ -29,14 +29,14 @@ from mpsearch.observer import SILENT, Observer
 from mpsearch.precision import PrecisionConfig
 from mpsearch.problem import Problem
 from mpsearch.program import program_of
-from mpsearch.record import PrescreenRecord, RunFolder
+from mpsearch.record import InitialConfig, PrescreenRecord, RunFolder
 from mpsearch.space.order import ends_first
 from mpsearch.space.space import SearchSpace
 from mpsearch.study import StudySpec
 from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design
 from mpsearch.warmstart.allocate import ilp_ladder
 from mpsearch.warmstart.propose import propose, variant
-from mpsearch.warmstart.start import InitialConfig, global_combinations, least_cost, sensitivity_table
+from mpsearch.warmstart.start import global_combinations, least_cost, sensitivity_table, warms
 from mpsearch.warmstart.start_score import BATCHES, StartScorer
 from mpsearch.warmstart.table import SensitivityTable
 from mpsearch.workbench import Workbench
@@ -56,8 +56,7 @@ STALLED = 40  # proposals in a row that are known: there are hardly others
 
 def prescreens(spec: StudySpec) -> bool:
     """Whether a study has a prescreen: it is a part of the warm start, and a cold search has none."""
-    warm = spec.warm_start
-    return spec.search.prescreen > 0 and (warm.method != "none" or warm.ilp or warm.combinations > 0)
+    return spec.search.prescreen > 0 and warms(spec)
 
 
 def prescreen(

@@ -23,7 +23,7 @@ from mpsearch.observer import SILENT, Observer
 from mpsearch.pareto import non_dominated
 from mpsearch.precision import PrecisionConfig
 from mpsearch.program import Allocation, program_of
-from mpsearch.record import Origin
+from mpsearch.record import InitialConfig
 from mpsearch.space.order import ends_first
 from mpsearch.space.space import SearchSpace
 from mpsearch.study import StudySpec
@@ -38,8 +38,6 @@ from mpsearch.workbench import Workbench, channels_last
 
 logger = logging.getLogger(__name__)
 progress = logging.getLogger("mpsearch.progress")
-
-InitialConfig = tuple[Origin, PrecisionConfig]
 
 SENSITIVITY_SAMPLES = 128
 """On a ResNet-20 the ILP ladder of another 128 images disturbs the network no more than that of another 256."""
@@ -107,6 +105,12 @@ def warm_start(
     by_rank = zip_longest(*(configs[1:] for configs in descended))
     others: list[InitialConfig] = [("descent", config) for rank in by_rank for config in rank if config is not None]
     return [*first, *cheap_end, *baseline, *grid, *others]
+
+
+def warms(spec: StudySpec) -> bool:
+    """Whether a study has a warm start; one without is a cold search."""
+    warm = spec.warm_start
+    return warm.method != "none" or warm.ilp or warm.combinations > 0
 
 
 def check_descent(spec: StudySpec, space: SearchSpace, cost: RelativeCost) -> None:

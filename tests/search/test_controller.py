@@ -14,6 +14,7 @@ from mpsearch.errors import CostError
 from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.record import TrialRecord
+from mpsearch.search.additive import NOTHING
 from mpsearch.search.controller import SAMPLERS, Proposal, SearchController
 from mpsearch.search.stopping import OPTIMISM, SLACK, UNWATCHED
 from mpsearch.space.order import ends_first
@@ -30,10 +31,11 @@ every_sampler = pytest.mark.parametrize(
 
 
 def controller(
-    space=None, sampler="nsga2", trials=40, budget=None, initial_configs=(), records=(), **spec
+    space=None, sampler="nsga2", trials=40, budget=None, initial_configs=(), records=(), warm_start=None, **spec
 ) -> SearchController:
     search = SearchSpec(sampler=sampler, trials=trials, **spec)
-    return SearchController(space or make_space(), relative_cost, search, TOP1, budget, initial_configs, records)
+    space = space or make_space()
+    return SearchController(space, relative_cost, search, TOP1, budget, initial_configs, records, warm_start=warm_start)
 
 
 def answer(search: SearchController, proposal: Proposal) -> TrialRecord:
@@ -51,6 +53,75 @@ def fail(search: SearchController, reason: str = "no memory") -> TrialRecord:
     proposal = search.ask()
     assert proposal is not None
     return search.tell(proposal, TrialRecord(proposal.config, "failed", reason=reason))
+
+
+class WarmStart:
+    """Answers with configs, and counts how often it is asked."""
+
+    def __init__(self, *configs: PrecisionConfig) -> None:
+        self.configs, self.calls = configs, 0
+
+    def __call__(self):
+        self.calls += 1
+        return [("descent", config) for config in self.configs], NOTHING
+
+
+def test_the_warm_start_is_made_when_every_worker_has_tried_a_config_of_the_ladder():
+    space = make_space()
+    found = space.sample(np.random.default_rng(1))
+    warm = WarmStart(found)
+    search = controller(space, trials=12, concurrency=2, warm_start=warm)
+    first, second = search.ask(), search.ask()
+    ladder = ends_first([("uniform", config) for config in space.ladder()])
+    assert [(p.origin, p.config) for p in (first, second)] == ladder[:2]
+    assert search.ask() is None
+    assert search.stop_reason is None
+    answer(search, first)
+    assert search.ask() is None
+    assert not warm.calls
+    answer(search, second)
+    assert (search.ask().config, warm.calls) == (found, 1)
+    assert [search.ask().config for _ in range(3)] == [config for _, config in ladder[2:5]]
+    assert warm.calls == 1
+
+
+def test_a_resumed_run_begins_with_its_warm_start():
+    space = make_space()
+    records = run(controller(space, trials=2, warm_start=WarmStart()))
+    warm = WarmStart(found := space.sample(np.random.default_rng(1)))
+    assert controller(space, records=records, warm_start=warm).ask().config == found
+
+
+def test_no_warm_start_is_made_for_trials_that_are_not_wanted_or_come_too_late():
+    warm = WarmStart()
+    assert len(run(controller(trials=2, warm_start=warm))) == 2
+    assert not warm.calls
+    now = 0.0
+
+    def late():
+        nonlocal now
+        now = 100.0
+        return warm()
+
+    search = SearchController(
+        make_space(),
+        relative_cost,
+        SearchSpec(time_limit_s=50, concurrency=1),
+        TOP1,
+        clock=lambda: now,
+        warm_start=late,
+    )
+    assert len(run(search)) == 1
+    assert warm.calls == 1
+    assert search.stop_reason == "the time limit of 50 s is reached"
+
+
+def test_a_warm_start_follows_a_ladder_that_is_shorter_than_there_are_workers():
+    space = make_space()
+    warm = WarmStart(found := space.sample(np.random.default_rng(1)))
+    records = run(controller(space, trials=LADDER + 1, concurrency=20, warm_start=warm))
+    assert [record.origin for record in records] == ["uniform"] * LADDER + ["descent"]
+    assert records[-1].config == found
 
 
 def test_ladder_and_anchors_take_turns_then_the_sampler_proposes():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from PIL import Image
 
 from mpsearch.errors import TaskError
 from mpsearch.metric import METRICS
+from mpsearch.record import pack
+from mpsearch.search.compare import paired
 from mpsearch.study import TaskSpec
-from mpsearch.task import boxes as module
+from mpsearch.task.box_scores import MeanAveragePrecision
 from mpsearch.task.boxes import Boxed, Labelled, from_coco, from_voc
 from mpsearch.task.load import load_task
-from mpsearch.task.scores import scorer
+from mpsearch.task.scores import OF_BOXES, scorer
 
 
 def picture(path: Path, size: tuple[int, int] = (40, 30)) -> None:
@@ -155,7 +159,7 @@ class Pair(torch.nn.Module):
 
 
 class Overlap:
-    """Stands for the mAP of torchmetrics where that is not installed: whether it is called as that is."""
+    """Stands for the mAP where pycocotools is not installed: whether it is called as that is."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -166,12 +170,11 @@ class Overlap:
         self.seen += len(output)
 
     def compute(self) -> Any:
-        return {"map": torch.tensor(self.seen / 10), "map_50": torch.tensor(0.5)}
+        return self.seen / 10
 
 
 def test_a_detector_of_torchvision_trains_by_its_own_loss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "torchmetric", lambda name: Overlap())
-    monkeypatch.setattr("mpsearch.task.scores.torchmetric", lambda name: Overlap())
+    monkeypatch.setitem(OF_BOXES, "map", Overlap)
     data = {"kind": "coco", "root": str(folder), "image_size": 64}
     task = load_task(TaskSpec(model=SSD, data=data, float_epochs=1))
     assert (task.metric.name, task.kind) == ("map", "detection")
@@ -183,26 +186,85 @@ def test_a_detector_of_torchvision_trains_by_its_own_loss(folder: Path, monkeypa
 
 
 def test_a_network_that_finds_no_boxes_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "torchmetric", lambda name: Overlap())
+    monkeypatch.setitem(OF_BOXES, "map", Overlap)
     with pytest.raises(TaskError, match="does not find boxes, and the data asks for detection"):
         load_task(TaskSpec(model="torchvision:resnet18", data={"kind": "coco", "root": str(folder)}))
     with pytest.raises(TaskError, match=r"answers one sample .* with list, expected a list with one dict of boxes"):
         load_task(TaskSpec(model=f"{__name__}:Pair", data={"kind": "coco", "root": str(folder)}))
 
 
-def test_a_score_that_needs_torchmetrics_is_refused_before_training(
+def test_a_score_that_needs_pycocotools_is_refused_before_training(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torchmetrics", None)
-    monkeypatch.setitem(__import__("sys").modules, "torchmetrics.detection", None)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "pycocotools.cocoeval", None)
     with pytest.raises(TaskError, match=r"mpsearch\[metrics\]"):
         load_task(TaskSpec(model=SSD, data={"kind": "coco", "root": str(folder)}))
 
 
-def test_boxes_where_they_should_be_have_a_map_of_one() -> None:
-    pytest.importorskip("torchmetrics")
+def some_boxes(images: int, seed: int, noise: float = 4.0) -> tuple[list[Any], list[Any]]:
+    """What is found and what is there: boxes that are off by some pixels, some of them of another class or missing."""
+    random = torch.Generator().manual_seed(seed)
+    found, there = [], []
+    for _ in range(images):
+        count = int(torch.randint(0, 5, (), generator=random))
+        corner, size = (40 * torch.rand(count, 2, generator=random) + 8 for _ in range(2))
+        boxes, labels = torch.cat([corner, corner + size], 1), torch.randint(1, 4, (count,), generator=random)
+        there.append({"boxes": boxes, "labels": labels})
+        seen = torch.rand(count, generator=random) < 0.9
+        boxes = boxes[seen] + noise * torch.randn(int(seen.sum()), 4, generator=random)
+        boxes, labels = torch.cat([boxes, boxes.flip(0) + 3]), torch.cat([labels[seen], labels[seen]])
+        found.append({"boxes": boxes, "labels": labels, "scores": torch.rand(len(boxes), generator=random)})
+    return found, there
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mean_average_precision_is_that_of_torchmetrics(seed: int) -> None:
+    detection = pytest.importorskip("torchmetrics.detection")
     pytest.importorskip("pycocotools")
-    target = [{"boxes": torch.tensor([[10.0, 5, 20, 15]]), "labels": torch.tensor([2])}]
-    of = scorer("t", METRICS["map"], None)
-    of.add([target[0] | {"scores": torch.tensor([0.9])}], target, 1)
-    assert of.result()[0] == pytest.approx(1.0)
+    found, there = some_boxes(12, seed)
+    exact = {"rec_thresholds": np.linspace(0, 1, 101).tolist(), "iou_thresholds": np.linspace(0.5, 0.95, 10).tolist()}
+    theirs = detection.MeanAveragePrecision(**exact)  # as COCO has them; theirs are of float32
+    theirs.update(found, there)
+    expected = theirs.compute()
+    for name, key in (("map", "map"), ("map50", "map_50")):
+        of = scorer("t", METRICS[name], None)
+        for start in range(0, 12, 5):
+            of.add(found[start : start + 5], there[start : start + 5], len(found[start : start + 5]))
+        score, values = of.result()
+        assert score == pytest.approx(float(expected[key]), abs=1e-6)
+        assert values is not None
+        assert values.shape == (12,)
+        assert float(values.double().mean()) == pytest.approx(score, abs=1e-6)
+
+
+def test_images_without_boxes_have_no_mean_average_precision() -> None:
+    pytest.importorskip("pycocotools")
+    of = MeanAveragePrecision()
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    of.update([nothing | {"scores": torch.zeros(0)}], [nothing])
+    assert math.isnan(of.compute())
+    box = {"boxes": torch.tensor([[10.0, 5, 20, 15]]), "labels": torch.tensor([2])}
+    of.update([nothing | {"scores": torch.zeros(0)}], [box])
+    assert of.compute() == 0
+    of.update([box | {"scores": torch.tensor([0.9])}], [box])
+    assert of.compute() == pytest.approx(51 / 101)  # of two boxes one is found: no recall above a half
+    assert of.sample_values() is None  # of three images
+
+
+def test_detectors_that_differ_are_told_apart_by_their_images() -> None:
+    pytest.importorskip("pycocotools")
+    metric = METRICS["map"]
+    packed = {}
+    for noise in (3.0, 3.3, 6.0):
+        of = scorer("t", metric, None)
+        of.add(*some_boxes(200, 0, noise), 200)
+        score, values = of.result()
+        assert values is not None
+        packed[noise] = score, pack(values.numpy())
+    assert len(values) == 128
+    much = paired([packed[3.0][1]], [packed[6.0][1]], metric)
+    assert much.mean == pytest.approx(packed[3.0][0] - packed[6.0][0], abs=1e-5)
+    assert 0 < much.low < much.mean < much.high
+    little = paired([packed[3.0][1]], [packed[3.3][1]], metric)
+    assert little.high - little.low < much.high - much.low
