@@ -69,8 +69,9 @@ class ProblemFacts:
             f"{self.dearest:.3g}"
             + (f"; only those up to {spec.cost.budget:g} are tried." if spec.cost.budget else "."),
             *([f"Limits that every config keeps: {'; '.join(map(str, costs.limits))}."] if costs.limits else []),
-            f"{len(quantizable)} layers, {macs / 1e6:.3g} million MACs a sample; {len(self.space.free)} free choices, "
-            f"{scientific(self.space.size)} configs; the uniform ladder of {len(self.space.ladder())} is the baseline.",
+            f"{counted(len(quantizable), 'layer')}, {macs / 1e6:.3g} million MACs a sample; "
+            f"{counted(len(self.space.free), 'free choice')}, {counted(self.space.size, 'config')}; "
+            f"the uniform ladder of {len(self.space.ladder())} is the baseline.",
         ]
         lines += self._hardware()
         if unhandled:
@@ -316,6 +317,15 @@ class _Document(_Section):
 def _pairs(texts: Sequence[str]) -> frozenset[LayerPrecision]:
     sides = (text.partition(" x ") for text in texts)
     return frozenset(LayerPrecision.parse(weight, activation) for weight, _, activation in sides)
+
+
+def counted(count: int, what: str) -> str:
+    """So many of something, in words.
+
+    >>> counted(1, "config"), counted(1234, "config")
+    ('1 config', '1,234 configs')
+    """
+    return f"{scientific(count)} {what}{'' if count == 1 else 's'}"
 
 
 def scientific(count: int) -> str:

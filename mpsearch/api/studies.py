@@ -196,7 +196,7 @@ def check(study: str | Path | StudySpec, set: Sequence[str] = ()) -> Check:
         float_val=evaluate(problem.task, problem.task.float_model(), "val"),
         float_source=getattr(problem.task, "float_model_source", "as given"),
         trial_s=trial_s,
-        search_s=spec.search.trials * trial_s / _parallel(spec),
+        search_s=min(spec.search.trials, problem.space.size) * trial_s / _parallel(spec),
     )
 
 

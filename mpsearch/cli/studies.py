@@ -11,6 +11,7 @@ import typer
 from mpsearch import api
 from mpsearch.cli.base import Json, Set, Study, app
 from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines
+from mpsearch.facts import counted
 
 if TYPE_CHECKING:
     from mpsearch.precision import Precision
@@ -27,6 +28,7 @@ def check(study: Study, set_: Set = None, json_: Json = False) -> None:
         print_json(checked.to_json())
         return
     search = checked.study.search
+    trials = min(search.trials, checked.configs)
     console = make_console()
     for line in checked.summary:
         console.print(line, soft_wrap=True)
@@ -36,8 +38,9 @@ def check(study: Study, set_: Set = None, json_: Json = False) -> None:
         f"Float model: {checked.metric.name} {checked.metric.show(checked.float_val)} on val ({checked.float_source})."
     )
     console.print(
-        f"One trial should take about {duration(checked.trial_s)} run alone without compilation; {search.trials} "
-        f"trials, {search.concurrency} at a time, about {duration(checked.search_s)} on {os.cpu_count()} cores.",
+        f"One trial should take about {duration(checked.trial_s)} run alone without compilation; "
+        f"{counted(trials, 'trial')}, {search.concurrency} at a time, about {duration(checked.search_s)} on "
+        f"{counted(os.cpu_count() or 1, 'core')}.",
         soft_wrap=True,
     )
     console.print("\nThe study as it holds:", style="bold")
