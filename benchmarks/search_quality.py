@@ -152,7 +152,7 @@ def search(settings: Settings, arm: str, seed: int, folder: Path) -> Row:
         return dict(searched)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str((folder / "compiled").absolute())}
     began = time.time()
     with (folder / "log.txt").open("w") as log:
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)

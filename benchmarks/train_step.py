@@ -31,7 +31,7 @@ from mpsearch.quant.fused import fuse
 from mpsearch.quant.prepare import prepare
 from mpsearch.study import DataSpec, TaskSpec
 from mpsearch.task.models import build_model
-from mpsearch.train import FitSettings, Teacher, bf16_is_fast, fit, jeffreys
+from mpsearch.train import FitSettings, Teacher, bf16_in_hardware, fit, jeffreys
 from mpsearch.workbench import channels_last
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def measure(
     layers = inspect_model(network.eval(), x[:8]).layers
     config = PrecisionConfig.uniform([layer.name for layer in layers], LayerPrecision.shorthand(bits))
     quantized = prepare(network, config, x, layers).to(device)
-    bf16 = bf16_is_fast()
+    bf16 = bf16_in_hardware()
 
     eager = eager or bool(compiler_missing())
     baseline = copy.deepcopy(network)

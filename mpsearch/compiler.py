@@ -27,11 +27,13 @@ def compiler_missing() -> str | None:
 
 
 def part_caches() -> None:
-    """Give each ATEN_CPU_CAPABILITY a cache of compiled code of its own.
+    """Give each ATEN_CPU_CAPABILITY a cache of compiled code of its own, and a cache that is given an absolute path.
 
     Torch's own has one entry for all of them: code with wide vectors, met again where they are not allowed, crashes or
-    does not build.
+    does not build. A relative path is looked up by the C++ compiler, which works elsewhere.
     """
+    if CACHE in os.environ:
+        os.environ[CACHE] = os.path.abspath(os.environ[CACHE])
     capability = os.environ.get("ATEN_CPU_CAPABILITY")
     if not capability:
         return
@@ -104,6 +106,15 @@ def _inductor_options() -> dict[str, Any]:
     except ImportError:  # not public: another torch may not have it
         return {}
     return dict(config.get_config_copy())
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What a function that torch cannot compile raises when it is called."""
+    try:
+        from torch._dynamo.exc import BackendCompilerFailed
+    except ImportError:  # not public: another torch may have it elsewhere
+        return ()
+    return (BackendCompilerFailed,)
 
 
 def graphs_compiled() -> int:

@@ -537,7 +537,10 @@ class TrialSpec(_Section):
     lr: float = Field(default=0.02, gt=0, description="peak of the one-cycle schedule")
     weight_decay: float = Field(default=0.0, ge=0, description="weight decay of the fine-tune's optimizer")
     distill: bool = Field(default=True, description="Jeffreys divergence to the float model instead of the task's loss")
-    precision: Literal["auto", "bf16", "fp32"] = Field(default="auto", description="arithmetic of the fine-tune")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto",
+        description="arithmetic of the fine-tune; auto: the faster one, which a run measures first",
+    )
     compile: bool | Literal["auto"] = Field(
         default="auto",
         description="compile the quantizers with torch.compile; auto: if worthwhile and a compiler exists",

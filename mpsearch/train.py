@@ -530,7 +530,7 @@ def to_device(batches: Iterable[tuple[Any, Any]], device: torch.device) -> Itera
         yield tuple(map_tensors(lambda tensor: tensor.to(device, non_blocking=True), part) for part in (x, y))
 
 
-def bf16_is_fast() -> bool:
+def bf16_in_hardware() -> bool:
     """Whether this machine multiplies bfloat16 in hardware; elsewhere autocast costs more than it saves."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpsearch.arithmetic import trains_in_bf16
 from mpsearch.compiler import compiler_missing
 from mpsearch.errors import TaskError
 from mpsearch.graph.facts import LayerInfo, ModelGraph
@@ -33,7 +34,6 @@ from mpsearch.train import (
     FitSettings,
     Teacher,
     TrainingState,
-    bf16_is_fast,
     fit,
     reestimate_batch_norm,
     single_value_norms,
@@ -102,7 +102,7 @@ class Workbench:
                 f"trial.batch_size is 1, and {len(self._single)} BatchNorms get one value a channel from a sample and "
                 f"cannot be trained on it, '{self._single[0]}' for one: set trial.batch_size to 2 or more (16 is usual)"
             )
-        self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and bf16_is_fast())
+        self.bf16 = in_bf16(settings, task, float_model)
         self.model = insert_quantizers(float_model, self.layers, offers).to(self.device)
         self._start = {name: value.detach().clone() for name, value in float_model.state_dict().items()}
         self._float = float_model
@@ -266,6 +266,13 @@ class Score:
     value: float  # of the metric
     divergence: float | None = None  # mean, in the unit of the task's comparison
     values: str | None = None  # by sample, packed
+
+
+def in_bf16(settings: TrialSpec, task: Task, float_model: nn.Module) -> bool:
+    """Whether trials train in bfloat16: as the study says, or as is faster here."""
+    if settings.precision == "auto":
+        return trains_in_bf16(task, float_model, settings.batch_size)
+    return settings.precision == "bf16"
 
 
 def agrees(pairs: Sequence[tuple[float, float]]) -> bool:

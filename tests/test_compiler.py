@@ -96,3 +96,10 @@ def test_code_with_vectors_is_not_met_again_where_none_are_allowed(monkeypatch: 
     monkeypatch.setenv(CACHE, "/the/users")
     part_caches()
     assert os.environ[CACHE] == "/the/users"
+
+
+def test_a_relative_cache_is_made_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.setenv(CACHE, "compiled")
+    part_caches()
+    assert os.environ[CACHE] == os.path.abspath("compiled")

@@ -1,4 +1,4 @@
-"""Compiled code on a card is compared with the eager one before it is used.
+"""Compiled code on a card is compared with the eager one before it is used; what cannot be compiled runs eagerly.
 
 On an H200 under torch 2.11 the first backward pass of a compiled quantizer gave gradients of 1e22 or NaN where its
 kernels had to be timed, and no later pass did. `compiler.one_shape_a_kernel` leaves nothing to be timed; that it helps
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpsearch.compiler import graphs_compiled
+from mpsearch.compiler import compile_errors, graphs_compiled
+from mpsearch.files import no_room
 
 progress = logging.getLogger("mpsearch.progress")
 
@@ -38,7 +39,7 @@ rounding noise."""
 Function = Callable[..., Tensor]
 
 _eager: set[Function] = set()
-"""Functions whose compiled form is wrong in this process."""
+"""Functions that are not compiled in this process: what came of it was wrong, or nothing came of it."""
 
 _thrown_away: list[str] = []
 """What compiled functions of this process belong to whose first passes were wrong, and later ones right."""
@@ -52,6 +53,8 @@ def wrong() -> tuple[int, int]:
 def checked(compiled: Function, function: Function, owner: Any, x: Tensor, *per_channel: Tensor | None) -> Tensor:
     """`compiled(owner, x, *per_channel)`, compared with `function` of the same where that has compiled a new graph.
 
+    Where torch cannot compile it (a C++ compiler without its headers, a cache that cannot be written) `function` runs.
+
     Args:
         compiled: the compiled form of `function`.
         function: element-wise in `x`.
@@ -59,13 +62,19 @@ def checked(compiled: Function, function: Function, owner: Any, x: Tensor, *per_
         x: any shape.
         per_channel: broadcast against `x`.
     """
-    if x.device.type not in DEVICES:
-        return compiled(owner, x, *per_channel)
     if function in _eager:
         return function(owner, x, *per_channel)
     before = graphs_compiled()
-    y = compiled(owner, x, *per_channel)
-    if graphs_compiled() == before or _capturing(x):
+    try:
+        y = compiled(owner, x, *per_channel)
+    except compile_errors() as error:
+        if no_room(getattr(error, "inner_exception", error)):  # the run ends, and says it
+            raise
+        why = " ".join(str(error).split())[:300]
+        progress.warning("torch.compile fails for %s: it runs eagerly, and takes longer (%s)", _name(owner), why)
+        _eager.add(function)
+        return function(owner, x, *per_channel)
+    if x.device.type not in DEVICES or graphs_compiled() == before or _capturing(x):
         return y
     for count in range(1, PASSES + 1):
         apart = _apart(compiled, function, owner, x, per_channel)

@@ -42,7 +42,7 @@ from mpsearch.warmstart.additive import start_scores
 from mpsearch.warmstart.prescreen import prescreen, prescreens
 from mpsearch.warmstart.start import check_descent, warm_start, warms
 from mpsearch.warmstart.table import SensitivityTable
-from mpsearch.workbench import Workbench
+from mpsearch.workbench import Workbench, channels_last, in_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ def run_study(spec: StudySpec, out: str | Path | None = None, observer: Observer
     spec = spec.absolute()
     problem = open_problem(spec)
     problem = replace(problem, notes=tuple(problem.warnings()))
+    spec = _in_one_arithmetic(problem)
+    problem = replace(problem, spec=spec)
     space_yaml = shipped("search_spaces", spec.space, SpaceError).read_text(encoding="utf-8")
     folder = RunFolder.create(
         out or Path("runs") / spec.name,
@@ -166,6 +168,22 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
     if controller.broken:
         raise GaveUpError(f"the search was given up: {controller.stop_reason}")
     return pareto_front(folder.records(), problem.metric)
+
+
+def _in_one_arithmetic(problem: Problem) -> StudySpec:
+    """The study with the arithmetic that is faster here, where it leaves that open: one for all trials of the run."""
+    spec = problem.spec
+    if spec.trial.precision != "auto":
+        return spec
+    with threads(_threads_of_a_worker(spec)):
+        bf16 = in_bf16(spec.trial, problem.task, channels_last(problem.task.float_model()))
+    return spec.model_copy(update={"trial": spec.trial.model_copy(update={"precision": "bf16" if bf16 else "fp32"})})
+
+
+def _threads_of_a_worker(spec: StudySpec) -> int:
+    if spec.engine.address == "none":
+        return torch.get_num_threads()
+    return max(1, (os.cpu_count() or 1) // spec.search.concurrency)
 
 
 def _for_workers(problem: Problem) -> tuple[Callable[[], TrialRunner], DataCheck | None]:
@@ -321,10 +339,8 @@ def estimate_trial_s(problem: Problem, steps: int = 6) -> float:
     of a few steps says more of these, above all where threads wait for each other.
     """
     spec = problem.spec
-    alone = spec.engine.address == "none"
-    count = torch.get_num_threads() if alone else max(1, (os.cpu_count() or 1) // spec.search.concurrency)
     settings = spec.trial.model_copy(update={"compile": False, "bn_batches": 0})
-    with threads(count):
+    with threads(_threads_of_a_worker(spec)):
         workbench = Workbench(problem.task, settings, offers=problem.space.offers, graph=problem.graph)
         workbench.reset(problem.space.ladder()[0])
         ended: list[float] = []

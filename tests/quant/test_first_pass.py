@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 
 from mpsearch.precision import Precision
 from mpsearch.quant import first_pass, fused
@@ -185,3 +191,54 @@ def test_compiled_quantizers_are_compared_when_a_graph_is_new(monkeypatch: pytes
         quantizer_without_gradients.fused = True
         quantizer_without_gradients(torch.randn(8, 4, 3, 3))
     assert counted == [0.0, 0.0]  # another graph
+
+
+def test_what_cannot_be_compiled_runs_eagerly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = []
+
+    def broken(function: Function) -> Function:
+        def compiled(*_: Any) -> Tensor:
+            tried.append(function)
+            raise BackendCompilerFailed(lambda: None, RuntimeError("stdio.h: No such file"), None)
+
+        return compiled
+
+    monkeypatch.setattr(first_pass, "DEVICES", ("cuda",))  # as on a CPU
+    monkeypatch.setattr(fused, "_compiled", broken)
+    expected = passes(quantizer(), fuse=False)
+    with caplog.at_level(logging.WARNING, "mpsearch.progress"):
+        got = passes(quantizer(), fuse=True, count=2)
+    assert all(torch.equal(a, b) for a, b in zip(got, [*expected, *expected], strict=True))
+    assert len(tried) == 1
+    assert caplog.text.count("torch.compile fails for") == 1
+    assert "stdio.h: No such file" in caplog.text
+
+
+def test_a_full_disk_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(function: Function) -> Function:
+        def compiled(*_: Any) -> Tensor:
+            raise BackendCompilerFailed(lambda: None, OSError(errno.ENOSPC, "No space left on device"), None)
+
+        return compiled
+
+    monkeypatch.setattr(fused, "_compiled", full)
+    with pytest.raises(BackendCompilerFailed):
+        passes(quantizer(), fuse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_a_compiler_that_fails_costs_time_alone() -> None:
+    lines = [
+        "import torch; from test_first_pass import passes, quantizer",
+        "one, other = (passes(quantizer(), fuse) for fuse in (False, True))",
+        "assert all(map(torch.equal, one, other)); print('the same')",
+    ]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    environment = os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    here = Path(__file__).parent
+    ended = subprocess.run(command, capture_output=True, check=True, text=True, env=environment, cwd=here)
+    assert ended.stdout == "the same\n"
+    assert "torch.compile fails for the" in ended.stderr
