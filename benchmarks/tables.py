@@ -222,6 +222,18 @@ def task_fronts_printed() -> str:
     )
 
 
+def task_finals() -> str:
+    """Each study's test scores, as `mpsearch finalize` prints them."""
+    finals: dict[str, list[Row]] = {}
+    for row in rows("task_finals.jsonl"):
+        finals.setdefault(str(row["study"]), []).append(row)
+    tables = []
+    for study, lines in finals.items():
+        heads = [name for name in lines[0] if name not in {"study", *provenance()}]
+        tables.append(f"### {study}\n\n{markdown(heads, ([row[head] for head in heads] for row in lines))}")
+    return "\n\n".join([*tables, measured(rows("task_finals.jsonl"))])
+
+
 # Search
 
 
@@ -646,6 +658,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits-finals": digits_finals,
     "task-fronts": task_fronts,
     "task-fronts-printed": task_fronts_printed,
+    "task-finals": task_finals,
     "search": search,
     "search-short": search_short,
     "search-arms": search_arms,

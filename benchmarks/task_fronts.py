@@ -1,13 +1,15 @@
 """The fronts of the studies on other tasks than classification of images, as docs/results/tasks.md shows them.
 
-`mpsearch run NAME --out RUN` makes a run; this keeps the fronts of the runs that are named as rows, a row a line of
-what `mpsearch front RUN` prints, and what exports to RUN-native and RUN-onnx were verified. Rows of an earlier run of a
-study are replaced, those of other studies stay.
+`mpsearch run NAME --out RUN` makes a run and `mpsearch finalize RUN` its test scores; this keeps the fronts of the runs
+that are named as rows, a row a line of what `mpsearch front RUN` prints, what exports to RUN-native and RUN-onnx were
+verified, and the lines that finalizing printed. Rows of an earlier run of a study are replaced, those of other studies
+stay.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,17 +17,21 @@ import typer
 
 from benchmarks.digits_front import COLUMNS, front_rows
 from benchmarks.options import RESULTS, Results
-from benchmarks.rows import Rows
+from benchmarks.rows import Row, Rows
+from mpsearch.facts import read_facts
 from mpsearch.record import RunFolder
+from mpsearch.search.finals import final_rows, final_table
 
 
 def task_fronts(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs that have ended")],
     commit: Annotated[str | None, typer.Option(help="of the code that made the runs (default: this one)")] = None,
     results: Results = RESULTS / "task_fronts.jsonl",
+    finals: Annotated[Path, typer.Option(help="file of the rows of test scores")] = RESULTS / "task_finals.jsonl",
 ) -> None:
     for run in runs:
-        metric = RunFolder.open(run).metric
+        folder = RunFolder.open(run)
+        metric = folder.metric
         facts = {
             "metric": metric.name,
             "direction": metric.direction,
@@ -33,14 +39,23 @@ def task_fronts(
             "verified": verified(run),
         }
         rows = [row | facts | ({"commit": commit} if commit else {}) for row in front_rows(run)]
-        stored = Rows(results, key=("study", "trial"))
-        others = [row for row in stored.read() if row["study"] != rows[0]["study"]]
-        results.unlink(missing_ok=True)
-        stored.append_bare(*others)
-        stored.append(*rows)
-        print(rows[0]["study"])
+        study, made_by = rows[0]["study"], {"commit": commit} if commit else {}
+        replace_rows(results, study, rows)
+        scored = final_rows(folder.records(), folder.finals(), read_facts(folder).spec.final.pick, metric)
+        if scored:
+            replace_rows(finals, study, [{"study": study} | row | made_by for row in final_table(scored, metric)])
+        print(study)
         for row in rows:
             print("  ".join(f"{row[name]!s}" for name in COLUMNS))
+
+
+def replace_rows(path: Path, study: str, rows: Sequence[Row]) -> None:
+    """Put the rows of a study where its earlier ones were, behind those of the others."""
+    stored = Rows(path, key=("study", "trial"))
+    others = [row for row in stored.read() if row["study"] != study]
+    path.unlink(missing_ok=True)
+    stored.append_bare(*others)
+    stored.append(*rows)
 
 
 def verified(run: Path) -> dict[str, Any]:

@@ -58,6 +58,7 @@ INITIAL_CONFIGS_PER_UNIFORM = 3  # what a warm start has paid for comes before m
 _T = TypeVar("_T")
 
 Cost = Callable[[PrecisionConfig], float]  # relative to the study's reference
+WarmStart = Callable[[], tuple[Sequence[InitialConfig], Knowledge]]
 
 DIRECTIONS = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]
 ENUMERABLE = 100_000  # configs; a larger space is not searched to its last one
@@ -228,7 +229,7 @@ class SearchController:
         knowledge: Knowledge = NOTHING,
         rungs: Sequence[int] = (0,),
         priced: Callable[[PrecisionConfig], Mapping[str, float]] = lambda config: {},
-        warm_start: Callable[[], tuple[Sequence[InitialConfig], Knowledge]] | None = None,
+        warm_start: WarmStart | None = None,
     ) -> None:
         self._space = space
         self._cost = cost
@@ -285,6 +286,19 @@ class SearchController:
         self.over_budget = len(ordered) - len(self._initial_configs)
 
     @property
+    def _ladder_begun(self) -> bool:
+        """Whether each worker has had a config of the ladder, or all of it is known."""
+        waiting = any(config.digest not in self._seen for _, config in self._initial_configs)
+        return len(self._seen) >= self._search.concurrency or not waiting
+
+    def _warm_up(self, warm_start: WarmStart) -> None:
+        initial_configs, knowledge = warm_start()
+        self._warm_start = None
+        self._line_up(initial_configs)
+        self._knowledge = replace(knowledge, budget=self._budget)
+        self._renew()
+
+    @property
     def broken(self) -> bool:
         """Whether so many trials in a row have failed that the search is given up."""
         return len(self._failures) >= self._search.max_failures_in_row
@@ -330,21 +344,14 @@ class SearchController:
         if self._again:
             failed = self._again.popleft()
             return self._propose(failed.config, failed.origin, None, failed.number)
-        while self._warm_start is not None or self._initial_configs:
-            if self._warm_start is not None and (
-                len(self._seen) >= self._search.concurrency or not self._initial_configs
-            ):
-                if self._asked:
-                    return None
-                initial_configs, knowledge = self._warm_start()
-                self._warm_start = None
-                self._line_up(initial_configs)
-                self._knowledge = replace(knowledge, budget=self._budget)
-                self._renew()
-                if (late := self._limit()) is not None:
-                    self._no_more = late
-                    return None
-                continue
+        if self._warm_start is not None and self._ladder_begun:
+            if self._asked:  # what runs would not be recorded meanwhile
+                return None
+            self._warm_up(self._warm_start)
+            self._no_more = self._limit()
+            if self._no_more:
+                return None
+        while self._initial_configs:
             origin, config = self._initial_configs.popleft()
             if config.digest not in self._seen:
                 return self._propose(config, origin, None)
