@@ -21,6 +21,9 @@ from torch import Tensor
 LEAST, MOST = 10, 64
 """Blocks: of fewer no interval is made; at twice as many neighbours are merged, so that a score stays cheap."""
 
+KEPT = 2**18
+"""Numbers that accumulators may keep in lists: what sorts all answers, as AUROC does, would take minutes for many."""
+
 
 def values_of(score: float, without: Sequence[float]) -> Tensor | None:
     """The value of each block `(n,)` float32; None where there are too few.
@@ -48,19 +51,23 @@ class Blocks:
     def __init__(self, fresh: Callable[[], Any]) -> None:
         self._fresh = fresh
         self._blocks: list[Any] = []
+        self._kept = 0
 
     def add(self, output: Any, target: Any) -> None:
         """Take in a block."""
+        if self._kept > KEPT:
+            return
         block = self._fresh()
         block.update(output, target)
         self._blocks.append(block)
+        self._kept += _kept(block)
         if len(self._blocks) == 2 * MOST:
             self._blocks = [_merged(*pair) for pair in zip(self._blocks[::2], self._blocks[1::2], strict=True)]
 
     def values(self, score: float, compute: Callable[[Any], float]) -> Tensor | None:
-        """The value of each block, by the score of an accumulator; None where there are too few."""
+        """The value of each block, by the score of an accumulator; None where they are too few, or keep too much."""
         blocks = self._blocks
-        if len(blocks) < LEAST:
+        if len(blocks) < LEAST or self._kept > KEPT:
             return None
         before = list(accumulate(blocks[:-1], _merged))  # [i]: the first i + 1 blocks
         after = list(accumulate(reversed(blocks[1:]), _merged))  # [i]: the last i + 1
@@ -72,3 +79,9 @@ def _merged(one: Any, other: Any) -> Any:
     merged = copy.deepcopy(one)
     merged.merge_state(other)
     return merged
+
+
+def _kept(accumulator: Any) -> int:
+    """Numbers in the lists of an accumulator of torchmetrics."""
+    lists = [state for state in getattr(accumulator, "metric_state", {}).values() if isinstance(state, list)]
+    return sum(item.numel() for state in lists for item in state if isinstance(item, Tensor))

@@ -248,6 +248,11 @@ class OverClasses:
             self._accumulator = torchmetric(self._name, num_classes=output.shape[1]).to(output.device)
         self._accumulator.update(output, target)
 
+    @property
+    def metric_state(self) -> dict[str, Any]:
+        """What it has seen, as torchmetrics gives it."""
+        return dict(self._accumulator.metric_state)
+
     def merge_state(self, other: OverClasses) -> None:
         """Take in what another one has seen."""
         self._accumulator.merge_state(other._accumulator)

@@ -160,6 +160,16 @@ def test_metrics_of_torchmetrics_have_values(name: str) -> None:
     assert float(values.std()) > 0
 
 
+def test_a_metric_that_keeps_all_answers_has_values_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchmetrics", reason="make test-all installs it")
+    monkeypatch.setattr("mpsearch.task.jackknife.KEPT", 4 * SAMPLES - 1)  # three scores and a label of each
+    target = torch.arange(SAMPLES) % 3
+    output = torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(0))
+    assert scored(scorer("t", METRICS["auroc"], None), output, target, 16)[1] is None
+    assert scored(scorer("t", METRICS["auroc"], None), output[:-1], target[:-1], 16)[1] is not None
+    assert scored(scorer("t", METRICS["f1"], None), output, target, 16)[1] is not None  # which counts
+
+
 def test_errors_over_words_have_values() -> None:
     pytest.importorskip("torchmetrics", reason="make test-all installs it")
     words = ["a b c d", "a b x d", "a y c z"] * 5
