@@ -171,9 +171,12 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
 
 
 def _in_one_arithmetic(problem: Problem) -> StudySpec:
-    """The study with the arithmetic that is faster here, where it leaves that open: one for all trials of the run."""
+    """The study with the arithmetic that is faster here, where it leaves that open: one for all trials of the run.
+
+    The nodes of a cluster, which may have cards that this machine has not, find out for themselves.
+    """
     spec = problem.spec
-    if spec.trial.precision != "auto":
+    if spec.trial.precision != "auto" or spec.engine.address not in ("none", "local"):
         return spec
     with threads(_threads_of_a_worker(spec)):
         bf16 = in_bf16(spec.trial, problem.task, channels_last(problem.task.float_model()))
