@@ -18,10 +18,12 @@ from commands import Done, mpsearch
 from filelock import FileLock
 from quick import QUICK
 
+from mpsearch.cli import base
+from mpsearch.cli.progress import RunProgress
 from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.problem import open_problem
-from mpsearch.record import RunFolder, TrialRecord, this_process
+from mpsearch.record import RunFolder, RunningTrial, TrialRecord, this_process
 from mpsearch.search import run as run_module
 from mpsearch.search.cluster import remove_leftovers
 from mpsearch.search.controller import Proposal
@@ -243,6 +245,24 @@ def test_sigterm_ends_as_ctrl_c_does_and_says_how_to_go_on(tmp_path: Path) -> No
     assert "mpsearch resume run" in errors
     assert "Traceback" not in errors
     assert RunFolder.open(tmp_path / "run").running == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_sigterm_that_falls_into_a_destructor_is_not_lost() -> None:
+    class Dying:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)  # Python handles it here, and drops what is raised
+
+    progress = RunProgress()
+    trial = RunningTrial(0, "uniform", 1.0, 0.0)
+    with base._sigterm_raised():
+        progress.on_trial_started(trial)
+        Dying()
+        with pytest.raises(KeyboardInterrupt):
+            progress.on_trial_started(trial)
+        assert base.exit_code() == 143
+    base._terminated.clear()
 
 
 def test_what_killed_drivers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -129,6 +129,12 @@ def _sigterm_raised() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
+def end_if_terminated() -> None:
+    """Raise KeyboardInterrupt after SIGTERM: one that is raised in a destructor is dropped by Python."""
+    if _terminated.is_set():
+        raise KeyboardInterrupt
+
+
 def how_it_ended() -> str:
     """What a KeyboardInterrupt was, in a word."""
     return "terminated" if _terminated.is_set() else "interrupted"

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from mpsearch.cli.base import end_if_terminated
 from mpsearch.cli.printing import duration, make_console
 from mpsearch.observer import Observer
 
 if TYPE_CHECKING:
     from mpsearch.problem import Problem
-    from mpsearch.record import RunFolder, TrialRecord
+    from mpsearch.record import RunFolder, RunningTrial, TrialRecord
 
 
 class RunProgress(Observer):
@@ -57,6 +58,7 @@ class RunProgress(Observer):
 
     def on_stage(self, stage: str, done: int, total: int) -> None:
         """The warm start goes on."""
+        end_if_terminated()
         if not done:
             self._stage_began = time.monotonic()
         self._progress.update(self._bar, description=f"warm start: {stage}", completed=done, total=total)
@@ -65,6 +67,10 @@ class RunProgress(Observer):
             self._console.print(f"{stage} took {duration(took_s)}", style="dim", highlight=False)
             self._began += took_s  # it is no part of what a trial takes
             self._progress.update(self._bar, description=self._name, completed=len(self._ended), total=self._trials)
+
+    def on_trial_started(self, trial: RunningTrial) -> None:
+        """A trial starts."""
+        end_if_terminated()
 
     def on_trial_ended(self, record: TrialRecord) -> None:
         """A trial has ended."""
@@ -107,6 +113,7 @@ class FinalProgress(Observer):
 
     def on_final_started(self, trial: TrialRecord, seed: int, done: int, total: int) -> None:
         """A training starts."""
+        end_if_terminated()
         trained = f", {trial.steps} steps so far" if trial.rungs else ""
         line = f"[{done + 1}/{total}] trial {trial.number} (cost {trial.cost:.3f}{trained}), seed {seed}"
         make_console(stderr=True).print(line, highlight=False, markup=False)
@@ -140,6 +147,7 @@ def training_progress(name: str) -> Iterator[Observer]:
 
         class Steps(Observer):
             def on_step(self, step: int, steps: int, loss: float) -> None:
+                end_if_terminated()
                 progress.update(bar, completed=step, total=steps, loss=loss)
 
         yield Steps()
