@@ -32,11 +32,15 @@ def digits_front(
     results.unlink(missing_ok=True)
     Rows(results, key=("trial",)).append(*rows)
     finals.unlink(missing_ok=True)
-    folder = RunFolder.open(run)
-    scored = final_rows(folder.records(), folder.finals(), read_facts(folder).spec.final.pick, folder.metric)
-    Rows(finals, key=("trial",)).append(*final_table(scored, folder.metric))
+    Rows(finals, key=("trial",)).append(*finals_of(RunFolder.open(run)))
     for row in rows:
         print("  ".join(f"{row[name]!s}" for name in COLUMNS))
+
+
+def finals_of(folder: RunFolder) -> list[dict[str, str]]:
+    """A row for each line of what `mpsearch finalize` prints; none of a run that has not been finalized."""
+    scored = final_rows(folder.records(), folder.finals(), read_facts(folder).spec.final.pick, folder.metric)
+    return final_table(scored, folder.metric)
 
 
 def front_rows(run: Path) -> list[dict[str, Any]]:

@@ -229,8 +229,7 @@ def task_finals() -> str:
         finals.setdefault(str(row["study"]), []).append(row)
     tables = []
     for study, lines in finals.items():
-        heads = [name for name in lines[0] if name not in {"study", *provenance()}]
-        tables.append(f"### {study}\n\n{markdown(heads, ([row[head] for head in heads] for row in lines))}")
+        tables.append(f"### {study}\n\n{_finals(lines)}")
     return "\n\n".join([*tables, measured(rows("task_finals.jsonl"))])
 
 
@@ -519,8 +518,12 @@ def gpu() -> str:
 def digits_finals() -> str:
     """As `mpsearch finalize` prints it."""
     finals = rows("digits_finals.jsonl")
-    heads = [name for name in finals[0] if name not in provenance()]
-    return f"{markdown(heads, ([row[head] for head in heads] for row in finals))}\n\n{measured(finals)}"
+    return f"{_finals(finals)}\n\n{measured(finals)}"
+
+
+def _finals(finals: Sequence[Row]) -> str:
+    heads = [name for name in finals[0] if name not in {"study", *provenance()}]
+    return markdown(heads, ([row[head] for head in heads] for row in finals))
 
 
 def measured_table() -> str:

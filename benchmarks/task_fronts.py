@@ -15,12 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.digits_front import COLUMNS, front_rows
+from benchmarks.digits_front import COLUMNS, finals_of, front_rows
 from benchmarks.options import RESULTS, Results
 from benchmarks.rows import Row, Rows
-from mpsearch.facts import read_facts
 from mpsearch.record import RunFolder
-from mpsearch.search.finals import final_rows, final_table
 
 
 def task_fronts(
@@ -38,12 +36,12 @@ def task_fronts(
             "unit": metric.difference_unit,
             "verified": verified(run),
         }
-        rows = [row | facts | ({"commit": commit} if commit else {}) for row in front_rows(run)]
-        study, made_by = rows[0]["study"], {"commit": commit} if commit else {}
+        made_by = {"commit": commit} if commit else {}
+        rows = [row | facts | made_by for row in front_rows(run)]
+        study = rows[0]["study"]
         replace_rows(results, study, rows)
-        scored = final_rows(folder.records(), folder.finals(), read_facts(folder).spec.final.pick, metric)
-        if scored:
-            replace_rows(finals, study, [{"study": study} | row | made_by for row in final_table(scored, metric)])
+        if scored := finals_of(folder):
+            replace_rows(finals, study, [{"study": study} | row | made_by for row in scored])
         print(study)
         for row in rows:
             print("  ".join(f"{row[name]!s}" for name in COLUMNS))
