@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
-from itertools import pairwise
+from functools import cache, partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +29,13 @@ BLOCK = re.compile(r"<!-- table (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTAL
 
 NETWORKS = {"resnet20-cifar10-jpeg": "ResNet-20", "mobilenetv2-cifar10-jpeg": "MobileNetV2"}
 BITS = (4, 3, 2)
+SEARCH, FIRST = "search_quality", "search_quality-first"
+"""Rows of the search as it is, and of the first version, which had no prescreen, on a machine half as fast."""
 ARMS = (
     "full",
+    "rungs",
+    "no prescreen",
+    "additive sampler",
     "no weight reuse",
     "no types",
     "global types",
@@ -40,6 +45,7 @@ ARMS = (
     "random",
     "uniform",
 )
+COMPARED = ("uniform", "ilp ladder", "full")
 STAGES = ("inspect", "prepare", "fold", "ptq", "train", "native", "packed")
 
 
@@ -236,45 +242,44 @@ def task_finals() -> str:
 # Search
 
 
-def _points(study: str, arm: str) -> list[Row]:
+def _points(study: str, arm: str, file: str = SEARCH) -> list[Row]:
     kept = {"study": study, "minutes": 8.0, "epochs": 0.5, "arm": arm}
-    return [row for row in rows("search_quality.csv") if all(row[name] == value for name, value in kept.items())]
+    return [row for row in rows(f"{file}.csv") if all(row[name] == value for name, value in kept.items())]
 
 
 @cache
 def budget(study: str, bits: int) -> float:
     """Relative cost of the uniform config WxAx, whose first and last layer have 8 bits, as its row has it."""
     ends, rung = (LayerPrecision.shorthand(f"w{b}a{b}") for b in (8, bits))
-    for row in rows("search_quality.csv"):
+    for row in (*rows(f"{SEARCH}.csv"), *rows(f"{FIRST}.csv")):
         if row["study"] == study and {*configs.read(RESULTS)[row["config"]].values()} == {ends, rung}:
             return float(row["cost"])
-    raise RowsError(f"search_quality.csv has no row of {study} at w{bits}a{bits}: its budget is not known")
+    raise RowsError(f"{SEARCH}.csv has no row of {study} at w{bits}a{bits}: its budget is not known")
 
 
-def _best(study: str, arm: str, cost: float) -> list[Row]:
+def _best(study: str, arm: str, cost: float, file: str = SEARCH) -> list[Row]:
     """Of each seed the point of highest accuracy on val that costs no more."""
-    points = [row for row in _points(study, arm) if row["cost"] <= cost * (1 + 1e-9)]
+    points = [row for row in _points(study, arm, file) if row["cost"] <= cost * (1 + 1e-9)]
     seeds = sorted({row["seed"] for row in points})
     return [max((row for row in points if row["seed"] == seed), key=lambda row: row["val"]) for seed in seeds]
 
 
-def _accuracies(best: Sequence[Row]) -> str:
-    if not best:
-        return "none trained"
-    return " / ".join(spread([100 * row[split] for row in best]) for split in ("val", "test"))
+def _tests(study: str, arm: str, cost: float) -> str:
+    best = _best(study, arm, cost)
+    return spread([100 * row["test"] for row in best]) if best else "none trained"
 
 
 def search() -> str:
-    """Full against uniform at three budgets of two networks."""
+    """The search against its two baselines at three budgets of two networks."""
 
     def lines() -> Iterator[list[str]]:
         for study, name in NETWORKS.items():
             for bits in BITS:
                 cost = budget(study, bits)
-                cells = [_best(study, "uniform", cost), _best(study, "full", cost), _best(study, "full", 0.8 * cost)]
-                yield [name, f"W{bits}A{bits}, {cost:.3f}", *map(_accuracies, cells)]
+                cells = [_tests(study, arm, cost) for arm in COMPARED]
+                yield [name, f"W{bits}A{bits}, {cost:.3f}", *cells, _tests(study, "full", 0.8 * cost)]
 
-    return markdown(("network", "budget", "uniform", "mpsearch within the budget", "within 0.8 of it"), lines())
+    return markdown(("network", "budget", "uniform", "ILP", "mpsearch", "mpsearch within 0.8 of it"), lines())
 
 
 def search_short() -> str:
@@ -284,77 +289,75 @@ def search_short() -> str:
         for study, name in NETWORKS.items():
             for bits in BITS:
                 cost = budget(study, bits)
-                both = (_best(study, arm, cost) for arm in ("uniform", "full"))
-                yield [name, f"W{bits}A{bits}", *(spread([100 * row["test"] for row in best]) for best in both)]
+                yield [name, f"W{bits}A{bits}", *(_tests(study, arm, cost) for arm in COMPARED)]
 
-    return markdown(("network", "budget: cost of", "uniform, test %", "mpsearch, test %"), lines())
-
-
-def search_arms() -> str:
-    """Test accuracy of every arm within the budgets."""
-
-    def line(arm: str) -> list[str]:
-        seeds = [len({row["seed"] for row in _points(study, arm)}) for study in NETWORKS]
-        best = [_best(study, arm, budget(study, bits)) for study in NETWORKS for bits in BITS]
-        means = [f"{statistics.fmean(100 * row['test'] for row in group):.2f}" if group else "" for group in best]
-        return ["mpsearch" if arm == "full" else arm, ", ".join(map(str, seeds)), *means]
-
-    budgets = [f"{name} W{bits}A{bits}" for name in NETWORKS.values() for bits in BITS]
-    return markdown(("arm", "seeds", *budgets), map(line, ARMS))
+    return markdown(("network", "budget: cost of", "uniform, test %", "ILP, test %", "mpsearch, test %"), lines())
 
 
-def search_hypervolume() -> str:
-    """Hypervolume on test, from W2A2's cost to W8A8's, mean over seeds."""
+def search_arms(file: str = SEARCH) -> str:
+    """Test accuracy of every arm that has rows within the budgets, and its hypervolume from W2A2's cost to W8A8's."""
     from mpsearch.search.front import ScoreRange, share_dominated
 
     def volume(study: str, arm: str) -> str:
-        points = _points(study, arm)
-        seeds = sorted({row["seed"] for row in points})
+        points = _points(study, arm, file)
         volumes = [
             share_dominated(
                 [(row["test"], row["cost"]) for row in points if row["seed"] == seed],
                 budget(study, 2),
                 ScoreRange(0.0, 1.0),
             )
-            for seed in seeds
+            for seed in sorted({row["seed"] for row in points})
         ]
-        return spread(volumes, 3)
+        return spread(volumes, 3) if volumes else ""
 
-    lines = ([*(["mpsearch"] if arm == "full" else [arm]), *(volume(study, arm) for study in NETWORKS)] for arm in ARMS)
-    return markdown(("arm", *NETWORKS.values()), lines)
+    def line(arm: str) -> list[str]:
+        seeds = [len({row["seed"] for row in _points(study, arm, file)}) for study in NETWORKS]
+        cells = list[str]()
+        for study in NETWORKS:
+            best = [_best(study, arm, budget(study, bits), file) for bits in BITS]
+            cells += [f"{statistics.fmean(100 * row['test'] for row in group):.2f}" if group else "" for group in best]
+            cells.append(volume(study, arm))
+        return ["mpsearch" if arm == "full" else arm, ", ".join(map(str, seeds)), *cells]
+
+    budgets = [(*(f"{name} W{bits}A{bits}" for bits in BITS), "hypervolume") for name in NETWORKS.values()]
+    there = {row["arm"] for row in rows(f"{file}.csv")}
+    return markdown(("arm", "seeds", *chain(*budgets)), [line(arm) for arm in ARMS if arm in there])
 
 
 def search_time() -> str:
-    """Median seconds from trial to trial, and seconds until the cold search's final hypervolume on val."""
+    """What eight minutes hold: configs trained, seconds to the first and between trials, hypervolume on val."""
 
-    def of(study: str, arm: str) -> dict[int, list[Row]]:
-        some = [r for r in rows("search_quality-time.csv") if r["study"] == study and r["arm"] == arm]
-        return {seed: [r for r in some if r["seed"] == seed] for seed in sorted({r["seed"] for r in some})}
+    def of(study: str, arm: str) -> list[list[Row]]:
+        some = [r for r in rows(f"{SEARCH}-time.csv") if r["study"] == study and r["arm"] == arm]
+        return [[r for r in some if r["seed"] == seed] for seed in sorted({r["seed"] for r in some})]
 
-    def cells(study: str, arm: str, goal: float) -> tuple[str, str]:
+    def cells(study: str, arm: str) -> Iterator[str]:
         runs = of(study, arm)
-        times = [sorted({r["elapsed_s"] for r in run}) for run in runs.values()]
-        gaps = [statistics.median(b - a for a, b in pairwise(t)) for t in times if len(t) > 1]
-        there = [min((r["elapsed_s"] for r in run if r["hypervolume"] >= goal), default=None) for run in runs.values()]
-        reached = ", ".join("not reached" if t is None else f"{t:.0f}" for t in there)
-        return (f"{min(gaps):.0f} to {max(gaps):.0f}" if gaps else ""), reached
+        if not runs:
+            yield from ("", "", "", "")
+            return
+        trained = {row["seed"]: row["trials"] for row in _points(study, arm)}
+        yield ", ".join(str(trained[seed]) for seed in sorted(trained))
+        yield ", ".join(f"{min(r['elapsed_s'] for r in run):.0f}" for run in runs)
+        gaps = [statistics.median(b["elapsed_s"] - a["elapsed_s"] for a, b in pairwise(run)) for run in runs]
+        yield ", ".join(f"{gap:.0f}" for gap in gaps)
+        yield spread([max(r["hypervolume"] for r in run) for run in runs], 3)
 
-    def line(arm: str) -> list[str]:
-        return [
-            "mpsearch" if arm == "full" else arm,
-            *(cell for study in NETWORKS for cell in cells(study, arm, goals[study])),
-        ]
+    there = {row["arm"] for row in rows(f"{SEARCH}.csv")}
+    heads = ("trained", "s to the first trial", "s between trials", "hypervolume on val")
+    return markdown(
+        ("arm", *(f"{name}: {head}" for name in NETWORKS.values() for head in heads)),
+        [
+            ["mpsearch" if arm == "full" else arm, *(cell for study in NETWORKS for cell in cells(study, arm))]
+            for arm in ARMS
+            if arm in there
+        ],
+    )
 
-    goals = {
-        study: statistics.fmean(max(r["hypervolume"] for r in run) for run in of(study, "no warm start").values())
-        for study in NETWORKS
-    }
-    heads = [
-        head
-        for study, name in NETWORKS.items()
-        for head in (f"{name}: s from trial to trial", f"s to hypervolume {goals[study]:.3f} on val, by seed")
-    ]
-    return markdown(("arm", *heads), map(line, ARMS))
+
+def search_measured() -> str:
+    """Where the rows of `search` were measured."""
+    return measured(rows(f"{SEARCH}.csv"))
 
 
 # Methods
@@ -665,8 +668,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "search": search,
     "search-short": search_short,
     "search-arms": search_arms,
-    "search-hypervolume": search_hypervolume,
+    "search-first-arms": partial(search_arms, FIRST),
     "search-time": search_time,
+    "search-measured": search_measured,
     "methods": methods,
     "learned-thresholds": learned_thresholds,
     "exports": exports,

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,9 @@ from mpsearch.cli.printing import duration, make_console, make_table, print_json
 from mpsearch.cli.progress import FinalProgress, RunProgress
 from mpsearch.errors import RunError
 from mpsearch.units import show
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @app.command()
@@ -228,13 +231,22 @@ def _print_front(front: api.runs.Front, costs: bool = False) -> None:
         )
     make_console().print(table)
     if costs:
-        every = make_table(">trial", f">{metric.name}, val", *(f">{name}" for name in front.units))
-        for trial in pareto:
-            of_trial = (
-                show(trial.costs[name], unit) if name in trial.costs else "" for name, unit in front.units.items()
-            )
-            every.add_row(str(trial.number), metric.show(trial.score), *of_trial)
-        make_console().print(every)
+        console = make_console()
+        table = _costs_table(front)
+        unbounded = console.options.update_width(10_000)
+        wide = console.measure(table, options=unbounded).maximum > console.width
+        console.print(_costs_table(front, joint="_\n") if wide else table)
+
+
+def _costs_table(front: api.runs.Front, joint: str = "_") -> Table:
+    """Every cost of each trial; `joint` stands for the underscores of the heads, that a narrow table may break them."""
+    metric = front.pareto.metric
+    heads = (f">{name.replace('_', joint)}" for name in front.units)
+    table = make_table(">trial", f">{metric.name}, val", *heads)
+    for trial in front.pareto:
+        costs = (show(trial.costs[name], unit) if name in trial.costs else "" for name, unit in front.units.items())
+        table.add_row(str(trial.number), metric.show(trial.score), *costs)
+    return table
 
 
 def _tau_text(row: Any) -> str:
