@@ -50,7 +50,7 @@ from mpsearch.study import load_study, read_spec
 from mpsearch.task.cache import content_key
 
 WARM = ["warm_start.method=gdnsq"]
-COLD = ["warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0"]
+COLD = ["warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0", "search.prescreen=0"]
 
 RUNGS = "trial.rungs=[60, 150, 400]"
 
@@ -70,20 +70,18 @@ ARMS: dict[str, list[str]] = {
     "no types": [*WARM, "space=UNIFORM"],
     "random": [*COLD, "search.sampler=random"],
     "tpe": [*COLD, "search.sampler=tpe"],
-    "ilp ladder": [*COLD, "warm_start.ilp=true", "search.prescreen=0", "search.sampler=none"],
+    "ilp ladder": [*COLD, "warm_start.ilp=true", "search.sampler=none"],
     # The fair baseline: every global combination.
     "uniform": [
         *COLD,
         "space=UNIFORM",
         "warm_start.combinations=4",
-        "search.prescreen=0",
         "search.sampler=none",
     ],
     # As `uniform`, with global combinations of all types: shift:3 x uniform:4 everywhere, and so on.
     "global types": [
         *COLD,
         "warm_start.combinations=12",
-        "search.prescreen=0",
         "search.sampler=none",
     ],
 }
