@@ -2,8 +2,9 @@
 
 `results/peers.csv` has the others: AIMET, Sony MCT and ModelOpt on the checkpoint and images of that study, one seed, 2
 cores; their search, then 100 steps of batch 128, distilled (400 where it says so). BOPs are relative to 32-bit float,
-all layers counted. Ours are the finally trained points of `search_quality`, searched for another cost. A peer's row is
-beaten by a point with no more BOPs, and with more accuracy on val and on test. Reads rows and measures nothing.
+all layers counted. Ours are the finally trained points of `search_quality`, searched for another cost, with those of
+the uniform ladder and of `RESULTS-dear.csv`, which are above W4A4 (`search_quality --bits 8,6`). A peer's row is beaten
+by a point with no more BOPs, and with more accuracy on val and on test. Reads rows and measures nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from mpsearch.cost.model import RelativeCost
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.problem import open_problem
 from mpsearch.study import load_study
+
+LADDER = "uniform"
+"""The arm of the uniform ladder, which each search trains too, with the same seed to the same end."""
 
 W8A8 = 100 * 8 * 8 / (32 * 32)  # percent of float's BOPs
 COLUMNS = ("tool", "BOPs, %", "val / test", "ours: BOPs, %", "val / test", "seed", "beaten")
@@ -46,11 +50,11 @@ def priced(points: Path, arm: str, study: str, layers: Sequence[LayerInfo]) -> p
         RowsError: there is none.
     """
     bops = RelativeCost(layers, "bops", "w8a8")
-    rows = Rows(points, key=("study", "arm", "seed", "number")).read()
-    ours = pd.DataFrame([row for row in rows if row["study"] == study and row["arm"] == arm])
-    if ours.empty:
+    files = (points, points.with_name(f"{points.stem}-dear.csv"))  # the second: points above W4A4
+    rows = [row for file in files for row in Rows(file, key=("study", "arm", "seed", "number")).read()]
+    ours = pd.DataFrame([row for row in rows if row["study"] == study and row["arm"] in (arm, LADDER)])
+    if ours.empty or arm not in set(ours.arm):
         raise RowsError(f"{points} has no row of study {study} and arm {arm}: make them by `search_quality --arms`")
-
     known = configs.read(points.parent)
     return ours.assign(bops=[W8A8 * bops(known[digest]) for digest in ours.config])
 

@@ -17,7 +17,7 @@ from mpsearch.cli import main
 Done = subprocess.CompletedProcess[str]
 
 
-def mpsearch(*arguments: str | Path, cwd: Path) -> Done:
+def mpsearch(*arguments: str | Path, cwd: Path, columns: int = 160) -> Done:
     """The command as a shell runs it, but in this process: seconds less for each of the many commands."""
     command = ["mpsearch", *map(str, arguments)]
     out, err = io.StringIO(), io.StringIO()
@@ -27,7 +27,7 @@ def mpsearch(*arguments: str | Path, cwd: Path) -> Done:
         redirect_stderr(err),
         patch.object(sys, "argv", command),
         patch.object(sys, "path", [*sys.path]),
-        patch.dict(os.environ, {"COLUMNS": "160"}),
+        patch.dict(os.environ, {"COLUMNS": str(columns)}),
         pytest.raises(SystemExit) as ended,
     ):
         main()

@@ -87,6 +87,13 @@ def test_front_is_the_same_as_table_json_and_csv(home: Path) -> None:
         assert f"{row['cost']:.4f}" in table
 
 
+@pytest.mark.parametrize("columns", [80, 160])
+def test_front_cuts_nothing_where_the_terminal_is_narrow(home: Path, columns: int) -> None:
+    table = mpsearch("front", "run", "--costs", cwd=home, columns=columns).stdout
+    assert "…" not in table
+    assert ("activation_bytes_peak  " in table) == (columns == 160)
+
+
 def test_front_keeps_only_weights_that_can_be_picked(home: Path) -> None:
     document = json.loads(mpsearch("front", "run", "--json", cwd=home).stdout)
     wanted = {row["number"] for row in (*document["front"], *document["uniform"])}
