@@ -143,16 +143,16 @@ def rank(
     if json_:
         print_json({"rows": taus.astype(object).where(taus.notna(), None).to_dict("records")})
         return
-    names = list(dict.fromkeys(taus.proxy))
-    table = make_table("cost", ">trials", *(f">{name}" for name in names))
-    for stratum, rows in taus.groupby("stratum", sort=False):
-        by_proxy = {str(row.proxy): row for row in rows.itertuples()}
-        table.add_row(str(stratum), str(rows.n.max()), *(_tau_text(by_proxy[name]) for name in names))
+    strata_trials = taus.groupby("stratum", sort=False).n.max()
+    table = make_table("proxy", *(f">{stratum} ({trials})" for stratum, trials in strata_trials.items()))
+    for proxy, rows in taus.groupby("proxy", sort=False):
+        if rows.tau.notna().any():
+            table.add_row(str(proxy), *map(_tau_text, rows.itertuples()))
     console = make_console()
     console.print(table)
     console.print(
         f"Kendall's tau against the score {'on test after final' if against == 'final' else 'after brief'} training, "
-        "with its 95 % interval; 1: the same order, 0: none.",
+        "with its 95 % interval, by relative cost (trials); 1: the same order, 0: none.",
         highlight=False,
     )
 
