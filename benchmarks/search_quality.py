@@ -72,18 +72,9 @@ ARMS: dict[str, list[str]] = {
     "tpe": [*COLD, "search.sampler=tpe"],
     "ilp ladder": [*COLD, "warm_start.ilp=true", "search.sampler=none"],
     # The fair baseline: every global combination.
-    "uniform": [
-        *COLD,
-        "space=UNIFORM",
-        "warm_start.combinations=4",
-        "search.sampler=none",
-    ],
+    "uniform": [*COLD, "space=UNIFORM", "warm_start.combinations=4", "search.sampler=none"],
     # As `uniform`, with global combinations of all types: shift:3 x uniform:4 everywhere, and so on.
-    "global types": [
-        *COLD,
-        "warm_start.combinations=12",
-        "search.sampler=none",
-    ],
+    "global types": [*COLD, "warm_start.combinations=12", "search.sampler=none"],
 }
 
 BOOTSTRAPS = 4000

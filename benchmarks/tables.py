@@ -264,6 +264,10 @@ def _best(study: str, arm: str, cost: float, file: str = SEARCH) -> list[Row]:
     return [max((row for row in points if row["seed"] == seed), key=lambda row: row["val"]) for seed in seeds]
 
 
+def _shown(arm: str) -> str:
+    return "mpsearch" if arm == "full" else arm
+
+
 def _tests(study: str, arm: str, cost: float) -> str:
     best = _best(study, arm, cost)
     return spread([100 * row["test"] for row in best]) if best else "none trained"
@@ -317,7 +321,7 @@ def search_arms(file: str = SEARCH) -> str:
             best = [_best(study, arm, budget(study, bits), file) for bits in BITS]
             cells += [f"{statistics.fmean(100 * row['test'] for row in group):.2f}" if group else "" for group in best]
             cells.append(volume(study, arm))
-        return ["mpsearch" if arm == "full" else arm, ", ".join(map(str, seeds)), *cells]
+        return [_shown(arm), ", ".join(map(str, seeds)), *cells]
 
     budgets = [(*(f"{name} W{bits}A{bits}" for bits in BITS), "hypervolume") for name in NETWORKS.values()]
     there = {row["arm"] for row in rows(f"{file}.csv")}
@@ -356,7 +360,7 @@ def search_time() -> str:
     heads = ("trained", "s to the first trial", "s between trials", "hypervolume on val", "s to the cold search's")
     there = {(row["study"], row["arm"]) for row in rows(f"{SEARCH}.csv")}
     lines = [
-        [name, "mpsearch" if arm == "full" else arm, *cells(study, arm)]
+        [name, _shown(arm), *cells(study, arm)]
         for study, name in NETWORKS.items()
         for arm in ARMS
         if (study, arm) in there

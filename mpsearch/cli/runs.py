@@ -229,13 +229,13 @@ def _print_front(front: api.runs.Front, costs: bool = False) -> None:
             front.gains.get(trial.number, ""),
             style=None if trial.number in on_front else "dim",
         )
-    make_console().print(table)
+    console = make_console()
+    console.print(table)
     if costs:
-        console = make_console()
-        table = _costs_table(front)
+        every = _costs_table(front)
         unbounded = console.options.update_width(10_000)
-        wide = console.measure(table, options=unbounded).maximum > console.width
-        console.print(_costs_table(front, joint="_\n") if wide else table)
+        wide = console.measure(every, options=unbounded).maximum > console.width
+        console.print(_costs_table(front, joint="_\n") if wide else every)
 
 
 def _costs_table(front: api.runs.Front, joint: str = "_") -> Table:

@@ -68,7 +68,7 @@ def test_configs_are_kept_once_and_read_back(tmp_path: Path) -> None:
 
 def test_shipped_points_name_configs_that_are_there() -> None:
     known = configs.read(tables.RESULTS)
-    for name in ("search_quality.csv", "search_quality-first.csv"):
+    for name in ("search_quality.csv", "search_quality-dear.csv", "search_quality-first.csv"):
         assert {row["config"] for row in tables.rows(name)} <= set(known)
 
 
