@@ -80,34 +80,6 @@ def trust_vector_units() -> None:
         VecISA.check_build = tried_out  # type: ignore[method-assign]
 
 
-@functools.cache
-def one_shape_a_kernel() -> dict[str, Any]:
-    """Options of torch.compile by which kernels of a card are generated in one shape, not timed in several.
-
-    On an H200 under torch 2.11 the first backward pass of the processes that timed them gave gradients of 1e22 or NaN,
-    in both runs of the same quantizer, and no later pass did; that timing is the cause is inferred from this. What is
-    timed writes over its own arguments, and a backward pass, unlike a forward one, puts them back from copies in the
-    CPU's memory where little memory of the card was in use before (`optimize_mem` of torch's kernels).
-
-    Element-wise kernels are not timed without `autotune_pointwise`, reductions (the gradients of steps) not where
-    torch is to be deterministic.
-    """
-    if not torch.cuda.is_available():
-        return {}
-    return {name: value for name, value in ONE_SHAPE.items() if name in _inductor_options()}
-
-
-ONE_SHAPE = {"triton.autotune_pointwise": False, "deterministic": True, "dynamic_scale_rblock": False}
-
-
-def _inductor_options() -> dict[str, Any]:
-    try:
-        from torch._inductor import config
-    except ImportError:  # not public: another torch may not have it
-        return {}
-    return dict(config.get_config_copy())
-
-
 def compile_errors() -> tuple[type[Exception], ...]:
     """What a function that torch cannot compile raises when it is called."""
     try:

@@ -3,9 +3,9 @@
 `reestimate_batch_norm` refreshes running statistics.
 
 On a card a small network waits for the CPU, which starts its kernels one by one: a step of a ResNet-20 with quantizers
-has hundreds of them. So a long training captures the forward and the backward pass as CUDA graphs, which start
-all of their kernels at once. What is captured reads and writes the same memory at every step: bits, ranges and slopes
-are data in buffers, and may change from step to step.
+has hundreds of them. So a long training captures the forward pass, the backward pass and the update as CUDA graphs,
+which start all of their kernels at once. What is captured reads and writes the same memory at every step: bits, ranges,
+slopes and learning rates are data in buffers, and may change from step to step.
 """
 
 from __future__ import annotations
@@ -189,26 +189,31 @@ class ForwardPass:
 
     def __init__(self, model: nn.Module, *, bf16: bool, capture: bool = False) -> None:
         self._model, self._bf16, self._capture = model, bf16, capture
-        self._captured: _Captured | None = None
+        self._captured: Captured | None = None
 
     def __call__(self, x: Any) -> Any:
         """The output for a batch; gradients flow from it where they are enabled."""
+        captured = self.captured(x)
+        return self._run(x) if captured is None else captured(x)
+
+    def captured(self, x: Any) -> Captured | None:
+        """What answers this batch by a replay; None: nothing does. The first batch is what is captured."""
         if self._capture:
             self._capture = False
             self._captured = self._try_capture(x)
-        return self._run(x) if self._captured is None or not self._captured.takes(x) else self._captured(x)
+        return None if self._captured is None or not self._captured.takes(x) else self._captured
 
     def _run(self, x: Any) -> Any:
         with autocast(x, self._bf16):
             return call(self._model, x)
 
-    def _try_capture(self, x: Any) -> _Captured | None:
+    def _try_capture(self, x: Any) -> Captured | None:
         if not (isinstance(x, Tensor) and x.is_cuda and not x.requires_grad):
             return None
         trained = [p for p in self._model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
         buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]  # the warm-up moves BatchNorm's
         try:
-            return _Captured(self._run, x, trained)
+            return Captured(self._run, x, trained)
         except (RuntimeError, TypeError) as error:
             logger.warning("%s is not captured as a CUDA graph: %s", type(self._model).__name__, error)
             return None
@@ -218,7 +223,7 @@ class ForwardPass:
                     buffer.copy_(before)
 
 
-class _Captured:
+class Captured:
     """A forward pass, and its backward pass where parameters are trained, as CUDA graphs.
 
     Args:
@@ -251,7 +256,7 @@ class _Captured:
             self.gradient = torch.zeros_like(self.output)
             with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
                 gradients = torch.autograd.grad(output, trained, self.gradient, allow_unused=True)
-                self.gradients = _apart([self.gradient, *gradients])[1:]
+                self.gradients = _apart([self.gradient, *map(_laid_out_as, gradients, trained)])[1:]
 
     def takes(self, x: Any) -> bool:
         """Whether this is a batch as the first one was."""
@@ -262,10 +267,27 @@ class _Captured:
         if self.trained and torch.is_grad_enabled():
             output: Tensor = _Replay.apply(self, x, *self.trained)  # type: ignore[no-untyped-call]
             return output
+        return self.forwards(x).clone()
+
+    def forwards(self, x: Tensor) -> Tensor:
+        """The output, which the next batch overwrites; a leaf."""
         self.x.copy_(x)
         self.forward.replay()
-        answer: Tensor = self.output.clone()
-        return answer
+        return self.output.detach()
+
+    def backwards(self, gradient: Tensor) -> None:
+        """Give all that is trained its gradient, in place of what it had, from that of the last output."""
+        self.gradient.copy_(gradient)
+        self.backward.replay()
+        for parameter, of_parameter in zip(self.trained, self.gradients, strict=True):
+            parameter.grad = of_parameter
+
+
+def _laid_out_as(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
+    """A gradient with the parameter's strides, which optimizers want."""
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _apart(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -282,11 +304,9 @@ def _apart(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, captured: _Captured, x: Tensor, *_trained: Tensor) -> Tensor:
+    def forward(ctx: Any, captured: Captured, x: Tensor, *_trained: Tensor) -> Tensor:
         ctx.captured = captured
-        captured.x.copy_(x)
-        captured.forward.replay()
-        output: Tensor = captured.output.detach()
+        output: Tensor = captured.forwards(x)
         return output
 
     @staticmethod
@@ -295,6 +315,63 @@ class _Replay(torch.autograd.Function):
         captured.gradient.copy_(grads[0])
         captured.backward.replay()
         return None, None, *(g if g is None else g.detach() for g in captured.gradients)
+
+
+class Update:
+    """Clipping and the steps of optimizers, which may be captured on a card where gradients stay in one place.
+
+    Args:
+        optimizers: all fused SGD, else nothing is captured: others may look at numbers on the CPU.
+        clipped: parameters whose gradient's norm is held at CLIP_NORM.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], clipped: Sequence[nn.Parameter]) -> None:
+        self._optimizers, self._clipped = optimizers, clipped
+        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._capture = all(isinstance(o, torch.optim.SGD) and o.defaults["fused"] for o in optimizers)
+        self._begun = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._rates: list[Tensor] = []  # learning rates on the card, by group
+
+    def __call__(self, *, in_place: bool) -> None:
+        """One update. The first is not captured: after it momentum has its memory.
+
+        Args:
+            in_place: gradients are where they were when this was last so.
+        """
+        if in_place and self._capture and self._begun:
+            self._capture = False
+            self._graph = self._try_capture()
+        self._begun = True
+        if self._graph is None or not in_place:
+            self._run()
+            return
+        for rate, group in zip(self._rates, self._groups, strict=True):
+            rate.fill_(group["lr"])
+        self._graph.replay()
+
+    def _run(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self._clipped, CLIP_NORM, foreach=True)
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def _try_capture(self) -> torch.cuda.CUDAGraph | None:
+        graph = torch.cuda.CUDAGraph()
+        rates = [group["lr"] for group in self._groups]
+        device = self._groups[0]["params"][0].device
+        self._rates = [torch.tensor(float(rate), device=device) for rate in rates]
+        try:
+            for group, rate in zip(self._groups, self._rates, strict=True):
+                group["lr"] = rate
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._run()
+        except RuntimeError as error:
+            logger.warning("the update is not captured as a CUDA graph: %s", error)
+            return None
+        finally:
+            for group, rate in zip(self._groups, rates, strict=True):
+                group["lr"] = rate
+        return graph
 
 
 def usual_device() -> torch.device:
@@ -318,7 +395,7 @@ def fit(
     """
     groups = _parameter_groups(model, settings)
     optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9, nesterov=True, fused=True)
-    soft = [m for m in model.modules() if isinstance(m, ShiftQuantizer)]
+    soft = [m for m in model.modules() if isinstance(m, ShiftQuantizer) and not m.precision.is_float]
     done = 0
     if begun is not None:
         _go_on(model, optimizer, begun)
@@ -402,19 +479,22 @@ def steps(
     done = 0
     model.train()
     forward = ForwardPass(model, bf16=bf16, capture=capture and count >= CAPTURE_STEPS)
+    update = Update(optimizers, limited)
     for step, (x, y) in zip(range(count), to_device(batches, next(model.parameters()).device), strict=False):
         schedule(step)
-        output = forward(x)
+        captured = forward.captured(x) if penalty is None else None
+        output = forward(x) if captured is None else captured.forwards(x).requires_grad_()
         value = loss(step, x, output, y)
         number = value.item()
         if not math.isfinite(number):
             raise FloatingPointError(f"the training loss became {number} at step {step} of {count}")
-        total = value if penalty is None else value + penalty(step, value)
-        model.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(limited, CLIP_NORM, foreach=True)
-        for optimizer in optimizers:
-            optimizer.step()
+        if captured is None:
+            total = value if penalty is None else value + penalty(step, value)
+            model.zero_grad(set_to_none=True)
+            total.backward()  # type: ignore[no-untyped-call]
+        else:
+            captured.backwards(*torch.autograd.grad(value, output))
+        update(in_place=captured is not None)
         yield step, number
         done = step + 1
     if done < count:

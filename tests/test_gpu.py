@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from mpsearch.search.run import run_study
 from mpsearch.search.trial import run_trial
 from mpsearch.study import load_study
 from mpsearch.task.scoring import comparison_of
-from mpsearch.train import ForwardPass, Teacher, autocast
+from mpsearch.train import ForwardPass, Teacher, autocast, steps
 from mpsearch.warmstart.descent import descend
 from mpsearch.warmstart.sensitivity import measure
 from mpsearch.warmstart.start_score import StartScorer
@@ -46,6 +47,7 @@ PRECISIONS = [
     Precision(quantizer, bits, granularity)  # type: ignore[arg-type]
     for quantizer in ("uniform", "shift", "apot")
     for bits in BITS[quantizer]
+    if bits <= 8 or bits in (12, 16)
     for granularity in ("channel", "tensor")
     if quantizer == "uniform" or bits > 1
 ]
@@ -238,6 +240,38 @@ def test_training_long_enough_to_be_captured_ends_as_without(
         result = workbench.fit(40, 0)
         losses.append((result.start_loss, result.end_loss))
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
+def test_captured_update_clips_and_follows_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With momentum and decay, and a batch of another size among the others."""
+    monkeypatch.setattr(import_module("mpsearch.train"), "CAPTURE_STEPS", 10)
+    random = torch.Generator().manual_seed(0)
+    sizes = [32] * 7 + [20] + [32] * 12
+    batches = [(torch.randn(n, 4, generator=random), torch.randint(0, 2, (n,), generator=random)) for n in sizes]
+    trainings = []
+    for capture in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).cuda()
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01, fused=True
+        )
+
+        def schedule(step: int, group: dict[str, Any] = optimizer.param_groups[0]) -> None:
+            group["lr"] = 0.1 / (1 + step)
+
+        def loss(step: int, x: Tensor, output: Tensor, target: Tensor) -> Tensor:
+            return 40 * torch.nn.functional.cross_entropy(output, target)  # clipped
+
+        taken = steps(model, batches, loss, [optimizer], len(batches), schedule, capture=capture)
+        values = [(value, [p.grad.clone() for p in model.parameters() if p.grad is not None]) for _, value in taken]
+        trainings.append((values, copy.deepcopy(model.state_dict())))
+        assert optimizer.param_groups[0]["lr"] == 0.1 / len(batches)  # a number still
+    (values, weights), (of_captured, weights_of_captured) = trainings
+    for (value, gradients), (other, others) in zip(values, of_captured, strict=True):
+        assert other == pytest.approx(value, rel=1e-4)
+        for one, another in zip(gradients, others, strict=True):
+            torch.testing.assert_close(another, one, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights_of_captured, weights, rtol=1e-4, atol=1e-5)
 
 
 def test_teacher_answers_each_batch_by_its_own_values(problem: Problem) -> None:

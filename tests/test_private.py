@@ -22,7 +22,7 @@ from optuna.trial import create_trial
 from torch import nn
 
 import mpsearch
-from mpsearch.compiler import ONE_SHAPE, _inductor_options, graphs_compiled
+from mpsearch.compiler import graphs_compiled
 from mpsearch.private import ray_watchdog
 from mpsearch.private.optuna import generation_key, storage_of, study_id, trial_id
 from mpsearch.private.optuna_dashboard import replace_trial_note
@@ -230,26 +230,6 @@ def test_torch_makes_its_table_of_onnx_operators_once_for_all_exports():
         other = ONNXRegistry().from_torchlib(opset_version=25)
     assert (first.opset_version, other.opset_version) == (21, 25)
     assert vars(ONNXRegistry)["from_torchlib"] is before
-
-
-def test_torch_has_the_options_by_which_kernels_are_not_timed() -> None:
-    """`compiler.one_shape_a_kernel` gives them on a card; those that torch has not are left out."""
-    assert ONE_SHAPE.keys() <= _inductor_options().keys()
-
-
-def test_torch_makes_one_kernel_of_a_reduction_where_it_is_to_be_deterministic() -> None:
-    """Otherwise it makes several and times them, which `autotune_pointwise` says nothing of."""
-    heuristics = pytest.importorskip("torch._inductor.runtime.triton_heuristics", exc_type=ImportError)
-    pytest.importorskip("triton", exc_type=ImportError)
-    timed, alone = (
-        heuristics.filter_reduction_configs_for_determinism(
-            {"deterministic": deterministic},
-            heuristics._persistent_reduction_configs({"x": 64, "r0_": 64}, False, {}, {"device": None}),
-        )
-        for deterministic in (False, True)
-    )
-    assert len(timed) > 1
-    assert len(alone) == 1
 
 
 @pytest.mark.compile

@@ -1,10 +1,9 @@
 """Compiled code on a card is compared with the eager one before it is used; what cannot be compiled runs eagerly.
 
-On an H200 under torch 2.11 the first backward pass of a compiled quantizer gave gradients of 1e22 or NaN where its
-kernels had to be timed, and no later pass did. `compiler.one_shape_a_kernel` leaves nothing to be timed; that it helps
-cannot be promised for every card and every torch. So, whenever a call has compiled a new graph, forward and backward
-pass are made on copies and compared. A first pass that is wrong is thrown away; a function whose compiled form stays
-wrong runs eagerly for the rest of the process, and a warning says so.
+Compilers have faults that a user would take for a training that does not converge: on an H200, torch 2.11 searched all
+of a tensor where a slice was asked for, and DSQ's gradients were wrong or NaN. So, whenever a call has compiled a new
+graph, forward and backward pass are made on copies and compared. A function whose compiled form is wrong runs eagerly
+for the rest of the process, and a warning says so.
 """
 
 from __future__ import annotations
@@ -26,9 +25,6 @@ progress = logging.getLogger("mpsearch.progress")
 DEVICES = ("cuda",)
 """Kinds of devices on which it is compared: on the CPU no kernel is timed, and tests compare."""
 
-PASSES = 3
-"""Passes that may be made until one is right."""
-
 APART = 0.05
 """Largest distance from the eager result, as a share of its norm: rounding at the edge of two codes stays far below."""
 
@@ -41,13 +37,10 @@ Function = Callable[..., Tensor]
 _eager: set[Function] = set()
 """Functions that are not compiled in this process: what came of it was wrong, or nothing came of it."""
 
-_thrown_away: list[str] = []
-"""What compiled functions of this process belong to whose first passes were wrong, and later ones right."""
 
-
-def wrong() -> tuple[int, int]:
-    """How many graphs' first passes were thrown away in this process, and how many functions run eagerly for good."""
-    return len(_thrown_away), len(_eager)
+def given_up() -> int:
+    """How many functions are not compiled in this process for that."""
+    return len(_eager)
 
 
 def checked(compiled: Function, function: Function, owner: Any, x: Tensor, *per_channel: Tensor | None) -> Tensor:
@@ -76,21 +69,16 @@ def checked(compiled: Function, function: Function, owner: Any, x: Tensor, *per_
         return function(owner, x, *per_channel)
     if x.device.type not in DEVICES or graphs_compiled() == before or _capturing(x):
         return y
-    for count in range(1, PASSES + 1):
-        apart = _apart(compiled, function, owner, x, per_channel)
-        if apart <= APART:
-            if count > 1:
-                _thrown_away.append(_name(owner))
-                progress.info("%s: pass %d of its compiled form is right, those before were not", _name(owner), count)
-            return compiled(owner, x, *per_channel)  # once more, for the first pass is not one of those compared
+    apart = _apart(compiled, function, owner, x, per_channel)
+    if apart <= APART:
+        return y
     _eager.add(function)
     progress.warning(
-        "torch.compile gives wrong numbers for %s on %s (%.2g of their norm from the eager ones, in %d passes): it "
-        "runs eagerly, and takes longer",
+        "torch.compile gives wrong numbers for %s on %s (%.2g of their norm from the eager ones): it runs eagerly, and "
+        "takes longer",
         _name(owner),
         x.device,
         apart,
-        PASSES,
     )
     return function(owner, x, *per_channel)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.compiler import one_shape_a_kernel, part_caches, trust_vector_units
+from mpsearch.compiler import part_caches, trust_vector_units
 from mpsearch.quant.first_pass import checked
 
 GRAPHS = 64
@@ -74,4 +74,4 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     part_caches()
     trust_vector_units()
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=True, options=one_shape_a_kernel() or None)
+    return torch.compile(function, dynamic=True)

@@ -162,7 +162,8 @@ def tanh_levels(v: Tensor, levels: Tensor, slope: Tensor) -> Tensor:
     """
     magnitude = torch.where(v < 0, -v, v)  # not abs(), whose derivative at 0 is 0
     magnitude = torch.minimum(magnitude, levels[-1])
-    j = torch.bucketize(magnitude.detach().contiguous(), levels[1:]).clamp_max(len(levels) - 2)  # NaN is beyond
+    # Among all levels, not levels[1:]: torch 2.11 compiles the search of a slice to one of the whole on a card.
+    j = (torch.bucketize(magnitude.detach().contiguous(), levels) - 1).clamp(0, len(levels) - 2)  # NaN is beyond
     low, high = levels[j], levels[j + 1]
     height = high - low
     phi = torch.tanh(slope / height * (magnitude - (high + low) / 2) / 2) / torch.tanh(slope / 4)
