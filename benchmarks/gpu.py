@@ -240,7 +240,7 @@ def tests(setting: Setting) -> Iterator[Check]:
         return
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider"]
     command += ["--show-capture=no"]
-    command += ["-n", str(min(6, os.cpu_count() or 1)), "tests"] if find_spec("xdist") else ["tests"]
+    command += ["-n", str(min(10, os.cpu_count() or 1)), "tests"] if find_spec("xdist") else ["tests"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-15000:], file=sys.stderr)
     lines = done.stdout.strip().splitlines() or ["no output"]
