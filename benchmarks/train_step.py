@@ -3,8 +3,9 @@
 Prints one table: images/s of the float step, of the quantized step and of the quantized step with the teacher's
 forward pass, all bfloat16 and channels last, with the same loop (`mpsearch.train.fit`) in the same run. The float step
 is compiled as a whole, the quantized one as trials are: its quantizers alone. On a card a round of enough steps
-captures either of them as CUDA graphs, and its time has that in it, as a trial's has. Rounds of the three alternate,
-so that a machine whose speed drifts slows all of them alike. In a search the teacher is computed for the first trial of
+captures either of them as CUDA graphs, and its time has that in it, as a trial's has; the row has the time of the steps
+that follow, too, and there a float step that is not compiled stands beside the others. Rounds alternate, so that a
+machine whose speed drifts slows all of them alike. In a search the teacher is computed for the first trial of
 a worker only; here it is computed at every step.
 """
 
@@ -14,6 +15,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Annotated, cast
 
 import torch
@@ -35,6 +37,8 @@ from mpsearch.train import FitSettings, Teacher, bf16_in_hardware, fit, jeffreys
 from mpsearch.workbench import channels_last
 
 CPU = torch.device("cpu")
+BEGINNING = 5
+"""Steps in which passes and update are captured on a card."""
 
 
 def train_step(
@@ -68,7 +72,7 @@ def measure(
     eager: bool,
     device: torch.device = CPU,
 ) -> Row:
-    """Seconds of a step in each round, by kind of step."""
+    """Seconds of a step in each round, by kind of step; and of one after the BEGINNING, where a round is longer."""
     torch.manual_seed(0)
     spec = TaskSpec(model=model, data=DataSpec(kind="digits"))
     network = channels_last(build_model(spec, num_classes=10)).to(device)
@@ -97,6 +101,8 @@ def measure(
         f"quantized {bits}": (quantized, cross_entropy),
         f"quantized {bits} + teacher": (copy.deepcopy(quantized), distilled),
     }
+    if device.type == "cuda":
+        cases["float, not compiled"] = (copy.deepcopy(network), cross_entropy)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
@@ -104,16 +110,20 @@ def measure(
 
     settings = FitSettings(steps, lr=1e-4, bf16=bf16)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    steady: dict[str, list[float]] = {name: [] for name in cases}
     for trained, loss in cases.values():  # compile, warm up
         fit(trained, batches(), loss, FitSettings(2, lr=1e-4, bf16=bf16))
     for _ in range(rounds):
         for name, (trained, loss) in cases.items():
             finish(device)
+            ends: list[float] = []
             began = time.perf_counter()
-            fit(trained, batches(), loss, settings)
+            fit(trained, batches(), loss, settings, lambda _step, _loss, ends=ends: ends.append(time.perf_counter()))
             finish(device)
             seconds[name].append((time.perf_counter() - began) / steps)
-    return {"bf16": bf16, "compiled": not eager, "step_s": seconds}
+            if steps > BEGINNING + 1:
+                steady[name].append(statistics.median(b - a for a, b in pairwise(ends[BEGINNING:])))
+    return {"bf16": bf16, "compiled": not eager, "step_s": seconds, "steady_s": steady}
 
 
 def finish(device: torch.device) -> None:

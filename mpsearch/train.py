@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from mpsearch.compiler import graphs_compiled
 from mpsearch.errors import TaskError
 from mpsearch.graph.inputs import call as call
 from mpsearch.graph.inputs import evaluating, layer_input, map_tensors, tensors
@@ -40,7 +41,7 @@ CLIP_NORM = 5.0
 CAPTURE_STEPS = 30
 """Steps of a training from which its passes are captured on a card, which takes about as long as six of them."""
 WARM_UP = 3
-"""Passes before the capture: they compile, and choose algorithms."""
+"""Passes before the capture, at most: they compile, and choose algorithms. One that compiles nothing is the last."""
 
 Loss = Callable[[int, Any, Any, Any], Tensor]
 """(step, input, output, target) -> scalar loss of one batch."""
@@ -241,12 +242,15 @@ class Captured:
         beside.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(beside):
             for _ in range(WARM_UP):
+                graphs = graphs_compiled()
                 output = run(self.x)
                 if not isinstance(output, Tensor):
                     raise TypeError(f"its output is a {type(output).__name__}, not one tensor")
                 if trained:
                     torch.autograd.grad(output, trained, torch.zeros_like(output), allow_unused=True)
                 del output
+                if graphs_compiled() == graphs:
+                    break
         torch.cuda.current_stream(x.device).wait_stream(beside)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):  # other threads may look at the memory
