@@ -116,14 +116,21 @@ def measure(
     for _ in range(rounds):
         for name, (trained, loss) in cases.items():
             finish(device)
-            ends: list[float] = []
+            ends = Ends()
             began = time.perf_counter()
-            fit(trained, batches(), loss, settings, lambda _step, _loss, ends=ends: ends.append(time.perf_counter()))
+            fit(trained, batches(), loss, settings, ends)
             finish(device)
             seconds[name].append((time.perf_counter() - began) / steps)
             if steps > BEGINNING + 1:
                 steady[name].append(statistics.median(b - a for a, b in pairwise(ends[BEGINNING:])))
     return {"bf16": bf16, "compiled": not eager, "step_s": seconds, "steady_s": steady}
+
+
+class Ends(list[float]):
+    """When each step ended."""
+
+    def __call__(self, _step: int, _loss: float) -> None:
+        self.append(time.perf_counter())
 
 
 def finish(device: torch.device) -> None:

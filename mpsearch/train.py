@@ -255,7 +255,8 @@ class Captured:
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):  # other threads may look at the memory
             output = run(self.x)
-        self.output, self.gradients = output.detach(), tuple[Tensor | None, ...]()
+        self.output: Tensor = output.detach()
+        self.gradients = tuple[Tensor | None, ...]()
         if trained:
             self.gradient = torch.zeros_like(self.output)
             with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
