@@ -350,3 +350,12 @@ def test_mhaq_exports_a_mixed_network_and_reads_its_own_rows(
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     assert main(["mhaq", "--print", "--results", str(tmp_path / "rows.jsonl")]) == 0
     assert "1 of 1 layers above their target" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_bn_batches_of_a_trained_config(bench: Bench) -> None:
+    options = ("--study", "digits", *SETS, "--batches", "1,4", "--repeats", "2")
+    eight, two = bench("bn_batches", *options, "--bits", "8,2")
+    assert eight["cost"] > two["cost"]
+    assert {count: len(values) for count, values in eight["scores"].items()} == {"1": 2, "4": 2}
+    assert len({*two["divergences"]["1"], *two["divergences"]["4"]}) == 4  # other batches, other statistics
