@@ -49,7 +49,7 @@ from mpsearch.compiler import compiler_missing
 from mpsearch.errors import MpsearchError
 from mpsearch.precision import BITS, Precision
 from mpsearch.problem import open_problem
-from mpsearch.quant.first_pass import given_up
+from mpsearch.quant.checked import given_up
 from mpsearch.quant.fused import fuse
 from mpsearch.quant.ranges import activation_range, weight_step
 from mpsearch.quant.switch import make_quantizer

@@ -368,6 +368,15 @@ def search_time() -> str:
     return markdown(("network", "arm", *heads), lines)
 
 
+def search_origins() -> str:
+    """What the sampler adds in long runs."""
+    from benchmarks.origins import tables
+
+    some = rows("origins.jsonl")
+    parts = [f"{title.capitalize()}:\n\n{markdown(heads, lines)}" for title, (heads, lines) in tables(some).items()]
+    return "\n\n".join([*parts, measured(some)])
+
+
 def search_measured() -> str:
     """Where the rows of `search` were measured."""
     return measured(rows(f"{SEARCH}.csv"))
@@ -684,6 +693,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "search-first-arms": partial(search_arms, FIRST),
     "search-time": search_time,
     "search-measured": search_measured,
+    "search-origins": search_origins,
     "methods": methods,
     "learned-thresholds": learned_thresholds,
     "exports": exports,

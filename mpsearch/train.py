@@ -325,6 +325,8 @@ class _Replay(torch.autograd.Function):
 class Update:
     """Clipping and the steps of optimizers, which may be captured on a card where gradients stay in one place.
 
+    Of what optimizers are set to, learning rates alone may change from step to step.
+
     Args:
         optimizers: all fused SGD, else nothing is captured: others may look at numbers on the CPU.
         clipped: parameters whose gradient's norm is held at CLIP_NORM.

@@ -4,7 +4,7 @@ Between quantizers a network runs as it is: its convolutions and normalizations 
 may not be for a compiler. What an eager quantizer wastes is memory traffic, ten passes where one would do. So the graph
 that is compiled is a quantizer's alone, on a tensor seen as rows: `(channels, n)` for a weight with a step a channel,
 `(n,)` for an activation. All layers of a network share a handful of graphs. On a card each is compared with the eager
-passes before it is used (`first_pass.py`).
+passes before it is used (`checked.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.compiler import part_caches, trust_vector_units
-from mpsearch.quant.first_pass import checked
+from mpsearch.quant.checked import checked
 
 GRAPHS = 64
 """Graphs that one function may have: kinds of quantizers, of tensors and of modes. Dynamo's own limit is 8."""

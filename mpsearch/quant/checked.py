@@ -23,7 +23,7 @@ from mpsearch.files import no_room
 progress = logging.getLogger("mpsearch.progress")
 
 DEVICES = ("cuda",)
-"""Kinds of devices on which it is compared: on the CPU no kernel is timed, and tests compare."""
+"""Kinds of devices on which it is compared: what the CPU computes, tests compare on every machine."""
 
 APART = 0.05
 """Largest distance from the eager result, as a share of its norm: rounding at the edge of two codes stays far below."""
@@ -39,7 +39,7 @@ _eager: set[Function] = set()
 
 
 def given_up() -> int:
-    """How many functions are not compiled in this process for that."""
+    """How many functions are not compiled in this process, as that failed or gave wrong numbers."""
     return len(_eager)
 
 

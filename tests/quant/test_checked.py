@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 from mpsearch.precision import Precision
-from mpsearch.quant import first_pass, fused
+from mpsearch.quant import checked, fused
 from mpsearch.quant.gdnsq import GdnsqQuantizer
 from mpsearch.quant.quantizer import Quantizer, _quantize
 from mpsearch.quant.switch import make_quantizer
@@ -63,8 +63,8 @@ class Compiler:
 
 @pytest.fixture(autouse=True)
 def _on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_pass, "DEVICES", ("cpu",))
-    monkeypatch.setattr(first_pass, "_eager", set())
+    monkeypatch.setattr(checked, "DEVICES", ("cpu",))
+    monkeypatch.setattr(checked, "_eager", set())
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Compiler]:
     def install(wrong: int, spoil: Callable[[Tensor], Tensor] = lambda g: 1e22 * g, forward: bool = False) -> Compiler:
         compiler = Compiler(wrong, spoil, forward)
         monkeypatch.setattr(fused, "_compiled", compiler)
-        monkeypatch.setattr(first_pass, "graphs_compiled", lambda: compiler.graphs)
+        monkeypatch.setattr(checked, "graphs_compiled", lambda: compiler.graphs)
         return compiler
 
     return install
@@ -109,7 +109,7 @@ def test_right_kernels_are_used_and_compared_once(
         assert same(passes(quantizer(), True, 3), passes(quantizer(), False, 3))
     assert made.passes == 3 + 1  # the one that is compared
     assert not caplog.records
-    assert first_pass.given_up() == 0
+    assert checked.given_up() == 0
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_kernels_that_are_wrong_are_named_and_left(
     with caplog.at_level(logging.WARNING, "mpsearch"):
         assert same(passes(quantizer(), True, 3), passes(quantizer(), False, 3))
     assert made.passes == 1 + 1
-    assert first_pass.given_up() == 1
+    assert checked.given_up() == 1
     (record,) = caplog.records
     assert "torch.compile gives wrong numbers for the UniformQuantizer on cpu" in record.getMessage()
 
@@ -162,7 +162,7 @@ def test_random_gradients_are_no_wrong_ones_unless_they_are_huge(
 @pytest.mark.slow  # the tests above have a compiler that is made
 def test_compiled_quantizers_are_compared_when_a_graph_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[float] = []
-    apart = first_pass._apart
+    apart = checked._apart
 
     def count(*arguments: Any) -> float:
         counted.append(apart(*arguments))
@@ -170,7 +170,7 @@ def test_compiled_quantizers_are_compared_when_a_graph_is_new(monkeypatch: pytes
 
     compiled = torch.compile(_quantize, dynamic=True, backend="aot_eager")
     monkeypatch.setattr(fused, "_compiled", lambda function: compiled)
-    monkeypatch.setattr(first_pass, "_apart", count)
+    monkeypatch.setattr(checked, "_apart", count)
     assert same(passes(quantizer(), True, 2), passes(quantizer(), False, 2))
     assert counted == [0.0]
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_what_cannot_be_compiled_runs_eagerly(
 
         return compiled
 
-    monkeypatch.setattr(first_pass, "DEVICES", ("cuda",))  # as on a CPU
+    monkeypatch.setattr(checked, "DEVICES", ("cuda",))  # as on a CPU
     monkeypatch.setattr(fused, "_compiled", broken)
     expected = passes(quantizer(), fuse=False)
     with caplog.at_level(logging.WARNING, "mpsearch.progress"):
@@ -219,7 +219,7 @@ def test_a_full_disk_is_no_fault_of_the_compiler(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.compile
 def test_a_compiler_that_fails_costs_time_alone() -> None:
     lines = [
-        "import torch; from test_first_pass import passes, quantizer",
+        "import torch; from test_checked import passes, quantizer",
         "one, other = (passes(quantizer(), fuse) for fuse in (False, True))",
         "assert all(map(torch.equal, one, other)); print('the same')",
     ]
