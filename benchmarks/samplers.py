@@ -114,7 +114,12 @@ class World:
             if count in AFTER:
                 found[str(count)] = self.mean_divergence(records)
         costs = [float(trial.cost or 0.0) for trial in records[len(self.initial) :]]
-        return {"mean_divergence": found, "median_cost": float(np.median(costs)), "noise": self.noise}
+        return {
+            "study": facts.spec.name,
+            "mean_divergence": found,
+            "median_cost": float(np.median(costs)),
+            "noise": self.noise,
+        }
 
     def mean_divergence(self, records: Sequence[TrialRecord]) -> float:
         """The true one along the front that the trials show, over octaves of cost from the cheapest config to 1."""
@@ -123,14 +128,24 @@ class World:
         return self.worst * (1 - share_dominated(points, self.facts.cheapest, ScoreRange(0.0, 1.0)))
 
 
+HEADS = ("run", "sampler", "seeds", "initial", *(f"{n} more" for n in AFTER), "median cost")
+
+
 def show(rows: Sequence[Row]) -> None:
-    """A line a sampler."""
-    names = list(dict.fromkeys(row["sampler"] for row in rows))
+    """The table on the terminal."""
+    print_table("mean true divergence of the front, nats", HEADS, lines(rows))
 
-    def line(name: str) -> tuple[str, ...]:
-        of_name = [row for row in rows if row["sampler"] == name]
-        found = [spread([row["mean_divergence"][str(n)] for row in of_name], 4) for n in (0, *AFTER)]
-        return name, str(len(of_name)), *found, spread([row["median_cost"] for row in of_name], 2)
 
-    heads = ("sampler", "seeds", "initial", *(f"{n} more" for n in AFTER), "median cost")
-    print_table("mean true divergence of the front, nats", heads, map(line, names))
+def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """A line a run and sampler."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["study"], row["sampler"]), []).append(row)
+
+    def found(group: Sequence[Row]) -> list[str]:
+        return [spread([row["mean_divergence"][str(n)] for row in group], 4) for n in (0, *AFTER)]
+
+    return [
+        (*names, str(len(group)), *found(group), spread([row["median_cost"] for row in group], 2))
+        for names, group in groups.items()
+    ]

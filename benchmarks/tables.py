@@ -377,6 +377,14 @@ def search_origins() -> str:
     return "\n\n".join([*parts, measured(some)])
 
 
+def search_samplers() -> str:
+    """What samplers find where trials are simulated."""
+    from benchmarks.samplers import HEADS, lines
+
+    some = rows("samplers.jsonl")
+    return f"{markdown(HEADS, lines(some))}\n\n{measured(some)}"
+
+
 def search_measured() -> str:
     """Where the rows of `search` were measured."""
     return measured(rows(f"{SEARCH}.csv"))
@@ -694,6 +702,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "search-time": search_time,
     "search-measured": search_measured,
     "search-origins": search_origins,
+    "search-samplers": search_samplers,
     "methods": methods,
     "learned-thresholds": learned_thresholds,
     "exports": exports,

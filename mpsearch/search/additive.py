@@ -72,6 +72,8 @@ class AdditiveSampler(JointSampler):
         self._children = Children(space, seed)
         self._design = Design(space, knowledge.table)
         self._program = program_of(space, cost) if isinstance(cost, RelativeCost) else None
+        cheapest = cost.bounds(space.options)[0] if isinstance(cost, RelativeCost) else 0.0
+        self._cheapest = math.log2(cheapest) if cheapest > 0 else math.inf
         self._model: AdditiveModel | None = None
         self._chosen_of = 0  # scores that link and noise were chosen by
 
@@ -137,8 +139,9 @@ class AdditiveSampler(JointSampler):
         Args:
             known: (log2 cost, harm) of the front, by rising cost.
         """
-        points = [*known, (max(0.0, known[-1][0] + 0.1), known[-1][1])]
         whole = max(harm for _, harm in known) - min(harm for _, harm in known) or 1.0
+        cheapest = min(self._cheapest, known[0][0])
+        points = [(cheapest, known[0][1] + whole), *known, (max(0.0, known[-1][0] + 0.1), known[-1][1])]
         gaps = [
             ((b - a) * (max(0.0, above - below) + 0.1 * whole), (a, b)) for (a, above), (b, below) in pairwise(points)
         ]

@@ -15,7 +15,7 @@ from mpsearch.metric import TOP1
 from mpsearch.precision import PrecisionConfig
 from mpsearch.program import Program
 from mpsearch.record import TrialRecord
-from mpsearch.search.additive import Knowledge, fall
+from mpsearch.search.additive import AdditiveSampler, Knowledge, fall
 from mpsearch.search.controller import SearchController
 from mpsearch.search.front import ScoreRange, pareto_front
 from mpsearch.space.build import build_space
@@ -126,3 +126,10 @@ def test_fall_of_a_front_counts_octaves_of_cost_times_harm() -> None:
     assert fall(known, -1.0, 0.5) == 0.0
     assert fall(known, -3.0, 1.2) == pytest.approx(1.0 * 0.3)  # left of all: harm counts as 1.5 there
     assert fall(known, 0.5, 0.1) == 0.0
+
+
+def test_gaps_begin_at_the_cheapest_config_there_is() -> None:
+    known = Landscape()
+    cheapest = math.log2(known.cost.bounds(known.space.options)[0])
+    sampler = AdditiveSampler(known.space, known.cost, Knowledge(), seed=0)
+    assert sorted(sampler._gaps([(-0.5, 1.0), (-0.2, 0.1)])) == [(cheapest, -0.5), (-0.5, -0.2), (-0.2, 0.0)]
