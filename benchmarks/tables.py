@@ -35,7 +35,7 @@ ARMS = (
     "full",
     "rungs",
     "no prescreen",
-    "additive sampler",
+    "surrogate",
     "no weight reuse",
     "no types",
     "global types",

@@ -496,7 +496,7 @@ class SearchSpec(_Section):
     """How configs are proposed and how many trials run."""
 
     sampler: Literal["surrogate", "additive", "nsga2", "tpe", "gp", "random", "none"] = Field(
-        default="surrogate", description="none: the ladder and the warm start's configs alone"
+        default="additive", description="none: the ladder and the warm start's configs alone"
     )
     objective: Literal["divergence", "metric"] = Field(
         default="divergence",

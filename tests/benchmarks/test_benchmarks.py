@@ -297,14 +297,14 @@ def test_zoo_smallest_model_passes(bench: Bench) -> None:
     assert all(row[stage] == "ok" for stage in stages), row
 
 
-@pytest.mark.parametrize("arm", ["full", "rungs", "rungs without prescreen", "rungs with additive sampler", "uniform"])
+@pytest.mark.parametrize("arm", ["full", "rungs", "rungs without prescreen", "surrogate", "uniform"])
 def test_every_arm_of_search_quality_is_a_study(arm: str) -> None:
     from benchmarks.search_quality import ARMS
 
     spec = load_study("digits", [override.replace("UNIFORM", "uniform") for override in ARMS[arm]])
     assert (len(spec.trial.lengths) > 1) == ("rungs" in arm)
     assert (spec.search.prescreen == 0) == (arm in ("rungs without prescreen", "uniform"))
-    assert (spec.search.sampler == "additive") == ("additive" in arm)
+    assert (spec.search.sampler == "surrogate") == (arm == "surrogate")
 
 
 @pytest.mark.slow  # a search by the command line, and final trainings

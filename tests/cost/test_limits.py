@@ -124,7 +124,7 @@ def test_a_limit_in_the_unit_of_another_cost_is_refused() -> None:
         limited(weight_bytes="3 pJ")
 
 
-@pytest.mark.parametrize("sampler", ["surrogate", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["additive", "surrogate", "nsga2", "random"])
 def test_the_controller_proposes_nothing_above_a_limit(sampler: str) -> None:
     space = space_for("uniform:1-8")
     cost = limited(weight_bytes=f"{100 * middle(space, 'weight_bytes')} %", activation_bytes_peak="70 %")

@@ -137,7 +137,7 @@ def test_the_program_is_exact_among_the_configs_that_run(hardware: Profile) -> N
     assert high >= max(map(cost, configs))
 
 
-@pytest.mark.parametrize("sampler", ["surrogate", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", ["additive", "surrogate", "nsga2", "random"])
 def test_samplers_propose_only_what_runs(sampler: str) -> None:
     space, cost = space_for(HARD[1]), RelativeCost(LAYERS, "bops")
     search = SearchController(space, cost, SearchSpec(sampler=sampler, trials=20), TOP1)
