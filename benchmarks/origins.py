@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,9 @@ from mpsearch.report.tables import last_initial, origins_table, rows_of
 from mpsearch.search.front import ScoreRange, share_dominated
 
 MINUTES = (5, 10, 15, 20, 30, 40, 50, 60)
+PAUSE_S = 600.0
+"""Between the ends of two trials: the run was resumed, and its minutes are not told."""
+TRIALS = (20, 40, 60, 80, 100, 140, 180, 220)
 BUDGETS = (0.75, 0.5, 0.384, 0.284, 0.204, 0.16)
 """Relative costs at which the best trial is looked up, before and after the sampler's: between those that initial
 configs are made for, too. W4A4, W3A3 and W2A2 of a ResNet-20 cost 0.384, 0.284 and 0.204."""
@@ -54,6 +58,7 @@ def of_run(folder: RunFolder) -> Row:
     began_s = min(trial.started_s for trial in ended)
     initial = [trial for trial in ended if trial.origin != "sampler"]
     last = last_initial(run.progress)
+    paused = any(_ended_s(b) - _ended_s(a) > PAUSE_S for a, b in pairwise(ended))
     worst = max((trial.divergence for trial in ended if trial.divergence is not None), default=0.0)
     return {
         "study": run.name,
@@ -65,9 +70,9 @@ def of_run(folder: RunFolder) -> Row:
         "volumes": {
             str(minute): volumes(run, [trial for trial in ended if _ended_s(trial) - began_s <= 60 * minute], worst)
             for minute in MINUTES
-            if 60 * minute <= _ended_s(ended[-1]) - began_s + 60
+            if 60 * minute <= _ended_s(ended[-1]) - began_s + 60 and not paused
         },
-        "volumes_by_trials": {str(n): volumes(run, ended[:n], worst) for n in (*range(20, len(ended), 20), len(ended))},
+        "volumes_by_trials": {str(n): volumes(run, ended[:n], worst) for n in TRIALS if n <= len(ended)},
         "origins": [
             {"origin": str(row.origin), "trials": int(row.trials), "added": row.first + row.longer, "late": row.late}
             for row in rows_of(origins_table(run.progress))
@@ -137,6 +142,10 @@ def tables(rows: Sequence[Row]) -> dict[str, tuple[Sequence[str], list[tuple[str
         "hypervolume of the metric / mean divergence of the front, by minutes": (
             ("run", *map(str, MINUTES)),
             [(_name(row), *(_volumes(row["volumes"].get(str(minute))) for minute in MINUTES)) for row in rows],
+        ),
+        "the same by trials that have ended": (
+            ("run", *map(str, TRIALS)),
+            [(_name(row), *(_volumes(row["volumes_by_trials"].get(str(n))) for n in TRIALS)) for row in rows],
         ),
         "points that a nat of divergence costs, median": (
             ("run", *(f"above {nats} nats" for nats in NATS)),
