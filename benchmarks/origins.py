@@ -23,7 +23,7 @@ from mpsearch.facts import read_facts
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.report.data import RunData, read_run
 from mpsearch.report.tables import last_initial, origins_table, rows_of
-from mpsearch.search.front import ScoreRange, share_dominated
+from mpsearch.search.front import ScoreRange, objectives, share_dominated
 
 MINUTES = (5, 10, 15, 20, 30, 40, 50, 60)
 PAUSE_S = 600.0
@@ -54,23 +54,23 @@ def of_run(folder: RunFolder) -> Row:
     """What one run says; a volume or a score is None where there is none yet."""
     facts = read_facts(folder)
     run = read_run(folder, facts)
-    ended = sorted((trial for trial in run.records if trial.state == "complete"), key=_ended_s)
+    ended = sorted((trial for trial in run.records if trial.state == "complete"), key=lambda trial: trial.ended_s)
     began_s = min(trial.started_s for trial in ended)
     initial = [trial for trial in ended if trial.origin != "sampler"]
     last = last_initial(run.progress)
-    paused = any(_ended_s(b) - _ended_s(a) > PAUSE_S for a, b in pairwise(ended))
+    paused = any(b.ended_s - a.ended_s > PAUSE_S for a, b in pairwise(ended))
     worst = max((trial.divergence for trial in ended if trial.divergence is not None), default=0.0)
     return {
         "study": run.name,
         "sampler": facts.spec.search.sampler,
-        "minutes": (_ended_s(ended[-1]) - began_s) / 60,
+        "minutes": (ended[-1].ended_s - began_s) / 60,
         "trials": len(ended),
         "initial": len(initial),
         "initial_minutes": float(run.progress.elapsed_s.iloc[last]) / 60,
         "volumes": {
-            str(minute): volumes(run, [trial for trial in ended if _ended_s(trial) - began_s <= 60 * minute], worst)
+            str(minute): volumes(run, [trial for trial in ended if trial.ended_s - began_s <= 60 * minute], worst)
             for minute in MINUTES
-            if 60 * minute <= _ended_s(ended[-1]) - began_s + 60 and not paused
+            if 60 * minute <= ended[-1].ended_s - began_s + 60 and not paused
         },
         "volumes_by_trials": {str(n): volumes(run, ended[:n], worst) for n in TRIALS if n <= len(ended)},
         "origins": [
@@ -81,15 +81,15 @@ def of_run(folder: RunFolder) -> Row:
         "budgets": {
             str(budget): [_best(trials, budget) for trials in (initial, ended)]
             for budget in BUDGETS
-            if any(_cost(trial) <= budget for trial in initial)
+            if any(objectives(trial)[1] <= budget for trial in initial)
         },
     }
 
 
 def volumes(run: RunData, trials: Sequence[TrialRecord], worst: float) -> tuple[float, float | None]:
     """The hypervolume of the metric, and the front's mean divergence where all trials have one; `worst` left of all."""
-    scored = [(trial.score, _cost(trial)) for trial in trials if trial.score is not None]
-    near = [(1 - trial.divergence / worst, _cost(trial)) for trial in trials if trial.divergence is not None]
+    scored = [objectives(trial) for trial in trials]
+    near = [(1 - trial.divergence / worst, objectives(trial)[1]) for trial in trials if trial.divergence is not None]
     of_metric = share_dominated(scored, run.cheapest, run.scores)
     if len(near) < len(scored) or not worst:
         return of_metric, None
@@ -108,18 +108,9 @@ def lost_per_nat(run: RunData, floating: float | None) -> dict[str, float]:
     return {nats: statistics.median(values) for nats, values in ratios.items()}
 
 
-def _ended_s(trial: TrialRecord) -> float:
-    return trial.started_s + trial.wall.total_s
-
-
-def _cost(trial: TrialRecord) -> float:
-    assert trial.cost is not None  # every trial of a search has one
-    return trial.cost
-
-
 def _best(trials: Sequence[TrialRecord], budget: float) -> tuple[float | None, float | None]:
     """The best score within a budget, and the least divergence."""
-    within = [trial for trial in trials if _cost(trial) <= budget]
+    within = [trial for trial in trials if objectives(trial)[1] <= budget]
     scores = [trial.score for trial in within if trial.score is not None]
     divergences = [trial.divergence for trial in within if trial.divergence is not None]
     return max(scores, default=None), min(divergences, default=None)

@@ -21,14 +21,15 @@ import typer
 from benchmarks.options import RESULTS, Results, Seeds, several
 from benchmarks.printing import print_table, say, spread
 from benchmarks.rows import MEASURED, Row, Rows
+from mpsearch.errors import MpsearchError
 from mpsearch.facts import ProblemFacts, read_facts
 from mpsearch.precision import PrecisionConfig
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.additive import Knowledge
 from mpsearch.search.controller import SearchController
-from mpsearch.search.front import ScoreRange, pareto_front, share_dominated
+from mpsearch.search.front import ScoreRange, objectives, pareto_front, share_dominated
 from mpsearch.study import SearchSpec
-from mpsearch.warmstart.additive import AdditiveModel, Design, start_scores, unlinked
+from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design, start_scores, unlinked
 from mpsearch.warmstart.table import SensitivityTable
 
 AFTER = (20, 40, 80, 160)
@@ -76,6 +77,11 @@ class World:
         ended = [trial for trial in folder.records() if trial.state == "complete" and trial.divergence is not None]
         trials = [(trial.config, float(trial.divergence or 0.0)) for trial in ended]
         starts = start_scores(folder.prescreened())
+        if len(trials) + len(starts) < LEAST:
+            raise MpsearchError(
+                f"{folder.path} has {len(trials)} trials and {len(starts)} start scores, and the truth takes {LEAST} "
+                "of both: give a run with a prescreen, or let this one go on"
+            )
         model = AdditiveModel(Design(facts.space, table), starts, trials)
         effects = model.mean()
 
@@ -113,7 +119,7 @@ class World:
             records.append(controller.tell(proposal, ended(TrialRecord(proposal.config, "complete"))))
             if count in AFTER:
                 found[str(count)] = self.mean_divergence(records)
-        costs = [float(trial.cost or 0.0) for trial in records[len(self.initial) :]]
+        costs = [objectives(trial)[1] for trial in records[len(self.initial) :]]
         return {
             "study": facts.spec.name,
             "mean_divergence": found,
@@ -124,7 +130,7 @@ class World:
     def mean_divergence(self, records: Sequence[TrialRecord]) -> float:
         """The true one along the front that the trials show, over octaves of cost from the cheapest config to 1."""
         front = pareto_front(records, self.facts.metric).trials
-        points = [(1 - self.truth(trial.config) / self.worst, float(trial.cost or 0.0)) for trial in front]
+        points = [(1 - self.truth(trial.config) / self.worst, objectives(trial)[1]) for trial in front]
         return self.worst * (1 - share_dominated(points, self.facts.cheapest, ScoreRange(0.0, 1.0)))
 
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 import benchmarks
 import mpsearch
 from benchmarks.__main__ import found, main
+from mpsearch.record import RunFolder
+from mpsearch.report.data import read_run
 from mpsearch.search.run import run_study
 from mpsearch.shipped import shipped_folder
 from mpsearch.study import load_study
@@ -359,3 +361,32 @@ def test_bn_batches_of_a_trained_config(bench: Bench) -> None:
     assert eight["cost"] > two["cost"]
     assert {count: len(values) for count, values in eight["scores"].items()} == {"1": 2, "4": 2}
     assert len({*two["divergences"]["1"], *two["divergences"]["4"]}) == 4  # other batches, other statistics
+
+
+@pytest.mark.slow
+def test_origins_of_a_run(bench: Bench, run_folder: Path) -> None:
+    (row,) = bench("origins", str(run_folder))
+    assert (row["study"], row["trials"]) == ("digits", 6)
+    report = read_run(RunFolder.open(run_folder)).progress
+    assert sum(origin["added"] for origin in row["origins"]) == pytest.approx(report.hypervolume.iloc[-1])
+    for before, after in row["budgets"].values():
+        assert after[0] >= before[0]
+        assert after[1] <= before[1]
+
+
+@pytest.mark.slow
+def test_samplers_go_on_from_the_same_trials(
+    bench: Bench, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import samplers
+
+    assert main(["samplers", str(run_folder)]) == 2
+    assert "has 6 trials and 0 start scores" in capsys.readouterr().err
+    monkeypatch.setattr(samplers, "AFTER", (4, 8))
+    run = tmp_path / "longer"
+    run_study(load_study("digits", [*QUICK, "search.trials=10", "search.stop_dominated=false"]), run)
+    rows = bench("samplers", str(run), "--names", "additive,random", "--seeds", "0")
+    assert [row["sampler"] for row in rows] == ["additive", "random"]
+    first, other = (row["mean_divergence"] for row in rows)
+    assert list(first) == ["0", "4", "8"]
+    assert first["0"] == other["0"]
