@@ -111,6 +111,15 @@ class ParetoFront:
             )
         return reaching[0]
 
+    def dominates(self, trial: TrialRecord) -> bool:
+        """Whether one of the front is better than a complete trial in score or cost, and no worse in the other."""
+        score, cost = objectives(trial)
+        return any(
+            (price <= cost and self.metric.better(its, than=score))
+            or (price < cost and self.metric.reaches(its, score))
+            for its, price in map(objectives, self.trials)
+        )
+
     def nearest_uniform(self, cost: float) -> TrialRecord | None:
         """The best uniform baseline at about this cost; None without any.
 

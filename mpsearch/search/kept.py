@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from mpsearch.errors import RunError
 from mpsearch.problem import Problem
 from mpsearch.record import RunFolder, TrialRecord, checkpoint_path, final_path, rung_path, state_path
-from mpsearch.search.front import pareto_front, scores_of
+from mpsearch.search.front import ParetoFront, pareto_front, scores_of
 from mpsearch.search.rungs import goes_on
 from mpsearch.search.trial import run_trial
 from mpsearch.state_dict import load_tensors, read_tensors
@@ -20,22 +20,37 @@ progress = logging.getLogger("mpsearch.progress")
 
 
 class FrontWeights:
-    """Keeps the weights of front trials, of the uniform ladder and of imports; deletes those of dominated trials.
+    """Keeps the weights of trials that the front has or may come to have; deletes those of all others.
 
-    Of trials that may go on to a longer rung it keeps the state of the training too, and no older one.
+    A longer rung may be worse than a shorter one. Then what the trial dominated is on the front again, and should have
+    its weights there; so only a trial that is dominated by one which has ended its last rung loses them. The uniform
+    ladder and imports keep theirs. Of trials that may go on to a longer rung the state of the training is kept too, and
+    no older one.
     """
 
-    def __init__(self, folder: RunFolder, records: Sequence[TrialRecord]) -> None:
-        self._run, self._folder = folder, folder.checkpoints
-        self._metric = folder.metric
-        self.front = pareto_front(records, self._metric)
+    def __init__(self, folder: RunFolder, records: Sequence[TrialRecord], rungs: int) -> None:
+        """
+        Args:
+            folder: the run.
+            records: of it, all.
+            rungs: how many there are.
+        """
+        self._folder, self._metric, self._rungs = folder.checkpoints, folder.metric, rungs
         self._scores = {record.number: score for record in records for score in scores_of([record])}
         for record in records:
             self._take_over(record)
+        self._place = {record.number: place for place, record in enumerate(records)}
+        self._kept = {record.number: record for record in records}
+        self._delete_dominated()
         states = {state_path(self._folder, r.number, len(r.rungs) - 1) for r in records if goes_on(r)}
         for path in [*self._folder.glob("trial-*.state-*"), *self._folder.glob("trial-*.rung-*")]:
             if path not in states:  # of a trial that was killed, or whose next rung is on the record
                 path.unlink(missing_ok=True)
+
+    @property
+    def front(self) -> ParetoFront:
+        """Of all trials: whatever is not kept is dominated by what is."""
+        return self._front_of(self._kept.values())
 
     @property
     def scores(self) -> list[float]:
@@ -43,17 +58,33 @@ class FrontWeights:
         return list(self._scores.values())
 
     def keep(self, record: TrialRecord) -> None:
-        """Take a record in that is on the disk; whatever is now dominated loses its weights."""
+        """Take a record in that is on the disk."""
         self._take_over(record)
         for score in scores_of([record]):
             self._scores[record.number] = score
-        # A longer rung may be worse than a shorter one; then what that one dominated may come back.
-        others = self._run.records() if len(record.rungs) > 1 else (*self.front.trials, *self.front.ladder)
-        known = {trial.number: trial for trial in (*others, record)}
-        self.front = pareto_front(list(known.values()), self._metric)
-        for number in known.keys() - {trial.number for trial in (*self.front.trials, *self.front.ladder)}:
-            if known[number].origin != "import":  # it cannot be trained again here
-                checkpoint_path(self._folder, number).unlink(missing_ok=True)
+        self._place.setdefault(record.number, len(self._place))
+        self._kept[record.number] = record
+        self._delete_dominated()
+
+    def _delete_dominated(self) -> None:
+        """Let go of trials that cannot be on the front any more, whatever becomes of those that may go on."""
+        settled = self._front_of(record for record in self._kept.values() if self._settled(record))
+        best = {trial.number for trial in settled}
+        for record in list(self._kept.values()):
+            complete = record.state == "complete"
+            if record.number in best or (complete and record.origin in ("uniform", "import")):
+                continue
+            if self._settled(record) or settled.dominates(record):
+                del self._kept[record.number]
+                checkpoint_path(self._folder, record.number).unlink(missing_ok=True)
+
+    def _front_of(self, trials: Iterable[TrialRecord]) -> ParetoFront:
+        """Of equals it has the one that is first on the record, as the front of all records has."""
+        return pareto_front(sorted(trials, key=lambda trial: self._place[trial.number]), self._metric)
+
+    def _settled(self, record: TrialRecord) -> bool:
+        """Whether its score stays what it is."""
+        return len(record.rungs) >= self._rungs or not goes_on(record)
 
     def _take_over(self, record: TrialRecord) -> None:
         """Make the weights of the longest rung those of the trial, and remove the state that it went on from."""

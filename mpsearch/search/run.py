@@ -209,7 +209,7 @@ class _FrontKeeper(Observer):
 
     def __init__(self, problem: Problem, folder: RunFolder, records: Sequence[TrialRecord], observer: Observer) -> None:
         self._problem, self._folder, self._observer = problem, folder, observer
-        self._weights = FrontWeights(folder, records)
+        self._weights = FrontWeights(folder, records, len(problem.spec.trial.lengths))
         if records:
             write_front(problem, folder, self._weights.front, self._weights.scores, len(records))
         self._ended = {record.number for record in records}

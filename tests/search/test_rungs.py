@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from mpsearch.record import RunFolder, TrialRecord, WallTime, checkpoint_path, r
 from mpsearch.search.controller import Proposal, SearchController
 from mpsearch.search.front import ScoreRange, gains_over_baselines, hypervolume_over_time, pareto_front
 from mpsearch.search.kept import FrontWeights
-from mpsearch.search.rungs import Contender, ended_first_rung, ended_next_rung, promotion, strata
+from mpsearch.search.rungs import Contender, ended_first_rung, ended_next_rung, goes_on, promotion, strata
 from mpsearch.study import SearchSpec, TrialSpec, load_study
 
 LENGTHS = (60, 150, 400)
@@ -258,7 +259,7 @@ def test_weights_and_states_on_the_disk_are_those_of_the_record(tmp_path: Path) 
     state_path(there, 3, 0).write_text("to go on from")
     state_path(there, 9, 0).write_text("of a trial that was killed")
     rung_path(there, 3, 1).write_text("of a rung that was killed")
-    weights = FrontWeights(folder, [first])
+    weights = FrontWeights(folder, [first], len(LENGTHS))
     assert checkpoint_path(there, 3).read_text() == "of 60 steps"
     assert sorted(p.name for p in there.iterdir()) == ["trial-3.safetensors", "trial-3.state-0.safetensors"]
     rung_path(there, 3, 1).write_text("of 150 steps")
@@ -270,12 +271,53 @@ def test_weights_and_states_on_the_disk_are_those_of_the_record(tmp_path: Path) 
     assert sorted(p.name for p in there.iterdir()) == ["trial-3.safetensors", "trial-3.state-1.safetensors"]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_comes_back_to_the_front_has_its_weights_there(tmp_path: Path, seed: int) -> None:
+    """Scores rise and fall from rung to rung, and costs and scores are often the same."""
+    folder = RunFolder.create(tmp_path / "run", "name: a\n", metric=TOP1)
+    folder.checkpoints.mkdir()
+    random, known, came_back = Random(seed), dict[int, TrialRecord](), 0
+    was = set[int]()
+    weights = FrontWeights(folder, [], len(LENGTHS))
+    for number in range(200):
+        before = known.get(random.randrange(number)) if number > 5 and random.random() < 0.6 else None
+        score, origin = random.randrange(30) / 30, "uniform" if number < 3 else "sampler"
+        record = ended(CONFIGS[0], score, 60, 100.0)
+        if random.random() < 0.1:
+            record = replace(record, state="failed", score=None)
+        if before is None or not goes_on(before) or len(before.rungs) == len(LENGTHS):
+            cost = random.randrange(1, 40) / 40
+            record = ended_first_rung(replace(record, number=number, origin=origin, cost=cost))  # type: ignore[arg-type]
+            path = checkpoint_path(folder.checkpoints, number)
+        else:
+            record = ended_next_rung(before, record, LENGTHS[len(before.rungs)])
+            path = rung_path(folder.checkpoints, record.number, len(record.rungs) - 1)
+        if record.rungs[-1].score is not None:
+            path.write_text(f"{len(record.rungs) - 1}")
+        known[record.number] = record
+        weights.keep(record)
+        front = pareto_front(list(known.values()), TOP1)
+        assert weights.front == front
+        for trial in (*front, *front.ladder):
+            last = max(i for i, rung in enumerate(trial.rungs) if rung.score is not None)
+            assert checkpoint_path(folder.checkpoints, trial.number).read_text() == str(last)
+        there = sorted(folder.checkpoints.iterdir())
+        if random.random() < 0.2:  # resumed
+            weights = FrontWeights(folder, list(known.values()), len(LENGTHS))
+            assert sorted(folder.checkpoints.iterdir()) == there
+        numbers = {trial.number for trial in front}
+        came_back += bool(numbers - was - {record.number})
+        was = numbers
+    assert came_back  # or nothing is tested
+    assert len(list(folder.checkpoints.iterdir())) < len(known) / 2  # what cannot come back is gone
+
+
 def test_killed_between_the_record_and_the_weights_nothing_is_mixed_up(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", "name: a\n", metric=TOP1)
     folder.checkpoints.mkdir()
     checkpoint_path(folder.checkpoints, 3).write_text("of 60 steps")
     rung_path(folder.checkpoints, 3, 1).write_text("of 150 steps")
-    FrontWeights(folder, [climbed()])
+    FrontWeights(folder, [climbed()], len(LENGTHS))
     assert checkpoint_path(folder.checkpoints, 3).read_text() == "of 150 steps"
 
 
