@@ -21,6 +21,8 @@ from mpsearch.problem import Problem, open_problem
 from mpsearch.study import load_study
 from mpsearch.workbench import Workbench
 
+HEADS = ("config", "batches", "s", "score, points", "deviation", "divergence, nats", "deviation")
+
 
 def bn_batches(
     study: Study = "resnet20-cifar10-jpeg",
@@ -65,20 +67,20 @@ def measure(problem: Problem, workbench: Workbench, bits: int, batches: Sequence
 
 
 def show(rows: Sequence[Row]) -> None:
+    """The table of these rows."""
+    print_table("distance from the largest number of batches", HEADS, lines(rows))
+
+
+def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Per config and number of batches: the distance from the largest number's mean, and the repeats' deviation."""
+    return [_line(row, count) for row in rows for count in row["scores"]]
 
-    def line(row: Row, count: str) -> tuple[str, ...]:
-        most = str(max(map(int, row["scores"])))
-        cells = [f"{row['bits']} bits", count, f"{statistics.mean(row['seconds'][count]):.1f}"]
-        for part, scale, digits in (("scores", 100, 2), ("divergences", 1, 4)):
-            values, reference = (list(map(float, row[part][which])) for which in (count, most))
-            apart = statistics.mean(values) - statistics.mean(reference)
-            cells += [f"{scale * apart:+.{digits}f}", f"{scale * statistics.stdev(values):.{digits}f}"]
-        return tuple(cells)
 
-    heads = ("config", "batches", "s", "score, points", "deviation", "divergence, nats", "deviation")
-    print_table(
-        "distance from the largest number of batches",
-        heads,
-        (line(row, count) for row in rows for count in row["scores"]),
-    )
+def _line(row: Row, count: str) -> tuple[str, ...]:
+    most = str(max(map(int, row["scores"])))
+    cells = [f"{row['bits']} bits", count, f"{statistics.mean(row['seconds'][count]):.1f}"]
+    for part, scale, digits in (("scores", 100, 2), ("divergences", 1, 4)):
+        values, reference = (list(map(float, row[part][which])) for which in (count, most))
+        apart = statistics.mean(values) - statistics.mean(reference)
+        cells += [f"{scale * apart:+.{digits}f}", f"{scale * statistics.stdev(values):.{digits}f}"]
+    return tuple(cells)

@@ -385,6 +385,14 @@ def search_samplers() -> str:
     return f"{markdown(HEADS, lines(some))}\n\n{measured(some)}"
 
 
+def search_bn_batches() -> str:
+    """How many batches a re-estimation of BatchNorm needs."""
+    from benchmarks.bn_batches import HEADS, lines
+
+    some = rows("bn_batches.jsonl")
+    return f"{markdown(HEADS, lines(some))}\n\n{measured(some)}"
+
+
 def search_measured() -> str:
     """Where the rows of `search` were measured."""
     return measured(rows(f"{SEARCH}.csv"))
@@ -703,6 +711,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "search-measured": search_measured,
     "search-origins": search_origins,
     "search-samplers": search_samplers,
+    "search-bn-batches": search_bn_batches,
     "methods": methods,
     "learned-thresholds": learned_thresholds,
     "exports": exports,
