@@ -243,9 +243,11 @@ def reopen(folder: RunFolder, spec: StudySpec | None = None) -> Problem:
     Raises:
         RunError: study, space, float network or metric are not those that the run began with, or the study names code
             and the run is not trusted (`mpsearch.trust`).
+        StudyError: the task is read from an environment variable that is not set.
         MpsearchError: as `open_problem`.
     """
     spec = spec or read_spec(folder)
+    spec.check_variables()
     new = f"or start a new run with `mpsearch run {folder.study_yaml} --out NEW_FOLDER`"
     try:
         facts = read_facts(folder)

@@ -656,6 +656,12 @@ class StudySpec(_Section):
         """The text of a study file from which an equal study is read; see `document`."""
         return to_yaml(self.document())
 
+    def check_variables(self) -> None:
+        """Raises StudyError: the task needs an environment variable that is not set; to look at a run does not."""
+        for path, text in self._variables.items():
+            if path[0] == "task":
+                _expand(text, ".".join(map(str, path)))
+
     def absolute(self) -> StudySpec:
         """This study with every path of a file or folder absolute: workers run in folders of their own."""
         task, storage = self.task, self.storage

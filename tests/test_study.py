@@ -199,6 +199,16 @@ def test_a_variable_that_is_not_set_is_named_with_the_key_that_needs_it(write, m
     assert load_study(path, ["task.checkpoint=a.pt"]).task.checkpoint == "a.pt"
 
 
+def test_a_run_is_looked_at_without_its_variables_and_opened_with_those_of_its_task(monkeypatch: pytest.MonkeyPatch):
+    for name in ("GONE", "DB_PASSWORD"):
+        monkeypatch.delenv(name, raising=False)
+    secret = {"storage": "postgresql://me:${DB_PASSWORD}@host/db"}
+    spec = parse_study(task(checkpoint="${GONE}") | secret, strict=False)
+    with pytest.raises(StudyError, match=r"task\.checkpoint .* variable GONE, which is not set"):
+        spec.check_variables()
+    parse_study(task(checkpoint="a.pt") | secret, strict=False).check_variables()
+
+
 @pytest.mark.parametrize("name", ["digitz", "digitz.yaml"])
 def test_a_study_that_does_not_exist_is_answered_with_the_nearest(name: str):
     with pytest.raises(StudyError, match=rf"no study '{name}'.*did you mean 'digits'"):
