@@ -1,9 +1,10 @@
 """A sampler that asks an integer program: the best config within a budget, under a draw of what each choice does.
 
 An additive model (`warmstart/additive.py`) is conditioned on the start scores of the prescreen and on the trials'
-divergences; where a task has none, on the trials' objective alone. A draw from its posterior is a table of effects, and
-the integer program of `warmstart/allocate.py` finds its best config within a budget: Thompson sampling with an exact
-oracle, where a sampler that draws children of the front sees a few dozen of all configs.
+divergences; where a task has none or its metric is the objective, on the trials' objective alone. A draw from its
+posterior is a table of effects, and the integer program of `warmstart/allocate.py` finds its best config within a
+budget: Thompson sampling with an exact oracle, where a sampler that draws children of the front sees a few dozen of all
+configs.
 
 The budget lies in a gap of the front. Of the gaps with the largest area (width in octaves of cost, times what the
 divergence falls by), some are tried, and that counts by which the front's divergence falls most, over octaves of cost,
@@ -29,7 +30,7 @@ from mpsearch.precision import PrecisionConfig
 from mpsearch.program import program_of
 from mpsearch.search.surrogate import Children, JointSampler, front_of
 from mpsearch.space.space import SearchSpace
-from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design, Effects, Scores, unlinked
+from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design, Effects, Link, Scores, unlinked
 from mpsearch.warmstart.propose import propose, variant
 from mpsearch.warmstart.table import SensitivityTable
 
@@ -107,13 +108,13 @@ class AdditiveSampler(JointSampler):
         count = len(starts) + len(ends)
         if count < LEAST:
             return False
-        keep = self._model is not None and count < GROWN * self._chosen_of
-        setting = self._model.setting if keep and self._model is not None else None
-        if not keep:
+        links: Sequence[Link] = ("sqrt", "log") if compared else ("identity",)
+        setting = None if self._model is None or count >= GROWN * self._chosen_of else self._model.setting
+        if setting is not None and setting.link not in links:
+            setting = None
+        if setting is None:
             self._chosen_of = count
-        self._model = AdditiveModel(
-            self._design, starts, ends, setting, links=("sqrt", "log") if compared else ("identity",)
-        )
+        self._model = AdditiveModel(self._design, starts, ends, setting, links)
         return True
 
     def _found(self, effects: Effects, front: Sequence[FrozenTrial]) -> list[tuple[float, PrecisionConfig | None]]:

@@ -471,6 +471,7 @@ class SearchController:
             return None
         quality, now = self._metric.quality(score), datetime.now()
         value = self._value(record, quality)
+        divergence = record.divergence if self._search.objective == "divergence" else None
         trial = _Learned(
             number=-1,  # the study gives it one
             trial_id=-1,
@@ -481,7 +482,7 @@ class SearchController:
             datetime_complete=now,
             params=dict(self._space.params_of(record.config)),
             distributions=self._distributions,
-            user_attrs=dict(attributes(record.divergence)),
+            user_attrs=dict(attributes(divergence)),
             system_attrs=dict(_GENERATION),
             intermediate_values={},
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,25 @@ def test_a_cost_that_no_program_can_keep_and_scores_without_divergence_are_searc
         return pareto_front(records, TOP1).hypervolume(relative_cost(space.uniform(1)), ScoreRange(0.0, 1.0))
 
     assert hypervolume("additive") > hypervolume("random")
+
+
+def test_the_metric_is_improved_where_it_is_the_objective_whatever_divergences_say() -> None:
+    known, other = Landscape(), Landscape(seed=7)  # whose divergences mislead
+
+    def found(objective: str) -> float:
+        spec = SearchSpec(sampler="additive", trials=40, objective=objective)  # type: ignore[arg-type]
+        random = np.random.default_rng(5)
+        starts = [(config, other.divergence(config)) for config in (known.space.sample(random) for _ in range(60))]
+        search = SearchController(known.space, known.cost, spec, TOP1, knowledge=Knowledge(starts))
+        records, truths = [], []
+        while (proposal := search.ask()) is not None:
+            truth, misleading = (each.divergence(proposal.config) for each in (known, other))
+            record = TrialRecord(proposal.config, "complete", score=math.exp(-truth), divergence=misleading)
+            records.append(search.tell(proposal, record))
+            truths.append(replace(records[-1], divergence=truth))
+        return known.excess(truths)
+
+    assert found("metric") < 1.6 < found("divergence")
 
 
 def test_no_proposal_is_above_the_budget() -> None:
