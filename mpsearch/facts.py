@@ -64,7 +64,7 @@ class ProblemFacts:
         macs, minimized = self.graph.macs, cost_key(spec.cost.model, self.costs)
         lines = [
             f"{self.metric.goal} on the validation split and minimize {minimized} of {self.task_name}.",
-            f"Cost 1 is {costs.reference.total:.4g} {costs.reference.unit} a sample: the network at "
+            f"Cost 1 is {show(costs.reference.total, costs.reference.unit)} a sample: the network at "
             f"{spec.cost.reference} everywhere. Configs of the space '{self.space.name}' cost {self.cheapest:.3g} to "
             f"{self.dearest:.3g}"
             + (f"; only those up to {spec.cost.budget:g} are tried." if spec.cost.budget else "."),
