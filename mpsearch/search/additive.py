@@ -77,6 +77,7 @@ class AdditiveSampler(JointSampler):
         self._cheapest = math.log2(cheapest) if cheapest > 0 else math.inf
         self._model: AdditiveModel | None = None
         self._chosen_of = 0  # scores that link and noise were chosen by
+        self._configs: dict[int, PrecisionConfig] = {}  # of the study's trials, by number
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -91,11 +92,16 @@ class AdditiveSampler(JointSampler):
             return self._children(mother, father)
         assert self._model is not None
         effects = self._model.draw(self._random, TEMPERATURE)
-        known = {self._space.config_of(t.params) for t in trials}
+        known = {self._config(t) for t in trials}
         config = max(self._found(effects, front), key=lambda gain_and_config: gain_and_config[0])[1]
         if config is not None and config in known:
             config = variant(self._space, self._cost, config, known, self._cost(config), self._random, effects)
         return {} if config is None else dict(self._space.params_of(config))
+
+    def _config(self, trial: FrozenTrial) -> PrecisionConfig:
+        if trial.number not in self._configs:
+            self._configs[trial.number] = self._space.config_of(trial.params)
+        return self._configs[trial.number]
 
     def _learn(self, trials: Sequence[FrozenTrial]) -> bool:
         """Condition the model on all that is known; False where that is too little."""
@@ -104,7 +110,7 @@ class AdditiveSampler(JointSampler):
         compared = bool(scores) or (bool(starts) and len(trials) < LEAST)
         if not compared:
             starts, scores = (), [(t, -t.values[0]) for t in trials]
-        ends = [(self._space.config_of(t.params), score) for t, score in scores]
+        ends = [(self._config(t), score) for t, score in scores]
         count = len(starts) + len(ends)
         if count < LEAST:
             return False
@@ -123,7 +129,7 @@ class AdditiveSampler(JointSampler):
         def harm(config: PrecisionConfig) -> float:
             return unlinked(effects(config), effects.link)
 
-        known = [(float(t.values[1]), harm(self._space.config_of(t.params))) for t in front]
+        known = [(float(t.values[1]), harm(self._config(t))) for t in front]
         found: list[tuple[float, PrecisionConfig | None]] = [(-math.inf, None)]
         for low, high in self._gaps(known):
             budget = min(2.0 ** (low + (high - low) * self._random.uniform(0.3, 1.0)), self._knowledge.budget)

@@ -79,16 +79,25 @@ class Design:
         self._index = [{choice: i for i, choice in enumerate(slot.choices)} for slot in self.slots]
         self._harm = None if table is None else np.concatenate([_harms(slot, table) for slot in self.slots])
         self._choices = [(i, slot, choice) for i, slot in enumerate(self.slots) for choice in slot.choices]
+        self._chosen: dict[PrecisionConfig, NDArray[np.int64]] = {}  # every model is made of much the same configs
 
     def rows(self, configs: Sequence[PrecisionConfig]) -> csr_array:
         """Which choices each config makes, `(n, choices)` of zeros and ones."""
-        chosen = [
-            first + index[getattr(config[slot.layers[0]], slot.tensor)]
-            for config in configs
-            for slot, first, index in zip(self.slots, self.first, self._index, strict=False)
-        ]
+        chosen = np.concatenate([np.empty(0, np.int64), *map(self._choices_of, configs)])
         ends = np.arange(len(configs) + 1) * len(self.slots)
         return csr_array((np.ones(len(chosen)), chosen, ends), shape=(len(configs), int(self.first[-1])))
+
+    def _choices_of(self, config: PrecisionConfig) -> NDArray[np.int64]:
+        """The columns of the choices that a config makes, `(slots,)`."""
+        if config not in self._chosen:
+            self._chosen[config] = np.array(
+                [
+                    first + index[getattr(config[slot.layers[0]], slot.tensor)]
+                    for slot, first, index in zip(self.slots, self.first, self._index, strict=False)
+                ],
+                np.int64,
+            )
+        return self._chosen[config]
 
     def expected(self, base: int) -> Floats:
         """What e is a sum of, with weights that are learned, `(choices, k)`."""
