@@ -40,7 +40,7 @@ def controller_scale(
     layers: Annotated[int, typer.Option(help="layers of the simulated network", min=1)] = 200,
     trials: Annotated[int, typer.Option(help="number of trials", min=2)] = 10_000,
     workers: Annotated[int, typer.Option(help="trials at a time", min=1)] = 64,
-    sampler: Annotated[str, typer.Option(help="sampler, by its name in a study file")] = "surrogate",
+    sampler: Annotated[str, typer.Option(help="sampler, by its name in a study file")] = "additive",
     every: Annotated[int, typer.Option(help="trials between two lines of the table", min=1)] = 1000,
     results: Results = RESULTS / "controller_scale.jsonl",
 ) -> None:
