@@ -660,8 +660,8 @@ def long_runs() -> str:
     for row in (scales := rows("controller_scale.jsonl")):
         first, last = row["growth"][0], row["growth"][-1]
         line(
-            f"`controller_scale`: {row['resumed']['trials']:,} simulated trials of {row['layers']} layers, killed at "
-            f"{row['killed_at']:,}",
+            f"`controller_scale`: {row['resumed']['trials']:,} simulated trials of {row['layers']} layers by "
+            f"{row['sampler']}, killed at {row['killed_at']:,}",
             f"{first['trial_ms']:.0f} ms a trial after {first['trials']:,}, {last['trial_ms']:.0f} ms after "
             f"{last['trials']:,}; {row['uninterrupted']['repeats'] + row['resumed']['repeats']} configs twice",
             "the same front at the kill",

@@ -277,7 +277,7 @@ def _ends(trial: TrialRecord) -> list[tuple[int, TrialRecord]]:
 
 
 _PICK = re.compile(
-    r"(?P<property>knee|best)|trial:(?P<number>\d+)|(?P<what>[\w.:-]+?)(?P<sign><=|>=)(?P<value>[^<>=]+)"
+    r"(?P<property>knee|best)|(?:trial:)?(?P<number>\d+)|(?P<what>[\w.:-]+?)(?P<sign><=|>=)(?P<value>[^<>=]+)"
 )
 
 
@@ -287,8 +287,9 @@ def pick(
     """The trial that a text names: `knee`, `best`, `trial:7`, `cost<=0.5`, and by the metric `top1>=0.87`, `bpc<=1.2`.
 
     A bound picks from the front: the best trial within a cost, the cheapest one with a score; the metric may also be
-    called `score`. A number picks any complete trial. `weight_bytes<=100KiB`, or several such with commas, picks the
-    best of all complete trials within these costs, the cheapest of several, on the front or not.
+    called `score`. A number, with `trial:` or without, picks any complete trial. `weight_bytes<=100KiB`, or several
+    such with commas, picks the best of all complete trials within these costs, the cheapest of several, on the front or
+    not.
 
     Args:
         records: the trials.

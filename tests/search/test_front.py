@@ -170,6 +170,7 @@ def test_ladder_keeps_dominated_uniform_trials() -> None:
         ("best", 0),
         ("knee", 1),
         ("trial:3", 3),  # not on the front
+        ("3", 3),
         ("cost<=0.5", 2),
         ("cost <= .49", 1),
         ("cost<=1e3", 0),
