@@ -25,10 +25,10 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from mpsearch.cost.model import RelativeCost
+from mpsearch.cost.model import RelativeCost, affordable
 from mpsearch.precision import PrecisionConfig
 from mpsearch.program import program_of
-from mpsearch.search.surrogate import Children, JointSampler, front_of
+from mpsearch.search.surrogate import MOVES, Children, JointSampler, front_of
 from mpsearch.space.space import SearchSpace
 from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design, Effects, Link, Scores, unlinked
 from mpsearch.warmstart.propose import propose, variant
@@ -37,6 +37,7 @@ from mpsearch.warmstart.table import SensitivityTable
 DIVERGENCE = "divergence"
 """The user attribute of a trial that holds its divergence."""
 
+CHILDREN = 100  # of the front, that are looked at where there is no program
 GAPS = 4  # of the front, in which a config is looked for
 TEMPERATURE = 0.5  # of the draws
 GROWN = 1.2  # by how much the scores must have grown for link and noise to be chosen anew
@@ -59,8 +60,8 @@ class AdditiveSampler(JointSampler):
 
     Args:
         space: the configs there are.
-        cost: relative, of a config. Under one that is no `RelativeCost`, or no sum or maximum over layers, the best of
-            many random configs takes the place of the program's.
+        cost: relative, of a config. Under one that is no `RelativeCost`, or no sum or maximum over layers, there is no
+            program: that of many children of the front is proposed which the front falls most by.
         knowledge: what is known before the first trial.
         seed: of the draws.
     """
@@ -70,7 +71,7 @@ class AdditiveSampler(JointSampler):
     ) -> None:
         self._space, self._cost, self._knowledge = space, cost, knowledge
         self._random = np.random.default_rng([seed, 4])
-        self._children = Children(space, seed)
+        self._children = Children(space, seed, MOVES)
         self._design = Design(space, knowledge.table)
         self._program = program_of(space, cost) if isinstance(cost, RelativeCost) else None
         cheapest = cost.bounds(space.options)[0] if isinstance(cost, RelativeCost) else 0.0
@@ -93,7 +94,7 @@ class AdditiveSampler(JointSampler):
         assert self._model is not None
         effects = self._model.draw(self._random, TEMPERATURE)
         known = {self._config(t) for t in trials}
-        config = max(self._found(effects, front), key=lambda gain_and_config: gain_and_config[0])[1]
+        config = self._found(effects, front)
         if config is not None and config in known:
             config = variant(self._space, self._cost, config, known, self._cost(config), self._random, effects)
         return {} if config is None else dict(self._space.params_of(config))
@@ -123,22 +124,33 @@ class AdditiveSampler(JointSampler):
         self._model = AdditiveModel(self._design, starts, ends, setting, links)
         return True
 
-    def _found(self, effects: Effects, front: Sequence[FrozenTrial]) -> list[tuple[float, PrecisionConfig | None]]:
-        """For some gaps, the best config within a budget there and what it gains: octaves of cost times nats."""
+    def _found(self, effects: Effects, front: Sequence[FrozenTrial]) -> PrecisionConfig | None:
+        """The config by which the front falls most, in octaves of cost times nats, if the effects are true."""
 
         def harm(config: PrecisionConfig) -> float:
             return unlinked(effects(config), effects.link)
 
         known = [(float(t.values[1]), harm(self._config(t))) for t in front]
-        found: list[tuple[float, PrecisionConfig | None]] = [(-math.inf, None)]
-        for low, high in self._gaps(known):
-            budget = min(2.0 ** (low + (high - low) * self._random.uniform(0.3, 1.0)), self._knowledge.budget)
-            config = propose(
-                effects, self._space, self._cost, self._knowledge.table, self._program, budget, self._random
-            )
-            if config is not None:
-                found.append((fall(known, math.log2(self._cost(config)), harm(config)), config))
-        return found
+        configs = self._bred(front) if self._program is None else self._solved(effects, self._gaps(known))
+        return max(configs, key=lambda c: fall(known, math.log2(self._cost(c)), harm(c)), default=None)
+
+    def _solved(self, effects: Effects, gaps: Sequence[tuple[float, float]]) -> list[PrecisionConfig]:
+        """For each gap, the best config within a budget there."""
+        knowledge, random = self._knowledge, self._random
+        budgets = [min(2.0 ** (low + (high - low) * random.uniform(0.3, 1.0)), knowledge.budget) for low, high in gaps]
+        solved = [
+            propose(effects, self._space, self._cost, knowledge.table, self._program, budget, random)
+            for budget in budgets
+        ]
+        return [config for config in solved if config is not None]
+
+    def _bred(self, front: Sequence[FrozenTrial]) -> list[PrecisionConfig]:
+        """Children of the front within the budget that are new."""
+        parents = self._random.integers(len(front), size=(CHILDREN, 2)).tolist()
+        children = [self._children(front[mother].params, front[father].params) for mother, father in parents]
+        known = {self._config(t) for t in front}
+        configs = [self._space.config_of(child) for child in children]
+        return [c for c in configs if c not in known and affordable(self._cost, c, self._knowledge.budget)]
 
     def _gaps(self, known: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         """Some of the largest gaps, as log2 of their ends' costs; which, is also a matter of chance.

@@ -195,9 +195,8 @@ def _proposals(
         setting = None if rounds % SETTLED == 0 else model.setting
         for turn in range(ROUND):
             budget = budgets[int(random.integers(len(budgets)))]
-            config = propose(
-                model.draw(random, TEMPERATURES[turn % len(TEMPERATURES)]), space, cost, table, program, budget, random
-            )
+            effects = model.draw(random, TEMPERATURES[turn % len(TEMPERATURES)])
+            config = propose(effects, space, cost, table, program, budget, random, known=dict(finite))
             if config is None or config in scores:
                 config = variant(space, cost, config, scores, budget, random)
             new = config is not None and config not in scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 
 import numpy as np
 
@@ -27,16 +27,23 @@ def propose(
     program: Program | None,
     budget: float,
     random: np.random.Generator,
+    known: Collection[PrecisionConfig] = (),
 ) -> PrecisionConfig | None:
     """The best config within a budget under a table of effects; None where there is none.
 
-    Without a program, for a cost that is no sum over layers, the best of some random ones.
+    Without a program, for a cost that is no sum over layers, the best of some random ones and of neighbours of the best
+    known one, that are not known.
     """
     if program is not None:
         values = usable(effects.of_slots(space), space, table)
         allocations = program.solve(values, budget, gap=GAP)
         return allocations[0].config if allocations else None
-    drawn = [config for config in (space.sample(random) for _ in range(RANDOM)) if affordable(cost, config, budget)]
+    drawn = [space.sample(random) for _ in range(RANDOM)]
+    best = min((config for config in known if affordable(cost, config, budget)), key=effects, default=None)
+    if best is not None:
+        neighbours = space.neighbours(best)
+        drawn += [neighbours[int(i)] for i in random.permutation(len(neighbours))[:NEIGHBOURS]]
+    drawn = [config for config in dict.fromkeys(drawn) if config not in known and affordable(cost, config, budget)]
     return min(drawn, key=effects, default=None)
 
 

@@ -64,9 +64,10 @@ class Landscape:
         """The least divergence that there is within a budget."""
         return self.divergence(Program(self.space, self.cost).solve(self.effects, budget)[0].config)
 
-    def search(self, sampler: str, trials: int, knowledge: Knowledge, seed: int = 0) -> list[TrialRecord]:
-        spec = SearchSpec(sampler=sampler, trials=trials, seed=seed)  # type: ignore[arg-type]
-        search = SearchController(self.space, self.cost, spec, TOP1, knowledge=knowledge)
+    def search(self, sampler: str, trials: int, knowledge: Knowledge, program: bool = True) -> list[TrialRecord]:
+        spec = SearchSpec(sampler=sampler, trials=trials)  # type: ignore[arg-type]
+        cost = self.cost if program else lambda config: self.cost(config)
+        search = SearchController(self.space, cost, spec, TOP1, knowledge=knowledge)
         records = []
         while (proposal := search.ask()) is not None:
             divergence = self.divergence(proposal.config)
@@ -96,6 +97,13 @@ def test_without_start_scores_it_learns_from_trials_alone() -> None:
     ours = known.excess(known.search("additive", 40, Knowledge()))
     theirs = known.excess(known.search("surrogate", 40, Knowledge()))
     assert ours < theirs
+
+
+def test_without_a_program_children_of_the_front_are_searched() -> None:
+    known = Landscape()
+    ours = known.excess(known.search("additive", 60, Knowledge(), program=False))
+    theirs = known.excess(known.search("surrogate", 60, Knowledge(), program=False))
+    assert ours < 1.6 < theirs
 
 
 def test_a_cost_that_no_program_can_keep_and_scores_without_divergence_are_searched_too() -> None:

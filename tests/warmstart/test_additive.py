@@ -13,6 +13,7 @@ from mpsearch.precision import PrecisionConfig
 from mpsearch.space.choices import parse_choices
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.warmstart.additive import LEAST, AdditiveModel, Design, Scores, unlinked
+from mpsearch.warmstart.propose import propose
 from mpsearch.warmstart.table import SensitivityTable
 
 Truth = Callable[[PrecisionConfig], float]
@@ -147,3 +148,24 @@ def test_too_few_scores_are_refused() -> None:
     space = make_space()
     with pytest.raises(ValueError, match=f"needs {LEAST} scores, got {LEAST - 1}"):
         AdditiveModel(Design(space), sampled(space, landscape(space), LEAST - 1, seed=1))
+
+
+def test_without_a_program_what_is_proposed_is_new_and_builds_on_the_best_that_is_known() -> None:
+    space = make_space()
+    effects = AdditiveModel(Design(space), sampled(space, landscape(space), 60, 0)).mean()
+
+    def cost(config: PrecisionConfig) -> float:
+        return max(layer.weight.bits * layer.activation.bits for layer in config.values()) / 36
+
+    known: dict[PrecisionConfig, float] = {}
+    random, found = np.random.default_rng(3), []
+    for _ in range(15):
+        config = propose(effects, space, cost, None, None, 0.5, random, known)
+        assert config is not None
+        assert config not in known
+        assert cost(config) <= 0.5
+        known[config] = effects(config)
+        found.append(effects(config))
+    assert min(found) < found[0]
+    blind = [propose(effects, space, cost, None, None, 0.5, random) for _ in range(15)]
+    assert min(found) < min(effects(config) for config in blind if config is not None)
