@@ -210,10 +210,8 @@ class _FrontKeeper(Observer):
     def __init__(self, problem: Problem, folder: RunFolder, records: Sequence[TrialRecord], observer: Observer) -> None:
         self._problem, self._folder, self._observer = problem, folder, observer
         self._weights = FrontWeights(folder, records, len(problem.spec.trial.lengths))
-        if records:
-            write_front(problem, folder, self._weights.front, self._weights.scores, len(records))
         self._ended = {record.number for record in records}
-        keep_values(problem, folder, self._weights.front)
+        self._write()
 
     def on_trial_started(self, trial: RunningTrial) -> None:
         self._observer.on_trial_started(trial)
@@ -221,9 +219,14 @@ class _FrontKeeper(Observer):
     def on_trial_ended(self, record: TrialRecord) -> None:
         self._weights.keep(record)
         self._ended.add(record.number)
-        write_front(self._problem, self._folder, self._weights.front, self._weights.scores, len(self._ended))
-        keep_values(self._problem, self._folder, self._weights.front)
+        self._write()
         self._observer.on_trial_ended(record)
+
+    def _write(self) -> None:
+        front = self._weights.front
+        if self._ended:
+            write_front(self._problem, self._folder, front, self._weights.scores, len(self._ended))
+        keep_values(self._problem, self._folder, front)
 
 
 def score_config(problem: Problem, folder: RunFolder, config: PrecisionConfig) -> TrialRecord:
