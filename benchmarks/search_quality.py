@@ -18,6 +18,7 @@ done twice: arms that share the ladder and a seed share its points.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -310,7 +311,8 @@ def draw(points: pd.DataFrame, timeline: pd.DataFrame, path: Path) -> None:
 
     titles = ("after final training, test", "during the search, val")
     figure = make_subplots(rows=1, cols=2, subplot_titles=titles)
-    for arm, colour in zip(ARMS, [*plotly.colors.qualitative.D3, "black"], strict=True):  # the same in every picture
+    colours = itertools.cycle(plotly.colors.qualitative.Dark24)
+    for arm, colour in zip(ARMS, colours, strict=False):  # the same in every picture
         style = {"legendgroup": arm, "name": arm, "line": {"color": colour, "width": 1.5}}
         for index, (_, group) in enumerate(points[points.arm == arm].groupby("seed")):
             front = group.sort_values("cost")

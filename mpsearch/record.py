@@ -532,12 +532,15 @@ class RunFolder:
         )
 
     def rebuild_prescreened(self) -> list[PrescreenRecord]:
-        """As `prescreened`, by a driver: a file that cannot be read is removed, for its scores are made again."""
+        """As `prescreened`, by a driver: a file that says what is wrong is removed, for its scores are made again."""
         try:
             return self.prescreened()
         except RunError as error:
+            try:
+                self.prescreen_jsonl.unlink()
+            except OSError:
+                raise error from None
             progress.warning("%s: that is done now", error)
-            self.prescreen_jsonl.unlink()
             return []
 
     def _append(self, path: Path, line: str, what: str) -> None:

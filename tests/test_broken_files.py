@@ -252,6 +252,9 @@ REBUILT: dict[str, Callable[[Path], object]] = {
 }
 """What `resume` makes again, and how it is read."""
 
+NEEDED_BY_TRIALS = ("prescreen.jsonl", "warmstart/descent.json", "warmstart/sensitivity.json")
+"""What it makes again where it is damaged, and, where it is missing, for trials that are left."""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "doubled"])
@@ -273,7 +276,13 @@ def test_going_on_with_a_damaged_run(
             continue
         assert shown(home, "front", "run", "--json")["front"] == before["front"]["front"]
         if command[0] == "resume" and file in REBUILT:
-            assert REBUILT[file](home / "run" / file) is not None
+            again = home / "run" / file
+            if file in NEEDED_BY_TRIALS:
+                assert mpsearch("report", "run", cwd=home).returncode == 0  # it reads what is there
+                resumed = mpsearch("resume", "run", "--trials", "5", cwd=home)
+                assert resumed.returncode == 0, resumed.stderr
+            assert again.exists()
+            assert REBUILT[file](again) is not None
         if command[0] == "finalize":
             assert len(RunFolder.open(home / "run").finals()) == len(RunFolder.open(whole / "run").finals())
             assert json.loads(done.stdout)["rows"] == json.loads((whole / "finals.json").read_text())["rows"]

@@ -41,7 +41,7 @@ from mpsearch.trust import trust
 from mpsearch.warmstart.additive import start_scores
 from mpsearch.warmstart.prescreen import prescreen, prescreens
 from mpsearch.warmstart.start import check_descent, warm_start, warms
-from mpsearch.warmstart.table import SensitivityTable
+from mpsearch.warmstart.table import SensitivityTable, read_descent
 from mpsearch.workbench import Workbench, channels_last, in_bf16
 
 logger = logging.getLogger(__name__)
@@ -138,6 +138,7 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
         check_descent(spec, problem.space, problem.cost)  # before the first trial
         began = time.monotonic()
 
+        @functools.cache
         def warm_up() -> tuple[Sequence[InitialConfig], Knowledge]:
             initial_configs = warm_start(
                 spec, problem.task, problem.graph, problem.space, problem.cost, folder.warmstart, observer
@@ -146,6 +147,8 @@ def _search(problem: Problem, folder: RunFolder, observer: Observer) -> ParetoFr
                 initial_configs = prescreen(problem, folder, initial_configs, observer)
             return initial_configs, _knowledge(folder)
 
+        if warms(spec) and _warm_start_damaged(folder):  # the report reads it, though no trial may be left to need it
+            warm_up()
         controller = SearchController(
             problem.space,
             problem.cost,
@@ -196,6 +199,19 @@ def _for_workers(problem: Problem) -> tuple[Callable[[], TrialRunner], DataCheck
         graph, offers = problem.graph, problem.space.offers
         return functools.partial(TrialRunner, problem.task, spec.trial, graph, offers), None
     return TrialSetup.of(problem).runner, None if spec.engine.address == "local" else DataCheck.of(problem.task)
+
+
+def _warm_start_damaged(folder: RunFolder) -> bool:
+    """Whether the warm start has left a file that cannot be read."""
+    try:
+        folder.prescreened()
+        if (table := folder.warmstart / "sensitivity.json").exists():
+            SensitivityTable.load(table)
+        if (folder.warmstart / "descent.json").exists():
+            read_descent(folder.warmstart)
+    except RunError:
+        return True
+    return False
 
 
 def _knowledge(folder: RunFolder) -> Knowledge:

@@ -177,7 +177,7 @@ def test_a_missing_compiler_means_eager_trials_and_is_said(
 @pytest.mark.compile
 def test_a_compiled_trial_scores_like_an_eager_one(task: Task, workbench: Workbench) -> None:
     compiled = Workbench(task, SETTINGS.model_copy(update={"compile": True}))
-    for text in ("w8a8", "w3a3"):
+    for text in ("w4a4", "w3a3"):
         config = uniform(workbench, text)
         eager = run_trial(task, config, SETTINGS, workbench=workbench)
         fast = run_trial(task, config, SETTINGS, workbench=compiled)

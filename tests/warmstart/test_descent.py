@@ -238,7 +238,7 @@ def test_a_study_tries_what_was_learned_and_resumes_without_a_second_descent(
     monkeypatch.setattr(start, "descend", None)
     resume_study(tmp_path / "run", trials=11)
     origins = [record.origin for record in RunFolder.open(tmp_path / "run").records()]
-    assert origins == ["uniform", "descent", "descent"] + ["uniform"] * 7 + ["sampler"]
+    assert origins == ["uniform", "uniform", "descent", "descent"] + ["uniform"] * 6 + ["sampler"]
 
 
 @pytest.mark.parametrize("setting", ["budgets=[]", "budgets=[0.5,-1]", "steps=0", "method=hawq"])
