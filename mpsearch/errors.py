@@ -9,9 +9,33 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_HIDDEN: dict[str, str] = {}
+"""Secrets of this process -> what is shown instead."""
+
+SHORTEST_SECRET = 3
+"""Characters: what is shorter would be found in every other message."""
+
+
+def hide(secret: str, instead: str) -> None:
+    """From now on no message shows a secret."""
+    if len(secret) >= SHORTEST_SECRET:
+        _HIDDEN[secret] = instead
+
+
+def hidden(text: str) -> str:
+    """A text with the names of secrets in place of what they are.
+
+    >>> hide("s3cr et", "${PASSWORD}")
+    >>> hidden("cannot reach u:s3cr et@host")
+    'cannot reach u:${PASSWORD}@host'
+    """
+    for secret in sorted(_HIDDEN, key=len, reverse=True):
+        text = text.replace(secret, _HIDDEN[secret])
+    return text
+
 
 class MpsearchError(Exception):
-    """The input is wrong: the base of every error that the CLI turns into exit code 2.
+    """The input is wrong: the base of every error that the CLI turns into exit code 2. Its message shows no secret.
 
     >>> import mpsearch
     >>> try:
@@ -20,6 +44,9 @@ class MpsearchError(Exception):
     ...     print("digits" in str(error))
     True
     """
+
+    def __str__(self) -> str:
+        return hidden(super().__str__())
 
 
 class StudyError(MpsearchError):

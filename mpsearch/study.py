@@ -6,7 +6,6 @@ starts. `load_study` returns a frozen StudySpec; whatever runs later trusts it.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -32,6 +31,7 @@ from mpsearch.precision import LayerPrecision
 from mpsearch.record import RunFolder
 from mpsearch.shipped import shipped, shipped_names
 from mpsearch.units import Amount, parse_amount
+from mpsearch.variables import expand, holds_password, variables
 
 COST_NAMES = (
     "shift_energy",
@@ -648,7 +648,7 @@ class StudySpec(_Section):
             section: Any = document
             for parent in parents:
                 section = section[parent]
-            if section[last] == _expand(text, "", strict=False):  # else it was changed since
+            if section[last] == expand(text, "", strict=False):  # else it was changed since
                 section[last] = text
         return document
 
@@ -660,7 +660,7 @@ class StudySpec(_Section):
         """Raises StudyError: the task needs an environment variable that is not set; to look at a run does not."""
         for path, text in self._variables.items():
             if path[0] == "task":
-                _expand(text, ".".join(map(str, path)))
+                expand(text, ".".join(map(str, path)))
 
     def absolute(self) -> StudySpec:
         """This study with every path of a file or folder absolute: workers run in folders of their own."""
@@ -753,7 +753,7 @@ def load_study(study: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
 
 
 def _refuse_password(document: Mapping[str, Any]) -> None:
-    if _holds_password(document.get("storage")):
+    if holds_password(document.get("storage")):
         raise StudyError(
             "storage holds a password, which would be written into the run folder: put it into an environment variable "
             "and write its name, as in --set 'storage=postgresql://USER:${DB_PASSWORD}@HOST/DB' (in single quotes, so "
@@ -770,35 +770,11 @@ def parse_study(document: Mapping[str, Any], source: str = "study", strict: bool
         StudyError: as `load_study`.
     """
     try:
-        spec = StudySpec.model_validate(_expand(document, "study", strict))
+        spec = StudySpec.model_validate(expand(document, "study", strict))
     except ValidationError as error:
         raise StudyError(f"{source} cannot be used:\n" + explain(error, StudySpec, "study")) from None
-    spec._variables = dict(_variables(document))
+    spec._variables = dict(variables(document))
     return spec
-
-
-def expand(text: str, key: str) -> str:
-    """`text` with the values of the environment variables in it. Raises StudyError: one is not set."""
-    return str(_expand(text, key))
-
-
-def _variables(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Where a document has `${NAME}`: the path of keys and positions, and the text."""
-    if isinstance(value, str):
-        if _VARIABLE.search(value):
-            yield path, value
-    elif isinstance(value, dict | list):
-        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _variables(below, (*path, key))
-
-
-def _holds_password(storage: Any) -> bool:
-    """Whether a URL has a password in clear, before its host or among its arguments."""
-    if not isinstance(storage, str) or "://" not in storage:
-        return False
-    rest = _VARIABLE.sub("", storage).partition("://")[2]  # what variables hold is not in clear
-    user, at, _ = rest.rpartition("@")
-    return bool(at and user.partition(":")[2]) or bool(re.search(r"[?&](password|passwd|pwd|sslpassword)=[^&]", rest))
 
 
 def _set(document: dict[str, Any], override: str) -> None:
@@ -823,33 +799,6 @@ def _set(document: dict[str, Any], override: str) -> None:
 
 INSTEAD = {"trial.steps": "rungs", "trial.rungs": "steps"}
 """What an override takes the place of, beside the old value of its own key."""
-
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
-
-def _expand(value: Any, where: str, strict: bool = True) -> Any:
-    if isinstance(value, dict):
-        return {key: _expand(below, f"{where}.{key}", strict) for key, below in value.items()}
-    if isinstance(value, list):
-        return [_expand(below, where, strict) for below in value]
-    if not isinstance(value, str):
-        return value
-
-    def read(match: re.Match[str]) -> str:
-        variable, default = match.groups()
-        if variable in os.environ:
-            return os.environ[variable]
-        if default is not None:
-            return str(default)
-        if not strict:
-            return match[0]
-        key = where.removeprefix("study.")
-        raise StudyError(
-            f"{key} is read from the environment variable {variable}, which is not set: "
-            f"set it, or give --set {key}=VALUE"
-        )
-
-    return _VARIABLE.sub(read, value)
 
 
 def study_names() -> list[str]:

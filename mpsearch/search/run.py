@@ -37,7 +37,7 @@ from mpsearch.state_dict import read_tensors, save_weights, state
 from mpsearch.study import REUSED, StudySpec, read_spec, reuses_weights
 from mpsearch.task.scoring import evaluate
 from mpsearch.train import FitSettings, threads
-from mpsearch.trust import trust
+from mpsearch.trust import trust, trust_database
 from mpsearch.warmstart.additive import start_scores
 from mpsearch.warmstart.prescreen import prescreen, prescreens
 from mpsearch.warmstart.start import check_descent, warm_start, warms
@@ -91,6 +91,8 @@ def resume_study(
     """
     folder = RunFolder.open(run)
     spec = read_spec(folder, overrides).absolute()
+    if any(override.lstrip().startswith("storage") for override in overrides):
+        trust_database(folder, spec)  # who named it sits here
     problem = reopen(folder, spec)
     if overrides:
         if any(override.lstrip().startswith("task") for override in overrides):

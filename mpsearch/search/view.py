@@ -8,10 +8,10 @@ goes away in the middle of a run is tried again now and then, and the run goes o
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
-import re
 import sqlite3
 import time
 import warnings
@@ -24,6 +24,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.pool import QueuePool
 
 from mpsearch.cost.model import RelativeCost
 from mpsearch.errors import RunError
@@ -31,7 +32,7 @@ from mpsearch.metric import Metric
 from mpsearch.record import RunFolder, TrialRecord
 from mpsearch.search.controller import constraints
 from mpsearch.space.space import SearchSpace
-from mpsearch.study import expand
+from mpsearch.variables import expand, masked
 
 progress = logging.getLogger("mpsearch.progress")
 
@@ -283,15 +284,11 @@ def open_storage(storage: str, folder: RunFolder | None = None) -> BaseStorage:
     if storage == "journal" and folder is not None:
         return JournalStorage(JournalFileBackend(str(folder.study_journal)))
     if storage == "sqlite" and folder is not None:
-        return _sqlite(f"sqlite:///{folder.study_db}")
+        # No URL has the path: there `?`, `%` and braces mean other things, and Optuna fills braces in.
+        connect = functools.partial(sqlite3.connect, folder.study_db, check_same_thread=False)
+        return _sqlite("sqlite://", {"creator": connect, "poolclass": QueuePool})
     with _explained(storage):
         return _sqlite(storage) if storage.startswith("sqlite") else RDBStorage(storage, {"pool_pre_ping": True})
-
-
-def masked(text: str) -> str:
-    """A storage, or a message that quotes one, without who logs in there and how."""
-    text = re.sub(r"://\S*@", "://***@", text)  # as far as the last @: passwords hold slashes, colons and @
-    return re.sub(r"([?&]\w*(?:password|passwd|pwd)\w*=)[^&\s'\"]*", r"\1***", text, flags=re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -363,11 +360,11 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {masked(str(error).strip().partition(chr(10))[0])}"
 
 
-def _sqlite(url: str) -> RDBStorage:
+def _sqlite(url: str, options: dict[str, Any] | None = None) -> RDBStorage:
     """SQLite that does not wait for the disk at every write: what goes with the power comes back from the record."""
     from sqlalchemy import event
 
-    storage = RDBStorage(url)
+    storage = RDBStorage(url, options)
 
     def fast(connection: Any, _: object) -> None:
         connection.execute("PRAGMA journal_mode=WAL")

@@ -239,12 +239,21 @@ def _from_folder(transformers: Any, auto: Any, name: str, args: Mapping[str, Any
         "ignore_mismatched_sizes": True,  # a head for other classes: it is then trained
         "output_loading_info": True,
     }
+    if refused := [key for key in (*options, *_OF_LOADING) if key in args]:
+        raise TaskError(
+            f"task.model_args: '{refused[0]}' is not for a study to say: of a checkpoint, safetensors alone are read "
+            "and no code is run; give keys of the network's config"
+        )
     transformers.logging.set_verbosity_error()
     instead = "" if local else _without_hub(hub_problem(), "task.model: hf:FOLDER")
     source = str(folder) if local else name
     module, loaded = _built(f"hf:{name}", auto.from_pretrained, (source,), decided | options, args, instead)
     fresh = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
     return Network(module.float(), None if fresh else f"hf:{name}")
+
+
+_OF_LOADING = ("weights_only", "code_revision", "config", "adapter_kwargs", "quantization_config", "gguf_file")
+"""Arguments of `from_pretrained`, beside those set here, that say what is read and run and not what the network is."""
 
 
 def _labels_in(folder: Path) -> int | None:

@@ -108,6 +108,18 @@ def test_shared_database_keeps_runs_of_one_study_apart(tmp_path):
     assert names == {f"a-{folder.id}" for folder in folders}
 
 
+@pytest.mark.parametrize("storage", ["sqlite", "journal"])
+@pytest.mark.parametrize("name", ["a?1", "a %41", "a#b", "a{b}", "{}", "é 'x\"", "a:b@c", "a;b&c"])
+def test_the_view_is_in_the_run_folder_whatever_its_name(tmp_path, name, storage):
+    folder = RunFolder.create(tmp_path / name, "", metric=TOP1)
+    for _ in range(2):  # made, and opened again
+        view = open_view(storage, folder, "a", SPACE, TOP1, None, RECORDS[:1])
+        assert len(view.study.trials) == 1
+        view.close()
+    assert (folder.study_db if storage == "sqlite" else folder.study_journal).stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize(
     "url", ["sqlite:////no/such/folder/x.db", "nosuchdb://u:secret@host/db", "postgresql://u:secret@localhost:1/db"]
 )

@@ -156,6 +156,17 @@ def test_weights_that_are_pickled_are_not_read(tmp_path: Path) -> None:
         network(f"hf:{tmp_path}", LANGUAGE)
 
 
+@pytest.mark.parametrize(
+    "argument", [{"trust_remote_code": True}, {"use_safetensors": False}, {"weights_only": False}, {"config": "other"}]
+)
+def test_a_study_cannot_have_code_beside_the_weights_run(tmp_path: Path, argument: dict[str, Any]) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(TaskError, match=f"'{next(iter(argument))}' is not for a study to say"):
+        network(f"hf:{tmp_path}", LANGUAGE, **argument)
+
+
 def test_code_beside_the_weights_is_not_run(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     saved = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=17, **TINY))
