@@ -296,6 +296,21 @@ def test_sigterm_ends_as_ctrl_c_does_and_says_how_to_go_on(tmp_path: Path) -> No
     assert RunFolder.open(tmp_path / "run").running == []
 
 
+@pytest.mark.parametrize(
+    ("number", "word", "code"), [(signal.SIGTERM, "terminated", 143), (signal.SIGINT, "interrupted", 130)]
+)
+def test_a_signal_before_there_is_a_run_is_said_too(tmp_path: Path, number: int, word: str, code: int) -> None:
+    (tmp_path / "mine.py").write_text(f"import os\n\ndef make():\n    os.kill(os.getpid(), {int(number)})\n")
+    (tmp_path / "s.yaml").write_text("name: s\nspace: digits\ntask: {factory: 'mine:make'}\n")
+    for command in ("check", "run"):
+        done = subprocess.run(
+            [sys.executable, "-m", "mpsearch", command, "s.yaml"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stderr
+        assert f"mpsearch: {word}" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_sigterm_that_falls_into_a_destructor_is_not_lost() -> None:
     class Dying:

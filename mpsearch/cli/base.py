@@ -94,8 +94,10 @@ def main() -> None:
     except MpsearchError as error:
         print(f"mpsearch: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, VerificationError | GaveUpError) else 2)
-    except KeyboardInterrupt:
-        print(f"mpsearch: {how_it_ended()}", file=sys.stderr)
+    except SystemExit as end:
+        if end.__context__ is None or not isinstance(end.__context__.__cause__, KeyboardInterrupt):
+            raise
+        print(f"mpsearch: {how_it_ended()}", file=sys.stderr)  # typer takes KeyboardInterrupt and says nothing
         sys.exit(exit_code())
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -190,7 +190,7 @@ def test_nodes_that_share_no_folder_run_a_search_that_survives_them(
     doomed = cluster.start()
     without = cluster.start(tmp_path / "images")
     address = f"ray://127.0.0.1:{cluster.client}" if client else f"127.0.0.1:{cluster.port}"
-    driver = search(home, cluster, address, trials=36)
+    driver = search(home, cluster, address, trials=60)
     until(lambda: driver.poll() is not None or Counter(node for _, _, node in started(home))[doomed] >= 4)
     assert driver.poll() is None, driver.stderr.read()
     cluster.kill(doomed)
@@ -200,7 +200,7 @@ def test_nodes_that_share_no_folder_run_a_search_that_survives_them(
 
     folder = RunFolder.open(home / "run")
     records = folder.records()
-    assert sorted(record.number for record in records) == list(range(36))
+    assert sorted(record.number for record in records) == list(range(60))
     assert {record.state for record in records} <= {"complete", "stopped"}
     attempts = Counter((number, rung) for number, rung, _ in started(home))
     ended = {(record.number, rung) for record in records for rung in range(max(1, len(record.rungs)))}

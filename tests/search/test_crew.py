@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from drive import make_space, relative_cost, truth
 
-from mpsearch.errors import GaveUpError, TaskError, WriteError
+from mpsearch.errors import GaveUpError, TaskError, WriteError, hide
 from mpsearch.metric import TOP1
 from mpsearch.observer import SILENT
 from mpsearch.record import RunFolder, TrialRecord
@@ -149,6 +149,19 @@ def test_trial_that_takes_three_workers_along_is_no_failure_in_a_row_and_is_trie
     assert set(ray.at(3)) == {"a", "b"}
     work(Fake(lambda *_: None, "a"), folder)
     assert sorted(numbers(folder)) == list(range(12))
+
+
+def test_secret_that_a_worker_says_is_not_recorded(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    hide("s3cr et", "${TOKEN}")  # this process has read the study, the workers have not
+
+    def fate(node: str, number: int | None) -> Any:
+        failed = TrialRecord(make_space().ladder()[0], "failed", reason="ValueError: no s3cr et here")
+        return {"outcome": Outcome(failed)} if number == 3 else None
+
+    with caplog.at_level(logging.INFO):
+        work(Fake(fate, "a"), folder)
+    assert "no ${TOKEN} here" in folder.trials_jsonl.read_text()
+    assert "s3cr et" not in folder.trials_jsonl.read_text() + caplog.text
 
 
 def test_trial_that_finds_no_memory_runs_elsewhere_and_is_no_failure(folder: RunFolder) -> None:
