@@ -10,6 +10,8 @@ The names are listed, with their types, in `__init__.pyi`; each is imported when
 mpsearch` is light. Every command is a function of its name (`import` is `import_config`, `export` is `export_run`).
 """
 
+import getpass
+import os
 import sys
 from types import ModuleType
 
@@ -19,6 +21,11 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 __all__ += ["__version__"]
+
+try:
+    getpass.getuser()
+except (KeyError, OSError, ImportError):  # a container's user has a number alone; torch names its folders by a name
+    os.environ["LOGNAME"] = str(os.getuid())
 
 
 class _Package(ModuleType):

@@ -1,18 +1,14 @@
 """Tensors that are made once and kept on disk: decoded images, trained float models.
 
-The folder is `$MPSEARCH_CACHE`, else `~/.cache/mpsearch`, else (where that cannot be written) one in the system's
-temporary folder. Entries are named by the content that they were made of, so they never go stale; deleting the folder
-is always safe.
+They are in `files.cache_folder()`. Entries are named by the content that they were made of, so they never go stale;
+deleting the folder is always safe.
 """
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,23 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mpsearch.errors import WriteError
+from mpsearch.files import cache_folder
 from mpsearch.state_dict import save_tensors
 
 logger = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """The folder that entries are kept in, created and writable."""
-    preferred = Path(os.environ.get("MPSEARCH_CACHE") or Path.home() / ".cache" / "mpsearch").expanduser()
-    fallback = Path(tempfile.gettempdir()) / f"mpsearch-{getpass.getuser()}"
-    for folder in (preferred, fallback):
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryFile(dir=folder):
-                return folder
-        except OSError as error:
-            logger.warning("the cache folder %s cannot be written (%s)", folder, error.strerror)
-    return Path(tempfile.mkdtemp(prefix="mpsearch-"))
 
 
 def content_key(*facts: Any) -> str:

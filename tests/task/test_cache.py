@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import pwd
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from mpsearch.task.cache import cache_folder, cached_tensors, content_key
+from mpsearch import files
+from mpsearch.files import cache_folder
+from mpsearch.task.cache import cached_tensors, content_key
 
 
 def test_an_entry_is_made_once_and_then_read(cache: Path):
@@ -58,6 +66,55 @@ def test_a_folder_that_cannot_be_made_is_replaced_by_a_temporary_one(tmp_path: P
     folder = cache_folder()
     assert folder.is_dir()
     assert tmp_path not in folder.parents
+
+
+@pytest.fixture
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The temporary folder of a user who has neither a name nor a home."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"uid not found: {uid}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "MPSEARCH_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    files._folder_of_this_process.cache_clear()
+    yield tmp_path
+    files._folder_of_this_process.cache_clear()
+
+
+def test_a_user_without_a_home_has_a_cache_named_by_number(nobody: Path):
+    assert cache_folder() == nobody / f"mpsearch-{os.getuid()}"
+    assert cache_folder().stat().st_mode & 0o777 == 0o700
+
+
+def test_a_user_without_a_name_has_a_number_for_a_name():
+    without = "import pwd; pwd.getpwuid = {}.__getitem__; import mpsearch, getpass; print(getpass.getuser())"
+    bare = {key: os.environ[key] for key in ("PATH", "PYTHONPATH") if key in os.environ}
+    done = subprocess.run([sys.executable, "-c", without], env=bare, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{os.getuid()}\n", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["open to others", "a link", "another user's"])
+def test_a_temporary_cache_that_is_not_the_users_alone_is_not_used(
+    nobody: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    folder = nobody / f"mpsearch-{os.getuid()}"
+    if kind == "a link":
+        (nobody / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(nobody / "elsewhere")
+    else:
+        folder.mkdir(mode=0o700)
+    if kind == "open to others":
+        folder.chmod(0o770)
+    if kind == "another user's":
+        monkeypatch.setattr(os, "getuid", lambda: 54321)
+        folder.rename(nobody / "mpsearch-54321")
+    used = cache_folder()
+    assert used.name not in (folder.name, "mpsearch-54321")
+    assert used.stat().st_mode & 0o777 == 0o700
+    assert cache_folder() == used  # one a process
 
 
 def _slow_entry(folder: str, counter: Path) -> None:
