@@ -65,7 +65,9 @@ def test_report_says_what_was_asked_and_what_came_out(tmp_path: Path) -> None:
     assert "<h1>digits</h1>" in text
     assert "<p>Find the bits.</p><p>Cost: pJ.</p>" in text
     assert "5 complete, 1 failed." in text
-    tiles = re.findall(r"<div class='tile'><dt>(.*?)</dt><dd>(.*?)</dd><dd class='small'>(.*?)</dd></div>", unescape(text))
+    tiles = re.findall(
+        r"<div class='tile'><dt>(.*?)</dt><dd>(.*?)</dd><dd class='small'>(.*?)</dd></div>", unescape(text)
+    )
     # the cost axis goes from 1/16 to 1: the score axis from 0.40 to 0.90
     assert tiles == [
         ("best", "90.00 %", "trial 0, cost 1"),
