@@ -62,11 +62,20 @@ def make_table(*columns: str) -> Table:
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """A table as wide as the console, or, where its longest words do not fit into that, as wide as it would be."""
+    """A table within the console's width, of which no word is broken; where they do not fit, as wide as it would be."""
+    from rich.measure import measure_renderables
+
     console = console or make_console()
-    needed = console.measure(table, options=console.options.update_width(10_000))
-    if needed.minimum > console.width:
-        console.width = needed.maximum
+    unbounded = console.options.update_width(10_000)
+    whole = console.measure(table, options=unbounded)
+    if whole.minimum > console.width:
+        console.width = whole.maximum
+    room = console.width - whole.minimum
+    widths = [(c, measure_renderables(console, unbounded, [c.header, *c.cells])) for c in table.columns]
+    for index, (column, words) in enumerate(sorted(widths, key=lambda width: width[1].span)):
+        more = min(words.span, room // (len(widths) - index))  # those that need least are served first
+        column.width = words.minimum + more
+        room -= more
     console.print(table)
 
 
