@@ -30,6 +30,7 @@ from mpsearch.problem import Problem, open_problem, write_facts
 from mpsearch.record import RunFolder
 from mpsearch.report import dashboard, serve
 from mpsearch.report.dashboard import Prepared
+from mpsearch.report.data import RunData
 from mpsearch.report.gate import Gate
 from mpsearch.report.serve import is_loopback, serving
 from mpsearch.report.write import watch
@@ -324,6 +325,18 @@ def test_a_note_that_somebody_wrote_stays(folder: RunFolder, problem: Problem) -
     save_note(view.study, "mine")
     Prepared(view.study, folder, problem).refresh()
     assert get_note(view.study) == "mine"
+
+
+def test_notes_show_what_a_run_says_as_it_is(folder: RunFolder, problem: Problem) -> None:
+    evil = "<img src=x onerror=alert(1)> | [a](http://b) `c`\n# d"
+    shown = r"\<img src=x onerror=alert(1)\> \| \[a\](http://b) \`c\` \# d"
+    records = [replace(record, origin=evil) for record in folder.records()]
+    run = RunData.of("quick", records, problem.graph.layers, problem.cost, 0.1, TOP1)
+    failed = replace(records[0], state="failed", reason=evil)
+    assert f"proposed by {shown}: failed: {shown}." in dashboard.trial_note(failed, run, folder)
+    note = dashboard.study_note(run, problem, folder)
+    assert f"| {shown} |" in note
+    assert evil not in note
 
 
 def test_a_run_without_a_storage_is_shown_from_its_record(folder: RunFolder, problem: Problem) -> None:
