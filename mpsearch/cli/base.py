@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from mpsearch import __version__, api
-from mpsearch.cli.printing import replace_unprintable
+from mpsearch.cli.printing import LineFormatter, indented, print_error, print_lines, replace_unprintable
 from mpsearch.errors import GaveUpError, MpsearchError, VerificationError
 
 app = typer.Typer(
@@ -63,7 +63,8 @@ def ask_for_trust(run: Path, trust: bool) -> None:
     if not names:
         return
     if not trust and sys.stdin.isatty():
-        print(f"mpsearch: {run} was not made here, and its study has imported and run, or reached: {', '.join(names)}")
+        named = ", ".join(names)
+        print_lines([f"mpsearch: {run} was not made here, and its study has imported and run, or reached: {named}"])
         trust = typer.confirm("Do you trust that code?", default=False)
     if trust:
         api.runs.trust(run)
@@ -71,7 +72,7 @@ def ask_for_trust(run: Path, trust: bool) -> None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"mpsearch {__version__}")
+        print_lines([f"mpsearch {__version__}"])
         raise typer.Exit
 
 
@@ -92,19 +93,19 @@ def main() -> None:
         with _sigterm_raised():
             app(standalone_mode=True)
     except MpsearchError as error:
-        print(f"mpsearch: {error}", file=sys.stderr)
+        print_error(str(error))
         sys.exit(1 if isinstance(error, VerificationError | GaveUpError) else 2)
     except SystemExit as end:
         if end.__context__ is None or not isinstance(end.__context__.__cause__, KeyboardInterrupt):
             raise
-        print(f"mpsearch: {how_it_ended()}", file=sys.stderr)  # typer takes KeyboardInterrupt and says nothing
+        print_error(how_it_ended())  # typer takes KeyboardInterrupt and says nothing
         sys.exit(exit_code())
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception:
-        traceback.print_exc()
-        print("mpsearch: this is our fault, not yours: please report it with the lines above", file=sys.stderr)
+        sys.stderr.write(f"{indented(traceback.format_exc())}")
+        print_error("this is our fault, not yours: please report it with the lines above")
         sys.exit(1)
 
 
@@ -148,9 +149,11 @@ def exit_code() -> int:
 
 
 def _print_progress() -> None:
-    """Print what is waited for while a study is opened, on stderr."""
+    """Print what is waited for while a study is opened, and warnings that no log takes, on stderr."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(LineFormatter())
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("mpsearch: %(message)s"))
+    handler.setFormatter(LineFormatter("mpsearch: %(message)s"))
     logger = logging.getLogger("mpsearch.progress")
     logger.handlers = [handler]  # one, of today's stderr: a process may run several commands
     logger.setLevel(logging.INFO)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 
 from mpsearch import api
 from mpsearch.cli.base import Json, Set, Study, app
-from mpsearch.cli.printing import make_console, make_table, print_json, print_lines
+from mpsearch.cli.printing import make_console, make_table, print_json, print_lines, print_table
 from mpsearch.observer import Observer
 
 hardware = typer.Typer(no_args_is_help=True, help="Hardware profiles: which pairs of precisions a device runs.")
@@ -28,7 +27,7 @@ def list_(json_: Json = False) -> None:
     table = make_table("hardware", ">measured rows", "about")
     for profile in profiles:
         table.add_row(profile.name, str(profile.rows or ""), profile.about)
-    make_console().print(table)
+    print_table(table)
 
 
 @hardware.command()
@@ -36,7 +35,7 @@ def show(
     hardware: Annotated[str, typer.Argument(help="A shipped profile by name, or the path of a YAML file.")],
 ) -> None:
     """Print a hardware profile, with the source of its numbers."""
-    print_lines([api.hardware.hardware_show(hardware).text.rstrip()])
+    print_lines(api.hardware.hardware_show(hardware).text.rstrip().split("\n"))
 
 
 @hardware.command("import-vela")
@@ -74,7 +73,7 @@ def measure(
 
     class Told(Observer):
         def on_stage(self, stage: str, done: int, of: int) -> None:
-            print(f"[{done}/{of}] {stage}", file=sys.stderr, flush=True)
+            print_lines([f"[{done}/{of}] {stage}"], make_console(stderr=True))
 
     measured = api.hardware.measure(study, runtime, out, threads, set_ or (), Told())
     if json_:
@@ -94,7 +93,7 @@ def measure(
             str(row["n"]),
         )
     console = make_console()
-    console.print(table)
+    print_table(table, console)
     lines = [f"No kernels here: {', '.join(measured.left_out)}."] if measured.left_out else []
     for check in measured.checks.to_dict("records"):
         if check["error"] is None or math.isnan(check["error"]):

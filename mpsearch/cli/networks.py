@@ -9,7 +9,7 @@ import typer
 
 from mpsearch import api
 from mpsearch.cli.base import Json, Set, Study, app
-from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines
+from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines, print_table
 from mpsearch.cli.progress import StageProgress, training_progress
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for a native export (default: none is written).")]
@@ -52,7 +52,7 @@ def ptq(
     table = make_table(result.metric.name, ">val", ">test")
     table.add_row("float", *(show(result.float_scores[split]) for split in ("val", "test")))
     table.add_row(bits, *(show(result.scores[split]) for split in ("val", "test")))
-    make_console().print(table)
+    print_table(table)
     _print_made(result)
 
 
@@ -96,7 +96,7 @@ def train(
     table.add_row("float", *(show(result.float_scores[split]) for split in ("val", "test")), "")
     scores = (show(result.scores[split]) for split in ("val", "test"))
     table.add_row(f"{method} {target}", *scores, f"{result.cost:.4f}")
-    make_console().print(table)
+    print_table(table)
     if result.fixed:
         print_lines([f"as the space fixes them: {', '.join(result.fixed)}"])
     _print_made(result)
@@ -131,7 +131,7 @@ def debug(
     table = make_table(*columns[:2], *(f">{name}" for name in columns[2:]))
     for row in rows:
         table.add_row(*row, style="yellow" if row[1] == "problem" else None)
-    console.print(table)
+    print_table(table, console)
     print_lines(result.diagnosis.notes, console, style="yellow")
     for number, advice in enumerate(result.advice, start=1):
         print_lines([f"{number}. {advice.text}"], console)

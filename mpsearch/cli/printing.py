@@ -1,24 +1,49 @@
-"""How the commands print: consoles, tables, JSON and durations."""
+"""How the commands print: consoles, tables, lines, errors, logs, JSON, CSV and durations.
+
+Whatever a run, a study or a file name says is data: it commands no terminal, and begins no line. All of it goes through
+`visible`, which `make_console`, `print_error` and `LineFormatter` see to.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import sys
+import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Console
     from rich.table import Table
 
 
-def make_console(stderr: bool = False) -> Console:
-    """A console as wide as the terminal; in a file or a pipe nothing is cut."""
-    from rich.console import Console
+def visible(text: str) -> str:
+    r"""A text with an escape for each character that a terminal obeys or hides: controls, line ends, bidi marks.
 
-    console = Console(stderr=stderr)
+    >>> print(visible("boom\x1b[2J\nmpsearch: fine"))
+    boom\x1b[2J\nmpsearch: fine
+    """
+    return "".join(
+        char if char.isprintable() or unicodedata.category(char) == "Zs" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def indented(text: str) -> str:
+    """A text of several lines, each of them `visible`, with those after the first indented: none looks like another."""
+    first, *others = map(visible, text.split("\n"))
+    return "\n".join([first, *(line if line.startswith(" ") or not line else f"  {line}" for line in others)])
+
+
+def make_console(stderr: bool = False) -> Console:
+    """A console as wide as the terminal, to which strings are data; in a file or a pipe nothing is cut."""
+    from mpsearch.cli.console import DataConsole
+
+    console = DataConsole(stderr=stderr)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 140
     return console
@@ -36,11 +61,49 @@ def make_table(*columns: str) -> Table:
     return table
 
 
+def print_table(table: Table, console: Console | None = None) -> None:
+    """A table within the console's width, of which no word is broken; where they do not fit, as wide as it would be."""
+    from rich.measure import measure_renderables
+
+    console = console or make_console()
+    unbounded = console.options.update_width(10_000)
+    whole = console.measure(table, options=unbounded)
+    if whole.minimum > console.width:
+        console.width = whole.maximum
+    room = console.width - whole.minimum
+    widths = [(c, measure_renderables(console, unbounded, [c.header, *c.cells])) for c in table.columns]
+    for index, (column, words) in enumerate(sorted(widths, key=lambda width: width[1].span)):
+        more = min(words.span, room // (len(widths) - index))  # those that need least are served first
+        column.width = words.minimum + more
+        room -= more
+    console.print(table)
+
+
 def print_lines(lines: Iterable[str], console: Console | None = None, style: str | None = None) -> None:
     """Lines of text as they are: not wrapped, coloured as a whole."""
     console = console or make_console()
     for line in lines:
-        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, style=style, soft_wrap=True)
+
+
+def print_warnings(warnings: Iterable[str], console: Console) -> None:
+    """A line for each warning."""
+    for warning in warnings:
+        console.print("Warning:", style="yellow", end=" ")
+        print_lines([warning], console)
+
+
+def print_error(message: str) -> None:
+    """A message of ours on stderr; lines after its first are indented."""
+    print(f"mpsearch: {indented(message)}", file=sys.stderr)
+
+
+class LineFormatter(logging.Formatter):
+    """A format of logs of which each record begins one line; what follows of it is indented."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as it is printed or written."""
+        return indented(super().format(record))
 
 
 def replace_unprintable() -> None:
@@ -53,6 +116,17 @@ def replace_unprintable() -> None:
 def print_json(document: Any) -> None:
     """JSON as its standard has it: ValueError for a NaN or an infinity."""
     print(json.dumps(document, indent=1, allow_nan=False))
+
+
+def print_csv(table: pd.DataFrame) -> None:
+    """A table as CSV; a text that a spreadsheet would take for a formula gets a `'` before it."""
+
+    def cell(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return f"'{visible(value)}" if value.startswith(("=", "+", "-", "@")) else visible(value)
+
+    print(table.map(cell).rename(columns=cell).to_csv(index=False), end="")
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mpsearch.cli.base import end_if_terminated
-from mpsearch.cli.printing import duration, make_console
+from mpsearch.cli.printing import LineFormatter, duration, make_console, print_lines, print_warnings
 from mpsearch.observer import Observer
 
 if TYPE_CHECKING:
@@ -21,18 +21,19 @@ class RunProgress(Observer):
     """Progress of a run: a bar in a terminal, a line per trial elsewhere."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import BarColumn, MofNCompleteColumn
 
+        from mpsearch.cli.console import WordsColumn
         from mpsearch.report.terminal import FrontProgress
 
         self.folder: RunFolder | None = None
         self._console = make_console(stderr=True)
         self._progress = FrontProgress(
-            TextColumn("{task.description}"),
+            WordsColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[best]}"),
-            TextColumn("{task.fields[eta]}"),
+            WordsColumn("{task.fields[best]}"),
+            WordsColumn("{task.fields[eta]}"),
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -49,10 +50,8 @@ class RunProgress(Observer):
         self._ended = {record.number: record for record in folder.records()}
         self._earlier = len(self._ended)
         self._began = time.monotonic()
-        for line in problem.summary():
-            self._console.print(line, style="dim", soft_wrap=True, highlight=False)
-        for warning in problem.notes:
-            self._console.print(f"[yellow]Warning:[/] {warning}", soft_wrap=True, highlight=False)
+        print_lines(problem.summary(), self._console, style="dim")
+        print_warnings(problem.notes, self._console)
         self._bar = self._progress.add_task(self._name, total=self._trials, completed=self._earlier, best="", eta="")
         self._progress.start()
 
@@ -64,7 +63,7 @@ class RunProgress(Observer):
         self._progress.update(self._bar, description=f"warm start: {stage}", completed=done, total=total)
         if done == total:
             took_s = time.monotonic() - self._stage_began
-            self._console.print(f"{stage} took {duration(took_s)}", style="dim", highlight=False)
+            print_lines([f"{stage} took {duration(took_s)}"], self._console, style="dim")
             self._began += took_s  # it is no part of what a trial takes
             self._progress.update(self._bar, description=self._name, completed=len(self._ended), total=self._trials)
 
@@ -94,14 +93,9 @@ class RunProgress(Observer):
                 + (", stopped" if record.state == "stopped" else "")
                 + (f"; {record.reason}" if record.state == "complete" and record.reason else "")
             )
-            self._console.print(
-                f"[{done}/{self._trials}] trial {record.number} ({record.origin}): {outcome}, "
-                f"{record.rungs[-1].wall_s if record.rungs else record.wall.total_s:.1f} s",
-                style="yellow" if record.state == "failed" else None,
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            took_s = record.rungs[-1].wall_s if record.rungs else record.wall.total_s
+            line = f"[{done}/{self._trials}] trial {record.number} ({record.origin}): {outcome}, {took_s:.1f} s"
+            print_lines([line], self._console, style="yellow" if record.state == "failed" else None)
 
     def stop(self) -> None:
         """Leave the terminal as it was."""
@@ -116,7 +110,7 @@ class FinalProgress(Observer):
         end_if_terminated()
         trained = f", {trial.steps} steps so far" if trial.rungs else ""
         line = f"[{done + 1}/{total}] trial {trial.number} (cost {trial.cost:.3f}{trained}), seed {seed}"
-        make_console(stderr=True).print(line, highlight=False, markup=False)
+        print_lines([line], make_console(stderr=True))
 
 
 class StageProgress(Observer):
@@ -126,20 +120,22 @@ class StageProgress(Observer):
         """A stage starts or goes on."""
         if done == 0:
             parts = f" ({total})" if total > 1 else ""
-            make_console(stderr=True).print(f"{stage}{parts}", style="dim", highlight=False, markup=False)
+            print_lines([f"{stage}{parts}"], make_console(stderr=True), style="dim")
 
 
 @contextmanager
 def training_progress(name: str) -> Iterator[Observer]:
     """Progress of one training: steps and loss in a terminal, silence elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from mpsearch.cli.console import WordsColumn
 
     console = make_console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        WordsColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
+        WordsColumn("loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -162,7 +158,7 @@ class _LogFile(logging.FileHandler):
 
 def _log_to(folder: RunFolder) -> None:
     handler = _LogFile(folder.log_txt, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("mpsearch")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

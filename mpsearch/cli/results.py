@@ -10,6 +10,7 @@ import typer
 
 from mpsearch import api
 from mpsearch.cli.base import Run, Trust, app, ask_for_trust
+from mpsearch.cli.printing import print_lines
 from mpsearch.errors import RunError
 from mpsearch.observer import Observer
 
@@ -25,7 +26,7 @@ def report(
 
     class Timed(Observer):
         def on_report(self, path: Path) -> None:
-            print(f"{time.strftime('%H:%M:%S')} {path}" if watch else path, flush=True)
+            print_lines([f"{time.strftime('%H:%M:%S')} {path}" if watch else str(path)])
 
     api.results.report(run, watch, Timed())
 
@@ -97,10 +98,9 @@ def export(
     ask_for_trust(run, trust)
     exported = api.results.export_run(run, out, pick, to, allow_lossy, verify)
     scores = ", ".join(f"{split} {exported.metric.show(score)}" for split, score in exported.scores.items())
-    print(f"trial {exported.trial.number}, cost {exported.trial.cost:.4f}: {scores}; written to {exported.path}")
-    for conversion in exported.conversions:
-        print(f"converted: {conversion}")
-    print(exported.verified)
+    lines = [f"trial {exported.trial.number}, cost {exported.trial.cost:.4f}: {scores}; written to {exported.path}"]
+    lines += [f"converted: {conversion}" for conversion in exported.conversions]
+    print_lines([*lines, str(exported.verified)])
 
 
 @app.command("import")
@@ -128,13 +128,13 @@ def import_(
     """Read a config or a trained network that was made elsewhere, and score it as a trial; it may join the front."""
     ask_for_trust(run, trust)
     imported = api.results.import_config(run, source, config, out, score)
-    print(f"{len(imported.config)} layers, cost {imported.cost:.4f} of {imported.reference}")
+    lines = [f"{len(imported.config)} layers, cost {imported.cost:.4f} of {imported.reference}"]
     if names := imported.left_float:
-        print(f"weight or activation left float: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
-    for note in imported.notes:
-        print(note)
+        lines.append(f"weight or activation left float: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}")
+    lines += imported.notes
     if imported.path is not None:
-        print(f"written to {imported.path}")
+        lines.append(f"written to {imported.path}")
     if imported.trial is not None:
         place = "on the front" if imported.on_front else "dominated"
-        print(f"trial {imported.trial.number}: val {imported.metric.show(imported.trial.score)}, {place}")
+        lines.append(f"trial {imported.trial.number}: val {imported.metric.show(imported.trial.score)}, {place}")
+    print_lines(lines)

@@ -13,7 +13,17 @@ import typer
 
 from mpsearch import api
 from mpsearch.cli.base import Json, Run, Set, Study, Trust, app, ask_for_trust, exit_code, how_it_ended
-from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines
+from mpsearch.cli.printing import (
+    duration,
+    make_console,
+    make_table,
+    print_csv,
+    print_error,
+    print_json,
+    print_lines,
+    print_table,
+    visible,
+)
 from mpsearch.cli.progress import FinalProgress, RunProgress
 from mpsearch.errors import RunError
 from mpsearch.units import show
@@ -77,28 +87,28 @@ def status(run: Run, json_: Json = False) -> None:
         print_json(status.to_json())
         return
     console = make_console()
-    console.print(
+    lines = [
         f"{status.study}: {status.counts['complete']} of {status.trials} trials complete, "
         f"{status.counts['failed']} failed, {status.counts['stopped']} stopped, {len(status.running)} running"
         + (f", {status.prescreened} untrained configs scored" if status.prescreened else "")
-    )
+    ]
     if status.rungs:
         ended = ", ".join(f"{count} to {steps}" for steps, count in status.rungs.items())
-        console.print(f"  complete trials by the training steps that they had: {ended}", highlight=False)
+        lines.append(f"  complete trials by the training steps that they had: {ended}")
+    print_lines(lines, console)
     if status.trouble:
-        console.print(f"  {status.trouble}", style="yellow", soft_wrap=True, markup=False)
+        print_lines([f"  {status.trouble}"], console, style="yellow")
     for trial in status.running:
         runs_s = max(0.0, time.time() - trial.started_s)
         rung = f", rung {trial.rung + 1}" if status.rungs else ""
-        console.print(f"  trial {trial.number} ({trial.origin}){rung}, cost {trial.cost:.3f}, for {duration(runs_s)}")
-    for record in status.failures[-5:]:
-        console.print(f"  trial {record.number} failed: {record.reason}", style="yellow", soft_wrap=True, markup=False)
+        line = f"  trial {trial.number} ({trial.origin}){rung}, cost {trial.cost:.3f}, for {duration(runs_s)}"
+        print_lines([line], console)
+    failed = [f"  trial {record.number} failed: {record.reason}" for record in status.failures[-5:]]
+    print_lines(failed, console, style="yellow")
     if status.pareto.trials:
         best, metric = status.pareto.best, status.pareto.metric
-        console.print(
-            f"best: trial {best.number}, {metric.name} {metric.show(best.score)} at cost {best.cost:.3f}; "
-            f"{len(status.pareto)} on front"
-        )
+        reached = f"best: trial {best.number}, {metric.name} {metric.show(best.score)} at cost {best.cost:.3f}"
+        print_lines([f"{reached}; {len(status.pareto)} on front"], console)
 
 
 @app.command()
@@ -111,7 +121,7 @@ def front(
     """Print the Pareto front, and the uniform ladder beside it."""
     front = api.runs.front(run)
     if csv:
-        print(front.table[front.table.on_front].to_csv(index=False), end="")
+        print_csv(front.table[front.table.on_front])
     elif json_:
         print_json(front.to_json())
     else:
@@ -149,11 +159,10 @@ def rank(
         if rows.tau.notna().any():
             table.add_row(str(proxy), *map(_tau_text, rows.itertuples()))
     console = make_console()
-    console.print(table)
+    print_table(table, console)
     console.print(
         f"Kendall's tau against the score {'on test after final' if against == 'final' else 'after brief'} training, "
-        "with its 95 % interval, by relative cost (trials); 1: the same order, 0: none.",
-        highlight=False,
+        "with its 95 % interval, by relative cost (trials); 1: the same order, 0: none."
     )
 
 
@@ -170,7 +179,7 @@ def finalize(run: Run, trust: Trust = False, json_: Json = False) -> None:
     for row in rows:
         table.add_row(*row.values())
     console = make_console()
-    console.print(table)
+    print_table(table, console)
     print_lines(finals.proxies.lines(), console)
     metric = finals.metric
     scores = f"float: {metric.name} on val {metric.show(finals.float_val)}, test {metric.show(finals.float_test)}"
@@ -186,11 +195,8 @@ def _follow(search: Callable[[RunProgress], api.runs.RunResult], json_: bool) ->
         progress.stop()
         if progress.folder is None:
             raise
-        print(
-            f"mpsearch: {how_it_ended()}; {len(progress.folder.records())} finished trials are safe, go on with: "
-            f"mpsearch resume {progress.folder.path}",
-            file=sys.stderr,
-        )
+        safe = f"{len(progress.folder.records())} finished trials are safe"
+        print_error(f"{how_it_ended()}; {safe}, go on with: mpsearch resume {progress.folder.path}")
         sys.exit(exit_code())
     finally:
         progress.stop()
@@ -230,19 +236,22 @@ def _print_front(front: api.runs.Front, costs: bool = False) -> None:
             style=None if trial.number in on_front else "dim",
         )
     console = make_console()
-    console.print(table)
+    print_table(table, console)
     if costs:
         every = _costs_table(front)
         unbounded = console.options.update_width(10_000)
         wide = console.measure(every, options=unbounded).maximum > console.width
-        console.print(_costs_table(front, joint="_\n") if wide else every)
+        print_table(_costs_table(front, joint="_\n") if wide else every, console)
 
 
 def _costs_table(front: api.runs.Front, joint: str = "_") -> Table:
     """Every cost of each trial; `joint` stands for the underscores of the heads, that a narrow table may break them."""
+    from rich.text import Text
+
     metric = front.pareto.metric
-    heads = (f">{name.replace('_', joint)}" for name in front.units)
-    table = make_table(">trial", f">{metric.name}, val", *heads)
+    table = make_table(">trial", f">{metric.name}, val")
+    for name in front.units:
+        table.add_column(Text(visible(name).replace("_", joint)), justify="right", overflow="fold")
     for trial in front.pareto:
         costs = (show(trial.costs[name], unit) if name in trial.costs else "" for name, unit in front.units.items())
         table.add_row(str(trial.number), metric.show(trial.score), *costs)

@@ -10,7 +10,15 @@ import typer
 
 from mpsearch import api
 from mpsearch.cli.base import Json, Set, Study, app
-from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines
+from mpsearch.cli.printing import (
+    duration,
+    make_console,
+    make_table,
+    print_json,
+    print_lines,
+    print_table,
+    print_warnings,
+)
 from mpsearch.facts import counted
 
 if TYPE_CHECKING:
@@ -30,21 +38,19 @@ def check(study: Study, set_: Set = None, json_: Json = False) -> None:
     search = checked.study.search
     trials = min(search.trials, checked.configs)
     console = make_console()
-    for line in checked.summary:
-        console.print(line, soft_wrap=True)
-    for warning in checked.warnings:
-        console.print(f"[yellow]Warning:[/] {warning}", soft_wrap=True, highlight=False)
-    console.print(
-        f"Float model: {checked.metric.name} {checked.metric.show(checked.float_val)} on val ({checked.float_source})."
-    )
-    console.print(
+    print_lines(checked.summary, console)
+    print_warnings(checked.warnings, console)
+    score = f"{checked.metric.name} {checked.metric.show(checked.float_val)}"
+    lines = [
+        f"Float model: {score} on val ({checked.float_source}).",
         f"One trial should take about {duration(checked.trial_s)} run alone without compilation; "
         f"{counted(trials, 'trial')}, {search.concurrency} at a time, about {duration(checked.search_s)} on "
         f"{counted(os.cpu_count() or 1, 'core')}.",
-        soft_wrap=True,
-    )
-    console.print("\nThe study as it holds:", style="bold")
-    console.print(checked.study.to_yaml(), end="", markup=False, highlight=False)
+        "",
+    ]
+    print_lines(lines, console)
+    print_lines(["The study as it holds:"], console, style="bold")
+    print_lines(checked.study.to_yaml().rstrip("\n").split("\n"), console)
 
 
 @app.command()
@@ -76,11 +82,13 @@ def inspect(
 
 
 def _print_layers(inspection: api.studies.Inspection) -> None:
+    from rich.styled import Styled
+
     table = make_table("layer", "kind", "weight", ">MACs", "input", "weight precision", "activation precision")
     for layer in inspection.layers.to_dict("records"):
         shape = "x".join(map(str, layer["weight_shape"]))
         if layer["reason"] is not None:
-            reason = f"[yellow]float: {layer['reason']}[/]"
+            reason = Styled(f"float: {layer['reason']}", "yellow")
             table.add_row(layer["layer"], layer["kind"], shape, f"{layer['macs']:,}", "", reason)
             continue
         shared = "" if layer["input_group"] in ("", layer["layer"]) else f", = {layer['input_group']}"
@@ -94,9 +102,9 @@ def _print_layers(inspection: api.studies.Inspection) -> None:
             _compact(layer["activation"], "tensor"),
         )
     console = make_console()
-    console.print(table)
-    for operation, macs in inspection.other_macs.items():
-        console.print(f"outside layers: {operation}, {macs:,} MACs, not priced")
+    print_table(table, console)
+    others = inspection.other_macs.items()
+    print_lines([f"outside layers: {operation}, {macs:,} MACs, not priced" for operation, macs in others], console)
 
 
 def _print_sensitivities(measured: api.studies.Sensitivities) -> None:
@@ -114,8 +122,8 @@ def _print_sensitivities(measured: api.studies.Sensitivities) -> None:
         for layer in layers:
             row = (values.get((layer, tensor, short)) for short in columns)
             table.add_row(layer, *("" if value is None else f"{value:.1e}" for value in row))
-        console.print(table)
-    console.print(f"{MARKS_EXPLAINED}; --json gives every width", highlight=False)
+        print_table(table, console)
+    print_lines([f"{MARKS_EXPLAINED}; --json gives every width"], console)
     proxy = measured.proxy
     ladder = make_table(
         "budget of", ">cost", f">{proxy}, ILP", f">{proxy}, uniform", ">weight bits", ">activation bits"
@@ -130,13 +138,9 @@ def _print_sensitivities(measured: api.studies.Sensitivities) -> None:
             f"{step['weight_bits']:.1f}",
             f"{step['activation_bits']:.1f}",
         )
-    console.print(ladder)
-    console.print(
-        f"{len(values)} entries on {measured.samples} samples in {duration(measured.seconds)}; sums before any "
-        "fine-tuning, which repairs much of this",
-        highlight=False,
-        soft_wrap=True,
-    )
+    print_table(ladder, console)
+    measuring = f"{len(values)} entries on {measured.samples} samples in {duration(measured.seconds)}"
+    print_lines([f"{measuring}; sums before any fine-tuning, which repairs much of this"], console)
     print_lines(measured.notes, console, style="yellow")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -161,28 +162,23 @@ def study_attributes(run: RunData, facts: ProblemFacts) -> dict[str, str | float
 def study_note(run: RunData, facts: ProblemFacts, folder: RunFolder) -> str:
     """What was asked, what is best so far, and how to go on, in Markdown."""
     spec = facts.spec
-    lines = [f"## {run.name}", "", *(f"{line}\n" for line in facts.summary())]
-    lines += [f"**Warning**: {note}\n" for note in facts.notes]
+    lines = [f"## {run.name}", "", *(f"{_plain(line)}\n" for line in facts.summary())]
+    lines += [f"**Warning**: {_plain(note)}\n" for note in facts.notes]
     states = [record.state for record in run.records]
     ended = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     lines += [f"**Trials**: {ended or 'none has ended yet'}, of {spec.search.trials} wanted.", ""]
     if run.front.trials:
         lines += [
-            f"| trial | origin | {run.metric.name}, val | cost | weight bits | activation bits | |",
+            f"| trial | origin | {_plain(run.metric.name)}, val | cost | weight bits | activation bits | |",
             "|--:|--|--:|--:|--:|--:|--|",
         ]
         for trial in run.front.trials:
             bits = " | ".join(f"{mean:.2f}" for mean in trial.config.mean_bits)
             place = "knee" if trial is run.front.knee else ""
-            lines.append(
-                f"| {trial.number} | {trial.origin} | {run.metric.show(trial.score)} | {trial.cost:.4f} | {bits} "
-                f"| {place} |"
-            )
-        lines += [
-            "",
-            f"Hypervolume {run.front.hypervolume(run.cheapest, run.scores):.4f}, {run.scores.said(run.metric)}.",
-            "",
-        ]
+            origin, score = _plain(trial.origin), _plain(run.metric.show(trial.score))
+            lines.append(f"| {trial.number} | {origin} | {score} | {trial.cost:.4f} | {bits} | {place} |")
+        reached = f"Hypervolume {run.front.hypervolume(run.cheapest, run.scores):.4f}"
+        lines += ["", f"{reached}, {_plain(run.scores.said(run.metric))}.", ""]
     lines += [
         "A trial's number here is its attribute `number`; Optuna counts in the order of ending.",
         "",
@@ -203,11 +199,11 @@ def trial_note(record: TrialRecord, run: RunData, folder: RunFolder) -> str:
     if record.state != "complete":
         place = f"{record.state}: {record.reason or 'no reason given'}"
     weight, inputs = record.config.mean_bits
-    lines = [f"{_TRIAL_NOTE}{record.number}**, proposed by {record.origin}: {place}.", ""]
+    lines = [f"{_TRIAL_NOTE}{record.number}**, proposed by {_plain(record.origin)}: {_plain(place)}.", ""]
     if record.score is not None and record.cost is not None:
         trained = f" after {record.steps} training steps" if record.rungs else ""
-        score = f"{run.metric.show(record.score)}{trained}"
-        lines.append(f"- {run.metric.name} on val {score}, relative cost {record.cost:.4f}")
+        score = _plain(f"{run.metric.name} on val {run.metric.show(record.score)}{trained}")
+        lines.append(f"- {score}, relative cost {record.cost:.4f}")
     lines += [
         f"- mean bits: weights {weight:.2f}, inputs {inputs:.2f}",
         f"- {record.wall.total_s:.1f} s, of which {record.wall.train_s:.1f} s training",
@@ -216,7 +212,8 @@ def trial_note(record: TrialRecord, run: RunData, folder: RunFolder) -> str:
     if len(final):
         row = final.iloc[0]
         spread = "" if row.test_std != row.test_std else f" ± {run.metric.show(row.test_std)}"
-        lines.append(f"- after final training: test {run.metric.show(row.test)}{spread}, {row.seeds:.0f} seeds")
+        score = _plain(f"{run.metric.show(row.test)}{spread}")
+        lines.append(f"- after final training: test {score}, {row.seeds:.0f} seeds")
     if record.state == "complete":
         lines += ["", f"`mpsearch export {folder.path} --pick trial:{record.number} --to native -o OUT`"]
     return "\n".join(lines)
@@ -288,6 +285,11 @@ def _existing(url: str) -> BaseStorage:
     if not storage.get_all_studies():
         raise RunError(f"{masked(url)} holds no study: start one with `mpsearch run STUDY --set storage=URL`")
     return storage
+
+
+def _plain(text: str) -> str:
+    """A text of the run in one line of Markdown that shows it as it is: neither Markdown nor HTML."""
+    return re.sub(r"[\\`*_{}\[\]<>#|~&$]", r"\\\g<0>", " ".join(text.split()))
 
 
 def _digest(text: str) -> str:

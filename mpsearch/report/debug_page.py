@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from math import isnan, nan
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pandas as pd
 from mpsearch.debug.advice import BADLY_SCALED, Advice, advise
 from mpsearch.debug.diagnosis import SIDES, TOLERANCE, Diagnosis, TensorFacts
 from mpsearch.report import figures
-from mpsearch.report.parts import figure, note, section, table, write_page
+from mpsearch.report.parts import Html, figure, html, joined, note, section, table, write_page
 
 _ACTION_WORDS = {
     "cle": "cross-layer equalization",
@@ -117,23 +116,23 @@ def sweep_table(diagnosis: Diagnosis) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "kind", "channel_ratio", *names])
 
 
-def _advice(advice: Sequence[Advice]) -> str:
-    items = "".join(
-        f"<li>{escape(item.text)}" + (f"<br><code>{escape(item.command)}</code>" if item.command else "") + "</li>"
+def _advice(advice: Sequence[Advice]) -> Html:
+    items = joined(
+        html("<li>{}{}</li>", item.text, html("<br><code>{}</code>", item.command) if item.command else Html())
         for item in advice
     )
-    return f"<ol>{items}</ol>"
+    return html("<ol>{}</ol>", items)
 
 
-def _stages(diagnosis: Diagnosis) -> str:
+def _stages(diagnosis: Diagnosis) -> Html:
     about = (
         f"A part is a problem if it loses more than {TOLERANCE:.0%} of the float score. Divergence: of "
         f"the outputs from the float model's, {diagnosis.unit}. ±: a bound on the standard error."
     )
-    return table(stage_columns(diagnosis), stage_rows(diagnosis), texts={0, 1}) + note(about)
+    return joined([table(stage_columns(diagnosis), stage_rows(diagnosis), texts={0, 1}), note(about)])
 
 
-def _layers(diagnosis: Diagnosis) -> str:
+def _layers(diagnosis: Diagnosis) -> Html:
     layers, metric = sweep_table(diagnosis), diagnosis.metric
     caption = "Each layer quantized alone, everything else float. Farther to the right is worse."
     drawn = figure(figures.sweep(layers, metric, diagnosis.unit), "sweep", caption)
@@ -149,22 +148,22 @@ def _layers(diagnosis: Diagnosis) -> str:
         "SQNR: 10 log10(E[x²] / E[(x - q(x))²]). Channel ratio: the largest output channel's max|w| over the median "
         f"one's; from {BADLY_SCALED:.0f} on, one scale for the whole weight leaves most channels few levels."
     )
-    return drawn + table(columns, rows, texts={0, 1, 3, 7}) + note(about)
+    return joined([drawn, table(columns, rows, texts={0, 1, 3, 7}), note(about)])
 
 
-def _histograms(diagnosis: Diagnosis) -> str:
+def _histograms(diagnosis: Diagnosis) -> Html:
     sqnr = {(layer.name, side): facts.sqnr_db for side in SIDES for layer, facts in diagnosis.ranked(side)}
-    drawn = ""
+    drawn = []
     for index, values in enumerate(diagnosis.histograms):
         what = f"{values.side} of {values.layer}"
         caption = f"As {values.precision}: SQNR {sqnr[values.layer, values.side]:.1f} dB."
-        drawn += figure(
-            figures.before_after(values.edges, values.before, values.after, what), f"values-{index}", caption
-        )
-    return note("Inputs are a sample of what the validation images make.") + f"<div class='pair narrow'>{drawn}</div>"
+        counted = figures.before_after(values.edges, values.before, values.after, what)
+        drawn.append(figure(counted, f"values-{index}", caption))
+    about = note("Inputs are a sample of what the validation images make.")
+    return html("{}<div class='pair narrow'>{}</div>", about, joined(drawn))
 
 
-def _attempts(diagnosis: Diagnosis) -> str:
+def _attempts(diagnosis: Diagnosis) -> Html:
     rows, metric = [], diagnosis.metric
     for tried in diagnosis.attempts:
         without = diagnosis.parts[SIDES[tried.side]]

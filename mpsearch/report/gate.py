@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hmac
+import re
 import socket
 from collections.abc import Callable, Iterable
-from http.cookies import SimpleCookie
 from socketserver import ThreadingMixIn
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 _COOKIE = "mpsearch_token"
+_THIS_MACHINE = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?")  # as requests name their host
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -43,17 +44,19 @@ class Gate:
             return _answer(start_response, "403 Forbidden", "a page of another origin may change nothing here")
         start_response = _without_cors(start_response)
         if self._token is None:
-            if _host(environ) in ("127.0.0.1", "localhost", "::1"):
+            if _THIS_MACHINE.fullmatch(environ.get("HTTP_HOST", "")):
                 return self._application(environ, start_response)
             return _answer(start_response, "403 Forbidden", "this address is for requests to 127.0.0.1 or localhost")
         query = dict(parse_qsl(environ.get("QUERY_STRING", "")))
         if self._fits(query.pop("token", "")):
             rest = f"?{urlencode(query)}" if query else ""
-            cookie = f"{_COOKIE}={self._token.encode().hex()}; Path=/; HttpOnly; SameSite=Strict"
-            headers = [("Location", f"{environ.get('PATH_INFO', '/')}{rest}"), ("Set-Cookie", cookie)]
+            # Lax: what a page of another origin leads to is changed by no GET, and `serve.show` is led here by a file.
+            cookie = f"{_COOKIE}={self._token.encode().hex()}; Path=/; HttpOnly; SameSite=Lax"
+            path = quote(environ.get("PATH_INFO", "").lstrip("/"), encoding="latin-1")  # a path of here, one line
+            headers = [("Location", f"/{path}{rest}"), ("Set-Cookie", cookie)]
             return _answer(start_response, "303 See Other", "", headers)
         scheme, _, bearer = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-        if (scheme.lower() == "bearer" and self._fits(bearer.strip())) or self._fits(_cookie(environ)):
+        if (scheme.lower() == "bearer" and self._fits(bearer.strip())) or any(map(self._fits, _tokens(environ))):
             return self._application(environ, start_response)
         said = "a token is needed: open the address with ?token=TOKEN, or send Authorization: Bearer TOKEN"
         return _answer(start_response, "401 Unauthorized", said, [("WWW-Authenticate", 'Bearer realm="mpsearch"')])
@@ -81,16 +84,10 @@ def server(application: Application, host: str, port: int) -> _Server:
     return make_server(host, port, application, server_class=kind, handler_class=_Quiet)
 
 
-def _host(environ: dict[str, Any]) -> str:
-    """The host that a request names, without its port."""
-    named = str(environ.get("HTTP_HOST", ""))
-    return named[1:].partition("]")[0] if named.startswith("[") else named.partition(":")[0]
-
-
 def _same_origin(environ: dict[str, Any]) -> bool:
     """Whether a request comes from our own page, or from no page: browsers say which origin theirs has."""
     origin = environ.get("HTTP_ORIGIN")
-    return origin is None or urlsplit(origin).netloc == environ.get("HTTP_HOST")
+    return origin is None or origin.partition("://")[2] == (environ.get("HTTP_HOST") or "of nobody")
 
 
 def _without_cors(start_response: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,12 +99,15 @@ def _without_cors(start_response: Callable[..., Any]) -> Callable[..., Any]:
     return start
 
 
-def _cookie(environ: dict[str, Any]) -> str:
-    cookie = SimpleCookie(environ.get("HTTP_COOKIE", "")).get(_COOKIE)
-    try:
-        return bytes.fromhex(cookie.value).decode() if cookie else ""
-    except ValueError:
-        return ""
+def _tokens(environ: dict[str, Any]) -> Iterable[str]:
+    """The tokens in our cookies; those of other applications on this host may be of any form."""
+    for cookie in environ.get("HTTP_COOKIE", "").split(";"):
+        name, _, value = cookie.strip().partition("=")
+        if name == _COOKIE:
+            try:
+                yield bytes.fromhex(value).decode()
+            except ValueError:  # not of our making
+                continue
 
 
 def _answer(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from mpsearch.record import TrialRecord
 from mpsearch.report import figures
 from mpsearch.report.data import RunData
 from mpsearch.report.gallery import FIGURES, Section, ShownFigure, sections, words
-from mpsearch.report.parts import chip, data, figure, note, paragraphs, section, table, write_page
+from mpsearch.report.parts import Html, chip, data, figure, html, joined, note, paragraphs, section, table, write_page
 from mpsearch.report.tables import last_initial, mark, origins_table, rows_of
 from mpsearch.search.front import objectives
 
@@ -55,11 +54,11 @@ def write_report(
     }
     bodies = [(shown, _body(shown, run, parts)) for shown in sections()]
     written = [section(words(shown.title, run), body, shown.id) for shown, body in bodies if body]
-    embedded = data("run", _interactive(run)) if run.front.trials else ""
+    embedded = data("run", _interactive(run)) if run.front.trials else Html()
     return write_page(path, run.name, summary, [*written, embedded], commands, script="report.js", refresh_s=refresh_s)
 
 
-def _body(shown: Section, run: RunData, parts: Mapping[str, Callable[[RunData], str]]) -> str:
+def _body(shown: Section, run: RunData, parts: Mapping[str, Callable[[RunData], Html]]) -> Html:
     """What a section shows of a run; empty if that is nothing."""
     pieces = []
     for item in shown.show:
@@ -67,17 +66,17 @@ def _body(shown: Section, run: RunData, parts: Mapping[str, Callable[[RunData], 
             pieces.append(parts[item.part](run))
         elif "report" in item.pages and (drawn := FIGURES[item.figure](run)) is not None:
             pieces.append(figure(drawn, item.figure, words(item.caption, run)))
-    body = "\n".join(filter(None, pieces))
+    body = joined(filter(None, pieces), between="\n")
     if not body:
-        return ""
-    about = note(words(shown.about, run)) if shown.about else ""
-    return about + (f"<div class='pair'>{body}</div>" if shown.columns > 1 else body)
+        return body
+    about = note(words(shown.about, run)) if shown.about else Html()
+    return html("{}<div class='pair'>{}</div>" if shown.columns > 1 else "{}{}", about, body)
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def _outcome(run: RunData) -> str:
+def _outcome(run: RunData) -> Html:
     """How the trials ended, and the front in figures."""
     states = Counter(trial.state for trial in run.records)
     counts = ", ".join(f"{states[state]} {state}" for state in ("complete", "stopped", "failed") if states[state])
@@ -95,52 +94,54 @@ def _outcome(run: RunData) -> str:
             lines.append(f"Uniform baseline nearest to the knee's cost: {_point(baseline, run.metric)}.")
     reasons = Counter(trial.reason for trial in run.records if trial.state == "failed" and trial.reason)
     lines += [f"Failed {count}×: {reason}" for reason, count in reasons.most_common(5)]
-    drawn = "".join(
-        f"<div class='tile'><dt>{name}</dt><dd>{value}</dd><dd class='small'>{about}</dd></div>"
-        for name, value, about in tiles
+    drawn = joined(
+        html("<div class='tile'><dt>{}</dt><dd>{}</dd><dd class='small'>{}</dd></div>", *tile) for tile in tiles
     )
-    return (f"<dl class='tiles'>{drawn}</dl>" if drawn else "") + paragraphs(lines)
+    return html("<dl class='tiles'>{}</dl>{}" if drawn else "{}{}", drawn, paragraphs(lines))
 
 
-def _answer(run: RunData, gains: Sequence[str], layers: Sequence[str]) -> str:
+def _answer(run: RunData, gains: Sequence[str], layers: Sequence[str]) -> Html:
     """The knee in words: its gains in every cost, and what its layers have."""
     if not run.front.trials or not gains:
-        return ""
+        return Html()
     knee = f"Trial {run.front.knee.number}, the knee"
     lists = [
-        f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+        html("<ul>{}</ul>", joined(html("<li>{}</li>", line) for line in lines)) if lines else Html()
         for lines in (gains, layers)
     ]
-    return f"{note(f'{knee}, in each cost:')}{lists[0]}{note('Its layers:')}{lists[1]}"
+    return joined([note(f"{knee}, in each cost:"), lists[0], note("Its layers:"), lists[1]])
 
 
-def _picker(run: RunData) -> str:
+def _picker(run: RunData) -> Html:
     """A list of the trials that can be looked at; the knee is picked first."""
     if not run.front.trials:
-        return ""
+        return Html()
     groups = [("front, cheapest first", run.front.trials)]
     others = [t for t in run.front.ladder if t not in set(run.front.trials)]
     groups += [("uniform ladder, dominated", tuple(others))] if others else []
-    options = ""
-    for label, trials in groups:
-        rows = "".join(
-            f"<option value='{trial.number}'{' selected' if trial is run.front.knee else ''}>"
-            f"{_option(trial, run.metric)}"
-            f"{', knee' if trial is run.front.knee else ''}</option>"
-            for trial in trials
+    knee, other = "<option value='{}' selected>{}, knee</option>", "<option value='{}'>{}</option>"
+    options = joined(
+        html(
+            "<optgroup label='{}'>{}</optgroup>",
+            label,
+            joined(
+                html(knee if trial is run.front.knee else other, trial.number, _option(trial, run.metric))
+                for trial in trials
+            ),
         )
-        options += f"<optgroup label='{label}'>{rows}</optgroup>"
+        for label, trials in groups
+    )
     label = "<label for='pick'>Trial</label>"
-    return f"<p class='picker'>{label} <select id='pick' autocomplete='off'>{options}</select></p>"
+    return html(f"<p class='picker'>{label} <select id='pick' autocomplete='off'>{{}}</select></p>", options)
 
 
-def _layers(run: RunData) -> str:
+def _layers(run: RunData) -> Html:
     """The layer table of the knee; the page's script writes those of other trials in its place."""
     if not len(run.config):
-        return ""
+        return Html()
     rows = [
         (
-            escape(row.layer),
+            row.layer,
             row.kind,
             row.shape,
             f"{row.macs:,}",
@@ -152,20 +153,20 @@ def _layers(run: RunData) -> str:
         for row in rows_of(run.config)
     ]
     columns = ("layer", "kind", "weight shape", "MACs", "weight", "input", "cost, %", f"{run.reference}, %")
-    drawn = table(columns, rows, texts={0, 1, 2, 4, 5}, name="layers", escaped=True)
+    drawn = table(columns, rows, texts={0, 1, 2, 4, 5}, name="layers")
     about = f"Cost in percent of the whole network at {run.reference}."
-    title = "<h3 id='layers-title' aria-live='polite'>" + escape(_point(run.front.knee, run.metric)) + "</h3>"
-    return title + f"<div class='scroll' tabindex='0'>{drawn}</div>" + note(about)
+    title = html("<h3 id='layers-title' aria-live='polite'>{}</h3>", _point(run.front.knee, run.metric))
+    return joined([title, html("<div class='scroll' tabindex='0'>{}</div>", drawn), note(about)])
 
 
-def _front(run: RunData) -> str:
+def _front(run: RunData) -> Html:
     several = any(record.rungs for record in run.records)  # lengths of training
     steps = ["training steps"] if several else []
     columns = ["number", "origin", run.metric.label, *steps, "relative cost"]
     columns += ["mean weight bits", "mean activation bits", ""]
     trials = list(run.trials[run.trials.on_front].sort_values("relative_cost").pipe(rows_of))
     if not trials:
-        return ""
+        return Html()
     rows = [
         (
             str(trial.number),
@@ -180,32 +181,34 @@ def _front(run: RunData) -> str:
         for trial in trials
     ]
     marked = next(index for index, trial in enumerate(trials) if trial.knee)
-    return f"<div class='scroll' tabindex='0'>{table(columns, rows, texts={1, len(columns) - 1}, marked=marked)}</div>"
+    drawn = table(columns, rows, texts={1, len(columns) - 1}, marked=marked)
+    return html("<div class='scroll' tabindex='0'>{}</div>", drawn)
 
 
-def _finalized(finalized: Sequence[Mapping[str, object]], remarks: Sequence[str]) -> str:
+def _finalized(finalized: Sequence[Mapping[str, object]], remarks: Sequence[str]) -> Html:
     if not finalized:
-        return ""
+        return Html()
     columns = list(dict.fromkeys(column for row in finalized for column in row))
     rows = [[_shown(row.get(column)) for column in columns] for row in finalized]
     texts = {index for index, column in enumerate(columns) if column in ("origin", "baseline", "pick", "note")}
     about = note("Trained longer over several seeds and scored on the test split.")
-    return about + table([column.replace("_", " ") for column in columns], rows, texts) + paragraphs(remarks)
+    heads = [column.replace("_", " ") for column in columns]
+    return joined([about, table(heads, rows, texts), paragraphs(remarks)])
 
 
-def _histograms(run: RunData) -> str:
+def _histograms(run: RunData) -> Html:
     """Weights before and after, layer by layer."""
     if not len(run.histograms):
-        return ""
-    drawn = ""
+        return Html()
+    drawn = []
     for index, (name, bins) in enumerate(run.histograms.groupby("layer", sort=False)):
         edges = [*bins.low, bins.high.iloc[-1]]
         counted = figures.before_after(edges, list(bins.before), list(bins.after), f"weight of {name}")
-        drawn += figure(counted, f"weights-{index}", f"As {bins.precision.iloc[0]}.")
+        drawn.append(figure(counted, f"weights-{index}", f"As {bins.precision.iloc[0]}."))
     count, layers = run.histograms.layer.nunique(), len(run.layers)
     which = "" if count == layers else f" The {count} of {layers} layers with the most weights."
     about = note(f"Weights before and after quantization, in equal bins.{which}")
-    return f"<div class='span'>{about}<div class='small-multiples'>{drawn}</div></div>"
+    return html("<div class='span'>{}<div class='small-multiples'>{}</div></div>", about, joined(drawn))
 
 
 _PROXIES = {
@@ -216,10 +219,10 @@ _PROXIES = {
 }
 
 
-def _ranking(run: RunData) -> str:
+def _ranking(run: RunData) -> Html:
     """Kendall's tau of what is cheap, by stratum of cost."""
     if not len(run.ranking):
-        return ""
+        return Html()
     proxies = list(dict.fromkeys(run.ranking.proxy))
     rows = []
     for stratum, of_stratum in run.ranking.groupby("stratum", sort=False):
@@ -231,17 +234,17 @@ def _ranking(run: RunData) -> str:
         "additive model foretells a trial from the others."
     )
     columns = ["cost", "trials", *(_PROXIES.get(name, f"{name} steps") for name in proxies)]
-    return about + table(columns, rows, texts={0})
+    return joined([about, table(columns, rows, texts={0})])
 
 
 def _tau(row: Any) -> str:
     return "–" if isnan(row.tau) else f"{row.tau:+.2f} ({row.low:.1f} to {row.high:.1f})"
 
 
-def _origins(run: RunData) -> str:
+def _origins(run: RunData) -> Html:
     """Who added how much to the hypervolume, and what of it came after the initial configs."""
     if run.progress.origin.nunique() < 2:
-        return ""
+        return Html()
     origins = origins_table(run.progress)
     several = any(record.rungs for record in run.records)
     columns = ["origin", "trials", "added by first rungs", "added by longer rungs", "added in all", "of that, late"]
@@ -265,10 +268,10 @@ def _origins(run: RunData) -> str:
         f"When the last initial config had ended its first rung, the hypervolume was {reached:.4f}; late is what came "
         f"after that, {late:+.4f}{share}."
     )
-    return about + table(columns, rows, texts={0})
+    return joined([about, table(columns, rows, texts={0})])
 
 
-PARTS: Mapping[str, Callable[[RunData], str]] = {
+PARTS: Mapping[str, Callable[[RunData], Html]] = {
     "outcome": _outcome,
     "picker": _picker,
     "layers": _layers,

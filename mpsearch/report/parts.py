@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +18,27 @@ from mpsearch.shipped import shipped_folder
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+
+class Html(str):
+    """Text that is HTML already: whatever else `html` puts into a page is escaped."""
+
+    __slots__ = ()
+
+
+def html(template: str, *values: object) -> Html:
+    """HTML with values in the places of its `{}`, escaped unless they are HTML.
+
+    >>> html("<p>{}{}</p>", "a < b", Html("<br>"))
+    '<p>a &lt; b<br></p>'
+    """
+    return Html(template.format(*(v if isinstance(v, Html) else escape(str(v)) for v in values)))
+
+
+def joined(pieces: Iterable[Html], between: str = "") -> Html:
+    """Pieces of HTML one after the other."""
+    return Html(between.join(pieces))
+
+
 _PACKAGES = ("mpsearch", "torch", "torchvision", "numpy", "optuna", "ray", "plotly")
 
 
@@ -25,7 +46,7 @@ def write_page(
     path: str | Path,
     title: str,
     summary: Sequence[str],
-    sections: Sequence[str],
+    sections: Sequence[Html],
     commands: Sequence[str] = (),
     script: str | None = None,
     refresh_s: int | None = None,
@@ -60,39 +81,39 @@ def write_page(
     return write_text(path, text)
 
 
-def paragraphs(lines: Iterable[str]) -> str:
+def paragraphs(lines: Iterable[str]) -> Html:
     """A paragraph for each line."""
-    return "".join(f"<p>{escape(line)}</p>" for line in lines)
+    return joined(html("<p>{}</p>", line) for line in lines)
 
 
-def note(text: str) -> str:
+def note(text: str) -> Html:
     """A paragraph in small print."""
-    return f"<p class='note'>{escape(text)}</p>"
+    return html("<p class='note'>{}</p>", text)
 
 
-def figure(drawn: go.Figure, name: str, caption: str) -> str:
+def figure(drawn: go.Figure, name: str, caption: str) -> Html:
     """A figure with what it shows in words; `name` is unique in the page."""
     # Only these buttons: plotly's own choice has one that shares the data by network.
     config = {"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]}
     body = drawn.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", config=config)
-    return f"<figure>{body}<figcaption>{escape(caption)}</figcaption></figure>"
+    return html("<figure>{}<figcaption>{}</figcaption></figure>", Html(body), caption)  # plotly escapes its data
 
 
-def section(title: str, body: str, name: str | None = None) -> str:
+def section(title: str, body: Html, name: str | None = None) -> Html:
     """A heading, and HTML below it; `name` is what the section can be addressed by."""
-    opening = f'<section id="{name}">' if name else "<section>"
-    return f"{opening}\n<h2>{escape(title)}</h2>\n{body}\n</section>"
+    opening = html('<section id="{}">', name) if name else Html("<section>")
+    return html("{}\n<h2>{}</h2>\n{}\n</section>", opening, title, body)
 
 
-def data(name: str, document: Mapping[str, Any]) -> str:
+def data(name: str, document: Mapping[str, Any]) -> Html:
     """Data for the page's script."""
     text = json.dumps(document, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return f'<script type="application/json" id="{name}">{text}</script>'
+    return html('<script type="application/json" id="{}">{}</script>', name, Html(text))
 
 
-def chip(quantizer: str, text: str) -> str:
-    """A text with the colour of a quantizer type beside it, HTML."""
-    return f"<span class='chip {quantizer}'></span>{escape(text)}"
+def chip(quantizer: str, text: str) -> Html:
+    """A text with the colour of a quantizer type beside it."""
+    return html("<span class='chip {}'></span>{}", quantizer, text)
 
 
 def table(
@@ -101,29 +122,28 @@ def table(
     texts: Collection[int],
     marked: int | None = None,
     name: str | None = None,
-    escaped: bool = False,
-) -> str:
+) -> Html:
     """Columns of numbers are aligned to the right, those in `texts` to the left; row `marked` stands out.
 
-    `escaped`: the cells of `rows` are HTML already. `name` is what the table can be addressed by.
+    `name` is what the table can be addressed by.
     """
-    written: Callable[[str], str] = str if escaped else escape
 
-    def line(tag: str, cells: Sequence[str], shown: Callable[[str], str]) -> str:
-        return "".join(
-            f'<{tag} class="text">{shown(cell)}</{tag}>' if index in texts else f"<{tag}>{shown(cell)}</{tag}>"
+    def line(tag: str, cells: Sequence[str]) -> Html:
+        return joined(
+            html(f'<{tag} class="text">{{}}</{tag}>' if index in texts else f"<{tag}>{{}}</{tag}>", cell)
             for index, cell in enumerate(cells)
         )
 
-    body = "\n".join(
-        f'<tr class="knee">{line("td", row, written)}</tr>'
-        if index == marked
-        else f"<tr>{line('td', row, written)}</tr>"
-        for index, row in enumerate(rows)
+    body = joined(
+        (
+            html('<tr class="knee">{}</tr>' if index == marked else "<tr>{}</tr>", line("td", row))
+            for index, row in enumerate(rows)
+        ),
+        between="\n",
     )
-    head = f"<thead><tr>{line('th', columns, escape)}</tr></thead>"
-    opening = f'<table id="{name}">' if name else "<table>"
-    return f'<div class="wide">{opening}{head}<tbody>\n{body}\n</tbody></table></div>'
+    opening = html('<table id="{}">', name) if name else Html("<table>")
+    head = html("<thead><tr>{}</tr></thead>", line("th", columns))
+    return html('<div class="wide">{}{}<tbody>\n{}\n</tbody></table></div>', opening, head, body)
 
 
 def _quantizer_colours() -> str:
@@ -137,8 +157,8 @@ def _shipped(name: str) -> str:
     return (shipped_folder("dashboards") / name).read_text(encoding="utf-8")
 
 
-def _pre(lines: Iterable[str]) -> str:
-    return f"<pre>{escape(chr(10).join(lines))}</pre>"
+def _pre(lines: Iterable[str]) -> Html:
+    return html("<pre>{}</pre>", "\n".join(lines))
 
 
 def _environment() -> dict[str, str]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from html import escape
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -84,14 +87,26 @@ def serving(
 
 def show(target: str, host: str, port: int, token: str | None, browser: bool) -> None:
     """Serve until interrupted, and open a browser if asked to. Raises as `serving` does."""
+    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
 
-    def announce(url: str) -> None:
-        print(f"Optuna dashboard: {url}\nend it with Ctrl-C", flush=True)
-        if browser:
-            webbrowser.open(url)
+        def announce(url: str) -> None:
+            print(f"Optuna dashboard: {url}\nend it with Ctrl-C", flush=True)
+            if browser:
+                webbrowser.open(stack.enter_context(_leading_to(url)) if token else url)
 
-    with contextlib.suppress(KeyboardInterrupt), serving(target, host, port, token, announce) as served:
-        served.wait()
+        stack.enter_context(serving(target, host, port, token, announce)).wait()
+
+
+@contextlib.contextmanager
+def _leading_to(url: str) -> Iterator[str]:
+    """The address of a file that only this user can read, which leads a browser to `url`, for the time of the block.
+
+    What a browser is started with, everybody on this machine can see.
+    """
+    with tempfile.TemporaryDirectory(prefix="mpsearch-") as folder:  # 0700
+        file = Path(folder) / "open.html"
+        file.write_text(f'<!doctype html><meta http-equiv="refresh" content="0; url={escape(url)}">', encoding="utf-8")
+        yield file.as_uri()
 
 
 def is_loopback(host: str) -> bool:

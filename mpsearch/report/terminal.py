@@ -47,7 +47,7 @@ def sketch(records: Sequence[TrialRecord], metric: Metric, width: int = WIDTH, h
         row = round((max(qualities) - metric.quality(score)) / (max(qualities) - min(qualities)) * (height - 1))
         cells[row][column] = mark
     scores = sorted((score for (score, _), _ in points), key=metric.quality)
-    labels = {0: metric.show(scores[-1]), height - 1: metric.show(scores[0])}
+    labels = {row: "".join(filter(str.isprintable, metric.show(scores[i]))) for row, i in ((0, -1), (height - 1, 0))}
     left = max(8, *map(len, labels.values()))
     lines = [f"{labels.get(index, ''):>{left}} │{''.join(row)}" for index, row in enumerate(cells)]
     low, high = f"{2 ** min(costs):.3g}", f"{2 ** max(costs):.3g}"

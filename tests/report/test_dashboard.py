@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -26,8 +28,9 @@ from mpsearch.metric import TOP1
 from mpsearch.precision import BITS
 from mpsearch.problem import Problem, open_problem, write_facts
 from mpsearch.record import RunFolder
-from mpsearch.report import dashboard
+from mpsearch.report import dashboard, serve
 from mpsearch.report.dashboard import Prepared
+from mpsearch.report.data import RunData
 from mpsearch.report.gate import Gate
 from mpsearch.report.serve import is_loopback, serving
 from mpsearch.report.write import watch
@@ -82,17 +85,36 @@ def test_gate_turns_a_token_in_the_address_into_a_cookie() -> None:
     assert (status, headers["Location"]) == ("303 See Other", "/dashboard?a=1")
     cookie, _, attributes = headers["Set-Cookie"].partition(";")
     assert "HttpOnly" in attributes
-    assert "SameSite=Strict" in attributes
+    assert "SameSite=Lax" in attributes
     assert through(gate, HTTP_COOKIE=cookie)[2] == b"inside"
     assert through(gate, HTTP_COOKIE=cookie + "00")[0].startswith("401")
     assert through(gate, QUERY_STRING="token=other")[0].startswith("401")
+    others = 'a/b=1; pref={"a": 1}; mpsearch_token=zz; =; mpsearch_token=' + "00; "  # of other applications here
+    assert through(gate, HTTP_COOKIE=others)[0].startswith("401")
+    assert through(gate, HTTP_COOKIE=others + cookie)[2] == b"inside"
+
+
+@pytest.mark.parametrize(
+    ("path", "location"),
+    [
+        ("/dashboard\r\nX-Inj: 1", "/dashboard%0D%0AX-Inj%3A%201"),
+        ("//evil.example/a", "/evil.example/a"),
+        ("/\\evil.example", "/%5Cevil.example"),
+        ("/\xc3\xa9", "/%C3%A9"),
+        ("", "/"),
+    ],
+)
+def test_gate_leads_to_a_path_of_its_own(path: str, location: str) -> None:
+    _, headers, _ = through(Gate(application, "secret"), PATH_INFO=path, QUERY_STRING="token=secret")
+    assert headers["Location"] == location
 
 
 def test_gate_without_a_token_is_for_this_machine_alone() -> None:
     gate = Gate(application, None)
     for host in ("127.0.0.1:8080", "localhost", "[::1]:8080"):
         assert through(gate, host=host)[2] == b"inside"
-    assert through(gate, host="rebound.example.org:8080")[0].startswith("403")
+    for host in ("rebound.example.org:8080", "[::1", "[::1]evil", "[::1]:80@evil", "localhost:", "127.0.0.1.evil", ""):
+        assert through(gate, host=host)[0].startswith("403"), host
 
 
 @pytest.mark.parametrize("token", [None, "secret"])
@@ -111,12 +133,39 @@ def test_pages_of_other_origins_read_nothing_and_change_nothing(token: str | Non
         origins = {
             "http://evil.example": "403",
             "null": "403",
+            "http://[": "403",
+            "": "403",
             "http://127.0.0.1:8080": "200",
             "http://127.0.0.1:1": "403",
         }
         for origin, code in origins.items():
             assert through(gate, REQUEST_METHOD=method, HTTP_ORIGIN=origin, **given)[0].startswith(code), origin
         assert through(gate, REQUEST_METHOD=method, **given)[0].startswith("200")  # curl, say
+
+
+def test_the_token_is_no_argument_of_the_browser(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Everybody on a machine sees the arguments of its processes."""
+    opened: list[str] = []
+
+    @contextlib.contextmanager
+    def served(target: str, host: str, port: int, token: str | None, on_listening: Any) -> Iterator[Any]:
+        on_listening(f"http://{host}:{port}/dashboard" + (f"?token={token}" if token else ""))
+        page = Path(urllib.request.url2pathname(opened[-1].removeprefix("file://")))
+        if token:
+            assert f"url=http://{host}:{port}/dashboard?token={token}" in page.read_text()
+            assert page.parent.stat().st_mode & 0o077 == 0
+        yield SimpleNamespace(wait=lambda: None)
+        assert token is None or page.exists()
+
+    monkeypatch.setattr(serve, "serving", served)
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    serve.show("run", "127.0.0.1", 1, "secret", browser=True)
+    serve.show("run", "127.0.0.1", 1, None, browser=True)
+    assert opened[0].startswith("file:///")
+    assert "secret" not in opened[0]
+    assert not Path(urllib.request.url2pathname(opened[0].removeprefix("file://"))).exists()
+    assert opened[1] == "http://127.0.0.1:1/dashboard"
+    assert "?token=secret" in capsys.readouterr().out
 
 
 def test_only_this_machine_is_loopback() -> None:
@@ -276,6 +325,18 @@ def test_a_note_that_somebody_wrote_stays(folder: RunFolder, problem: Problem) -
     save_note(view.study, "mine")
     Prepared(view.study, folder, problem).refresh()
     assert get_note(view.study) == "mine"
+
+
+def test_notes_show_what_a_run_says_as_it_is(folder: RunFolder, problem: Problem) -> None:
+    evil = "<img src=x onerror=alert(1)> | [a](http://b) `c`\n# d"
+    shown = r"\<img src=x onerror=alert(1)\> \| \[a\](http://b) \`c\` \# d"
+    records = [replace(record, origin=evil) for record in folder.records()]
+    run = RunData.of("quick", records, problem.graph.layers, problem.cost, 0.1, TOP1)
+    failed = replace(records[0], state="failed", reason=evil)
+    assert f"proposed by {shown}: failed: {shown}." in dashboard.trial_note(failed, run, folder)
+    note = dashboard.study_note(run, problem, folder)
+    assert f"| {shown} |" in note
+    assert evil not in note
 
 
 def test_a_run_without_a_storage_is_shown_from_its_record(folder: RunFolder, problem: Problem) -> None:

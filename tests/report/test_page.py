@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pictured import FINALS, LAYERS, RECORDS, run_data, trial
+from pictured import FINALS, INFOS, LAYERS, RECORDS, run_data, trial
 from plotly.offline import get_plotlyjs
 
 from mpsearch.errors import WriteError
@@ -63,7 +65,9 @@ def test_report_says_what_was_asked_and_what_came_out(tmp_path: Path) -> None:
     assert "<h1>digits</h1>" in text
     assert "<p>Find the bits.</p><p>Cost: pJ.</p>" in text
     assert "5 complete, 1 failed." in text
-    tiles = re.findall(r"<div class='tile'><dt>(.*?)</dt><dd>(.*?)</dd><dd class='small'>(.*?)</dd></div>", text)
+    tiles = re.findall(
+        r"<div class='tile'><dt>(.*?)</dt><dd>(.*?)</dd><dd class='small'>(.*?)</dd></div>", unescape(text)
+    )
     # the cost axis goes from 1/16 to 1: the score axis from 0.40 to 0.90
     assert tiles == [
         ("best", "90.00 %", "trial 0, cost 1"),
@@ -167,16 +171,22 @@ def text_of_buttons(text: str) -> set[str]:
 
 
 def test_text_from_outside_is_escaped(tmp_path: Path) -> None:
-    evil = "<script>alert(1)</script>"
+    evil = "linear</script><script>alert(1)</script>"
+    records = [replace(record, origin=evil) for record in RECORDS]
     text = report(
         tmp_path,
-        run_data([*RECORDS, TrialRecord(RECORDS[0].config, "failed", reason=evil)], name=f"$title {evil}"),
+        run_data(
+            [*records, TrialRecord(RECORDS[0].config, "failed", reason=evil)],
+            name=f"$title {evil}",
+            layers=[replace(info, kind=evil) for info in INFOS],
+        ),
         summary=[evil],
         commands=[evil],
         finalized=[{evil: evil}],
     )
-    assert evil not in text
-    assert "$title &lt;script&gt;" in text
+    assert "<script>alert" not in text
+    assert [row[1] for row in Cells(text).rows[1:4]] == [evil] * 3
+    assert "$title linear&lt;/script&gt;&lt;script&gt;" in text
     assert "CUDA &lt;out&gt; of memory" in text
     assert "mid<1>" not in text
     assert '"mid&lt;1&gt;"' in text  # an axis label, where plotly would read tags
