@@ -1,14 +1,16 @@
-"""Documents that people write: YAML is read, checked against a model, and what is wrong with it is said.
+"""Documents that people write, or pass on: they are read, checked against a model, and what is wrong is said.
 
 YAML is read as version 1.2 has it (its core schema): `1e-3` and `0o17` are numbers, while `yes`, `no`, `on`, `off`,
 dates and `1:30` are text, and there are no merge keys. A key that is given twice is refused, as is what no person
 writes: megabytes, hundreds of levels, or references that unfold to a flood of values. PyYAML reads YAML 1.1, and lets
-its rules be replaced; ruamel.yaml reads 1.2, but leaves the other checks to us as well.
+its rules be replaced; ruamel.yaml reads 1.2, but leaves the other checks to us as well. JSON is read as its standard
+has it: numbers are finite, texts can be encoded, and a key is given once.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mpsearch.errors import MpsearchError, nearest
+from mpsearch.files import read_text, read_whole
 
 MOST_CHARACTERS = 2**20
 MOST_VALUES = 100_000  # with all references unfolded
@@ -146,13 +149,47 @@ def read_yaml(path: Path, error: type[MpsearchError]) -> Any:
         error: it cannot be read, or `parse_yaml` refuses it; the message names file and line.
     """
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
+        return parse_yaml(read_text(path))
     except OSError as reason:
         raise error(f"cannot read {path}: {reason.strerror}") from None
     except UnicodeDecodeError as reason:
         raise error(f"{path} is not YAML: {reason}") from None
     except YamlError as reason:
         raise error(f"{path} is not YAML that can be used: {reason}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises ValueError: it is none, or gives a key twice, or a number that is not finite."""
+    try:
+        document = json.loads(
+            text, object_pairs_hook=_object, parse_float=_finite, parse_int=_whole, parse_constant=_finite
+        )
+    except RecursionError:
+        raise ValueError("it is nested in hundreds of levels") from None
+    if "\\ud" in (text if isinstance(text, str) else text.decode()).lower():  # half of a pair cannot be printed
+        json.dumps(document, ensure_ascii=False).encode()
+    return document
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    known = dict(pairs)
+    if len(known) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' is given twice")
+    return known
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it has {clip_text(text)} where a finite number belongs")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20:  # more than 64 bits
+        raise ValueError(f"it has {clip_text(text)}, and whole numbers have at most 20 digits")
+    return int(text)
 
 
 def read_json(path: Path, error: type[MpsearchError], advice: str) -> dict[str, Any]:
@@ -162,10 +199,10 @@ def read_json(path: Path, error: type[MpsearchError], advice: str) -> dict[str, 
         error: it cannot be read, or holds something else; the message names the file and ends with `advice`.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = parse_json(read_whole(path))
     except OSError as reason:
         raise error(f"cannot read {path}: {reason.strerror}; {advice}") from None
-    except (ValueError, RecursionError) as reason:
+    except ValueError as reason:
         raise error(f"{path} is not JSON ({reason}); {advice}") from None
     if not isinstance(document, dict):
         raise error(f"{path} must hold an object, got {clip(document)}; {advice}")
@@ -237,7 +274,26 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(argument)
 
 
+def first_fault(error: ValidationError) -> str:
+    """What is wrong with a line of JSON, in words: the first fault that was found."""
+    fault = error.errors()[0]
+    name = ".".join(map(str, fault["loc"]))
+    match fault["type"]:
+        case "missing":
+            return f"'{name}' is missing"
+        case "unexpected_keyword_argument" | "extra_forbidden":
+            return f"unknown key '{name}'"
+        case "value_error":
+            return f"'{name}': {fault['msg'].removeprefix('Value error, ')}"
+        case _:
+            return f"'{name}': {fault['msg'][:1].lower()}{fault['msg'][1:]}, got {clip(fault['input'])}"
+
+
 def clip(value: Any) -> str:
     """A value as it is shown in a message."""
-    text = repr(value)
+    return clip_text(repr(value))
+
+
+def clip_text(text: str) -> str:
+    """A text as it is shown in a message."""
     return text if len(text) <= 60 else text[:57] + "..."

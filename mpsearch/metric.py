@@ -53,18 +53,22 @@ class Metric:
     exponential: bool = False
 
     def __post_init__(self) -> None:
+        for key, kind in _KINDS.items():
+            if not isinstance(value := getattr(self, key), kind):
+                raise TaskError(f"a metric's {key} is a {kind.__name__}, got {value!r:.60}")
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", self.name):
             raise TaskError(f"a metric's name is letters, digits and _ . -, got '{self.name}'")
         if self.name in ("cost", "trial", "knee", "best"):
             raise TaskError(f"a metric cannot be called '{self.name}', which --pick has another meaning for")
         if self.direction not in get_args(Direction):
             raise TaskError(f"the direction of metric {self.name} is maximize or minimize, got '{self.direction}'")
-        low, high = self.bounds
-        if not low < high:
-            raise TaskError(f"the bounds of metric {self.name} must be a low and a higher number, got {self.bounds}")
-        if not re.fullmatch(r",?\.\d\d?[efg]", self.format):  # which the pages' scripts read too
+        if not _are_bounds(self.bounds):
+            raise TaskError(
+                f"the bounds of metric {self.name} must be a low and a higher number, got {self.bounds!r:.60}"
+            )
+        if not re.fullmatch(r",?\.[0-9][0-9]?[efg]", self.format):  # which the pages' scripts read too
             raise TaskError(f"the format of metric {self.name} is digits and e, f or g, as .2f, got '{self.format}'")
-        if len(self.unit) > 20 or not re.fullmatch(r"[^<>&{}\"'\n]*", self.unit):
+        if len(self.unit) > 20 or not self.unit.isprintable() or not re.fullmatch(r"[^<>&{}\"']*", self.unit):
             raise TaskError(f"the unit of metric {self.name} is a short text without <>&{{}} and quotes, as dB")
 
     @property
@@ -175,11 +179,30 @@ class Metric:
         """Read what `to_json` wrote. Raises TaskError where it is something else."""
         if not isinstance(document, Mapping) or set(document) - set(cls.__dataclass_fields__) or "name" not in document:
             raise TaskError(
-                f"not a metric: expected an object with {', '.join(cls.__dataclass_fields__)}, got {document!r}"
+                f"not a metric: expected an object with {', '.join(cls.__dataclass_fields__)}, got {document!r:.200}"
             )
-        low, high = document.get("bounds", (None, None))
-        bounds = (-math.inf if low is None else float(low), math.inf if high is None else float(high))
+        bounds: Any = document.get("bounds", [None, None])
+        if isinstance(bounds, list) and len(bounds) == 2:
+            ends = (-math.inf, math.inf)
+            bounds = tuple(end if bound is None else bound for bound, end in zip(bounds, ends, strict=True))
         return cls(**{**document, "bounds": bounds})
+
+
+_KINDS: Mapping[str, type] = {
+    "name": str,
+    "direction": str,
+    "unit": str,
+    "format": str,
+    "per_sample": bool,
+    "exponential": bool,
+}
+
+
+def _are_bounds(bounds: object) -> bool:
+    """Whether it is a pair of numbers of which the second is higher."""
+    if not isinstance(bounds, tuple) or len(bounds) != 2:
+        return False
+    return all(isinstance(b, int | float) and not isinstance(b, bool) for b in bounds) and bounds[0] < bounds[1]
 
 
 def _share(name: str, per_sample: bool = False, direction: Direction = "maximize", high: float = 1.0) -> Metric:

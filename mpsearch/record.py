@@ -6,6 +6,9 @@ point leaves at most one torn last line, which readers skip and the next driver 
 (the Optuna study, `front.json`, `trials.parquet`, the report) is a view that can be written again from it.
 
 One process at a time drives a run (`RunFolder.driving`); any number may read it meanwhile.
+
+A folder may have come from anybody: every value of a line is checked against the types of its record, which say what
+it can be, and then against its run: scores that the metric can have, the layers and the samples of the other lines.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import time
 import uuid
@@ -24,13 +28,23 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import filelock
 import psutil
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 
+from mpsearch.documents import clip, first_fault, parse_json
 from mpsearch.errors import PrecisionError, RunError, TaskError, WriteError
-from mpsearch.files import remove_parts, replacing, write_json, write_text
+from mpsearch.files import is_stream, open_own, read_whole, remove_parts, replacing, write_json, write_text
 from mpsearch.metric import METRICS, Metric
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 
@@ -49,16 +63,54 @@ SCHEMA = "mpsearch/run/2"
 FIRST_SCHEMA = "mpsearch/run/1"
 """Of runs, still read, whose records call a score `accuracy`; their metric is in `problem.json`, by its name alone."""
 
-Record = TypeVar("Record")
+MOST_BYTES = 2 * 2**30
+"""Of a record's file."""
+
+Record = TypeVar("Record", "TrialRecord", "FinalRecord", "PrescreenRecord")
+
+
+@lru_cache(maxsize=4096)  # thousands of trials share a handful of precisions
+def _layer_precision(text: str) -> LayerPrecision:
+    weight, separator, activation = text.partition(" x ")
+    if not separator:
+        raise PrecisionError(f"cannot read layer precision '{text}'")
+    return LayerPrecision.parse(weight, activation)
+
+
+def _config(layers: Any) -> PrecisionConfig:
+    if not isinstance(layers, dict) or not layers or not all(isinstance(text, str) for text in layers.values()):
+        raise ValueError(f"expected layers and their precisions, got {clip(layers)}")
+    try:
+        return PrecisionConfig((layer, _layer_precision(text)) for layer, text in layers.items())
+    except PrecisionError as error:
+        raise ValueError(str(error)) from None
+
+
+def _packed(text: str) -> str:
+    _bytes_of(text)
+    return text
+
+
+Config = Annotated[PrecisionConfig, PlainValidator(_config)]  # in JSON layer -> text form
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, Field(ge=0, lt=2.5e11)]  # before the year 9999, where they are a time
+Cost = Annotated[float, Field(gt=0, lt=1e30)]  # relative
+Amount = Annotated[float, Field(ge=0, lt=1e30)]  # of a cost, in its unit
+Packed = Annotated[str, AfterValidator(_packed)]
+
+_CHECKED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+"""A value is of its type and no other is made into it; there is no other value."""
 
 
 @dataclass(frozen=True, slots=True)
 class WallTime:
     """Where a trial's wall time went, in seconds."""
 
-    prepare_s: float = 0.0  # setting precisions, range setting
-    train_s: float = 0.0
-    evaluate_s: float = 0.0  # BatchNorm re-estimation and scoring
+    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+
+    prepare_s: Seconds = 0.0  # setting precisions, range setting
+    train_s: Seconds = 0.0
+    evaluate_s: Seconds = 0.0  # BatchNorm re-estimation and scoring
 
     @property
     def total_s(self) -> float:
@@ -70,11 +122,13 @@ class WallTime:
 class RungScore:
     """What a config was worth at the end of one rung."""
 
-    steps: int  # of training in all, since the float network; 0: it was not trained, being as good as float
+    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+
+    steps: Count  # of training in all, since the float network; 0: it was not trained, being as good as float
     score: float | None  # None: the rung failed
     divergence: float | None = None
-    wall_s: float = 0.0
-    ended_s: float = 0.0  # seconds since the epoch
+    wall_s: Seconds = 0.0
+    ended_s: Seconds = 0.0  # since the epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +143,27 @@ class TrialRecord:
     the longest that did not fail.
     """
 
-    config: PrecisionConfig  # layer name -> text form, as "uniform:4/channel x uniform:8/tensor"
+    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+
+    config: Config  # layer name -> text form, as "uniform:4/channel x uniform:8/tensor"
     state: TrialState  # complete, failed or stopped
-    score: float | None = None  # on val, in the metric's unit
-    cost: float | None = None  # relative
+    score: Annotated[float | None, Field(validation_alias=AliasChoices("score", "accuracy"))] = None  # on val
+    cost: Cost | None = None  # relative
     reason: str | None = None  # why it failed, in words
-    number: int = -1  # position in the study; -1 outside one
+    number: Count = -1  # position in the study; -1 outside one
     origin: Origin = "manual"  # who proposed the config: uniform, ilp, descent, prescreen, sampler, import, manual
-    seed: int = 0  # of its batches
+    seed: Count = 0  # of its batches
     start_loss: float | None = None  # training loss over the first steps of the fine-tune
     end_loss: float | None = None  # training loss over its last steps
     start_divergence: float | None = None  # from the float network on a sample of val before the fine-tune
-    curve: tuple[tuple[int, float], ...] = ()  # (step, score), from before the fine-tune to its end
+    curve: tuple[tuple[Count, float], ...] = ()  # (step, score), from before the fine-tune to its end
     divergence: float | None = None  # mean divergence from the float network on val (`Comparison`)
-    values: str | None = None  # by sample of val, of which the score is the mean: `pack`
+    values: Annotated[Packed | None, Field(validation_alias=AliasChoices("values", "correct"))] = None
+    # by sample of val, of which the score is the mean: `pack`
     wall: WallTime = WallTime()  # prepare_s, train_s and evaluate_s
-    started_s: float = 0.0  # seconds since the epoch
-    peak_memory_bytes: int = 0  # of the process that ran it, so far
-    costs: Mapping[str, float] = field(default_factory=dict, hash=False)  # of every cost model, each in its unit
+    started_s: Seconds = 0.0  # since the epoch
+    peak_memory_bytes: Count = 0  # of the process that ran it, so far
+    costs: Mapping[str, Amount] = field(default_factory=dict, hash=False)  # of every cost model, each in its unit
     rungs: tuple[RungScore, ...] = ()  # steps, score, divergence, wall_s, ended_s of each; none where one length is all
 
     @property
@@ -142,22 +199,27 @@ class TrialRecord:
 class FinalRecord:
     """One longer training of a picked trial's config: the scores on both splits."""
 
-    number: int  # of the trial
-    seed: int  # of its batches
-    steps: int  # of the training
+    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+
+    number: Count  # of the trial
+    seed: Count  # of its batches
+    steps: Count  # of the training
     val: float  # score, in the metric's unit
     test: float  # score, in the metric's unit
-    values: str | None = None  # by sample of test: `pack`
+    values: Annotated[Packed | None, Field(validation_alias=AliasChoices("values", "correct"))] = None
+    # by sample of test: `pack`
 
 
 @dataclass(frozen=True, slots=True)
 class PrescreenRecord:
     """An untrained config that was scored before the trials."""
 
-    config: PrecisionConfig  # as in TrialRecord
-    cost: float  # relative
+    __pydantic_config__: ClassVar[ConfigDict] = _CHECKED
+
+    config: Config  # as in TrialRecord
+    cost: Cost  # relative
     divergence: float | None  # from the float network on training batches; None: no finite number
-    batches: int  # that the divergence is the mean of
+    batches: Count  # that the divergence is the mean of
     source: str  # who proposed it: ladder, descent, ilp, neighbour, model, ...; again: it was scored before on fewer
 
 
@@ -191,96 +253,40 @@ def prescreen_to_json(record: PrescreenRecord) -> str:
     return json.dumps({**known, "config": layers}, allow_nan=False, ensure_ascii=False)
 
 
-def prescreen_from_json(text: str) -> PrescreenRecord:
+def prescreen_from_json(text: str | bytes) -> PrescreenRecord:
     """Read what `prescreen_to_json` wrote. Raises RunError: the text is no such record."""
-    with _none_of("a prescreen record"):
-        document = _document(text)
-        document["config"] = PrecisionConfig(
-            (layer, _layer_precision(precision)) for layer, precision in document["config"].items()
-        )
-        _require_numbers(document, "cost", "batches")
-        _require_numbers(document, "divergence", may_miss=True)
-        return PrescreenRecord(**document)
+    return _checked(_PRESCREEN, text, "a prescreen record")
 
 
-def final_from_json(text: str) -> FinalRecord:
+def final_from_json(text: str | bytes) -> FinalRecord:
     """Read a line of `finals.jsonl`, today's or that of the first schema. Raises RunError: it is no such record."""
-    with _none_of("a final training"):
-        document = _renamed(_document(text))
-        _require_numbers(document, "number", "seed", "steps", "val", "test")
-        return FinalRecord(**document)
+    return _checked(_FINAL, text, "a final training")
 
 
-def record_from_json(text: str) -> TrialRecord:
+def record_from_json(text: str | bytes) -> TrialRecord:
     """Read what `record_to_json` wrote, today's or that of the first schema.
 
     Raises:
         RunError: the text is not a record; the message says what is wrong with it.
     """
-    with _none_of("a trial record"):
-        document = _renamed(_document(text))
-        unknown = set(document) - set(_FIELDS)
-        if unknown:
-            raise ValueError(f"unknown key '{sorted(unknown)[0]}'")
-        if document["state"] not in get_args(TrialState):
-            raise ValueError(f"unknown state '{document['state']}'")
-        document["config"] = PrecisionConfig(
-            (layer, _layer_precision(precision)) for layer, precision in document["config"].items()
-        )
-        document["wall"] = WallTime(**document.get("wall", {}))
-        document["curve"] = tuple((int(step), float(score)) for step, score in document.get("curve", ()))
-        document["rungs"] = tuple(RungScore(**rung) for rung in document.get("rungs", ()))
-        document["costs"] = {str(name): float(value) for name, value in document.get("costs", {}).items()}
-        _require_numbers(document, "number")
-        _require_numbers(document, "score", "cost", may_miss=document["state"] != "complete")
-        return TrialRecord(**document)
+    record = _checked(_TRIAL, text, "a trial record")
+    if record.state == "complete" and (record.score is None or record.cost is None):
+        raise RunError("not a trial record: it is complete, and score or cost is missing")
+    return record
 
 
-@contextlib.contextmanager
-def _none_of(what: str) -> Iterator[None]:
-    """Whatever is wrong with a text in the block is a RunError: it is not `what`."""
+_TRIAL, _FINAL, _PRESCREEN = TypeAdapter(TrialRecord), TypeAdapter(FinalRecord), TypeAdapter(PrescreenRecord)
+
+
+def _checked(kind: TypeAdapter[Record], text: str | bytes, what: str) -> Record:
+    """Raises RunError: the text is not `what`."""
     try:
-        yield
-    except KeyError as error:
-        raise RunError(f"not {what}: {error} is missing") from None
-    except (ValueError, TypeError, AttributeError, RecursionError, PrecisionError) as error:
+        parse_json(text)  # refuses a key that is given twice, of which the next line would take the last
+        return kind.validate_json(text)
+    except ValidationError as error:
+        raise RunError(f"not {what}: {first_fault(error)}") from None
+    except ValueError as error:
         raise RunError(f"not {what}: {error}") from None
-
-
-def _document(text: str) -> dict[str, Any]:
-    """An object in JSON, whose numbers are finite. Raises ValueError."""
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"it has {name} where a number belongs")
-
-    document = json.loads(text, parse_constant=refuse)
-    if not isinstance(document, dict):
-        raise ValueError(f"expected an object, got {text[:20].strip()}")
-    return document
-
-
-def _require_numbers(document: Mapping[str, Any], *names: str, may_miss: bool = False) -> None:
-    """Raises ValueError: one of the values is no number."""
-    for name in names:
-        value = document.get(name)
-        if isinstance(value, bool) or (not isinstance(value, int | float) and not (may_miss and value is None)):
-            raise ValueError(f"'{name}' must be a number, got {value!r}")
-
-
-def _renamed(document: dict[str, Any]) -> dict[str, Any]:
-    """A record with today's names for what FIRST_SCHEMA calls otherwise."""
-    return {_FIRST_NAMES.get(name, name): value for name, value in document.items()}
-
-
-_FIRST_NAMES = {"accuracy": "score", "correct": "values"}
-
-
-@lru_cache(maxsize=4096)  # thousands of trials share a handful of precisions
-def _layer_precision(text: str) -> LayerPrecision:
-    weight, separator, activation = text.partition(" x ")
-    if not separator:
-        raise PrecisionError(f"cannot read layer precision '{text}'")
-    return LayerPrecision.parse(weight, activation)
 
 
 def _is_json(value: Any) -> bool:
@@ -295,20 +301,46 @@ def _is_json(value: Any) -> bool:
 class RunningTrial:
     """A trial that is under way: it has no record yet."""
 
-    number: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False)
+
+    number: Count
     origin: Origin
-    cost: float  # relative
-    started_s: float  # seconds since the epoch
-    rung: int = 0  # that it trains to, from 0
+    cost: Cost  # relative
+    started_s: Seconds  # since the epoch
+    rung: Count = 0  # that it trains to, from 0
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """`state.json`: what a driver says while it lives; what another version says beside it is left out."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True)
+
+    driver: dict[str, Any] | None = None  # `this_process`
+    running: tuple[RunningTrial, ...] = ()
+    trouble: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFront:
+    """What is asked of `front.json`, which can be written again: of a damaged one nothing is known."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False)
+
+    trials: Count = 0  # that had ended
+    hypervolume: float | None = None
+
+
+_STATE, _FRONT = TypeAdapter(_State), TypeAdapter(WrittenFront)
 
 
 class RunFolder:
     """The folder of one run: `create` a new one or `open` an existing one; append to it inside `driving`.
 
-    `metric` says what the scores of its records are.
+    `metric` says what the scores of its records are; before that they may be any.
     """
 
-    metric: Metric
+    metric: Metric = Metric("score")
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -389,7 +421,7 @@ class RunFolder:
         """
         folder = cls(Path(path))
         try:
-            about = json.loads(folder._run_json.read_text(encoding="utf-8"))
+            about = parse_json(read_whole(folder._run_json))
             schema = about["schema"]
         except FileNotFoundError:
             if folder.trials_jsonl.exists():
@@ -402,29 +434,31 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise _unreadable(folder._run_json, error) from None
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             raise RunError(
                 f'{folder._run_json} is not mpsearch\'s: expected an object with "schema": "{SCHEMA}"; restore the '
                 "file from a copy, or start a new run"
             ) from None
         if schema not in (SCHEMA, FIRST_SCHEMA):
-            writer = f"mpsearch {about['mpsearch']}" if "mpsearch" in about else "something else"
+            writer = f"mpsearch {about['mpsearch']!s:.40}" if "mpsearch" in about else "something else"
             raise RunError(
-                f"{path} was written by {writer} with schema {schema!r}, this is mpsearch {version('mpsearch')} with "
-                f"{SCHEMA!r}: read it with the version that wrote it, or start a new run"
+                f"{path} was written by {writer} with schema {clip(schema)}, this is mpsearch {version('mpsearch')} "
+                f"with {SCHEMA!r}: read it with the version that wrote it, or start a new run"
             )
         try:
-            folder.id = str(about["id"])
+            folder.id = about["id"]
+            if not (isinstance(folder.id, str) and re.fullmatch(r"[\w-]{1,40}", folder.id)):
+                raise ValueError(f"id: expected a short name, got {clip(folder.id)}")
             folder.metric = Metric.from_json(about["metric"]) if schema == SCHEMA else folder._first_metric()
-        except (KeyError, TaskError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else f"metric: {error}"
+        except (KeyError, ValueError, TaskError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise RunError(f"{folder._run_json}: {what}; restore the file from a copy, or start a new run") from None
         return folder
 
     def _first_metric(self) -> Metric:
         """The metric of a run of the first schema: by its name in `problem.json`; more of it was always better."""
         try:
-            name = json.loads(self.problem_json.read_text(encoding="utf-8"))["metric"]
+            name = parse_json(read_whole(self.problem_json))["metric"]
         except (OSError, ValueError, KeyError, TypeError):
             name = "top1"
         return METRICS[name] if name in ("top1", "top5") else Metric(str(name))
@@ -440,7 +474,7 @@ class RunFolder:
         try:
             self._lock.acquire(timeout=0.5)
         except filelock.Timeout:
-            driver = self._state().get("driver") or {}
+            driver = self._state().driver or {}
             who = f"process {driver.get('pid', '?')} on {driver.get('host', '?')}"
             raise RunError(
                 f"{self.path} is being driven by {who}: wait for it or end it, or start another run with another --out"
@@ -452,10 +486,12 @@ class RunFolder:
                 f"copy the run elsewhere and resume the copy; if {name} is no file, delete it"
             ) from None
         try:
-            self.records()  # before anything is cut off: a file that was damaged is refused as it is
+            self._require_files()
+            for read in (self.records, self.finals):  # before anything is cut off: a damaged file is refused as it is
+                read()
             with _explained(f"cannot write the run folder {self.path}", action):
                 for path in (self.trials_jsonl, self.finals_jsonl, self.prescreen_jsonl):
-                    _cut_torn_line(path)
+                    _end_last_line(path)
             for folder, name in ((self.path, "*.json"), (self.path, "*.parquet"), (self.checkpoints, "*")):
                 remove_parts(folder, name)  # of a driver that was killed
             self.running = ()
@@ -465,6 +501,17 @@ class RunFolder:
                 self._state_json.unlink()
             self._lock.release()
 
+    def _require_files(self) -> None:
+        """Raises RunError: what lies in a file's place cannot be written, or leads out of the folder."""
+        changed = {self.trials_jsonl, self.finals_jsonl, self.prescreen_jsonl, self.log_txt}
+        changed |= {self.study_db, self.study_journal}
+        for path in (*self.path.glob("*"), *self.path.glob("*/*")):
+            if is_stream(path) or (path in changed and path.is_symlink()):
+                what = "a link" if path.is_symlink() else "a pipe or a device"
+                raise RunError(
+                    f"{path} is {what}, and only a file of the folder is written: delete it, or restore it from a copy"
+                )
+
     def append(self, record: TrialRecord) -> None:
         """Put a trial that has ended on the disk; when this returns, it is there.
 
@@ -473,7 +520,9 @@ class RunFolder:
         Raises:
             RunError: it could not be written (disk full?); the earlier trials are safe and the file stays readable.
         """
-        self._append(self.trials_jsonl, record_to_json(record), f"trial {record.number}")
+        line = record_to_json(record)
+        record_from_json(line)  # what cannot be read back is not written
+        self._append(self.trials_jsonl, line, f"trial {record.number}")
 
     def records(self) -> list[TrialRecord]:
         """Every trial that has ended, in the order of ending (of the first rung, where there are several).
@@ -481,10 +530,10 @@ class RunFolder:
         Raises:
             RunError: a line is corrupt (the message gives its number), or the file has lost trials.
         """
-        recorded = self._recorded()  # before the file is read, to which another process may append meanwhile
+        recorded = self.written_front.trials  # before the file is read, to which another process may append meanwhile
         records = _read_lines(
             self.trials_jsonl,
-            record_from_json,
+            self._of_this_run(record_from_json),
             lambda record: record.number,
             f"restore the file from a copy, or delete this line and {self.front_json.name} (only that trial is lost)",
         )
@@ -496,14 +545,30 @@ class RunFolder:
             )
         return records
 
-    def _recorded(self) -> int:
-        """How many trials had ended when `front.json` was written, which happens after each; 0: nothing is known."""
+    @property
+    def written_front(self) -> WrittenFront:
+        """What `front.json` says, which is written after each trial."""
         try:
-            document = json.loads(self.front_json.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return 0
-        count = document.get("trials") if isinstance(document, dict) else None
-        return count if isinstance(count, int) else 0
+            return _FRONT.validate_python(parse_json(read_whole(self.front_json)))
+        except (OSError, ValueError):
+            return WrittenFront()
+
+    def _of_this_run(self, parse: Callable[[bytes], Record]) -> Callable[[bytes], Record]:
+        """`parse`, which raises RunError also where a record is none of this run, or of other layers or samples."""
+        known: dict[str, Hashable] = {}
+
+        def read(line: bytes) -> Record:
+            record = parse(line)
+            for score in _scores(record):
+                if not self.metric.possible(score):
+                    low, high = self.metric.bounds
+                    raise RunError(f"it has a {self.metric.name} of {score:g}, which is between {low:g} and {high:g}")
+            for what, value in _constants(record):
+                if known.setdefault(what, value) != value:
+                    raise RunError(f"its {what} are not those of an earlier line")
+            return record
+
+        return read
 
     def append_final(self, record: FinalRecord) -> None:
         """Put a final training that has ended on the disk. Raises RunError as `append` does."""
@@ -513,7 +578,7 @@ class RunFolder:
         """Every final training that has ended, in that order. Raises RunError as `records` does."""
         return _read_lines(
             self.finals_jsonl,
-            final_from_json,
+            self._of_this_run(final_from_json),
             lambda final: (final.number, final.seed, final.steps),
             f"delete this line, and let `mpsearch finalize {self.path}` train it again",
         )
@@ -526,7 +591,7 @@ class RunFolder:
         """Every score of an untrained config, in that order. Raises RunError as `records` does."""
         return _read_lines(
             self.prescreen_jsonl,
-            prescreen_from_json,
+            self._of_this_run(prescreen_from_json),
             lambda record: (record.config, record.batches),
             f"delete the file, and let `mpsearch resume {self.path}` score these configs again",
         )
@@ -563,16 +628,13 @@ class RunFolder:
     @property
     def driven(self) -> bool:
         """Whether a process drives the run now."""
-        return alive(self._state().get("driver"))
+        return alive(self._state().driver)
 
     @property
     def running(self) -> Sequence[RunningTrial]:
         """The trials under way; none where no driver lives. Set by the driver."""
         state = self._state()
-        try:
-            return [RunningTrial(**trial) for trial in state.get("running", ())] if alive(state.get("driver")) else []
-        except TypeError:  # of another version, or damaged: the driver writes it anew with the next trial
-            return []
+        return list(state.running) if alive(state.driver) else []
 
     @running.setter
     def running(self, trials: Sequence[RunningTrial]) -> None:
@@ -587,7 +649,7 @@ class RunFolder:
     def trouble(self) -> str | None:
         """What goes wrong beside the search now, in words; None: nothing, or no driver lives. Set by the driver."""
         state = self._state()
-        return cast("str | None", state.get("trouble")) if alive(state.get("driver")) else None
+        return state.trouble if alive(state.driver) else None
 
     @trouble.setter
     def trouble(self, words: str | None) -> None:
@@ -609,7 +671,7 @@ class RunFolder:
     def read_file(self, path: Path) -> bytes | None:
         """The content of a file of the folder; None where there is none. Raises RunError where it cannot be read."""
         try:
-            return path.read_bytes()
+            return read_whole(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -629,17 +691,16 @@ class RunFolder:
             table.to_parquet(temporary, index=False)
         return self.trials_parquet
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> _State:
         try:
-            state = json.loads(self._state_json.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return state if isinstance(state, dict) else {}
+            return _STATE.validate_json(read_whole(self._state_json))
+        except (OSError, ValueError):  # there is none, or the driver writes it anew with the next trial
+            return _State()
 
 
 def _append_line(path: Path, line: str) -> None:
     """Add a line and wait until the disk has it; where that fails, the file is as it was. Raises OSError."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    file = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
         end = os.fstat(file).st_size
         try:
@@ -656,7 +717,7 @@ def _append_line(path: Path, line: str) -> None:
 
 
 def _read_lines(
-    path: Path, parse: Callable[[str], Record], key: Callable[[Record], Hashable], advice: str
+    path: Path, parse: Callable[[bytes], Record], key: Callable[[Record], Hashable], advice: str
 ) -> list[Record]:
     """What the whole lines of a file stand for; a line that is there twice counts once.
 
@@ -667,19 +728,19 @@ def _read_lines(
         RunError: a line stands for nothing, or for what an earlier one gives otherwise; with its number and `advice`.
     """
     try:
-        text = path.read_bytes()
+        lines = read_whole(path, MOST_BYTES).split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
         raise _unreadable(path, error) from None
     records: dict[Hashable, Record] = {}
-    for number, line in enumerate(text.split(b"\n")[:-1], start=1):  # after the last newline: nothing, or a torn line
+    for number, line in enumerate(lines[:-1] if _is_torn(lines[-1]) else lines, start=1):
         try:
-            record = parse(line.decode())
+            record = parse(line)
             if (before := records.get(key(record), record)) != record and not _takes_the_place(before, record):
                 raise RunError("an earlier line gives it otherwise")
             records[key(record)] = record
-        except (RunError, ValueError, TypeError) as error:
+        except RunError as error:
             raise RunError(f"{path}, line {number}: {error}; {advice}") from None
     return list(records.values())
 
@@ -698,11 +759,49 @@ def _unreadable(path: Path, error: OSError) -> RunError:
     return RunError(f"cannot read {path}: {error.strerror}; let it be read, or restore it from a copy")
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Cut off what a killed driver was writing: that trial never ended. Raises OSError."""
+def _is_torn(last: bytes) -> bool:
+    """Whether what follows the last newline is nothing, or a part of a line: an object ends where it is whole."""
+    try:
+        json.loads(last)
+    except ValueError:
+        return True
+    except RecursionError:
+        return False
+    return not last.endswith(b"}")
+
+
+def _end_last_line(path: Path) -> None:
+    """Cut off what a killed driver was writing, whose trial never ended; a line that only lacks its newline gets it.
+
+    Raises OSError.
+    """
     if path.exists():
-        with path.open("rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+        with os.fdopen(open_own(path, os.O_RDWR), "rb+") as file:
+            text = file.read()
+            whole = text.rfind(b"\n") + 1
+            if _is_torn(text[whole:]):
+                file.truncate(whole)
+            else:
+                file.write(b"\n")
+
+
+def _scores(record: TrialRecord | FinalRecord | PrescreenRecord) -> Iterator[float]:
+    match record:
+        case TrialRecord():
+            scores = (record.score, *(score for _, score in record.curve), *(rung.score for rung in record.rungs))
+            yield from (score for score in scores if score is not None)
+        case FinalRecord():
+            yield from (record.val, record.test)
+
+
+def _constants(record: TrialRecord | FinalRecord | PrescreenRecord) -> Iterator[tuple[str, Hashable]]:
+    """What is the same in all lines of a file, by what it is called."""
+    match record:
+        case TrialRecord(config=config) | PrescreenRecord(config=config):
+            yield "layers", frozenset(config)
+    match record:
+        case TrialRecord(values=str(packed)) | FinalRecord(values=str(packed)):
+            yield "samples", packed.partition(":")[0]
 
 
 def _row(record: TrialRecord) -> dict[str, Any]:
@@ -731,7 +830,7 @@ def alive(driver: Any) -> bool:
         return True  # nothing can be known from here
     try:
         return bool(psutil.Process(driver["pid"]).create_time() == driver["started_s"])
-    except (psutil.Error, TypeError, ValueError):
+    except (psutil.Error, TypeError, ValueError, OverflowError):
         return False
 
 
@@ -758,14 +857,31 @@ def pack(values: NDArray[Any]) -> str:
 
 
 def unpack(text: str) -> NDArray[Any]:
-    """The inverse of `pack`: `(n,)` booleans, or float32."""
+    """The inverse of `pack`: `(n,)` booleans, or float32. Raises ValueError: the text is none of its."""
     import numpy as np
 
-    count, _, code = text.partition(":")
-    packed = base64.b64decode(code)
-    if count.endswith("f"):
-        return np.frombuffer(zlib.decompress(packed), dtype="<f4")
-    return np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=int(count)).astype(bool)
+    count, content = _bytes_of(text)
+    if text.partition(":")[0].endswith("f"):
+        return np.frombuffer(content, dtype="<f4")
+    return np.unpackbits(np.frombuffer(content, dtype=np.uint8), count=count).astype(bool)
+
+
+def _bytes_of(text: str) -> tuple[int, bytes]:
+    """Number of values, and the bytes that they were: as many as these values take, whatever the text unfolds to."""
+    match = re.match(r"([0-9]{1,10})(f?):", text)
+    if match is None:
+        raise ValueError(f"expected N:base64 or Nf:base64 of the samples' values, got {clip(text)}")
+    count, content = int(match[1]), base64.b64decode(text[match.end() :], validate=True)
+    size = -(-count // 8)
+    if match[2]:
+        size, unfolding = 4 * count, zlib.decompressobj()
+        try:
+            content = unfolding.decompress(content, min(size, 1100 * len(content)) + 1)  # it unfolds to no more
+        except zlib.error as error:
+            raise ValueError(str(error)) from None
+    if len(content) != size:
+        raise ValueError(f"{count} samples are {size} bytes, and there are {len(content)}")
+    return count, content
 
 
 def checkpoint_path(folder: Path, number: int) -> Path:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpsearch.errors import RunError
-from mpsearch.files import replacing
+from mpsearch.files import replacing, require_regular
 from mpsearch.private.torch import carry_versions, without_compiled_prefix
 
 
@@ -60,6 +60,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def read_tensors(path: Path, advice: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file of a run. Raises RunError, which names it and ends with `advice`."""
     try:
+        require_regular(path)
         return dict(load_file(path))
     except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"cannot read the weights in {path} ({error}); {advice}") from None

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from mpsearch.compiler import graphs_compiled
 from mpsearch.errors import TaskError
+from mpsearch.files import require_regular
 from mpsearch.graph.inputs import call as call
 from mpsearch.graph.inputs import evaluating, layer_input, map_tensors, tensors
 from mpsearch.private.torch import BatchNormNd, without_compiled_prefix
@@ -111,6 +112,7 @@ class TrainingState:
     def load(cls, path: Path, owner: str) -> TrainingState | None:
         """Read what `save` wrote for this owner; None where there is no such file, or it cannot be read."""
         try:
+            require_regular(path)
             with safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping

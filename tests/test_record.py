@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -89,7 +90,7 @@ def test_record_with_a_number_that_is_none_is_refused(bad):
     [
         (lambda d: d.pop("config"), "'config' is missing"),
         (lambda d: d.update(colour=1), "unknown key 'colour'"),
-        (lambda d: d.update(state="running"), "unknown state 'running'"),
+        (lambda d: d.update(state="running"), "'state': input should be .*, got 'running'"),
         (lambda d: d["config"].update(conv1="uniform:17 x uniform:8"), "uniform has no 17-bit form"),
         (lambda d: d["config"].update(conv1="uniform:8"), "cannot read layer precision"),
     ],
@@ -131,12 +132,41 @@ def test_torn_last_line_is_skipped_by_readers_and_cut_off_by_the_next_driver(fol
         folder.append(record(0))
         folder.append(record(1))
     whole = folder.trials_jsonl.read_bytes()
-    for cut in (1, 40, len(record_to_json(record(1)))):
+    for cut in (2, 40, len(record_to_json(record(1)))):
         folder.trials_jsonl.write_bytes(whole[:-cut])
         assert RunFolder.open(folder.path).records() == [record(0)]
         with folder.driving():
             folder.append(record(2))
         assert folder.records() == [record(0), record(2)]
+
+
+def test_last_line_that_only_lacks_its_newline_is_whole(folder):
+    with folder.driving():
+        folder.append(record(0))
+        folder.append_final(FinalRecord(0, 0, 100, 0.5, 0.25))
+    for path in (folder.trials_jsonl, folder.finals_jsonl):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert RunFolder.open(folder.path).records() == [record(0)]
+    with folder.driving():
+        folder.append(record(1))
+    assert folder.records() == [record(0), record(1)]
+    assert folder.finals() == [FinalRecord(0, 0, 100, 0.5, 0.25)]
+
+
+def test_last_line_that_is_whole_and_wrong_is_not_cut_off(folder):
+    folder.trials_jsonl.write_text('{"state": "complete"}')
+    with pytest.raises(RunError, match=r"line 1: .*'config' is missing"), folder.driving():
+        pass
+    assert folder.trials_jsonl.read_text() == '{"state": "complete"}'
+
+
+@pytest.mark.parametrize("name", ["trials.jsonl", "finals.jsonl", "prescreen.jsonl", "study.db"])
+def test_link_is_not_written_through(folder, tmp_path, name):
+    (tmp_path / "elsewhere").write_text("somebody's")
+    (folder.path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=rf"{name} is a link, .* delete it, or restore it from a copy"), folder.driving():
+        pass
+    assert (tmp_path / "elsewhere").read_text() == "somebody's"
 
 
 def test_corrupt_line_is_named(folder):
@@ -181,13 +211,17 @@ def test_disk_full_leaves_a_readable_file_and_says_what_is_safe(folder, monkeypa
     assert folder.records() == [record(0), record(1)]
 
 
-def test_disk_that_is_full_in_earnest(folder):
+def test_file_that_may_not_grow_in_earnest(folder):
     with folder.driving():
         folder.append(record(0))
-        folder.finals_jsonl.symlink_to("/dev/full")
-        with pytest.raises(RunError, match=r"final training of trial 0 .*No space left.* 1 trials"):
-            folder.append_final(FinalRecord(0, 0, 1, 0.5, 0.5))
-        folder.finals_jsonl.unlink()
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+        try:
+            with pytest.raises(RunError, match=r"final training of trial 0 .*File too large.* 1 trials"):
+                folder.append_final(FinalRecord(0, 0, 1, 0.5, 0.5))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert folder.finals() == []
 
 
 def test_folder_that_holds_a_run_is_refused(folder):
@@ -233,7 +267,7 @@ def test_folder_without_a_run_is_refused(tmp_path):
         ),
         (json.dumps({"schema": "mpsearch/run/3", "mpsearch": "9.0"}), r"mpsearch 9\.0 .*read it with the version"),
         (json.dumps({"schema": SCHEMA}), "'id' is missing; restore"),
-        (json.dumps({"schema": SCHEMA, "id": "a", "metric": {"name": "<"}}), "metric: .* letters, digits"),
+        (json.dumps({"schema": SCHEMA, "id": "a", "metric": {"name": "<"}}), "metric's name is letters, digits"),
         (json.dumps({"schema": "other/7"}), r"something else with schema 'other/7'"),
         ("{}", SCHEMA),
         ("[]", SCHEMA),
@@ -318,7 +352,7 @@ def test_file_that_cannot_be_written_is_named_when_a_run_is_driven(tmp_path):
     folder = RunFolder.create(tmp_path / "run", "", metric=TOP1)
     folder.finals_jsonl.mkdir()
     with (
-        pytest.raises(RunError, match=r"cannot write the run folder .*finals\.jsonl: .*: make it writable"),
+        pytest.raises(RunError, match=r"cannot read .*finals\.jsonl: Is a directory; .* restore it from a copy"),
         folder.driving(),
     ):
         pass

@@ -64,14 +64,14 @@ def hardware_show(hardware: str | Path) -> Hardware:
     >>> mpsearch.hardware_show("int8-fp16").about[:12]
     'Accelerators'
     """
+    from mpsearch.files import read_text
     from mpsearch.hardware.profile import load_profile, profile_path, table_path
+    from mpsearch.hardware.table import read_table
 
     path, profile = profile_path(hardware), load_profile(hardware)
-    rows = 0
-    if profile.cost is not None and profile.cost.table is not None:
-        lines = table_path(path, profile).read_text(encoding="utf-8").splitlines()
-        rows = max(0, sum(bool(line) and not line.startswith("#") for line in lines) - 1)
-    return Hardware(path.stem, profile.about, profile.source, path.read_text(encoding="utf-8"), rows)
+    measured = profile.cost is not None and profile.cost.table is not None
+    rows = len(read_table(table_path(path, profile)).rows) if measured else 0
+    return Hardware(path.stem, profile.about, profile.source, read_text(path), rows)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -360,7 +359,7 @@ def status(run: str | Path) -> Status:
         running=tuple(folder.running),
         failures=tuple(record for record in records if record.state == "failed"),
         pareto=pareto_front(records, folder.metric),
-        hypervolume=_hypervolume(folder),
+        hypervolume=folder.written_front.hypervolume,
         prescreened=len({record.config for record in folder.prescreened()}),
         trouble=folder.trouble,
         rungs=dict(sorted(Counter(r.steps for r in records if r.rungs).items())),
@@ -504,21 +503,13 @@ def _front(folder: RunFolder) -> Front:
     if facts is not None and front.trials and facts.space.contains(front.knee.config):
         words = answer(f"Trial {front.knee.number}, the knee", front.knee.config, facts)
     units = {} if facts is None else {name: cost.reference.unit for name, cost in facts.costs.items()}
-    return Front(front, tuple(records), gains_over_baselines(front), _hypervolume(folder), tuple(words), units)
+    return Front(
+        front, tuple(records), gains_over_baselines(front), folder.written_front.hypervolume, tuple(words), units
+    )
 
 
 def _counts(records: Sequence[TrialRecord]) -> dict[str, int]:
     return {state: sum(record.state == state for record in records) for state in ("complete", "failed", "stopped")}
-
-
-def _hypervolume(folder: RunFolder) -> float | None:
-    """Of the front as last written; None before that."""
-    try:
-        document = json.loads(folder.front_json.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    value = document.get("hypervolume") if isinstance(document, dict) else None
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _seconds(limit: str | float) -> float:

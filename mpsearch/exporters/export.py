@@ -64,7 +64,10 @@ def export(
     network = _on_cpu(replace(network, model=verification.dense(model)))
     fitted, conversions = fit(network, to, target.holds, allow_lossy)
     path = Path(path)
-    before = set(path.iterdir()) if path.is_dir() else set()
+    try:
+        before = set(path.iterdir()) if path.is_dir() else set()
+    except OSError as error:
+        raise write_error(path, error) from None
     if to == "native":
         target.save(fitted, path)
     else:

@@ -65,7 +65,7 @@ def read_config(path: str | Path) -> PrecisionConfig:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if zipfile.is_zipfile(path):
+    if path.is_file() and zipfile.is_zipfile(path):
         raise ExportError(
             f"{path} is an archive, as torch.save writes, and no config: for a checkpoint of MHAQ give its YAML too, "
             "--config mhaq.yaml"

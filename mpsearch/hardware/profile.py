@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from mpsearch.documents import explain, read_yaml, to_yaml
 from mpsearch.errors import HardwareError, PrecisionError, nearest
-from mpsearch.files import write_text
+from mpsearch.files import read_text, write_text
 from mpsearch.graph.facts import KIND_NAMES, LayerInfo
 from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.shipped import shipped, shipped_names
@@ -234,10 +234,10 @@ def profile_copy(hardware: str | Path) -> tuple[str, str | None]:
     """The text of a profile and of its table, as a run folder keeps them: beside each other."""
     path, profile = profile_path(hardware), load_profile(hardware)
     if profile.cost is None or profile.cost.table is None:
-        return path.read_text(encoding="utf-8"), None
+        return read_text(path), None
     document = profile.model_dump(mode="json", exclude_defaults=True)
     document["cost"]["table"] = RUN_TABLE
-    return to_yaml(document), table_path(path, profile).read_text(encoding="utf-8")
+    return to_yaml(document), read_text(table_path(path, profile))
 
 
 def table_path(path: Path, profile: Profile) -> Path:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpsearch.errors import HardwareError, PrecisionError
+from mpsearch.files import read_text
 from mpsearch.graph.facts import LayerInfo
 from mpsearch.precision import LayerPrecision, Precision
 
@@ -123,7 +124,7 @@ def read_table(path: Path) -> Table:
         HardwareError: it cannot be read, a column is missing, or a value does not belong; the message names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise HardwareError(f"cannot read the table {path}: {getattr(error, 'strerror', None) or error}") from None
     return parse_table(text, str(path))
@@ -135,15 +136,15 @@ def parse_table(text: str, source: str = "table") -> Table:
     said = [line.lstrip("# ").partition(":") for _, line in numbered if line.startswith("#") and ":" in line]
     header = {name.strip(): value.strip() for name, _, value in said}
     lines = [(number, line) for number, line in numbered if not line.startswith("#")]
-    names = [name.strip() for name in next(csv.reader([lines[0][1]]))] if lines else []
+    names = _cells(lines[0][1], f"the table {source}, line {lines[0][0]}") if lines else []
     if missing := [name for name in COLUMNS if name not in names]:
         raise HardwareError(
             f"the table {source} has no column {', '.join(missing)}: its columns are {','.join(COLUMNS)}"
         )
     rows: dict[tuple[Key, Pair], Row] = {}
     for number, line in lines[1:]:
-        cells = [cell.strip() for cell in next(csv.reader(io.StringIO(line)))]
         where = f"the table {source}, line {number}"
+        cells = _cells(line, where)
         if len(cells) != len(names):
             raise HardwareError(f"{where} has {len(cells)} values for {len(names)} columns")
         cell = dict(zip(names, cells, strict=True))
@@ -160,6 +161,13 @@ def parse_table(text: str, source: str = "table") -> Table:
             raise HardwareError(f"{where} has a key that an earlier line has: keep one of them")
         rows[place] = row
     return Table(rows, header, source)
+
+
+def _cells(line: str, where: str) -> list[str]:
+    try:
+        return [cell.strip() for cell in next(csv.reader([line]))]
+    except csv.Error as error:
+        raise HardwareError(f"{where} is no CSV: {error}") from None
 
 
 def _number(cell: Mapping[str, str], name: str, where: str) -> float:

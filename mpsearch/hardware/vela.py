@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpsearch.errors import HardwareError
-from mpsearch.files import write_text
+from mpsearch.files import read_text, write_text
 from mpsearch.graph.facts import LayerInfo, ModelGraph
 from mpsearch.hardware.profile import write_profile
 from mpsearch.hardware.table import REST_KEY, Key, Pair, Row, Table, key_of, pair_of, read_table, write_table
@@ -57,13 +57,17 @@ def read_vela(path: Path) -> list[Operator]:
         HardwareError: it cannot be read, or has other columns or no number where one belongs.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         said = getattr(error, "strerror", None) or error
         raise HardwareError(f"cannot read the file of Vela {path}: {said}") from None
     operators: list[Operator] = []
     names: list[str] = []
-    for number, cells in enumerate(csv.reader(io.StringIO(text)), start=1):
+    try:
+        lines = list(csv.reader(io.StringIO(text)))
+    except csv.Error as error:
+        raise HardwareError(f"the file of Vela {path} is no CSV: {error}") from None
+    for number, cells in enumerate(lines, start=1):
         where = f"the file of Vela {path}, line {number}"
         if not cells:
             continue

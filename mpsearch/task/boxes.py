@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mpsearch.errors import TaskError
+from mpsearch.files import require_regular
 from mpsearch.shipped import where
 from mpsearch.study import BoxesSpec, TaskSpec
 from mpsearch.task.cache import content_key
@@ -232,6 +233,7 @@ def from_coco(root: Path) -> tuple[Parts, list[str]]:
 
 def _coco(path: Path) -> Any:
     try:
+        require_regular(path)
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TaskError(f"'{path}' is not JSON: {error}") from None

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from mpsearch.errors import TaskError
+from mpsearch.files import read_whole
 from mpsearch.shipped import where
 from mpsearch.task.checkpoint import load_checkpoint
 from mpsearch.task.comparing import Kind
@@ -258,7 +259,7 @@ _OF_LOADING = ("weights_only", "code_revision", "config", "adapter_kwargs", "qua
 
 def _labels_in(folder: Path) -> int | None:
     try:
-        labels = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label")
+        labels = json.loads(read_whole(folder / "config.json")).get("id2label")
     except (OSError, ValueError, AttributeError):
         return None
     return len(labels) if isinstance(labels, dict) else 2  # transformers writes the labels where they are not two

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from mpsearch.errors import TaskError, nearest
+from mpsearch.files import require_regular
 from mpsearch.graph.inputs import arguments
 from mpsearch.metric import METRICS
 from mpsearch.shipped import where
@@ -338,6 +339,7 @@ def _files(root: Path, kind: str, suffixes: Sequence[str]) -> dict[Split, list[P
 
 def _content(path: Path) -> str:
     try:
+        require_regular(path)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"'{path}' is no text in UTF-8: {error}") from None
