@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import re
+import secrets
 import socket
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
@@ -21,7 +23,8 @@ class Gate:
     """WSGI middleware in front of an application.
 
     With a token: it is read from `Authorization: Bearer TOKEN`, from a cookie, or from `?token=TOKEN`, which sets the
-    cookie and leads on to the address without it. Whoever has another one, or none, gets 401.
+    cookie and leads on to the address without it, as `?ticket=TICKET` does for its first visitor. Whoever has another
+    one, or none, gets 401.
 
     Without a token: only requests that name this machine as their host, so that no page on the web can make a browser
     talk to the application under a name of its own; others get 403.
@@ -37,6 +40,8 @@ class Gate:
     def __init__(self, application: Application, token: str | None) -> None:
         self._application = application
         self._token = token
+        self.ticket = secrets.token_urlsafe()
+        self._tickets = [self.ticket]  # that nobody has used
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer a request, or hand it on."""
@@ -48,10 +53,9 @@ class Gate:
                 return self._application(environ, start_response)
             return _answer(start_response, "403 Forbidden", "this address is for requests to 127.0.0.1 or localhost")
         query = dict(parse_qsl(environ.get("QUERY_STRING", "")))
-        if self._fits(query.pop("token", "")):
+        if self._fits(query.pop("token", "")) | self._admits(query.pop("ticket", "")):
             rest = f"?{urlencode(query)}" if query else ""
-            # Lax: what a page of another origin leads to is changed by no GET, and `serve.show` is led here by a file.
-            cookie = f"{_COOKIE}={self._token.encode().hex()}; Path=/; HttpOnly; SameSite=Lax"
+            cookie = f"{_COOKIE}={self._token.encode().hex()}; Path=/; HttpOnly; SameSite=Strict"
             path = quote(environ.get("PATH_INFO", "").lstrip("/"), encoding="latin-1")  # a path of here, one line
             headers = [("Location", f"/{path}{rest}"), ("Set-Cookie", cookie)]
             return _answer(start_response, "303 See Other", "", headers)
@@ -60,6 +64,13 @@ class Gate:
             return self._application(environ, start_response)
         said = "a token is needed: open the address with ?token=TOKEN, or send Authorization: Bearer TOKEN"
         return _answer(start_response, "401 Unauthorized", said, [("WWW-Authenticate", 'Bearer realm="mpsearch"')])
+
+    def _admits(self, ticket: str) -> bool:
+        """Whether it is the ticket, and the first to use it."""
+        if hmac.compare_digest(ticket.encode(), self.ticket.encode()):
+            with contextlib.suppress(IndexError):  # one thread alone takes it
+                return bool(self._tickets.pop())
+        return False
 
     def _fits(self, token: str) -> bool:
         return hmac.compare_digest(token.encode(), (self._token or "").encode())

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from html import escape
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -40,7 +37,7 @@ def serving(
     host: str = "127.0.0.1",
     port: int = 8080,
     token: str | None = None,
-    on_listening: Callable[[str], None] = lambda url: None,
+    on_listening: Callable[[str, str], None] = lambda url, once: None,
 ) -> Iterator[Served]:
     """Serve the dashboard of a run, or of any Optuna storage, for the time of the block.
 
@@ -49,8 +46,9 @@ def serving(
         host: where to listen; whatever is not this machine alone demands a token.
         port: 0: any that is free.
         token: what a visitor has to give.
-        on_listening: told the address when it can be visited; the dashboard is there when the block begins, and shows
-            trials that the run's study lacked while they are put into it.
+        on_listening: told the address when it can be visited, and one without the token that lets its first visitor
+            in; the dashboard is there when the block begins, and shows trials that the run's study lacked while they
+            are put into it.
 
     Raises:
         MpsearchError: no such run or storage, or it is damaged, no token where one is needed, or the port is taken.
@@ -65,9 +63,10 @@ def serving(
     if "://" not in target:
         RunFolder.open(target)  # what is no run is refused before anybody is told to come
     door, caught_up = _Door(), threading.Event()
+    gate = Gate(door, token)
     with contextlib.ExitStack() as stack:
         try:
-            listening = stack.enter_context(server(Gate(door, token), host, port))
+            listening = stack.enter_context(server(gate, host, port))
         except OSError as error:
             raise RunError(
                 f"cannot listen on {host}:{port} ({error.strerror or error}): give another --port, 0 for any free one"
@@ -76,9 +75,9 @@ def serving(
         thread.start()
         stack.callback(listening.shutdown)
         name = f"[{host}]" if ":" in host else host
-        query = f"?token={quote(token, safe='')}" if token else ""
-        url = f"http://{name}:{listening.server_port}/dashboard{query}"
-        on_listening(url)
+        address = f"http://{name}:{listening.server_port}/dashboard"
+        url = f"{address}?token={quote(token, safe='')}" if token else address
+        on_listening(url, f"{address}?ticket={gate.ticket}" if token else address)
         from mpsearch.report.dashboard import application  # here, because it takes seconds
 
         door.behind = stack.enter_context(application(target, caught_up))
@@ -87,26 +86,14 @@ def serving(
 
 def show(target: str, host: str, port: int, token: str | None, browser: bool) -> None:
     """Serve until interrupted, and open a browser if asked to. Raises as `serving` does."""
-    with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as stack:
 
-        def announce(url: str) -> None:
-            print(f"Optuna dashboard: {url}\nend it with Ctrl-C", flush=True)
-            if browser:
-                webbrowser.open(stack.enter_context(_leading_to(url)) if token else url)
+    def announce(url: str, once: str) -> None:
+        print(f"Optuna dashboard: {url}\nend it with Ctrl-C", flush=True)
+        if browser:  # everybody on this machine sees what it is started with
+            webbrowser.open(once)
 
-        stack.enter_context(serving(target, host, port, token, announce)).wait()
-
-
-@contextlib.contextmanager
-def _leading_to(url: str) -> Iterator[str]:
-    """The address of a file that only this user can read, which leads a browser to `url`, for the time of the block.
-
-    What a browser is started with, everybody on this machine can see.
-    """
-    with tempfile.TemporaryDirectory(prefix="mpsearch-") as folder:  # 0700
-        file = Path(folder) / "open.html"
-        file.write_text(f'<!doctype html><meta http-equiv="refresh" content="0; url={escape(url)}">', encoding="utf-8")
-        yield file.as_uri()
+    with contextlib.suppress(KeyboardInterrupt), serving(target, host, port, token, announce) as served:
+        served.wait()
 
 
 def is_loopback(host: str) -> bool:

@@ -15,7 +15,8 @@ from rich.progress import Progress
 import mpsearch.cli
 from mpsearch.cli import base, printing
 from mpsearch.cli.console import DataConsole, WordsColumn
-from mpsearch.cli.printing import LineFormatter, make_table, print_csv, print_error, print_lines, print_table, visible
+from mpsearch.cli.printing import LineFormatter, make_table, print_csv, print_error, print_lines, print_table
+from mpsearch.cli.text import visible
 from mpsearch.errors import RunError
 
 EVIL = "[/b] boom :smile: \x1b]0;PWN\x07\x1b[2J\x9b31m \u202eright\u2066\nmpsearch: fake\rline\u2028"
@@ -99,6 +100,6 @@ def test_a_table_that_does_not_fit_keeps_its_words() -> None:
 
 def test_commands_print_through_the_one_place() -> None:
     texts = {path.name: path.read_text(encoding="utf-8") for path in Path(mpsearch.cli.__file__).parent.glob("*.py")}
-    del texts[Path(printing.__file__).name], texts["console.py"]
+    del texts[Path(printing.__file__).name], texts["console.py"], texts["text.py"]
     for forbidden in (r"(?<![\w.])print\(", r"\bConsole\(", r"\bTextColumn\b", r"logging\.Formatter", "markup"):
         assert [name for name, text in texts.items() if re.search(forbidden, text)] == [], forbidden

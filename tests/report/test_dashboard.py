@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -85,7 +84,7 @@ def test_gate_turns_a_token_in_the_address_into_a_cookie() -> None:
     assert (status, headers["Location"]) == ("303 See Other", "/dashboard?a=1")
     cookie, _, attributes = headers["Set-Cookie"].partition(";")
     assert "HttpOnly" in attributes
-    assert "SameSite=Lax" in attributes
+    assert "SameSite=Strict" in attributes
     assert through(gate, HTTP_COOKIE=cookie)[2] == b"inside"
     assert through(gate, HTTP_COOKIE=cookie + "00")[0].startswith("401")
     assert through(gate, QUERY_STRING="token=other")[0].startswith("401")
@@ -143,29 +142,33 @@ def test_pages_of_other_origins_read_nothing_and_change_nothing(token: str | Non
         assert through(gate, REQUEST_METHOD=method, **given)[0].startswith("200")  # curl, say
 
 
-def test_the_token_is_no_argument_of_the_browser(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Everybody on a machine sees the arguments of its processes."""
+def test_the_token_is_no_argument_of_the_browser(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everybody on a machine sees the arguments of its processes: they let the first visitor in, who is the browser."""
     opened: list[str] = []
-
-    @contextlib.contextmanager
-    def served(target: str, host: str, port: int, token: str | None, on_listening: Any) -> Iterator[Any]:
-        on_listening(f"http://{host}:{port}/dashboard" + (f"?token={token}" if token else ""))
-        page = Path(urllib.request.url2pathname(opened[-1].removeprefix("file://")))
-        if token:
-            assert f"url=http://{host}:{port}/dashboard?token={token}" in page.read_text()
-            assert page.parent.stat().st_mode & 0o077 == 0
-        yield SimpleNamespace(wait=lambda: None)
-        assert token is None or page.exists()
-
-    monkeypatch.setattr(serve, "serving", served)
     monkeypatch.setattr("webbrowser.open", opened.append)
-    serve.show("run", "127.0.0.1", 1, "secret", browser=True)
-    serve.show("run", "127.0.0.1", 1, None, browser=True)
-    assert opened[0].startswith("file:///")
+    with monkeypatch.context() as patched:
+        patched.setattr(serve, "Served", lambda *_: SimpleNamespace(wait=lambda: visited.append(visit(opened[-1]))))
+        visited: list[tuple[int, int]] = []
+        serve.show(str(folder.path), "127.0.0.1", 0, "secret", browser=True)
+        serve.show(str(folder.path), "127.0.0.1", 0, None, browser=True)
     assert "secret" not in opened[0]
-    assert not Path(urllib.request.url2pathname(opened[0].removeprefix("file://"))).exists()
-    assert opened[1] == "http://127.0.0.1:1/dashboard"
+    assert visited == [(200, 401), (200, 200)]  # with a token, who comes second is refused
+    assert opened[1].endswith("/dashboard")
     assert "?token=secret" in capsys.readouterr().out
+
+
+def visit(url: str) -> tuple[int, int]:
+    """Who comes first, and who comes then."""
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    with browser.open(url) as answer:
+        first = answer.status
+    try:
+        with urllib.request.urlopen(url) as answer:
+            return first, answer.status
+    except urllib.error.HTTPError as error:
+        return first, error.code
 
 
 def test_only_this_machine_is_loopback() -> None:
@@ -369,7 +372,7 @@ def test_dashboard_listens_before_it_reads_and_shows_what_the_study_lacks_as_it_
     monkeypatch.setattr(optuna.Study, "add_trial", slow_add)
     waited: list[int] = []
 
-    def visit(url: str) -> None:
+    def visit(url: str, once: str) -> None:
         with pytest.raises(urllib.error.HTTPError) as early:
             get(url)
         waited.append(early.value.code)
