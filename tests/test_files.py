@@ -235,6 +235,18 @@ def no_room_from(write: int, folder: Path) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("disk", ["tmpfs"], indirect=True)
+@pytest.mark.parametrize("target", ["native", "packed"])
+def test_export_whose_disk_is_full_at_any_write_leaves_nothing(disk: Disk, target: str):
+    """The last write puts what verifying found into a manifest that is there already."""
+    net = network()
+    for count in (1, 2, 3):
+        with pytest.raises(WriteError), no_room_from(count, disk.path):
+            export(net, target, disk.path / "out")
+        assert not (disk.path / "out").exists()
+    export(net, target, disk.path / "out")
+
+
+@pytest.mark.parametrize("disk", ["tmpfs"], indirect=True)
 def test_search_whose_disk_is_full_at_any_write_tears_nothing_and_is_resumed(disk: Disk, monkeypatch):
     """Of a search with a toy for a task, whose every write fails in its turn."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "search"))

@@ -18,7 +18,7 @@ import typer
 from mpsearch import __version__, api
 from mpsearch.cli.printing import LineFormatter, print_error, print_lines, replace_unprintable
 from mpsearch.cli.text import indented
-from mpsearch.errors import GaveUpError, MpsearchError, VerificationError
+from mpsearch.errors import GaveUpError, MpsearchError, RunError, VerificationError
 
 app = typer.Typer(
     name="mpsearch",
@@ -56,6 +56,37 @@ Trust = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
+
+
+def no_dead_link(out: Path | None) -> Path | None:
+    """An `--out` that can be written to. Raises RunError where it is a link to nothing."""
+    if out is not None and out.is_symlink() and not out.exists():
+        raise RunError(
+            f"--out: '{out}' is a link to {out.readlink()}, which does not exist: make that, or remove the link"
+        )
+    return out
+
+
+def outside_runs(out: Path | None) -> Path | None:
+    """An `--out` that replaces no file of a run, and puts none among them; a new name in a run folder is free.
+
+    Raises:
+        RunError: it is a run folder, or a file or folder of a run, or a link to nothing.
+    """
+    from mpsearch.record import RunFolder
+
+    if out is None or no_dead_link(out) is None:
+        return None
+    whole = out.resolve()
+    for folder in (whole, *whole.parents):
+        if not ((folder / "run.json").is_file() and (folder / "study.yaml").is_file()):
+            continue
+        own = {path.name for path in vars(RunFolder(folder)).values() if isinstance(path, Path)}
+        name = "" if whole == folder else whole.relative_to(folder).parts[0]
+        beside = Path(name).stem + ".yaml"  # `measure` writes a profile there
+        if not name or {name, beside} & own or name.startswith(("study.", "driver.")):
+            raise RunError(f"--out: '{out}' belongs to the run in {folder}: give another path")
+    return out
 
 
 def ask_for_trust(run: Path, trust: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mpsearch import api
-from mpsearch.cli.base import Json, Set, Study, app
+from mpsearch.cli.base import Json, Set, Study, app, outside_runs
 from mpsearch.cli.printing import make_console, make_table, print_json, print_lines, print_table
 from mpsearch.observer import Observer
 
@@ -44,9 +44,9 @@ def import_vela(
     file: Annotated[Path, typer.Argument(help="NETWORK_per-layer.csv, as `vela --verbose-performance` writes it.")],
     clock_mhz: Annotated[float, typer.Option("--clock-mhz", help="Clock of the NPU, MHz: Vela counts cycles.")],
     pair: Annotated[str, typer.Option("--pair", help="Precisions of the network that Vela compiled.")] = "w8a8",
-    out: Annotated[Path, typer.Option("-o", "--out", help="CSV to write; rows of other pairs stay.")] = Path(
-        "table.csv"
-    ),
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="CSV to write; rows of other pairs stay.", callback=outside_runs)
+    ] = Path("table.csv"),
     set_: Set = None,
 ) -> None:
     """Write what Vela estimates of a study's network on an Ethos-U NPU as rows of a table."""
@@ -62,9 +62,9 @@ def measure(
         str,
         typer.Option("--runtime", help="Runtime: onnxruntime or openvino (float, W8A8), or torch (float, bfloat16)."),
     ] = "onnxruntime",
-    out: Annotated[Path, typer.Option("-o", "--out", help="CSV to write; a profile is written beside it.")] = Path(
-        "table.csv"
-    ),
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="CSV to write; a profile is written beside it.", callback=outside_runs)
+    ] = Path("table.csv"),
     threads: Annotated[int, typer.Option("--threads", min=1, help="Number of threads of the runtime.")] = 1,
     set_: Set = None,
     json_: Json = False,

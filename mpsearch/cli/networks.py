@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 from mpsearch import api
-from mpsearch.cli.base import Json, Set, Study, app
+from mpsearch.cli.base import Json, Set, Study, app, outside_runs
 from mpsearch.cli.printing import duration, make_console, make_table, print_json, print_lines, print_table
 from mpsearch.cli.progress import StageProgress, training_progress
 
-Out = Annotated[Path | None, typer.Option("--out", help="Folder for a native export (default: none is written).")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder for a native export (default: none is written).", callback=outside_runs),
+]
 
 
 @app.command()
@@ -111,7 +114,7 @@ def debug(
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="Number of validation samples to score, evenly spread.")
     ] = 1000,
-    out: Annotated[Path, typer.Option("--out", help="HTML page to write.")] = Path("debug.html"),
+    out: Annotated[Path, typer.Option("--out", help="HTML page to write.", callback=outside_runs)] = Path("debug.html"),
     set_: Set = None,
     json_: Json = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mpsearch import api
-from mpsearch.cli.base import Run, Trust, app, ask_for_trust
+from mpsearch.cli.base import Run, Trust, app, ask_for_trust, outside_runs
 from mpsearch.cli.printing import print_lines
 from mpsearch.errors import RunError
 from mpsearch.files import read_text
@@ -74,7 +74,7 @@ def _first_line(path: Path) -> str:
 @app.command()
 def export(
     run: Run,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.", callback=outside_runs)],
     pick: Annotated[
         str,
         typer.Option(
@@ -121,7 +121,13 @@ def import_(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="File to write the config to as JSON (default: none is written).")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="File to write the config to as JSON (default: none is written).",
+            callback=outside_runs,
+        ),
     ] = None,
     score: Annotated[bool, typer.Option("--score/--no-score", help="Score it as a trial of the run.")] = True,
     trust: Trust = False,

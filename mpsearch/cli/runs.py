@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mpsearch import api
-from mpsearch.cli.base import Json, Run, Set, Study, Trust, app, ask_for_trust, exit_code, how_it_ended
+from mpsearch.cli.base import Json, Run, Set, Study, Trust, app, ask_for_trust, exit_code, how_it_ended, no_dead_link
 from mpsearch.cli.printing import (
     duration,
     make_console,
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 @app.command()
 def run(
     study: Study,
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder, which is made (default: runs/NAME).")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Run folder, which is made (default: runs/NAME).", callback=no_dead_link),
+    ] = None,
     trials: Annotated[
         int | None,
         typer.Option("--trials", min=1, help="Number of trials (overrides search.trials; default: the study's)."),

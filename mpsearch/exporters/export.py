@@ -68,10 +68,10 @@ def export(
         before = set(path.iterdir()) if path.is_dir() else set()
     except OSError as error:
         raise write_error(path, error) from None
-    if to == "native":
-        target.save(fitted, path)
-    else:
-        with filling(path):
+    with filling(path):
+        if to == "native":
+            target.save(fitted, path)
+        else:
             if before:
                 raise ExportError(f"{path} is not empty: give another folder, or empty it first")
             document = {
@@ -81,9 +81,9 @@ def export(
                 **target.save(fitted, path),
             }
             write_json(path / MANIFEST, document)
-    manifest = path / (NATIVE_MANIFEST if to == "native" else MANIFEST)
-    verified = NOT_ASKED_FOR if not verify else _verified(fitted, to, manifest, before)
-    write_json(manifest, json.loads(manifest.read_text(encoding="utf-8")) | {"verified": verified.to_json()})
+        manifest = path / (NATIVE_MANIFEST if to == "native" else MANIFEST)
+        verified = NOT_ASKED_FOR if not verify else _verified(fitted, to, manifest, before)
+        write_json(manifest, json.loads(manifest.read_text(encoding="utf-8")) | {"verified": verified.to_json()})
     return Exported(path, conversions, verified)
 
 
