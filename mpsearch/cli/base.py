@@ -16,7 +16,8 @@ from typing import Annotated
 import typer
 
 from mpsearch import __version__, api
-from mpsearch.cli.printing import LineFormatter, indented, print_error, print_lines, replace_unprintable
+from mpsearch.cli.printing import LineFormatter, print_error, print_lines, replace_unprintable
+from mpsearch.cli.text import indented
 from mpsearch.errors import GaveUpError, MpsearchError, RunError, VerificationError
 
 app = typer.Typer(

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
-from mpsearch.cli.printing import visible
+from mpsearch.cli.text import visible
 
 
 class DataConsole(Console):

@@ -1,7 +1,7 @@
 """How the commands print: consoles, tables, lines, errors, logs, JSON, CSV and durations.
 
-Whatever a run, a study or a file name says is data: it commands no terminal, and begins no line. All of it goes through
-`visible`, which `make_console`, `print_error` and `LineFormatter` see to.
+Whatever a run, a study or a file name says is data, which goes through `text.visible`: `make_console`, `print_error`
+and `LineFormatter` see to that.
 """
 
 from __future__ import annotations
@@ -11,32 +11,15 @@ import json
 import logging
 import os
 import sys
-import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
+
+from mpsearch.cli.text import indented, visible
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
     from rich.table import Table
-
-
-def visible(text: str) -> str:
-    r"""A text with an escape for each character that a terminal obeys or hides: controls, line ends, bidi marks.
-
-    >>> print(visible("boom\x1b[2J\nmpsearch: fine"))
-    boom\x1b[2J\nmpsearch: fine
-    """
-    return "".join(
-        char if char.isprintable() or unicodedata.category(char) == "Zs" else char.encode("unicode_escape").decode()
-        for char in text
-    )
-
-
-def indented(text: str) -> str:
-    """A text of several lines, each of them `visible`, with those after the first indented: none looks like another."""
-    first, *others = map(visible, text.split("\n"))
-    return "\n".join([first, *(line if line.startswith(" ") or not line else f"  {line}" for line in others)])
 
 
 def make_console(stderr: bool = False) -> Console:

@@ -22,9 +22,9 @@ from mpsearch.cli.printing import (
     print_json,
     print_lines,
     print_table,
-    visible,
 )
 from mpsearch.cli.progress import FinalProgress, RunProgress
+from mpsearch.cli.text import visible
 from mpsearch.errors import RunError
 from mpsearch.units import show
 

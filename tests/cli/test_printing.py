@@ -15,7 +15,8 @@ from rich.progress import Progress
 import mpsearch.cli
 from mpsearch.cli import base, printing
 from mpsearch.cli.console import DataConsole, WordsColumn
-from mpsearch.cli.printing import LineFormatter, make_table, print_csv, print_error, print_lines, print_table, visible
+from mpsearch.cli.printing import LineFormatter, make_table, print_csv, print_error, print_lines, print_table
+from mpsearch.cli.text import visible
 from mpsearch.errors import RunError
 
 EVIL = "[/b] boom :smile: \x1b]0;PWN\x07\x1b[2J\x9b31m \u202eright\u2066\nmpsearch: fake\rline\u2028"
