@@ -1,7 +1,7 @@
 """How the commands print: consoles, tables, lines, errors, logs, JSON, CSV and durations.
 
-Whatever a run, a study or a file name says is data: it commands no terminal, and begins no line. All of it goes through
-`visible`, which `make_console`, `print_error` and `LineFormatter` see to.
+Whatever a run, a study or a file name says is data, which goes through `text.visible`: `make_console`, `print_error`
+and `LineFormatter` see to that.
 """
 
 from __future__ import annotations
