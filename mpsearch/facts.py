@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -153,6 +153,10 @@ class ProblemFacts:
             raise RunError(explain(error, _Document, "problem")) from None
         except PrecisionError as error:
             raise RunError(f"  slots: {error}") from None
+        if strange := [layer for layer in document.graph.layers if not layer.sound]:
+            raise RunError(f"  graph: layer '{strange[0].name}' has a kind or shapes that no layer has")
+        if strange := [score for score in document.float_scores.values() if not metric.possible(score)]:
+            raise RunError(f"  float_scores: {strange[0]:g} is no {metric.name}")
         names = tuple(layer.name for layer in document.graph.quantizable)
         decided = sorted((name, slot.tensor) for slot in slots for name in slot.layers)
         if decided != sorted((name, tensor) for name in names for tensor in TENSORS):
@@ -286,13 +290,16 @@ class _Slot(_Section):
         return Slot(self.tensor, self.layers, choices)
 
 
+Price = Annotated[float, Field(ge=0, lt=1e30)]
+
+
 class _Prices(_Section):
     """The costs of a model that knows some pairs alone, in its unit."""
 
     unit: str
-    layers: dict[str, dict[str, float]]
-    change: float
-    fixed: float
+    layers: dict[str, dict[str, Price]]
+    change: Price
+    fixed: Price
 
 
 class _Document(_Section):
@@ -305,8 +312,8 @@ class _Document(_Section):
     space: str  # its name
     slots: tuple[_Slot, ...]
     pairs: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of the layers that may not have all of theirs
-    cheapest: float = Field(gt=0)
-    dearest: float = Field(gt=0)
+    cheapest: float = Field(gt=0, lt=1e30)
+    dearest: float = Field(gt=0, lt=1e30)
     float_digest: str
     float_scores: dict[str, float]
     notes: tuple[str, ...]
