@@ -154,9 +154,11 @@ class ProblemFacts:
         except PrecisionError as error:
             raise RunError(f"  slots: {error}") from None
         if strange := [layer for layer in document.graph.layers if not layer.sound]:
-            raise RunError(f"  graph: layer '{strange[0].name}' has a kind or shapes that no layer has")
-        if strange := [score for score in document.float_scores.values() if not metric.possible(score)]:
-            raise RunError(f"  float_scores: {strange[0]:g} is no {metric.name}")
+            raise RunError(f"  graph: layer '{strange[0].name}' has a kind, shapes or counts that no layer has")
+        if not all(0 <= macs < 2**63 for macs in document.graph.other_macs.values()):
+            raise RunError("  graph.other_macs: they are no counts")
+        if not all(map(metric.possible, document.float_scores.values())):
+            raise RunError(f"  float_scores: they are beyond what {metric.name} can be")
         names = tuple(layer.name for layer in document.graph.quantizable)
         decided = sorted((name, slot.tensor) for slot in slots for name in slot.layers)
         if decided != sorted((name, tensor) for name in names for tensor in TENSORS):

@@ -6,10 +6,13 @@ No process ends with a traceback, waits for a pipe, or reads a device to its end
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import json
 import os
+import re
 import shutil
+import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,10 +187,89 @@ DOCUMENTS = ("run.json", "front.json", "state.json", "knee.json", "problem.json"
 @pytest.mark.parametrize("file", [*LINES, *DOCUMENTS])
 def test_value_of_any_kind_in_any_place_is_refused_or_does_not_matter(whole: Path, tmp_path: Path, file: str) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "run"))
-    first, newline, rest = (run / file).read_text().partition("\n") if file in LINES else ((run / file).read_text(), "", "")
+    first, newline, rest = (
+        (run / file).read_text().partition("\n") if file in LINES else ((run / file).read_text(), "", "")
+    )
     faults = []
     for at in places(document := json.loads(first)):
         for what, hostile in HOSTILE.items():
             (run / file).write_text(with_hostile(document, at, hostile) + newline + rest)
             faults += [f"{what} at {at}: {fault}" for fault in looked_at(run)]
     assert not faults, "\n".join(faults)
+
+
+@contextlib.contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """What waits for a pipe is interrupted."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not done in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("what", ["pipe", "/dev/zero", "/dev/full"])
+@pytest.mark.parametrize("file", [*LINES, *DOCUMENTS, "study.yaml", "space.yaml", "hardware.yaml", "report.html"])
+def test_pipe_or_device_in_the_place_of_a_file_is_not_read(whole: Path, tmp_path: Path, file: str, what: str) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run / file).unlink(missing_ok=True)
+    os.mkfifo(run / file) if what == "pipe" else (run / file).symlink_to(what)
+    with within(60):
+        assert looked_at(run) == []
+        with pytest.raises(RunError, match=file), RunFolder.open(run).driving():
+            pass
+
+
+def packed(count: str, content: bytes) -> str:
+    return f"{count}:{base64.b64encode(content).decode()}"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ("99999999999:AA==", "expected N:base64"),
+        ("9999999999:AA==", "9999999999 samples are 1250000000 bytes, and there are 1"),
+        ("90:A", "cannot be 1 more than a multiple of 4"),
+        ("9:A*A=", "base64"),
+        ("3:4A==", "its samples are not those of an earlier line"),
+        ("x", "expected N:base64"),
+        ("", "expected N:base64"),
+        (packed("5f", zlib.compress(bytes(2**24))), "5 samples are 20 bytes, and there are 21"),
+        (packed("9999999999f", zlib.compress(bytes(2**24))), "samples are 39999999996 bytes"),
+        (packed("5f", zlib.compress(bytes(20))[:-6]), "5 samples are 20 bytes"),
+        (packed("5f", b"no deflated text"), "header check"),
+    ],
+)
+def test_values_that_are_none_are_refused_by_line(whole: Path, tmp_path: Path, values: str, says: str) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    lines = (run / "trials.jsonl").read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {"values": values})
+    (run / "trials.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunError, match=rf"trials\.jsonl, line 2: .*{re.escape(says)}.*restore the file from a copy"):
+        RunFolder.open(run).records()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('"score": 0.4', '"score": 5.0', "it has a top1 of 5, which is between 0 and 1"),
+        ('"score": 0.4', '"score": 1e999', "1e999 where a finite number belongs"),
+        ('"score": 0.4', '"score": NaN', "NaN where a finite number belongs"),
+        ('"number": 1', '"number": -7', "'number': input should be greater than or equal to 0, got -7"),
+        ('"number": 1', '"number": 1, "number": 4', "the key 'number' is given twice"),
+        ('"conv":', '"other":', "its layers are not those of an earlier line"),
+    ],
+)
+def test_line_that_cannot_be_of_the_run_is_refused(whole: Path, tmp_path: Path, old: str, new: str, says: str) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    lines = (run / "trials.jsonl").read_text().splitlines(keepends=True)
+    assert old in lines[1]
+    (run / "trials.jsonl").write_text("".join([lines[0], lines[1].replace(old, new), *lines[2:]]))
+    with pytest.raises(RunError, match=rf"trials\.jsonl, line 2: .*{re.escape(says)}"):
+        RunFolder.open(run).records()

@@ -5,12 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
-
-from pydantic import Field
-
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-"""As a run's file may have it."""
 
 KIND_NAMES = (
     "conv1d",
@@ -40,33 +34,43 @@ class LayerInfo:
 
     name: str
     kind: str  # one of KIND_NAMES, or the module's class
-    weight_shape: tuple[
-        Count, ...
-    ]  # (out, in/groups, *kernel); transposed: (in, out/groups, *kernel); linear: (out, in)
+    weight_shape: tuple[int, ...]  # (out, in/groups, *kernel); transposed: (in, out/groups, *kernel); linear: (out, in)
     # however the module holds it; embedding: (entries, features); product: (0,)
-    input_shape: tuple[Count, ...]
-    output_shape: tuple[Count, ...]
-    macs: Count  # multiply-accumulates per sample, all calls of the layer together
-    params: Count  # elements of weight and bias
-    fan_in: Count  # products summed into one output element
-    groups: Count = 1
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    macs: int  # multiply-accumulates per sample, all calls of the layer together
+    params: int  # elements of weight and bias
+    fan_in: int  # products summed into one output element
+    groups: int = 1
     signed_input: bool = True  # whether the input takes negative values
     batch_norm: str | None = None  # the BatchNorm that can become part of the layer, by name
     input_group: str = ""  # the first layer fed by the same tensor: these share one activation precision
     weight_group: str = ""  # the first layer with the same weight parameter: these share one weight precision
-    calls: Count = 1  # how often one forward pass runs the layer
+    calls: int = 1  # how often one forward pass runs the layer
     reason: str | None = None  # why it cannot be quantized; None: it can
-    second_shape: tuple[Count, ...] = ()  # product: of the second factor, which `LayerPrecision.weight` is for
+    second_shape: tuple[int, ...] = ()  # product: of the second factor, which `LayerPrecision.weight` is for
     signed_second: bool = True  # product: whether the second factor takes negative values
 
     @property
     def sound(self) -> bool:
-        """Whether kind and shapes belong together, as they do where the layer was seen in a network."""
+        """Whether kind, shapes and counts can be of a layer, as they are where it was seen in a network."""
         axes = int(self.kind[-2]) if self.kind.startswith("conv") and self.kind in KIND_NAMES else 0
         least = axes + 2 if axes or self.groups > 1 or self.kind in ("linear", "embedding") else 1
-        known = self.reason is not None or (self.kind in KIND_NAMES and self.fan_in > 0)
+        shapes = (self.weight_shape, self.input_shape, self.output_shape, self.second_shape)
+        counts = (
+            self.macs,
+            self.params,
+            self.fan_in,
+            self.groups,
+            self.calls,
+            *map(math.prod, shapes),
+            *sum(shapes, ()),
+        )
         return (
-            known and len(self.weight_shape) >= least and min(map(len, (self.input_shape, self.output_shape))) >= axes
+            (self.reason is not None or (self.kind in KIND_NAMES and self.fan_in > 0))
+            and len(self.weight_shape) >= least
+            and min(len(self.input_shape), len(self.output_shape)) >= axes
+            and all(0 <= count < 2**63 for count in counts)
         )
 
     @property
@@ -105,9 +109,7 @@ class ModelGraph:
     """The layers of a network and what it computes outside them, per sample."""
 
     layers: tuple[LayerInfo, ...]  # in execution order, those that cannot be quantized among them
-    other_macs: Mapping[str, Count] = field(
-        hash=False
-    )  # of operations outside any layer (attention's bmm), by operation
+    other_macs: Mapping[str, int] = field(hash=False)  # of operations outside any layer (attention's bmm), by operation
     notes: tuple[str, ...] = ()  # what the reader should know, in words: what is not folded and why, dead inputs, ...
 
     @property
