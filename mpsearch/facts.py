@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -153,6 +153,12 @@ class ProblemFacts:
             raise RunError(explain(error, _Document, "problem")) from None
         except PrecisionError as error:
             raise RunError(f"  slots: {error}") from None
+        if strange := [layer for layer in document.graph.layers if not layer.sound]:
+            raise RunError(f"  graph: layer '{strange[0].name}' has a kind, shapes or counts that no layer has")
+        if not all(0 <= macs < 2**63 for macs in document.graph.other_macs.values()):
+            raise RunError("  graph.other_macs: they are no counts")
+        if not all(map(metric.possible, document.float_scores.values())):
+            raise RunError(f"  float_scores: they are beyond what {metric.name} can be")
         names = tuple(layer.name for layer in document.graph.quantizable)
         decided = sorted((name, slot.tensor) for slot in slots for name in slot.layers)
         if decided != sorted((name, tensor) for name in names for tensor in TENSORS):
@@ -286,13 +292,16 @@ class _Slot(_Section):
         return Slot(self.tensor, self.layers, choices)
 
 
+Price = Annotated[float, Field(ge=0, lt=1e30)]
+
+
 class _Prices(_Section):
     """The costs of a model that knows some pairs alone, in its unit."""
 
     unit: str
-    layers: dict[str, dict[str, float]]
-    change: float
-    fixed: float
+    layers: dict[str, dict[str, Price]]
+    change: Price
+    fixed: Price
 
 
 class _Document(_Section):
@@ -305,8 +314,8 @@ class _Document(_Section):
     space: str  # its name
     slots: tuple[_Slot, ...]
     pairs: tuple[tuple[str, tuple[str, ...]], ...] = ()  # of the layers that may not have all of theirs
-    cheapest: float = Field(gt=0)
-    dearest: float = Field(gt=0)
+    cheapest: float = Field(gt=0, lt=1e30)
+    dearest: float = Field(gt=0, lt=1e30)
     float_digest: str
     float_scores: dict[str, float]
     notes: tuple[str, ...]

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from mpsearch.errors import TaskError, nearest
@@ -200,9 +201,10 @@ _KINDS: Mapping[str, type] = {
 
 def _are_bounds(bounds: object) -> bool:
     """Whether it is a pair of numbers of which the second is higher."""
-    if not isinstance(bounds, tuple) or len(bounds) != 2:
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         return False
-    return all(isinstance(b, int | float) and not isinstance(b, bool) for b in bounds) and bounds[0] < bounds[1]
+    numbers = all(isinstance(bound, Real) and not isinstance(bound, bool) for bound in bounds)
+    return numbers and bool(bounds[0] < bounds[1])
 
 
 def _share(name: str, per_sample: bool = False, direction: Direction = "maximize", high: float = 1.0) -> Metric:

@@ -38,9 +38,9 @@ BITS: Mapping[str, range] = {
 CASTS = ("float16", "bfloat16")
 """The quantizers that round to a floating-point format: there is no scale."""
 
-_TEXT = re.compile(r"(?P<quantizer>b?float16|[a-z]+)(:(?P<bits>\d+))?(/(?P<granularity>[a-z]+\d*))?")
-_SHORTHAND = re.compile(r"w(\d+)a(\d+)(/(?P<granularity>channel|tensor|group\d+))?", re.IGNORECASE)
-_GROUP = re.compile(r"group([1-9]\d*)")
+_TEXT = re.compile(r"(?P<quantizer>b?float16|[a-z]+)(:(?P<bits>\d{1,9}))?(/(?P<granularity>[a-z]+\d*))?")
+_SHORTHAND = re.compile(r"w(\d{1,9})a(\d{1,9})(/(?P<granularity>channel|tensor|group\d+))?", re.IGNORECASE)
+_GROUP = re.compile(r"group([1-9]\d{0,9})")
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -319,6 +319,9 @@ def _layer_from_json(name: str, value: Any) -> LayerPrecision:
 def _precision_from_json(value: Any) -> Precision:
     if not isinstance(value, Mapping) or set(value) != {"quantizer", "bits", "granularity"}:
         raise PrecisionError(f"expected an object with 'quantizer', 'bits' and 'granularity', got {_clip(value)}")
+    for key in ("quantizer", "granularity"):
+        if not isinstance(value[key], str):
+            raise PrecisionError(f"'{key}' must be a text, got {_clip(value[key])}")
     if not isinstance(value["bits"], int) or isinstance(value["bits"], bool):
         raise PrecisionError(f"'bits' must be a whole number, got {_clip(value['bits'])}")
     return Precision(value["quantizer"], value["bits"], value["granularity"])

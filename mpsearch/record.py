@@ -549,7 +549,7 @@ class RunFolder:
     def written_front(self) -> WrittenFront:
         """What `front.json` says, which is written after each trial."""
         try:
-            return _FRONT.validate_python(parse_json(read_whole(self.front_json)))
+            return _FRONT.validate_json(read_whole(self.front_json))
         except (OSError, ValueError):
             return WrittenFront()
 

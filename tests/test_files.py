@@ -25,7 +25,7 @@ from mpsearch.errors import MpsearchError, WriteError
 from mpsearch.exporters.export import export
 from mpsearch.exporters.packages import need
 from mpsearch.exporters.targets import TARGETS
-from mpsearch.files import replacing, write_json, write_text
+from mpsearch.files import read_whole, replacing, write_json, write_text
 from mpsearch.graph.layers import inspect_model
 from mpsearch.metric import TOP1
 from mpsearch.precision import LayerPrecision, Precision, PrecisionConfig
@@ -156,6 +156,24 @@ def test_export_to_a_full_disk_leaves_nothing(disk: Disk, target: str):
         export(net, target, disk.path / "out", allow_lossy=True)
     assert not (disk.path / "out").exists()
     export(net, target, disk.path / "out", allow_lossy=True)
+
+
+@pytest.mark.parametrize("target", ["native", "packed"])
+def test_export_to_a_name_that_is_too_long_says_so(tmp_path: Path, target: str):
+    with pytest.raises(WriteError, match="File name too long: give a shorter name"):
+        export(network(), target, tmp_path / ("x" * 256), allow_lossy=True, verify=False)
+
+
+def test_file_with_a_name_that_is_too_long_says_so(tmp_path: Path):
+    with pytest.raises(WriteError, match="File name too long: give a shorter name"):
+        write_text(tmp_path / ("x" * 256), "")
+
+
+def test_file_that_is_larger_than_any_of_its_kind_is_not_read(tmp_path: Path):
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(2**40)  # of which nothing is on the disk
+    with pytest.raises(OSError, match="it has 1,099,511,627,776 bytes, and at most 268,435,456 are read"):
+        read_whole(tmp_path / "a")
 
 
 def test_failure_of_the_block_leaves_the_old_file(tmp_path: Path):

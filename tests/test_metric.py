@@ -58,7 +58,12 @@ def test_bounds_say_what_a_score_can_be() -> None:
         ({"direction": "up"}, "maximize or minimize, got 'up'"),
         ({"format": "{:.2f}"}, r"as .2f, got '\{:.2f\}'"),
         ({"bounds": (1.0, 0.0)}, "a low and a higher number"),
+        ({"bounds": (1.0,)}, "a low and a higher number"),
+        ({"bounds": ("a", "b")}, "a low and a higher number"),
         ({"unit": "<b>"}, "a short text"),
+        ({"unit": "\x1b[31m"}, "a short text"),
+        ({"unit": 5}, "a metric's unit is a str, got 5"),
+        ({"per_sample": "no"}, "a metric's per_sample is a bool, got 'no'"),
     ],
 )
 def test_what_is_no_metric_is_refused(changes: dict[str, object], message: str) -> None:

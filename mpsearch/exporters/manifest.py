@@ -7,6 +7,7 @@ export that is foreign, damaged or of another network is always an ExportError w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mpsearch.documents import read_json
 from mpsearch.errors import ExportError
-from mpsearch.files import require_regular, sha256
+from mpsearch.files import read_whole, require_regular, sha256
 from mpsearch.state_dict import load_tensors
 
 SCHEMA = "mpsearch/export/1"
@@ -39,7 +39,7 @@ class OpenExport:
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file of the export. Raises ExportError where there is none."""
-        return read_json(self.folder / name, ExportError, "export again")
+        return _read_object(self.folder / name)
 
     def tensors(self, name: str | None = None) -> dict[str, Tensor]:
         """The tensors in a safetensors file of the export.
@@ -114,7 +114,7 @@ def open_export(folder: str | Path, target: str) -> OpenExport:
     path = Path(folder) / name
     if not path.exists():
         raise ExportError(f"{folder} holds no export (no {name}): give the folder that export wrote")
-    document = read_json(path, ExportError, "give the folder that export wrote, or export again")
+    document = _read_object(path)
     if document.get("schema") != schema:
         raise ExportError(
             f"{path} has schema {document.get('schema')!r}, this mpsearch {version('mpsearch')} reads {schema!r}"
@@ -128,3 +128,17 @@ def first_lines(error: Exception, count: int = 3) -> str:
     """The beginning of what an error says, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:count])[:400]
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(read_whole(path))  # not by `documents`: torch and safetensors are all that is needed
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path} is damaged, it is no JSON: {error}; export again") from None
+    if not isinstance(document, dict):
+        raise ExportError(
+            f"{path} must hold an object, got {type(document).__name__}: give the folder that export wrote"
+        )
+    return document

@@ -115,7 +115,7 @@ def _restructured(model: nn.Module, export: OpenExport) -> nn.Module:
         return model
     try:
         return restructure(model, **export.document["structure"])
-    except (AttributeError, AssertionError, TypeError, RuntimeError) as error:
+    except (AttributeError, AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ExportError(f"{export.folder}: 'structure' does not fit the model given: {first_lines(error)}") from None
 
 
@@ -141,5 +141,5 @@ def _input_facts(name: str, key: str, export: OpenExport) -> tuple[tuple[int, ..
     try:
         facts = export.document[key][name]
         return tuple(int(size) for size in facts["shape"]), bool(facts["signed"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         raise ExportError(f"{export.folder}: '{key}' must give shape and signed for layer '{name}'") from None

@@ -52,6 +52,28 @@ class LayerInfo:
     signed_second: bool = True  # product: whether the second factor takes negative values
 
     @property
+    def sound(self) -> bool:
+        """Whether kind, shapes and counts can be of a layer, as they are where it was seen in a network."""
+        axes = int(self.kind[-2]) if self.kind.startswith("conv") and self.kind in KIND_NAMES else 0
+        least = axes + 2 if axes or self.groups > 1 or self.kind in ("linear", "embedding") else 1
+        shapes = (self.weight_shape, self.input_shape, self.output_shape, self.second_shape)
+        counts = (
+            self.macs,
+            self.params,
+            self.fan_in,
+            self.groups,
+            self.calls,
+            *map(math.prod, shapes),
+            *sum(shapes, ()),
+        )
+        return (
+            (self.reason is not None or (self.kind in KIND_NAMES and self.fan_in > 0))
+            and len(self.weight_shape) >= least
+            and min(len(self.input_shape), len(self.output_shape)) >= axes
+            and all(0 <= count < 2**63 for count in counts)
+        )
+
+    @property
     def weights(self) -> int:
         """Elements of the weight."""
         return math.prod(self.weight_shape)

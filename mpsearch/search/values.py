@@ -6,7 +6,7 @@ that whoever looks at a run needs none. This module needs no torch.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,25 +21,29 @@ class _Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+Real = Annotated[float, Field(gt=-1e39, lt=1e39)]  # as float32 has it
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class TensorRange(_Value):
     """The smallest and the largest value that the quantizer of one tensor can give, over all channels."""
 
     layer: str
     tensor: TensorName
-    weights: int = Field(ge=0, description="elements of the layer's weight")
-    low: float
-    high: float
-    seen_low: float | None = Field(description="the smallest float weight; none for an activation")
-    seen_high: float | None
+    weights: Count = Field(description="elements of the layer's weight")
+    low: Real
+    high: Real
+    seen_low: Real | None = Field(description="the smallest float weight; none for an activation")
+    seen_high: Real | None
 
 
 class WeightHistogram(_Value):
     """The weights of one layer before and after quantization, counted in equal bins from -end to end."""
 
     layer: str
-    end: float = Field(gt=0)
-    before: tuple[int, ...] = Field(min_length=1)
-    after: tuple[int, ...] = Field(min_length=1)
+    end: Real = Field(gt=0)
+    before: tuple[Count, ...] = Field(min_length=1)
+    after: tuple[Count, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _same_bins(self) -> WeightHistogram:

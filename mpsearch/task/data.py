@@ -103,9 +103,18 @@ def _from_digits(spec: DataSpec, workers: int) -> Images:
         return {"pixels": pixels, "labels": torch.from_numpy(digits.target.astype(np.int64))}
 
     # Kept because importing scikit-learn takes seconds, in every worker process.
-    digits, _ = cached_tensors(f"digits-{version('scikit-learn')}", read)
+    digits, path = cached_tensors(f"digits-{version('scikit-learn')}", read)
+    if not _are_digits(digits):
+        logger.warning("%s holds something else than digits and is made again", path)
+        path.unlink(missing_ok=True)
+        digits, _ = cached_tensors(f"digits-{version('scikit-learn')}", read)
     usual = Normalization((0.3053,), (0.3761,), white=16.0)
     return _stored(spec, "digits", digits["pixels"], digits["labels"], {}, usual, flip=False)
+
+
+def _are_digits(tensors: Mapping[str, Tensor]) -> bool:
+    about = {name: (value.dtype, value.shape) for name, value in tensors.items()}
+    return about == {"pixels": (torch.uint8, (1797, 1, 8, 8)), "labels": (torch.int64, (1797,))}
 
 
 def _from_torchvision(spec: DataSpec, known: TorchvisionSet) -> Images:

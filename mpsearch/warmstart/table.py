@@ -162,6 +162,8 @@ def _require(row: Any, kinds: Mapping[str, type]) -> None:
         value = row.get(key) if isinstance(row, dict) else None
         if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
             raise ValueError(f"'{key}' must be a {kind.__name__}, got {value!r:.40}")
+        if isinstance(value, dict):  # tensor -> a number
+            _require(value, dict.fromkeys(value, float))
 
 
 def check_proxy(proxy: str) -> None:

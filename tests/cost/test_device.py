@@ -127,6 +127,8 @@ def test_changes_between_neighbours_are_counted_and_the_program_is_exact() -> No
         (lambda t: t + t.splitlines()[2] + "\n", r"line \d+ has a key that an earlier line has"),
         (lambda t: t + "conv2d,1\n", r"has 2 values for 12 columns"),
         (lambda t: "", r"no column op"),
+        (lambda t: t + "x" * 200_000 + "\n", r"line \d+ is no CSV: field larger than field limit"),
+        (lambda t: "x" * 200_000, r"line 1 is no CSV"),
     ],
 )
 def test_a_wrong_table_is_refused_by_line(change, words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,25 @@ def test_bits_outside_a_quantizer_are_refused(exported: tuple[Path, nn.Module]) 
     layers["3"]["weight"]["bits"] = 9
     edit(folder, layers=layers)
     with pytest.raises(ExportError, match="layer '3': apot has no 9-bit form: give 2 to 5 bits"):
+        mpsearch.load(network(), folder)
+
+
+@pytest.mark.parametrize("quantizer", [None, [], {}, 5, True])
+def test_quantizer_that_is_no_name_is_refused(exported: tuple[Path, nn.Module], quantizer: object) -> None:
+    folder, _ = exported
+    layers = json.loads((folder / "precision.json").read_text())["layers"]
+    layers["3"]["weight"]["quantizer"] = quantizer
+    edit(folder, layers=layers)
+    with pytest.raises(ExportError, match="layer '3': 'quantizer' must be a text, got"):
+        mpsearch.load(network(), folder)
+
+
+@pytest.mark.parametrize("file", ["precision.json", "model.safetensors"])
+def test_pipe_in_the_place_of_a_file_is_not_waited_for(exported: tuple[Path, nn.Module], file: str) -> None:
+    folder, _ = exported
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    with pytest.raises(ExportError, match=rf"cannot read .*{file}: it is a pipe or a device"):
         mpsearch.load(network(), folder)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import mpsearch
 from mpsearch.cost.model import RelativeCost
 from mpsearch.documents import to_yaml
 from mpsearch.errors import HardwareError, SpaceError
@@ -216,3 +217,11 @@ def test_a_wrong_profile_is_refused_in_words(wrong: dict, words: str, tmp_path: 
         load_profile(path)
     with pytest.raises(HardwareError, match="no hardware profile"):
         load_profile("mpci")
+
+
+def test_a_profile_whose_table_is_no_text_is_not_shown(tmp_path: Path) -> None:
+    profile = {"name": "p", "about": "a", "source": "s", "pairs": ["w8a8"], "cost": {"table": "mine.csv"}}
+    (tmp_path / "mine.yaml").write_text(to_yaml(profile))
+    (tmp_path / "mine.csv").write_bytes(b"\xff\xfe")
+    with pytest.raises(HardwareError, match=r"cannot read the table .*mine\.csv: 'utf-8' codec"):
+        mpsearch.hardware_show(tmp_path / "mine.yaml")

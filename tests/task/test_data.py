@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mpsearch.errors import TaskError
+from mpsearch.state_dict import save_tensors
 from mpsearch.study import DataSpec
 from mpsearch.task import data as data_module
 from mpsearch.task.data import load_data, make_splits
@@ -38,6 +40,15 @@ def test_digits_are_1797_images_in_stratified_seeded_splits():
         shares = labels.bincount() / len(labels)
         assert 0.09 < shares.min() < shares.max() < 0.11
     assert one.key == two.key != other.key
+
+
+@pytest.mark.parametrize("wrong", [{}, {"x": torch.zeros(2)}, {"pixels": torch.zeros(3), "labels": torch.zeros(3)}])
+def test_digits_are_made_again_where_the_cache_holds_something_else(wrong: dict[str, torch.Tensor], cache: Path):
+    before = load_data(DataSpec(kind="digits")).key
+    (entry,) = cache.glob("digits-*.safetensors")
+    save_tensors(wrong, entry)
+    assert load_data(DataSpec(kind="digits")).key == before
+    assert load_file(entry).keys() == {"pixels", "labels"}
 
 
 def test_digits_are_normalized():
