@@ -391,7 +391,8 @@ def test_rank_says_how_well_proxies_foretold_the_trials(home: Path) -> None:
 
 def test_streams_that_are_closed_are_opened_before_files_get_their_numbers(tmp_path: Path) -> None:
     look = (
-        "import faulthandler, os, pathlib, subprocess, sys; from mpsearch.cli import base; base._open_missing_streams();"
+        "import faulthandler, os, pathlib, subprocess, sys; from mpsearch.cli.base import _open_missing_streams;"
+        "_open_missing_streams();"
         "faulthandler.enable(); print('unseen'); print('unseen', file=sys.stderr); sys.stdin.read();"
         "ended = subprocess.run(['sh', '-c', 'echo unseen && echo unseen >&2']).returncode;"
         "opened = {os.readlink(f'/proc/self/fd/{number}') for number in range(3)};"
