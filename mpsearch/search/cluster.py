@@ -389,7 +389,12 @@ class Crew:
         if job is None:
             node.deaths += not gone
             if node.deaths >= SETUPS:
-                self._leave_out(node, RunError(f"no worker can be set up: {node.deaths} died of it ({cause})"))
+                why = (
+                    f"no worker can be set up: {node.deaths} died of it ({cause}); each needs memory: go on with fewer "
+                    f"at a time, `mpsearch resume {self._folder.path} --set search.concurrency=1`, or in this process, "
+                    "`--set engine.address=none`"
+                )
+                self._leave_out(node, GaveUpError(why))
             return
         self._lose(job, node, cause)
 

@@ -271,6 +271,14 @@ def test_node_on_which_workers_die_while_they_are_set_up_is_left_out(folder: Run
     assert sorted(numbers(folder)) == list(range(12))
 
 
+def test_search_whose_workers_die_while_they_are_set_up_says_that_fewer_need_less_memory(folder: RunFolder) -> None:
+    def fate(node: str, number: int | None) -> None:
+        raise RayError("the worker has died")
+
+    with pytest.raises(GaveUpError, match=r"3 died of it.*mpsearch resume .*search.concurrency=1.*engine.address=none"):
+        work(Fake(fate, "a"), folder, own=True)
+
+
 def test_nodes_that_join_are_used_and_those_that_go_are_survived(folder: RunFolder) -> None:
     def fate(node: str, number: int | None) -> None:
         if number == 3:
