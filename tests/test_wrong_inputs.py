@@ -114,6 +114,12 @@ def test_a_path_that_is_not_utf8_is_refused_before_anything_is_done(here: Path, 
     assert sorted(here.iterdir()) == before
 
 
+def test_a_home_that_is_not_known_is_a_folder_that_is_not_there(here: Path) -> None:
+    refused(
+        mpsearch("check", "~nobody-of-that-name/quick.yaml", cwd=here), "no study '~nobody-of-that-name/quick.yaml'"
+    )
+
+
 def test_a_run_that_was_moved_to_a_path_that_is_not_utf8_is_not_gone_on_with() -> None:
     for act in (api.runs.resume, lambda path: api.results.export_run("run", path)):
         with pytest.raises(WriteError, match="is not UTF-8"):
