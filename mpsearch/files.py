@@ -147,6 +147,26 @@ def write_json(path: str | Path, document: Any, *, sync: bool = False) -> Path:
     return write_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n", sync=sync)
 
 
+def with_home(path: str | Path) -> Path:
+    """A path with the home folder for its `~`; it stays as it is where no home is known, and leads nowhere.
+
+    >>> with_home("~nobody-of-that-name/a").name
+    'a'
+    """
+    return Path(os.path.expanduser(path))
+
+
+def nameable(path: str | Path) -> Path:
+    """The path, where what is written below it can name it. Raises WriteError: its bytes are not UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise WriteError(
+            f"the path {os.fsencode(path)!r} is not UTF-8, which tables and pages are written in: give another path"
+        ) from None
+    return Path(path)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, if it is missing. Raises WriteError."""
     try:

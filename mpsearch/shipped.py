@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from mpsearch.errors import MpsearchError, nearest
+from mpsearch.files import with_home
 
 Folder = Literal["studies", "search_spaces", "hardware", "dashboards", "checkpoints"]
 
@@ -45,7 +46,7 @@ def shipped(folder: Folder, name: str, error: type[MpsearchError]) -> Path:
     Raises:
         error: neither exists; the message lists the shipped names.
     """
-    path = Path(name).expanduser()
+    path = with_home(name)
     if path.is_file():
         return path
     what, suffix, file = _KINDS[folder]

@@ -387,3 +387,17 @@ def test_rank_says_how_well_proxies_foretold_the_trials(home: Path) -> None:
     assert rows["sqnr"]["tau"] > 0.3  # fewer bits, less accuracy
     assert (home / "run" / "warmstart" / "sensitivity-sqnr.json").exists()
     refused(mpsearch("rank", "run", "--proxies", "hawq", cwd=home), "hawq", "jeffreys")
+
+
+def test_streams_that_are_closed_are_opened_before_files_get_their_numbers(tmp_path: Path) -> None:
+    look = (
+        "import faulthandler, os, pathlib, subprocess, sys; from mpsearch.cli.base import _open_missing_streams;"
+        "_open_missing_streams();"
+        "faulthandler.enable(); print('unseen'); print('unseen', file=sys.stderr); sys.stdin.read();"
+        "ended = subprocess.run(['sh', '-c', 'echo unseen && echo unseen >&2']).returncode;"
+        "opened = {os.readlink(f'/proc/self/fd/{number}') for number in range(3)};"
+        "pathlib.Path(sys.argv[1]).write_text(f'{ended} {opened}')"
+    )
+    closed = 'exec "$@" <&- >&- 2>&-'
+    subprocess.run(["sh", "-c", closed, "sh", sys.executable, "-c", look, tmp_path / "seen"], check=True)
+    assert (tmp_path / "seen").read_text() == "0 {'/dev/null'}"

@@ -336,9 +336,18 @@ def test_what_killed_drivers_left_is_removed_and_nothing_else(tmp_path: Path) ->
     for name, owner in owners.items():
         (tmp_path / f"mpsearch-{name}").mkdir()
         (tmp_path / f"mpsearch-{name}" / "driver.json").write_text(json.dumps(owner))
+    for name, age_s in {"begun": 60, "begun-long-ago": 7200}.items():
+        (tmp_path / f"mpsearch-{name}").mkdir()
+        (begun := tmp_path / f"mpsearch-{name}" / "driver.json").touch()
+        os.utime(begun, (time.time() - age_s,) * 2)
     (tmp_path / "mpsearch-root").mkdir()  # a cache, say
     remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"mpsearch-living", "mpsearch-elsewhere", "mpsearch-root"}
+    assert {path.name.removeprefix("mpsearch-") for path in tmp_path.iterdir()} == {
+        "living",
+        "elsewhere",
+        "begun",
+        "root",
+    }
 
 
 @pytest.mark.parametrize("damaged", ["null", "[]", "{", '{"driver": 3}', '{"driver": {}, "running": [{"x": 1}]}', ""])

@@ -126,6 +126,7 @@ def test_ray_still_has_what_we_set():
     assert set(files_in(Path("a"))) <= arguments(ray.init) or "_temp_dir" in inspect.getsource(ray.init), (
         "a cluster keeps its sockets in /tmp/ray: left behind by killed drivers, and shared by all runs"
     )
+    assert "_plasma_directory" in inspect.getsource(ray.init), "Ray does not start without /dev/shm"
     worker = ray._private.worker
     assert hasattr(worker, "_worker_logs_enabled"), "the output of workers appears between our progress lines"
 

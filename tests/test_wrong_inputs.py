@@ -16,7 +16,9 @@ import torch
 import yaml
 from commands import Done, mpsearch
 
+from mpsearch import api
 from mpsearch.cli.studies import _compact
+from mpsearch.errors import WriteError
 from mpsearch.search import run
 from mpsearch.space.choices import parse_choices
 from mpsearch.space.spec import load_space, space_names
@@ -92,6 +94,36 @@ def test_check_says_what_a_tie_takes_from_layers(here: Path) -> None:
     said = " ".join(json.loads(done.stdout)["warnings"])
     assert "2 layers must share one weight precision (`tied`) and have uniform:8/channel left" in said
     assert "'down.pointwise' (7 choices)" in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "quick.yaml", "--out", "r\udcff"],
+        ["check", "q\udcff.yaml"],
+        ["ptq", "quick.yaml", "--bits", "w8a8", "--out", "e\udcff"],
+        ["train", "quick.yaml", "--target", "w8a8", "--out", "e\udcff"],
+        ["debug", "quick.yaml", "w8a8", "--out", "d\udcff.html"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_path_that_is_not_utf8_is_refused_before_anything_is_done(here: Path, command: list[str]) -> None:
+    (here / "q\udcff.yaml").write_text(QUICK)
+    before = sorted(here.iterdir())
+    refused(mpsearch(*command, cwd=here), "is not UTF-8", "\\xff", "give another path")
+    assert sorted(here.iterdir()) == before
+
+
+def test_a_home_that_is_not_known_is_a_folder_that_is_not_there(here: Path) -> None:
+    refused(
+        mpsearch("check", "~nobody-of-that-name/quick.yaml", cwd=here), "no study '~nobody-of-that-name/quick.yaml'"
+    )
+
+
+def test_a_run_that_was_moved_to_a_path_that_is_not_utf8_is_not_gone_on_with() -> None:
+    for act in (api.runs.resume, lambda path: api.results.export_run("run", path)):
+        with pytest.raises(WriteError, match="is not UTF-8"):
+            act("r\udcff")
 
 
 POOLED = """

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mpsearch.api.studies import read_study
 from mpsearch.errors import MpsearchError, RunError, nearest
+from mpsearch.files import nameable
 from mpsearch.observer import SILENT, Observer
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ def ptq(
     True
     """
     spec = read_study(study, set)  # before torch is imported: a mistake is answered at once
+    out = None if out is None else nameable(out)
     from typing import cast
 
     from mpsearch.precision import LayerPrecision
@@ -202,7 +204,7 @@ def ptq(
         name=spec.task.model or task.name, task=task.name, metric=metric_of(task), score=dict(scores)
     )
     if out is not None:
-        _export(network, task, Path(out))
+        _export(network, task, out)
     return PtqScores(
         network=network,
         float_scores=float_scores,
@@ -210,7 +212,7 @@ def ptq(
         metric=metric_of(task),
         seconds=result.seconds,
         notes=result.notes,
-        path=None if out is None else Path(out),
+        path=out,
         method=result.method,
     )
 
@@ -250,6 +252,7 @@ def train(
     (['test', 'val'], True)
     """
     spec = read_study(study, set)  # before torch is imported: a mistake is answered at once
+    out = None if out is None else nameable(out)
     from mpsearch.exporters.read import read_precisions
     from mpsearch.problem import open_problem
     from mpsearch.qat.train import METHODS, RECIPES, train_one
@@ -259,7 +262,7 @@ def train(
     if recipe is not None and recipe not in (recipes := RECIPES.get(method, {})):
         others = nearest(recipe, recipes) if recipes else f"leave --recipe out, or give --method {', '.join(RECIPES)}"
         raise MpsearchError(f"{method} has no recipe '{recipe}': {others}")
-    if out is not None and Path(out).exists():
+    if out is not None and out.exists():
         raise MpsearchError(f"{out} exists already: give --out a folder that does not")
     problem = open_problem(spec)
     result = train_one(problem, read_precisions(target), method, epochs, seed, observer, recipe)
@@ -268,7 +271,7 @@ def train(
         name=problem.spec.task.model or task.name, task=task.name, metric=problem.metric, score=dict(result.score)
     )
     if out is not None:
-        _export(network, task, Path(out))
+        _export(network, task, out)
     return TrainScores(
         network=network,
         float_scores=result.float_score,
@@ -276,7 +279,7 @@ def train(
         metric=problem.metric,
         seconds=trained.seconds,
         notes=trained.notes,
-        path=None if out is None else Path(out),
+        path=out,
         cost=result.cost,
         fixed=result.fixed,
         log=trained.log,
@@ -329,7 +332,7 @@ def debug(
     from mpsearch.task.load import load_task
     from mpsearch.task.task import Sampling
 
-    page = Path(out)
+    page = nameable(out)
     if not page.parent.is_dir() or page.is_dir():
         raise RunError(f"--out got '{out}': give the page as a file in a folder that exists")
     precisions = read_precisions(config)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpsearch.files import nameable
 from mpsearch.observer import SILENT, Observer
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def export_run(
     """
     from mpsearch.exporters.run import export_run as export_trial
 
-    exported, trial, scores, metric = export_trial(run, pick, to, out, allow_lossy=allow_lossy, verify=verify)
+    exported, trial, scores, metric = export_trial(run, pick, to, nameable(out), allow_lossy=allow_lossy, verify=verify)
     return ExportedTrial(
         exported.path, trial, scores, metric, tuple(map(str, exported.conversions)), str(exported.verified)
     )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mpsearch.api.studies import read_study
 from mpsearch.errors import MpsearchError
+from mpsearch.files import nameable
 from mpsearch.observer import SILENT, Observer
 
 if TYPE_CHECKING:
@@ -249,6 +250,7 @@ def run(
     (4, 'report.html')
     """
     spec = read_study(study, set)  # before torch is imported: a mistake is answered at once
+    path = nameable(out if out is not None else Path("runs") / spec.name)
     from mpsearch.record import RunFolder
     from mpsearch.search.run import run_study
     from mpsearch.study import parse_study
@@ -261,7 +263,6 @@ def run(
     if changes:
         document = spec.document()
         spec = parse_study(document | {"search": document["search"] | changes})  # checks the changes
-    path = Path(out) if out is not None else Path("runs") / spec.name
     run_study(spec, path, observer)
     return _result(RunFolder.open(path))
 
@@ -289,7 +290,7 @@ def resume(
     from mpsearch.record import RunFolder
     from mpsearch.search.run import resume_study
 
-    resume_study(run, trials, observer, set)
+    resume_study(nameable(run), trials, observer, set)
     return _result(RunFolder.open(run))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpsearch.errors import MpsearchError, StudyError
+from mpsearch.files import nameable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -267,11 +268,12 @@ def read_study(study: str | Path | StudySpec, set: Sequence[str] | None) -> Stud
 
     Raises:
         StudyError: as `load_study`, or overrides of a StudySpec, which has its own way to change.
+        WriteError: a path whose bytes are not UTF-8.
     """
     from mpsearch.study import StudySpec, load_study
 
     if not isinstance(study, StudySpec):
-        return load_study(study, set or ())
+        return load_study(nameable(study), set or ())
     if set:
         raise StudyError(
             f"set got {list(set)}, which overrides study files, but the study given is a StudySpec already: give the "

@@ -119,6 +119,7 @@ def _options(
 
 def main() -> None:
     """The `mpsearch` command."""
+    _open_missing_streams()
     replace_unprintable()
     _print_progress()
     try:
@@ -139,6 +140,17 @@ def main() -> None:
         sys.stderr.write(f"{indented(traceback.format_exc())}")
         print_error("this is our fault, not yours: please report it with the lines above")
         sys.exit(1)
+
+
+def _open_missing_streams() -> None:
+    """Open the null device for each standard stream that is closed: files would get its number, and Ray needs it."""
+    for number, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 _terminated = threading.Event()

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from mpsearch.documents import explain, read_yaml, to_yaml
 from mpsearch.errors import HardwareError, PrecisionError, nearest
-from mpsearch.files import read_text, write_text
+from mpsearch.files import read_text, with_home, write_text
 from mpsearch.graph.facts import KIND_NAMES, LayerInfo
 from mpsearch.precision import LayerPrecision, Precision
 from mpsearch.shipped import shipped, shipped_names
@@ -244,7 +244,7 @@ def table_path(path: Path, profile: Profile) -> Path:
     """The table of a profile that lies at `path`. Raises HardwareError if the profile has none, or it is not there."""
     if profile.cost is None or profile.cost.table is None:
         raise HardwareError(f"hardware profile '{profile.name}' has no table: give `cost: {{table: FILE.csv}}` there")
-    table = path.parent / Path(profile.cost.table).expanduser()
+    table = path.parent / with_home(profile.cost.table)
     if not table.is_file():
         raise HardwareError(f"hardware profile '{profile.name}' names the table {table}, which is not there")
     return table

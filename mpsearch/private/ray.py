@@ -14,9 +14,12 @@ from typing import Any
 from mpsearch.private import ray_watchdog
 
 
-def files_in(folder: Path) -> dict[str, Any]:
-    """For `ray.init`: a new cluster keeps sockets and logs there instead of in `/tmp/ray`."""
-    return {"_temp_dir": str(folder)}
+def files_in(folder: Path, shared_memory: bool = True) -> dict[str, Any]:
+    """For `ray.init`: a new cluster keeps sockets and logs there instead of in `/tmp/ray`.
+
+    Objects too, where there is no shared memory that can be written: Ray would wait for it in vain.
+    """
+    return {"_temp_dir": str(folder)} | ({} if shared_memory else {"_plasma_directory": str(folder)})
 
 
 def mute_workers(ray: Any) -> None:

@@ -24,6 +24,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,18 @@ LOOK_S = 1.0
 
 CLIENT_TRIES = 3
 """How often a cluster at `ray://` is asked to serve a client; Ray gives each try half a minute."""
+
+LONGEST_FOLDER = 107 - len("/session_2026-11-27_10-46-23_376328_4194304/sockets/plasma_store")
+"""Bytes of the path of the folder in which Ray makes its sockets, whose own may have 107."""
+
+THREADS = 200
+"""Without so many, the processes of a Ray cluster of one's own do not start, and do not end either."""
+
+SAID_AFTER_S = 10.0
+"""Time after which it is said that Ray is waited for."""
+
+HALF_MADE_S = 3600.0
+"""Age from which a file that was begun and never filled is of a driver that was killed."""
 
 VERSIONS = ("mpsearch", "torch")
 """What is named where a node has it in another version; of Ray and Python the cluster itself asks for the same."""
@@ -376,7 +389,12 @@ class Crew:
         if job is None:
             node.deaths += not gone
             if node.deaths >= SETUPS:
-                self._leave_out(node, RunError(f"no worker can be set up: {node.deaths} died of it ({cause})"))
+                why = (
+                    f"no worker can be set up: {node.deaths} died of it ({cause}); each needs memory: go on with fewer "
+                    f"at a time, `mpsearch resume {self._folder.path} --set search.concurrency=1`, or in this process, "
+                    "`--set engine.address=none`"
+                )
+                self._leave_out(node, GaveUpError(why))
             return
         self._lose(job, node, cause)
 
@@ -484,7 +502,12 @@ def _worker_class() -> type:
     return Worker
 
 
+_WITHOUT_RAY = "or run the trials in this process with `--set engine.address=none`"
+
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+
+_BOUND = {"RAY_NUM_REDIS_GET_RETRIES": "3"}
+"""Tries, of up to 40 s, to reach the head of a cluster of one's own; Ray's default is 20."""
 
 _OWNER = "driver.json"
 """In the temporary folder of a run under a Ray of its own: the process that it belongs to."""
@@ -496,7 +519,11 @@ def _ray(address: str, run: str) -> Iterator[tuple[Any, bool]]:
 
     Where the process already has it, it stays as it is.
     """
-    os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
+    own = address == "local"
+    for name, value in (_QUIET | (_BOUND if own else {})).items():
+        os.environ.setdefault(name, value)
+    if sys.flags.optimize > 1:
+        raise RunError(f"Ray needs docstrings: leave out python's -OO (PYTHONOPTIMIZE=2), {_WITHOUT_RAY}")
     import ray
 
     if ray.is_initialized():
@@ -504,42 +531,94 @@ def _ray(address: str, run: str) -> Iterator[tuple[Any, bool]]:
         return
     mute_workers(ray)
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    temporary = None
-    watch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if address == "local":
-        # Short, because sockets live there; the run's own, so that what a killed driver left is found and removed.
-        temporary = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir(), f"mpsearch-{run}")
-        remove_leftovers(temporary.parent)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(mode=0o700)
-        (temporary / _OWNER).write_text(json.dumps(this_process()), encoding="utf-8")
-        watch = watched(temporary)
-        options |= {"include_dashboard": False, **files_in(temporary), "object_store_memory": 2**27}
+    if own:
+        options |= {"include_dashboard": False, "object_store_memory": 2**27}
         # A cluster listens on the network: it gets a secret of its own, and so needs no home to keep one in.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    with watch:
+    with contextlib.ExitStack() as at_the_end:
         try:
-            try:
-                _knock(address)
-                _connect(ray, options)
-            except Exception as error:  # Ray has many
-                doing = "start Ray" if address == "local" else f"reach a Ray cluster at '{address}'"
-                raise RunError(
-                    f"cannot {doing} ({explain(error)}): check engine.address, or run the trials in this process with "
-                    "`--set engine.address=none`"
-                ) from None
-            yield ray, address == "local"
-        finally:
-            ray.shutdown()
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
+            if own:
+                _check_here()
+                temporary = at_the_end.enter_context(_temporary_folder(run))
+                options |= files_in(temporary, shared_memory=os.access("/dev/shm", os.W_OK))
+                at_the_end.enter_context(watched(temporary))
+            at_the_end.callback(ray.shutdown)
+            _knock(address)
+            _connect(ray, options)
+        except RunError:
+            raise
+        except Exception as error:  # Ray has many
+            doing, check = f"reach a Ray cluster at '{address}'", "engine.address"
+            if own:
+                doing, check = "start Ray", "the limit of processes (`ulimit -u`) and the free memory"
+            raise RunError(f"cannot {doing} ({explain(error)}): check {check}, {_WITHOUT_RAY}") from None
+        yield ray, own
+
+
+def _check_here() -> None:
+    """See that 127.0.0.1 can be reached and threads can be started: Ray waits in vain for either. Raises RunError."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            socket.create_connection(listening.getsockname(), timeout=10).close()
+    except OSError as error:
+        raise RunError(
+            f"Ray cannot be started: 127.0.0.1 cannot be reached ({error.strerror or error}): bring the loopback "
+            f"interface up (`ip link set lo up`), {_WITHOUT_RAY}"
+        ) from None
+    at_the_end, threads = threading.Event(), []
+    try:
+        for _ in range(THREADS):
+            threads.append(threading.Thread(target=at_the_end.wait))
+            threads[-1].start()
+    except RuntimeError:
+        raise RunError(
+            f"Ray cannot be started: it needs {THREADS} threads and more, and this user may start {len(threads) - 1}: "
+            f"raise the limit (`ulimit -u`, a container's `--pids-limit`), {_WITHOUT_RAY}"
+        ) from None
+    finally:
+        at_the_end.set()
+
+
+@contextlib.contextmanager
+def _temporary_folder(run: str) -> Iterator[Path]:
+    """A folder for Ray's sockets and logs: the run's own, so that what a killed driver left is found and removed.
+
+    Raises:
+        RunError: none can be made whose path is short enough for sockets.
+    """
+    places, refusals = ["/tmp"], []
+    with contextlib.suppress(OSError):
+        places.append(tempfile.gettempdir())
+    for place in dict.fromkeys(places):
+        folder = Path(place, f"mpsearch-{run}")
+        if len(os.fsencode(folder)) > LONGEST_FOLDER:
+            refusals.append(f"{place} is too long a path for sockets")
+            continue
+        remove_leftovers(folder.parent)
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            folder.mkdir(mode=0o700)
+            (folder / _OWNER).write_text(json.dumps(this_process()), encoding="utf-8")
+            break
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            refusals.append(f"{place}: {error.strerror}")
+    else:
+        raise RunError(
+            f"Ray cannot be started: it has no folder for sockets and logs ({'; '.join(refusals)}): set TMPDIR to one "
+            f"that can be written, of at most {LONGEST_FOLDER - len(f'/mpsearch-{run}')} bytes, {_WITHOUT_RAY}"
+        )
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _connect(ray: Any, options: dict[str, Any]) -> None:
     """Start or reach Ray. A busy head may take longer to serve a client than Ray waits: it is asked again."""
     for left in reversed(range(CLIENT_TRIES)):
         try:
-            with handler_of_sigterm_kept():
+            with handler_of_sigterm_kept(), _said_if_long("Ray is starting; it may take two minutes"):
                 ray.init(**options)
             return
         except ConnectionError as error:
@@ -548,13 +627,28 @@ def _connect(ray: Any, options: dict[str, Any]) -> None:
             progress.warning("the cluster does not serve us yet (%s): asking again", type(error).__name__)
 
 
+@contextlib.contextmanager
+def _said_if_long(message: str) -> Iterator[None]:
+    """Print a message if the block takes `SAID_AFTER_S`."""
+    timer = threading.Timer(SAID_AFTER_S, progress.warning, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def remove_leftovers(place: Path) -> None:
     """Remove the temporary folders of drivers that were killed; those of other users and of living drivers stay."""
     for owner in place.glob(f"mpsearch-*/{_OWNER}"):
         try:
+            about = owner.stat()
             dead = not alive(json.loads(owner.read_text(encoding="utf-8")))
-        except (OSError, ValueError):  # another user's, or being written
+        except OSError:  # another user's
             continue
+        except ValueError:
+            dead = about.st_uid == os.getuid() and time.time() - about.st_mtime > HALF_MADE_S
         if dead:
             shutil.rmtree(owner.parent, ignore_errors=True)
 

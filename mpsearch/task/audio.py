@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import TaskError
+from mpsearch.files import with_home
 from mpsearch.study import AudioSpec, TaskSpec
 from mpsearch.task.cache import cached_tensors, content_key
 from mpsearch.task.data import make_splits
@@ -57,7 +58,7 @@ def audio_task(spec: TaskSpec, workers: int | None = None) -> OwnTask:
     assert isinstance(data, AudioSpec)
     if data.root is None:
         return _melodies(spec)
-    listing = list_folder(Path(data.root).expanduser(), SOUNDS, "a sound")
+    listing = list_folder(with_home(data.root), SOUNDS, "a sound")
     first, first_rate = read_sound(listing.paths[0])
     rate = data.rate or first_rate
     length = round((data.seconds or len(first) / first_rate) * rate)

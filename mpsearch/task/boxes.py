@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mpsearch.errors import TaskError
-from mpsearch.files import require_regular
+from mpsearch.files import require_regular, with_home
 from mpsearch.shipped import where
 from mpsearch.study import BoxesSpec, TaskSpec
 from mpsearch.task.cache import content_key
@@ -167,7 +167,7 @@ def boxes_task(spec: TaskSpec, workers: int | None = None) -> OwnTask:
     assert isinstance(data, BoxesSpec)
     if data.root is None:
         return _drawn(spec, data)
-    root = Path(data.root).expanduser()
+    root = with_home(data.root)
     if not root.is_dir():
         raise TaskError(f"task.data.root: no folder {where(root)}: give the folder with images and annotations")
     parts, names = (from_coco if data.kind == "coco" else from_voc)(root)

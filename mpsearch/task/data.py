@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import TaskError, nearest
+from mpsearch.files import with_home
 from mpsearch.shipped import where
 from mpsearch.study import SPEC_OF_KIND, DataSpec
 from mpsearch.task.cache import cached_tensors, content_key
@@ -274,7 +275,7 @@ def _key(spec: DataSpec, *content: Any) -> str:
 def _root(spec: DataSpec) -> str:
     if not spec.root:
         raise TaskError(f"task.data.root: missing; {spec.kind} is read from a folder, give its path")
-    return str(Path(spec.root).expanduser())
+    return str(with_home(spec.root))
 
 
 def _normalization(spec: DataSpec, usual: Normalization, channels: int) -> Normalization:

@@ -11,6 +11,9 @@ import copy
 import functools
 import hashlib
 import itertools
+import logging
+import multiprocessing
+import multiprocessing.connection
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mpsearch.errors import TaskError
 from mpsearch.task.task import Split
+
+logger = logging.getLogger(__name__)
 
 CARD_BYTES = 2 * 2**30
 """Larger sets stay in main memory, and so do those of more than CARD_SHARE of a card's free memory."""
@@ -310,28 +315,61 @@ class StreamedImages:
     def _load(
         self, indices: Iterator[Tensor] | Sequence[Tensor], transform: Any, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-            _Files(self._paths, self._labels, transform),
-            batch_sampler=[batch.tolist() for batch in indices],
-            num_workers=self._workers,
-            generator=generator,
-        )
-        try:
-            for pixels, labels in loader:
-                yield self._normalize(pixels), labels
+        """Batches decoded by workers; where these fail, this process goes on with what would have come next."""
+        files = _Files(self._paths, self._labels, transform)
+        left = [_with_seeds(batch, generator) for batch in [*indices]]  # the order is drawn first
+        while left:
+            try:
+                if self._workers:
+                    _check_sharing()
+                loader: DataLoader[tuple[Tensor, int]] = DataLoader(
+                    files, batch_sampler=[*left], num_workers=self._workers, generator=torch.Generator()
+                )
+                for pixels, labels in loader:
+                    del left[0]
+                    yield self._normalize(pixels), labels
+            except TaskError as error:  # the loader puts the worker's traceback before the message
+                message = str(error).rpartition("TaskError: ")[2].strip()
+                error.__traceback__ = None  # holds the loader, whose processes then take 5 s to end
+                break
+            except (OSError, RuntimeError) as error:
+                if not self._workers:
+                    raise
+                self._workers = 0
+                why = str(error).strip().rpartition("\n")[2]
+                logger.warning("images are decoded in this process, which takes longer, as its workers fail: %s", why)
+        else:
             return
-        except TaskError as error:  # the loader puts the worker's traceback before the message
-            message = str(error).rpartition("TaskError: ")[2].strip()
-            error.__traceback__ = None  # holds the loader, whose processes then take 5 s to end
         raise TaskError(message)
 
 
+def _with_seeds(batch: Tensor, generator: torch.Generator) -> list[tuple[int, int]]:
+    seeds = torch.randint(2**62, batch.shape, generator=generator)
+    return list(zip(batch.tolist(), seeds.tolist(), strict=True))
+
+
+def _check_sharing() -> None:
+    """See that worker processes can send tensors: else a loader waits for them in vain.
+
+    Raises:
+        OSError: there is no shared memory, or TMPDIR is too long a path for sockets.
+    """
+    with multiprocessing.connection.Listener(family="AF_UNIX"):
+        multiprocessing.Lock()
+
+
 class _Files(Dataset[tuple[Tensor, int]]):
+    """Images by position and seed, so that whatever is random of one does not depend on who decodes it."""
+
     def __init__(self, paths: Sequence[Path], labels: Tensor, transform: Any) -> None:
         self._paths, self._labels, self._transform = paths, labels, transform
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        return self._transform(open_rgb(self._paths[position])), int(self._labels[position])
+    def __getitem__(self, which: tuple[int, int]) -> tuple[Tensor, int]:
+        position, seed = which
+        image = open_rgb(self._paths[position])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self._transform(image), int(self._labels[position])
 
 
 def open_rgb(path: Path) -> Any:

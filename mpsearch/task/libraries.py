@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from mpsearch.errors import TaskError
-from mpsearch.files import read_whole
+from mpsearch.files import read_whole, with_home
 from mpsearch.shipped import where
 from mpsearch.task.checkpoint import load_checkpoint
 from mpsearch.task.comparing import Kind
@@ -219,7 +219,7 @@ def _decided(usual: Any, needs: Needs) -> dict[str, Any]:
 
 
 def _from_folder(transformers: Any, auto: Any, name: str, args: Mapping[str, Any], needs: Needs) -> Network:
-    folder = Path(name).expanduser()
+    folder = with_home(name)
     local = folder.is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise TaskError(f"task.model: no folder {where(folder)}: give one that save_pretrained wrote")

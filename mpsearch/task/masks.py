@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mpsearch.errors import TaskError
+from mpsearch.files import with_home
 from mpsearch.shipped import where
 from mpsearch.study import MasksSpec, TaskSpec
 from mpsearch.task.cache import cached_tensors, content_key
@@ -123,7 +124,7 @@ def masks_task(spec: TaskSpec, workers: int | None = None) -> OwnTask:
 
 
 def _from_folders(spec: TaskSpec, data: MasksSpec) -> MasksTask:
-    root = Path(data.root or "").expanduser()
+    root = with_home(data.root or "")
     splits = divided(data, list_pairs(root, data.images, data.masks), "images")
     pairs = [pair for split in splits.values() for pair in split]
     side = data.image_size

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mpsearch.errors import TaskError
+from mpsearch.files import with_home
 from mpsearch.shipped import where
 from mpsearch.study import PatchesSpec, TaskSpec
 from mpsearch.task.cache import content_key
@@ -101,7 +101,7 @@ def _images(data: PatchesSpec) -> tuple[str, Mapping[Split, list[Tensor]]]:
     """What the images are called, and those of each split; `train` where they have none."""
     if data.root is None:
         return "photographs", {"train": photographs()}
-    root = Path(data.root).expanduser()
+    root = with_home(data.root)
     if not root.is_dir():
         raise TaskError(f"task.data.root: no folder {where(root)}: give the folder with images")
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from mpsearch.errors import TaskError, nearest
-from mpsearch.files import require_regular
+from mpsearch.files import require_regular, with_home
 from mpsearch.graph.inputs import arguments
 from mpsearch.metric import METRICS
 from mpsearch.shipped import where
@@ -76,7 +76,7 @@ class FromFolder:
 
     def __init__(self, folder: str) -> None:
         transformers = imported("transformers", f"task.data.tokenizer '{folder}'", "zoo")
-        path = Path(folder).expanduser()
+        path = with_home(folder)
         if not path.is_dir():
             raise TaskError(
                 f"task.data.tokenizer: no folder {where(path)}: give one that a tokenizer's save_pretrained wrote, or "
@@ -192,7 +192,7 @@ def text_task(spec: TaskSpec, workers: int | None = None) -> OwnTask:
     data = spec.data
     assert isinstance(data, TextSpec)
     tokenizer: Tokenizer = Bytes() if data.tokenizer == "bytes" else FromFolder(data.tokenizer)
-    name = Path(data.root).expanduser().resolve().name if data.root else data.kind
+    name = with_home(data.root).resolve().name if data.root else data.kind
     if data.label is not None:
         return SequencesTask(spec, name, _sequences(data, tokenizer), tokenizer).task()
     return LanguageTask(spec, name, _blocks(data, tokenizer), tokenizer.vocabulary).task()
@@ -294,7 +294,7 @@ def _texts(data: TextSpec) -> Mapping[Split, Iterable[str]]:
 
         return {"train": [topics[name] for name in sorted(topics)]}
     if data.kind == "text":
-        files = _files(Path(data.root or "").expanduser(), data.kind, (".txt", ".md", ".rst", ".text"))
+        files = _files(with_home(data.root or ""), data.kind, (".txt", ".md", ".rst", ".text"))
         return {split: [_content(path) for path in paths] for split, paths in files.items()}
     return {split: [_text(row, data) for row in rows] for split, rows in _rows(data).items()}
 
@@ -303,7 +303,7 @@ def _rows(data: TextSpec) -> Mapping[Split, Iterable[Row]]:
     """The rows of each split."""
     if data.kind == "docstrings":
         return {"train": [{"text": text, "package": package} for text, package in docstrings()]}
-    root = Path(data.root or "").expanduser()
+    root = with_home(data.root or "")
     if data.kind == "hf_dataset":
         return _from_datasets(data, root)
     read, suffixes = _TABLES[data.kind]

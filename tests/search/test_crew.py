@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
+import os
+import socket
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +18,7 @@ from typing import Any
 import pytest
 from drive import make_space, relative_cost, truth
 
-from mpsearch.errors import GaveUpError, TaskError, WriteError, hide
+from mpsearch.errors import GaveUpError, RunError, TaskError, WriteError, hide
 from mpsearch.metric import TOP1
 from mpsearch.observer import SILENT
 from mpsearch.record import RunFolder, TrialRecord
@@ -279,6 +284,14 @@ def test_node_on_which_workers_die_while_they_are_set_up_is_left_out(folder: Run
     assert sorted(numbers(folder)) == list(range(12))
 
 
+def test_search_whose_workers_die_while_they_are_set_up_says_that_fewer_need_less_memory(folder: RunFolder) -> None:
+    def fate(node: str, number: int | None) -> None:
+        raise RayError("the worker has died")
+
+    with pytest.raises(GaveUpError, match=r"3 died of it.*mpsearch resume .*search.concurrency=1.*engine.address=none"):
+        work(Fake(fate, "a"), folder, own=True)
+
+
 def test_nodes_that_join_are_used_and_those_that_go_are_survived(folder: RunFolder) -> None:
     def fate(node: str, number: int | None) -> None:
         if number == 3:
@@ -314,3 +327,80 @@ def test_cluster_that_is_too_busy_for_a_client_is_asked_again(address: str, busy
     with contextlib.nullcontext() if busy < asked else pytest.raises(ConnectionError):
         cluster._connect(SimpleNamespace(init=init), {"address": address})
     assert calls == [address] * asked
+
+
+# ------------------------------------------------------------------------------------------------------- Ray of our own
+
+
+@pytest.fixture
+def tmp_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """TMPDIR, of the usual length, beside a /tmp that cannot be written."""
+
+    def mkdir(path: Path, mode: int = 0o777) -> None:
+        if path.parent == Path("/tmp"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        os.mkdir(path, mode)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cluster, "LONGEST_FOLDER", len(f"{tmp_path}/mpsearch-{'0' * 8}"))
+    return tmp_path
+
+
+def test_ray_has_its_files_in_tmpdir_where_tmp_cannot_be_written(tmp_read_only: Path) -> None:
+    with cluster._temporary_folder("0" * 8) as folder:
+        assert folder.parent == tmp_read_only
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert (folder / "driver.json").exists()
+    assert list(tmp_read_only.iterdir()) == []
+
+
+def test_ray_without_a_place_for_its_files_is_refused_with_what_to_do(tmp_read_only: Path) -> None:
+    with pytest.raises(RunError, match=r"(?s)/tmp: Read-only.*too long.*TMPDIR.*engine.address=none"):
+        cluster._temporary_folder("0" * 9).__enter__()
+
+
+def test_full_disk_leaves_no_half_made_folder_of_ray(tmp_read_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match="No space left"):
+        cluster._temporary_folder("0" * 8).__enter__()
+    assert list(tmp_read_only.iterdir()) == []
+
+
+def test_sockets_of_ray_have_room_in_the_longest_folder() -> None:
+    longest, session = "/" + "x" * (cluster.LONGEST_FOLDER - 1), "session_2026-11-27_10-46-23_376328_4194304"
+    with socket.socket(socket.AF_UNIX) as it, pytest.raises(OSError, match="No such file"):  # and not "too long"
+        it.connect(f"{longest}/{session}/sockets/plasma_store")
+
+
+@pytest.mark.parametrize("lacking", ["loopback", "threads", "docstrings"])
+def test_machine_that_ray_would_wait_for_in_vain_is_refused(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if lacking == "loopback":
+
+        def refuse(*_: object) -> None:
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+
+        monkeypatch.setattr(socket, "create_server", refuse)
+    elif lacking == "threads":
+        start = threading.Thread.start
+
+        def limited(thread: threading.Thread) -> None:
+            if threading.active_count() > 40:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", limited)
+    else:
+        monkeypatch.setattr(cluster.sys, "flags", SimpleNamespace(optimize=2))
+    said = {"loopback": "ip link set lo up", "threads": "this user may start .*ulimit -u", "docstrings": "-OO"}[lacking]
+    with pytest.raises(RunError, match=f"{said}.*engine.address=none"), cluster._ray("local", "0" * 8):
+        pass
+
+
+def test_long_wait_for_ray_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(cluster, "SAID_AFTER_S", 0.0)
+    cluster._connect(SimpleNamespace(init=lambda address: threading.Event().wait(0.2)), {"address": "local"})
+    assert "Ray is starting" in caplog.text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import get_worker_info
 
 from mpsearch.errors import TaskError
 from mpsearch.task.images import (
@@ -194,6 +197,50 @@ def test_a_damaged_image_in_a_stream_is_named_without_a_traceback(streamed: Stre
     with pytest.raises(TaskError, match=r"4\.png' is not an image") as caught:
         list(streamed.batches("val", 8))
     assert "Traceback" not in str(caught.value)
+
+
+class FailsInWorkers:
+    """Another transform, but in a worker process it fails at its fourth image, as where shared memory runs out."""
+
+    def __init__(self, transform: Any) -> None:
+        self._transform, self._calls = transform, 0
+
+    def __call__(self, image: Any) -> Any:
+        self._calls += 1
+        if get_worker_info() is not None and self._calls > 3:
+            raise RuntimeError("unable to allocate shared memory")
+        return self._transform(image)
+
+
+@pytest.mark.parametrize("fails", ["at once", "on the way"])
+def test_workers_that_fail_cost_time_and_change_no_batch(
+    streamed: StreamedImages, fails: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    whole = list(streamed.train_batches(2, 6, seed=5))
+    if fails == "at once":
+
+        def refuse(**_: object) -> None:
+            raise OSError("AF_UNIX path too long")
+
+        monkeypatch.setattr(multiprocessing.connection, "Listener", refuse)
+    else:
+        monkeypatch.setattr(streamed, "_random", FailsInWorkers(streamed._random))
+    state = torch.get_rng_state()
+    for _ in range(2):
+        again = list(streamed.train_batches(2, 6, seed=5))
+        assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(whole, again, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    (said,) = [record.message for record in caplog.records if "decoded in this process" in record.message]
+    assert said.endswith("path too long" if fails == "at once" else "unable to allocate shared memory")
+
+
+def test_what_fails_without_workers_too_is_raised(streamed: StreamedImages, monkeypatch: pytest.MonkeyPatch):
+    def fail(image: Any) -> None:
+        raise RuntimeError("whatever the process")
+
+    monkeypatch.setattr(streamed, "_random", fail)
+    with pytest.raises(RuntimeError, match="whatever the process"):
+        list(streamed.train_batches(2, 6, seed=5))
 
 
 def grey16(value: int, kind: str) -> np.ndarray:
