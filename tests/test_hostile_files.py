@@ -225,6 +225,9 @@ def test_pipe_or_device_in_the_place_of_a_file_is_not_read(whole: Path, tmp_path
     os.mkfifo(run / file) if what == "pipe" else (run / file).symlink_to(what)
     with within(60):
         assert looked_at(run) == []
+        if file in ("trials.jsonl", "report.html"):
+            done = mpsearch("report", "run", cwd=tmp_path)
+            assert (done.returncode, f"{file} is a pipe" in done.stderr or "cannot read" in done.stderr) == (2, True)
         with pytest.raises(RunError, match=file), RunFolder.open(run).driving():
             pass
 

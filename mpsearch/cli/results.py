@@ -12,7 +12,6 @@ from mpsearch import api
 from mpsearch.cli.base import Run, Trust, app, ask_for_trust, outside_runs
 from mpsearch.cli.printing import print_lines
 from mpsearch.errors import RunError
-from mpsearch.files import read_text
 from mpsearch.observer import Observer
 
 
@@ -63,7 +62,7 @@ def dashboard(
 
 def _first_line(path: Path) -> str:
     try:
-        lines = read_text(path).splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise RunError(f"--token-file: cannot read '{path}': {getattr(error, 'strerror', None) or error}") from None
     if not lines or not lines[0].strip():

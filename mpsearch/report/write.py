@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from mpsearch.errors import RunError
 from mpsearch.facts import ProblemFacts, read_facts
+from mpsearch.files import is_stream
 from mpsearch.record import RunFolder
 from mpsearch.report.data import RunData, read_run
 from mpsearch.report.page import write_report
@@ -26,6 +28,8 @@ def report_of(folder: RunFolder, facts: ProblemFacts | None = None, refresh_s: i
     Raises:
         MpsearchError: the run cannot be read, or the file cannot be written.
     """
+    if is_stream(folder.report_html):  # which a user may name, and a folder must not
+        raise RunError(f"{folder.report_html} is a pipe or a device, and no file: delete it")
     facts = facts or read_facts(folder)
     run = read_run(folder, facts)
     finalized = final_rows(run.records, folder.finals(), facts.spec.final.pick, facts.metric)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from mpsearch.documents import read_json
 from mpsearch.errors import MpsearchError, PrecisionError, RunError, nearest
-from mpsearch.files import replacing, write_json
+from mpsearch.files import replacing, require_regular, write_json
 from mpsearch.precision import Precision, PrecisionConfig
 from mpsearch.space.choices import GRANULARITY, TENSORS, TensorName
 
@@ -112,6 +112,7 @@ class SensitivityTable(Mapping[Key, float]):
         path = Path(path)
         try:
             if _ending(path) == ".parquet":
+                require_regular(path)
                 return cls.from_frame(pd.read_parquet(path))
             document: dict[Any, Any] = {**read_json(path, RunError, "measure it again")}
             if not isinstance(document.get("rows"), list):
