@@ -28,8 +28,8 @@ from mpsearch.errors import WriteError
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 256 * 2**20
-"""Of a document: what is larger was not written by mpsearch, nor by a person."""
+MOST_BYTES = 64 * 2**20
+"""Of a document, or a line of a record: what is larger was not written by mpsearch, nor by a person."""
 
 _ADVICE = {
     errno.ENOSPC: "make room on that disk, then do it again",

@@ -44,7 +44,7 @@ from pydantic import (
 
 from mpsearch.documents import clip, first_fault, parse_json
 from mpsearch.errors import PrecisionError, RunError, TaskError, WriteError
-from mpsearch.files import is_stream, open_own, read_whole, remove_parts, replacing, write_json, write_text
+from mpsearch.files import MOST_BYTES, is_stream, open_own, read_whole, remove_parts, replacing, write_json, write_text
 from mpsearch.metric import METRICS, Metric
 from mpsearch.precision import LayerPrecision, PrecisionConfig
 
@@ -63,8 +63,8 @@ SCHEMA = "mpsearch/run/2"
 FIRST_SCHEMA = "mpsearch/run/1"
 """Of runs, still read, whose records call a score `accuracy`; their metric is in `problem.json`, by its name alone."""
 
-MOST_BYTES = 2 * 2**30
-"""Of a record's file."""
+MOST_RECORDED_BYTES = 2 * 2**30
+"""Of a file of records."""
 
 Record = TypeVar("Record", "TrialRecord", "FinalRecord", "PrescreenRecord")
 
@@ -280,6 +280,8 @@ _TRIAL, _FINAL, _PRESCREEN = TypeAdapter(TrialRecord), TypeAdapter(FinalRecord),
 
 def _checked(kind: TypeAdapter[Record], text: str | bytes, what: str) -> Record:
     """Raises RunError: the text is not `what`."""
+    if len(text) > MOST_BYTES:
+        raise RunError(f"not {what}: it has {len(text):,} bytes, and at most {MOST_BYTES:,} are read")
     try:
         parse_json(text)  # refuses a key that is given twice, of which the next line would take the last
         return kind.validate_json(text)
@@ -728,7 +730,7 @@ def _read_lines(
         RunError: a line stands for nothing, or for what an earlier one gives otherwise; with its number and `advice`.
     """
     try:
-        lines = read_whole(path, MOST_BYTES).split(b"\n")
+        lines = read_whole(path, MOST_RECORDED_BYTES).split(b"\n")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -761,13 +763,16 @@ def _unreadable(path: Path, error: OSError) -> RunError:
 
 def _is_torn(last: bytes) -> bool:
     """Whether what follows the last newline is nothing, or a part of a line: an object ends where it is whole."""
+    if not last.endswith(b"}"):
+        return True
     try:
-        json.loads(last)
+        if len(last) <= MOST_BYTES:
+            json.loads(last, parse_int=str)  # of thousands of digits it would refuse, and the object is whole
     except ValueError:
         return True
     except RecursionError:
-        return False
-    return not last.endswith(b"}")
+        pass
+    return False
 
 
 def _end_last_line(path: Path) -> None:

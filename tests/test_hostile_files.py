@@ -279,3 +279,10 @@ def test_line_that_cannot_be_of_the_run_is_refused(whole: Path, tmp_path: Path, 
     (run / "trials.jsonl").write_text("".join([lines[0], lines[1].replace(old, new), *lines[2:]]))
     with pytest.raises(RunError, match=rf"trials\.jsonl, line 2: .*{re.escape(says)}"):
         RunFolder.open(run).records()
+
+
+def test_line_of_more_bytes_than_any_is_not_parsed(whole: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run / "trials.jsonl").write_bytes(b"[" + b"0," * 2**25 + b"0]\n")
+    with pytest.raises(RunError, match=r"line 1: not a trial record: it has 67,108,8\d\d bytes, and at most"):
+        RunFolder.open(run).records()
