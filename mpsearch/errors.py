@@ -85,6 +85,10 @@ class WriteError(MpsearchError):
     """A file cannot be written: no room, or no permission. What was there before is still there."""
 
 
+class DivergedError(MpsearchError, FloatingPointError):
+    """A training's loss, or a score, became NaN or infinite."""
+
+
 class ExportError(MpsearchError):
     """A configuration cannot be written to, or read from, the format that was asked for."""
 

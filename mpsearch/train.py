@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mpsearch.compiler import graphs_compiled
-from mpsearch.errors import TaskError
+from mpsearch.errors import DivergedError, TaskError
 from mpsearch.files import require_regular
 from mpsearch.graph.inputs import call as call
 from mpsearch.graph.inputs import evaluating, layer_input, map_tensors, tensors
@@ -496,7 +496,10 @@ def steps(
         value = loss(step, x, output, y)
         number = value.item()
         if not math.isfinite(number):
-            raise FloatingPointError(f"the training loss became {number} at step {step} of {count}")
+            raise DivergedError(
+                f"the training loss became {number} at step {step} of {count}: lower the learning rate, or look for "
+                "values that are not finite in the data"
+            )
         if captured is None:
             total = value if penalty is None else value + penalty(step, value)
             model.zero_grad(set_to_none=True)

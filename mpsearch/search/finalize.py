@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from mpsearch.errors import RunError
+from mpsearch.errors import DivergedError, RunError
 from mpsearch.metric import Metric
 from mpsearch.observer import SILENT, Observer
 from mpsearch.problem import Problem, with_float_scores, write_facts
@@ -126,4 +126,9 @@ def _train(
     if workbench.metric.better(before, than=after):
         workbench.restore(began)
     test = workbench.score("test")
+    if not all(map(math.isfinite, (before, after, test.value))):
+        raise DivergedError(
+            f"the final training of trial {trial.number} with seed {seed} came from {before} to {after} on val and "
+            f"{test.value} on test: lower final.lr in the study, and finalize again; what has ended is kept"
+        )
     return FinalRecord(trial.number, seed, steps, workbench.metric.best_of(before, after), test.value, test.values)

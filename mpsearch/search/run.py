@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpsearch.errors import GaveUpError, RunError, SpaceError, TaskError
+from mpsearch.errors import DivergedError, GaveUpError, RunError, SpaceError, TaskError
 from mpsearch.files import make_folder, write_text
 from mpsearch.hardware.profile import profile_copy
 from mpsearch.observer import SILENT, Observer
@@ -288,7 +288,7 @@ def score_network(
         prepared = time.perf_counter()
         score = workbench.score("val")
         if not math.isfinite(score.value):
-            raise FloatingPointError(f"{problem.metric.name} on val is {score.value}")
+            raise DivergedError(f"{problem.metric.name} on val is {score.value}: look at the network's weights")
         record = TrialRecord(
             config=config,
             state="complete",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mpsearch.cost.model import RelativeCost
-from mpsearch.errors import RunError
+from mpsearch.errors import DivergedError, RunError
 from mpsearch.files import make_folder
 from mpsearch.graph.facts import ModelGraph
 from mpsearch.graph.inputs import map_tensors
@@ -69,7 +69,6 @@ def warm_start(
 
     Raises:
         MpsearchError: the space or the cost model cannot be descended.
-        FloatingPointError: the descent diverged.
     """
     settings = spec.warm_start
     descended: list[list[PrecisionConfig]] = []
@@ -84,8 +83,12 @@ def warm_start(
         observer.on_stage("sensitivity", 1, 1)
         combined = global_combinations(space, cost, table, settings.combinations)
     if descends:
-        descent = _descent(spec, task, graph, space, cost, folder, observer)
-        if count := settings.neighbours:
+        try:
+            descent = _descent(spec, task, graph, space, cost, folder, observer)
+        except DivergedError as error:  # its configs would be a help, and no more
+            progress.warning("the search goes on without its descent: %s", error)
+            descent = None
+        if descent is not None and (count := settings.neighbours):
             least = least_cost(space, cost) if cost.limits else 0.0
             descended = [
                 rounded(descent, s.budget, space, cost, count, table) for s in descent.snapshots if s.budget >= least

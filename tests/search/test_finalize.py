@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ from drive import make_space
 from quick import QUICK
 
 import mpsearch
+from mpsearch.errors import DivergedError
 from mpsearch.metric import TOP1
 from mpsearch.problem import open_problem
 from mpsearch.record import FinalRecord, Origin, RunFolder, TrialRecord, pack
 from mpsearch.search.finalize import finalize
 from mpsearch.search.finals import final_rows, final_table, proxies
 from mpsearch.search.front import pareto_front
+from mpsearch.study import read_spec
+from mpsearch.workbench import Workbench
 
 pytestmark = pytest.mark.study
 
@@ -95,3 +99,20 @@ def test_final_training_goes_on_from_the_trial_and_is_never_worse_on_val(tmp_pat
     harmful = open_problem(spec.model_copy(update={"final": spec.final.model_copy(update={"lr": 50.0, "epochs": 0.2})}))
     finalize(harmful, folder, trials=trained[:1])
     assert folder.finals()[-1].val >= trained[0].score  # type: ignore[operator]
+
+
+def test_a_final_training_that_diverges_is_an_error_and_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*QUICK, *COLD, "search.trials=2", "final.pick=1", "final.seeds=2", "final.epochs=0.02"]
+    mpsearch.run_study(mpsearch.load_study("digits", overrides), tmp_path / "run")
+    folder, score = RunFolder.open(tmp_path / "run"), Workbench.score
+
+    def diverged(self: Workbench, split: Any) -> Any:
+        return replace(score(self, split), value=float("nan") if folder.finals() else 0.5)
+
+    monkeypatch.setattr(Workbench, "score", diverged)
+    with pytest.raises(DivergedError, match=r"came from nan to nan on val and nan on test: lower final\.lr"):
+        finalize(open_problem(read_spec(folder)), folder)
+    assert len(folder.finals()) == 1
+    assert folder.finals()[0].test == 0.5

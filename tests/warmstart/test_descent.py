@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from quick import QUICK
 
 import mpsearch
 from mpsearch.cost.model import RelativeCost
-from mpsearch.errors import SpaceError, StudyError
+from mpsearch.errors import DivergedError, SpaceError, StudyError
 from mpsearch.observer import Observer
 from mpsearch.precision import Precision, PrecisionConfig
 from mpsearch.problem import Problem, open_problem
@@ -201,6 +202,19 @@ def test_a_warm_start_is_paid_for_once(problem: Problem, tmp_path: Path, monkeyp
     settings = spec.warm_start.model_copy(update={"combinations": 2})
     spec = spec.model_copy(update={"warm_start": settings})
     assert [origin for origin, _ in once()] == [*first, *["uniform"] * 2, *["descent"] * 4]
+
+
+def test_a_search_goes_on_without_a_descent_that_diverged(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def descend(*_: Any, **__: Any) -> None:
+        raise DivergedError("the training loss became nan at step 3 of 20")
+
+    monkeypatch.setattr(start, "descend", descend)
+    spec = mpsearch.load_study("digits", [*QUICK, *WITHOUT_CONTROLS, "warm_start.ilp=true"])
+    initial_configs = warm_start(spec, problem.task, problem.graph, problem.space, problem.cost, tmp_path)
+    assert {origin for origin, _ in initial_configs} == {"ilp"}
+    assert "the search goes on without its descent: the training loss became nan" in caplog.text
 
 
 @pytest.mark.slow  # sensitivities of all types
