@@ -27,6 +27,7 @@ from pydantic import (
 
 from mpsearch.documents import YamlError, clip, explain, parse_yaml, read_yaml, to_yaml
 from mpsearch.errors import PrecisionError, RunError, StudyError, nearest
+from mpsearch.files import with_home
 from mpsearch.precision import LayerPrecision
 from mpsearch.record import RunFolder
 from mpsearch.shipped import shipped, shipped_names
@@ -260,8 +261,7 @@ class TextSpec(_Data):
         there = {
             name: str(path.absolute())
             for name in ("root", "tokenizer")
-            if (path := Path(getattr(self, name) or "").expanduser()).exists()
-            and getattr(self, name) not in (None, "bytes")
+            if (path := with_home(getattr(self, name) or "")).exists() and getattr(self, name) not in (None, "bytes")
         }
         return self.model_copy(update=there)
 
@@ -714,14 +714,14 @@ def _absolute(name: str | None) -> str | None:
     """The absolute path of what is there, or could only be a path; a shipped name stays."""
     if name is None:
         return None
-    path = Path(name).expanduser()
+    path = with_home(name)
     return str(path.absolute()) if path.exists() or len(path.parts) > 1 else name
 
 
 def _absolute_model(model: str | None) -> str | None:
     """`hf:FOLDER` with the absolute path of a folder that is there."""
     library, colon, rest = (model or "").partition(":")
-    if library != "hf" or not (folder := Path(rest).expanduser()).is_dir():
+    if library != "hf" or not (folder := with_home(rest)).is_dir():
         return model
     return f"{library}{colon}{folder.absolute()}"
 
