@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,12 +46,18 @@ def make_table(*columns: str) -> Table:
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """A table within the console's width, of which no word is broken; where they do not fit, as wide as it would be."""
+    """A table within the console's width, closer where it must be, of which no word is broken.
+
+    Where the words do not fit even so, it is as wide as it would be.
+    """
     from rich.measure import measure_renderables
 
     console = console or make_console()
     unbounded = console.options.update_width(10_000)
     whole = console.measure(table, options=unbounded)
+    if whole.maximum > console.width:
+        table.padding = (0, 0)
+        whole = console.measure(table, options=unbounded)
     if whole.minimum > console.width:
         console.width = whole.maximum
     room = console.width - whole.minimum
@@ -101,13 +108,18 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=1, allow_nan=False))
 
 
+GAIN = re.compile(r"[-+][\d.,]+ \([-+\d.,]+ to [-+\d.,]+\)( at [\d.]+x of trial \d+)?")
+"""What begins with a sign and is no formula."""
+
+
 def print_csv(table: pd.DataFrame) -> None:
     """A table as CSV; a text that a spreadsheet would take for a formula gets a `'` before it."""
 
     def cell(value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        return f"'{visible(value)}" if value.startswith(("=", "+", "-", "@")) else visible(value)
+        formula = value.startswith(("=", "+", "-", "@")) and not GAIN.fullmatch(value)
+        return f"'{visible(value)}" if formula else visible(value)
 
     print(table.map(cell).rename(columns=cell).to_csv(index=False), end="")
 
