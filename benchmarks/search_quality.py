@@ -41,14 +41,13 @@ from benchmarks.options import RESULTS, PrintOnly, Seeds, Set, Study, several
 from benchmarks.printing import print_table, say, spread
 from benchmarks.rows import Row, Rows
 from mpsearch.errors import nearest
-from mpsearch.files import sha256
+from mpsearch.files import content_key, sha256
 from mpsearch.metric import TOP1
 from mpsearch.problem import Problem, open_problem
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord, checkpoint_path
 from mpsearch.search.finalize import finalize
 from mpsearch.search.front import ScoreRange, hypervolume_over_time, pareto_front, share_dominated
 from mpsearch.study import load_study, read_spec
-from mpsearch.task.cache import content_key
 
 WARM = ["warm_start.method=gdnsq"]
 COLD = ["warm_start.method=none", "warm_start.ilp=false", "warm_start.combinations=0", "search.prescreen=0"]

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpsearch.files import content_key
 from mpsearch.graph.inputs import call, tensors
 from mpsearch.state_dict import digest
-from mpsearch.task.cache import cached_tensors, content_key
+from mpsearch.task.cache import cached_tensors
 from mpsearch.task.task import Task
 from mpsearch.train import autocast, bf16_in_hardware
 

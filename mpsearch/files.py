@@ -4,7 +4,7 @@ A file is written beside the one that it replaces and takes its place when it is
 it, and a full disk leaves the old one. Records are appended instead (`record.RunFolder.append`).
 
 What is read may have come from anybody. `read_whole` and `open_own` take regular files alone: a pipe would be waited
-for, a device never ends, and a link leads out of the folder that is written.
+for, a device never ends, and a link leads out of the folder that is written. `cache_folder` is the user's own.
 """
 
 from __future__ import annotations
@@ -208,6 +208,11 @@ def sha256(path: str | Path) -> str:
     require_regular(path)
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_key(*facts: Any) -> str:
+    """24 hex digits that name what `facts` (JSON values) describe."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def cache_folder() -> Path:

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.errors import RunError, WriteError
-from mpsearch.files import cache_folder, write_text
+from mpsearch.files import cache_folder, content_key, write_text
 from mpsearch.record import RunFolder
 from mpsearch.study import StudySpec, names_function
-from mpsearch.task.cache import content_key
 from mpsearch.variables import masked
 
 LIBRARIES = ("timm:", "torchvision:", "hf:", "torchcrepe:")

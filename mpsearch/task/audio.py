@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import TaskError
-from mpsearch.files import with_home
+from mpsearch.files import content_key, with_home
 from mpsearch.study import AudioSpec, TaskSpec
-from mpsearch.task.cache import cached_tensors, content_key
+from mpsearch.task.cache import cached_tensors
 from mpsearch.task.data import make_splits
 from mpsearch.task.imagefolder import list_folder, listing_key
 from mpsearch.task.libraries import Needs

@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mpsearch.errors import TaskError
-from mpsearch.files import require_regular, with_home
+from mpsearch.files import content_key, require_regular, with_home
 from mpsearch.shipped import where
 from mpsearch.study import BoxesSpec, TaskSpec
-from mpsearch.task.cache import content_key
 from mpsearch.task.imagefolder import SUFFIXES, split_of
 from mpsearch.task.images import open_rgb
 from mpsearch.task.libraries import Needs

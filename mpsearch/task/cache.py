@@ -6,12 +6,9 @@ deleting the folder is always safe.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -23,11 +20,6 @@ from mpsearch.files import cache_folder
 from mpsearch.state_dict import save_tensors
 
 logger = logging.getLogger(__name__)
-
-
-def content_key(*facts: Any) -> str:
-    """24 hex digits that name what `facts` (JSON values) describe."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def cached_tensors(name: str, make: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Path]:

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import TaskError
-from mpsearch.files import sha256
+from mpsearch.files import content_key, sha256
 from mpsearch.metric import Metric, find_metric
 from mpsearch.shipped import shipped
 from mpsearch.state_dict import load_tensors
 from mpsearch.study import TaskSpec
-from mpsearch.task.cache import cached_tensors, content_key
+from mpsearch.task.cache import cached_tensors
 from mpsearch.task.checkpoint import load_checkpoint
 from mpsearch.task.images import Images, SampledImages, StoredImages
 from mpsearch.task.libraries import Needs

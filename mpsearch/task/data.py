@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import TaskError, nearest
-from mpsearch.files import with_home
+from mpsearch.files import content_key, with_home
 from mpsearch.shipped import where
 from mpsearch.study import SPEC_OF_KIND, DataSpec
-from mpsearch.task.cache import cached_tensors, content_key
+from mpsearch.task.cache import cached_tensors
 from mpsearch.task.factory import call_factory
 from mpsearch.task.imagefolder import DECODER, decoded, first_size, list_images, listing_key
 from mpsearch.task.images import Images, Normalization, Splits, StoredImages, StreamedImages

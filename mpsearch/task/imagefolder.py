@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import TaskError, nearest
+from mpsearch.files import content_key
 from mpsearch.shipped import where
-from mpsearch.task.cache import cached_tensors, content_key
+from mpsearch.task.cache import cached_tensors
 from mpsearch.task.images import open_rgb
 from mpsearch.task.task import Split
 

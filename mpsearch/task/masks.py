@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mpsearch.errors import TaskError
-from mpsearch.files import with_home
+from mpsearch.files import content_key, with_home
 from mpsearch.shipped import where
 from mpsearch.study import MasksSpec, TaskSpec
-from mpsearch.task.cache import cached_tensors, content_key
+from mpsearch.task.cache import cached_tensors
 from mpsearch.task.comparing import output_tensor
 from mpsearch.task.imagefolder import SUFFIXES, split_meant
 from mpsearch.task.images import Normalization, open_rgb

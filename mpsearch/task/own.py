@@ -40,10 +40,11 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import MpsearchError, TaskError
+from mpsearch.files import content_key
 from mpsearch.graph.inputs import call, map_tensors, samples_of, tensors
 from mpsearch.metric import Metric, find_metric
 from mpsearch.state_dict import digest, load_tensors
-from mpsearch.task.cache import cached_tensors, content_key
+from mpsearch.task.cache import cached_tensors
 from mpsearch.task.comparing import KIND_OF_METRIC, Comparison, comparison
 from mpsearch.task.samples import Samples, samples_in, seeded
 from mpsearch.task.scores import scorer

@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mpsearch.errors import TaskError
-from mpsearch.files import with_home
+from mpsearch.files import content_key, with_home
 from mpsearch.shipped import where
 from mpsearch.study import PatchesSpec, TaskSpec
-from mpsearch.task.cache import content_key
 from mpsearch.task.comparing import output_tensor
 from mpsearch.task.imagefolder import SUFFIXES, split_of
 from mpsearch.task.images import open_rgb

@@ -25,12 +25,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from mpsearch.errors import TaskError, nearest
-from mpsearch.files import require_regular, with_home
+from mpsearch.files import content_key, require_regular, with_home
 from mpsearch.graph.inputs import arguments
 from mpsearch.metric import METRICS
 from mpsearch.shipped import where
 from mpsearch.study import TaskSpec, TextSpec
-from mpsearch.task.cache import cached_tensors, content_key
+from mpsearch.task.cache import cached_tensors
 from mpsearch.task.comparing import output_tensor
 from mpsearch.task.hub import hub_problem
 from mpsearch.task.imagefolder import split_meant, split_of

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpsearch.errors import TaskError
+from mpsearch.files import content_key
 from mpsearch.study import TaskSpec, TonesSpec
-from mpsearch.task.cache import content_key
 from mpsearch.task.comparing import output_tensor
 from mpsearch.task.libraries import Needs
 from mpsearch.task.own import OwnTask

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mpsearch import files
-from mpsearch.files import cache_folder
-from mpsearch.task.cache import cached_tensors, content_key
+from mpsearch.files import cache_folder, content_key
+from mpsearch.task.cache import cached_tensors
 
 
 def test_an_entry_is_made_once_and_then_read(cache: Path):
