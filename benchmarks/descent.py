@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from benchmarks.options import RESULTS, Results, Seeds, Set, Study, Threads, several
 from benchmarks.printing import print_table, say
 from benchmarks.rows import MEASURED, Row, Rows, provenance
-from mpsearch.files import content_key
+from mpsearch.cache import content_key
 from mpsearch.problem import Problem, open_problem
 from mpsearch.record import RunFolder
 from mpsearch.study import load_study, read_spec

@@ -40,8 +40,9 @@ from benchmarks import configs
 from benchmarks.options import RESULTS, PrintOnly, Seeds, Set, Study, several
 from benchmarks.printing import print_table, say, spread
 from benchmarks.rows import Row, Rows
+from mpsearch.cache import content_key
 from mpsearch.errors import nearest
-from mpsearch.files import content_key, sha256
+from mpsearch.files import sha256
 from mpsearch.metric import TOP1
 from mpsearch.problem import Problem, open_problem
 from mpsearch.record import FinalRecord, RunFolder, TrialRecord, checkpoint_path

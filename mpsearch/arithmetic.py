@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.files import content_key
+from mpsearch.cache import content_key
 from mpsearch.graph.inputs import call, tensors
 from mpsearch.state_dict import digest
 from mpsearch.task.cache import cached_tensors

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mpsearch.cache import cache_folder, content_key
 from mpsearch.errors import RunError, WriteError
-from mpsearch.files import cache_folder, content_key, write_text
+from mpsearch.files import write_text
 from mpsearch.record import RunFolder
 from mpsearch.study import StudySpec, names_function
 from mpsearch.variables import masked

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpsearch.cache import content_key
 from mpsearch.errors import TaskError
-from mpsearch.files import content_key, with_home
+from mpsearch.files import with_home
 from mpsearch.study import AudioSpec, TaskSpec
 from mpsearch.task.cache import cached_tensors
 from mpsearch.task.data import make_splits

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mpsearch.cache import content_key
 from mpsearch.errors import TaskError
-from mpsearch.files import content_key, require_regular, with_home
+from mpsearch.files import require_regular, with_home
 from mpsearch.shipped import where
 from mpsearch.study import BoxesSpec, TaskSpec
 from mpsearch.task.imagefolder import SUFFIXES, split_of

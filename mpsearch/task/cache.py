@@ -1,6 +1,6 @@
 """Tensors that are made once and kept on disk: decoded images, trained float models.
 
-They are in `files.cache_folder()`. Entries are named by the content that they were made of, so they never go stale;
+They are in `cache_folder()`. Entries are named by the content that they were made of, so they never go stale;
 deleting the folder is always safe.
 """
 
@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mpsearch.cache import cache_folder
 from mpsearch.errors import WriteError
-from mpsearch.files import cache_folder
 from mpsearch.state_dict import save_tensors
 
 logger = logging.getLogger(__name__)

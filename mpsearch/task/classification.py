@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpsearch.cache import content_key
 from mpsearch.errors import TaskError
-from mpsearch.files import content_key, sha256
+from mpsearch.files import sha256
 from mpsearch.metric import Metric, find_metric
 from mpsearch.shipped import shipped
 from mpsearch.state_dict import load_tensors

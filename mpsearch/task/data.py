@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpsearch.cache import content_key
 from mpsearch.errors import TaskError, nearest
-from mpsearch.files import content_key, with_home
+from mpsearch.files import with_home
 from mpsearch.shipped import where
 from mpsearch.study import SPEC_OF_KIND, DataSpec
 from mpsearch.task.cache import cached_tensors

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpsearch.cache import content_key
 from mpsearch.errors import TaskError, nearest
-from mpsearch.files import content_key
 from mpsearch.shipped import where
 from mpsearch.task.cache import cached_tensors
 from mpsearch.task.images import open_rgb

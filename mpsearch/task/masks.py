@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mpsearch.cache import content_key
 from mpsearch.errors import TaskError
-from mpsearch.files import content_key, with_home
+from mpsearch.files import with_home
 from mpsearch.shipped import where
 from mpsearch.study import MasksSpec, TaskSpec
 from mpsearch.task.cache import cached_tensors

@@ -39,8 +39,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpsearch.cache import content_key
 from mpsearch.errors import MpsearchError, TaskError
-from mpsearch.files import content_key
 from mpsearch.graph.inputs import call, map_tensors, samples_of, tensors
 from mpsearch.metric import Metric, find_metric
 from mpsearch.state_dict import digest, load_tensors

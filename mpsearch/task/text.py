@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from mpsearch.cache import content_key
 from mpsearch.errors import TaskError, nearest
-from mpsearch.files import content_key, require_regular, with_home
+from mpsearch.files import require_regular, with_home
 from mpsearch.graph.inputs import arguments
 from mpsearch.metric import METRICS
 from mpsearch.shipped import where

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpsearch.cache import content_key
 from mpsearch.errors import TaskError
-from mpsearch.files import content_key
 from mpsearch.study import TaskSpec, TonesSpec
 from mpsearch.task.comparing import output_tensor
 from mpsearch.task.libraries import Needs

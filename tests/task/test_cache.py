@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpsearch import files
-from mpsearch.files import cache_folder, content_key
+from mpsearch import cache
+from mpsearch.cache import cache_folder, content_key
 from mpsearch.task.cache import cached_tensors
 
 
@@ -79,9 +79,9 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("HOME", "MPSEARCH_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    files._folder_of_this_process.cache_clear()
+    cache._folder_of_this_process.cache_clear()
     yield tmp_path
-    files._folder_of_this_process.cache_clear()
+    cache._folder_of_this_process.cache_clear()
 
 
 def test_a_user_without_a_home_has_a_cache_named_by_number(nobody: Path):
