@@ -40,10 +40,12 @@ def expand(value: Any, where: str, strict: bool = True) -> Any:
 
     def read(match: re.Match[str]) -> str:
         variable, default = match.groups()
-        if variable in os.environ:
-            if key.partition(".")[0] == "storage" or SECRET.search(variable) or SECRET.search(key.rpartition(".")[2]):
-                hide(os.environ[variable], f"${{{variable}}}")
-            return os.environ[variable]
+        if (given := os.environ.get(variable)) is not None:
+            word = value == match[0] and "://" not in given  # as sqlite
+            of_url = key.partition(".")[0] == "storage" and not word
+            if of_url or SECRET.search(variable) or SECRET.search(key.rpartition(".")[2]):
+                hide(given, f"${{{variable}}}")
+            return given
         if default is not None:
             return str(default)
         if not strict:

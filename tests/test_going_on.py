@@ -460,7 +460,7 @@ def test_a_run_that_was_made_elsewhere_has_nothing_imported_until_it_is_trusted(
 
 
 def test_a_database_that_a_run_from_elsewhere_names_is_not_reached(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its URL may hold whatever of this environment the study asks for."""
     monkeypatch.setenv("MP_SECRET", "s3cret")
@@ -473,6 +473,7 @@ def test_a_database_that_a_run_from_elsewhere_names_is_not_reached(
     with dashboard.application(str(folder.path), threading.Event()):
         pass
     assert isinstance(dashboard._view(folder, read_facts(folder))._storage, InMemoryStorage)
+    assert "is not reached, as the run was not made here" in caplog.text
     assert not list(tmp_path.glob("leak*"))
     assert mpsearch("resume", "run", "--trust", cwd=home).returncode == 0
     assert (tmp_path / "leak-s3cret.db").exists()

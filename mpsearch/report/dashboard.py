@@ -34,6 +34,7 @@ from mpsearch.trust import database_trusted
 from mpsearch.variables import masked
 
 logger = logging.getLogger(__name__)
+progress = logging.getLogger("mpsearch.progress")
 
 EVERY_S = 2.0  # how often is looked for trials that have ended
 NOTES = 200  # trials with a note: the front, the uniform ladder and the latest
@@ -262,6 +263,12 @@ def _view(folder: RunFolder, facts: ProblemFacts) -> OptunaView:
     """The run's study as it is."""
     spec, space, budget = facts.spec, facts.space, facts.spec.cost.budget
     if _in_memory(folder, facts):
+        if spec.storage != "none":
+            progress.warning(
+                "the database of %s is not reached, as the run was not made here: trials are shown from the record and "
+                "notes are not kept; mpsearch.trust(run) or `mpsearch resume --trust` lets it be reached",
+                folder.path,
+            )
         storage = optuna.storages.InMemoryStorage()
         return OptunaView(storage, spec.name, space, facts.metric, budget, (), facts.cost)
     view = open_view(spec.storage, folder, spec.name, space, facts.metric, budget, (), facts.cost)
