@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mpsearch.documents import explain
 from mpsearch.errors import RunError
 from mpsearch.files import write_text
-from mpsearch.record import RunFolder
+from mpsearch.record import Count, RunFolder
 from mpsearch.space.choices import TensorName
 
 
@@ -22,7 +22,6 @@ class _Value(BaseModel):
 
 
 Real = Annotated[float, Field(gt=-1e39, lt=1e39)]  # as float32 has it
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class TensorRange(_Value):
